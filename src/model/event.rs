@@ -1,0 +1,227 @@
+//! What happens to a submission, one event at a time.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::{Outcome, Problem, ReplId, Submission, SubmissionId, TestResult, UserId};
+
+/// A stage of a submission's life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Step {
+    /// The message was parsed and allowed.
+    Receive,
+    /// The user's sandbox is there.
+    Sandbox,
+    /// Languages that compile.
+    Compile,
+    /// The code or its tests ran.
+    Test,
+    /// The files are in the store.
+    Publish,
+    /// The new release was started.
+    Deploy,
+    /// The new release serves.
+    Ready,
+}
+
+impl Step {
+    /// The word on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Step::Receive => "receive",
+            Step::Sandbox => "sandbox",
+            Step::Compile => "compile",
+            Step::Test => "test",
+            Step::Publish => "publish",
+            Step::Deploy => "deploy",
+            Step::Ready => "ready",
+        }
+    }
+}
+
+/// How far a step is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StepState {
+    /// Begun.
+    Started,
+    /// Ended well.
+    Passed,
+    /// Ended badly.
+    Failed,
+}
+
+impl StepState {
+    /// The word on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            StepState::Started => "started",
+            StepState::Passed => "passed",
+            StepState::Failed => "failed",
+        }
+    }
+}
+
+/// Which of a program's two output streams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OutputStream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+impl OutputStream {
+    /// The word on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            OutputStream::Stdout => "stdout",
+            OutputStream::Stderr => "stderr",
+        }
+    }
+}
+
+/// One thing that happened. What the journal stores and streams replay.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Event {
+    /// The submission as it was taken in; not streamed.
+    Received {
+        /// All of it, so that it can be run after a restart and read back later.
+        submission: Box<Submission>,
+    },
+    /// Waiting for its turn.
+    Queued,
+    /// A step started or ended.
+    Step {
+        /// Which.
+        name: Step,
+        /// How far.
+        state: StepState,
+        /// Milliseconds, when it ended.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        duration_ms: Option<u64>,
+    },
+    /// A run was handed to the sandbox; not streamed. After a restart it says what to re-attach.
+    RunStarted {
+        /// The run's number within the submission, from 0.
+        run: u32,
+    },
+    /// The program wrote something.
+    Output {
+        /// Where to.
+        stream: OutputStream,
+        /// What, as text: bytes that are not UTF-8 become U+FFFD.
+        data: String,
+        /// The run it came from.
+        run: u32,
+        /// The last of the runner's own sequence numbers this covers; where to re-attach from.
+        run_seq: u64,
+    },
+    /// A run ended; not streamed. The verdict and the reply are made from it.
+    RunEnded {
+        /// The run's number within the submission.
+        run: u32,
+        /// What the supervisor saw.
+        report: RunReport,
+    },
+    /// One test's result.
+    Test(TestResult),
+    /// The end: nothing follows it.
+    Reply(Box<Outcome>),
+    /// A released program wrote something; belongs to a repl, not to a submission's stream.
+    ProgramOutput {
+        /// Which release.
+        release: u64,
+        /// Where to.
+        stream: OutputStream,
+        /// What.
+        data: String,
+    },
+    /// Something else about a repl: started, stopped, rolled back, crashed.
+    Repl {
+        /// `repl.started`, `repl.stopped`, `repl.rolled_back`, `repl.exited`.
+        action: String,
+        /// In words.
+        message: String,
+        /// The release concerned.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        release: Option<u64>,
+        /// What went wrong, if anything did.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        error: Option<Problem>,
+    },
+}
+
+impl Event {
+    /// Whether it is part of the stream a client sees, and so has a sequence number.
+    pub fn streamed(&self) -> bool {
+        match self {
+            Event::Queued
+            | Event::Step { .. }
+            | Event::Output { .. }
+            | Event::Test(_)
+            | Event::Reply(_) => true,
+            Event::Received { .. }
+            | Event::RunStarted { .. }
+            | Event::RunEnded { .. }
+            | Event::ProgramOutput { .. }
+            | Event::Repl { .. } => false,
+        }
+    }
+}
+
+/// What the runner saw of one run: the only source of a verdict.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunReport {
+    /// How it ended.
+    pub ending: Ending,
+    /// Milliseconds it took, by the monotonic clock.
+    pub duration_ms: u64,
+    /// What it used.
+    pub usage: super::Usage,
+    /// Output went past its limit and was cut.
+    pub truncated: bool,
+    /// The test runner's report file, where one was asked for and could be read safely.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub test_report: Option<String>,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ending {
+    /// By itself, with this code.
+    Exited(i32),
+    /// By a signal that Gantry did not send.
+    Signalled(i32),
+    /// Stopped at a limit. Never `ExitCode`, `Signal` or `Tests`.
+    Limit(super::Reason),
+    /// Stopped because the client asked.
+    Cancelled,
+    /// Never started: the sandbox's side failed. Not the user's failure.
+    NotStarted(String),
+}
+
+/// One journal record: an event, what it belongs to, and when.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Its place in the journal; strictly increasing, never used twice.
+    pub position: u64,
+    /// When it was made.
+    pub time: Timestamp,
+    /// Whose.
+    pub user_id: UserId,
+    /// The submission, unless it is about a repl only.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub submission_id: Option<SubmissionId>,
+    /// The repl.
+    pub repl_id: ReplId,
+    /// Its place in the submission's stream, from 1 without gaps; absent when not streamed.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub seq: Option<u64>,
+    /// What happened.
+    pub event: Event,
+}

@@ -1,0 +1,21 @@
+//! The vocabulary: what Gantry's words mean, as types that cannot be wrong.
+//!
+//! Nothing here does I/O and nothing here knows Kubernetes or HTTP. Everything else may import it.
+
+mod event;
+mod id;
+mod language;
+mod limits;
+mod outcome;
+mod problem;
+mod release;
+mod submission;
+
+pub use event::{Ending, Event, OutputStream, Record, RunReport, Step, StepState};
+pub use id::{IdError, ReplId, SubmissionId, UserId};
+pub use language::{LANGUAGES, Language, ReportFormat, TestRunner};
+pub use limits::{Limits, LimitsRequest, MAX_CODE_BYTES, MAX_MESSAGE_BYTES};
+pub use outcome::{Outcome, Reason, Status, TestResult, Usage};
+pub use problem::Problem;
+pub use release::{Release, ReleaseState, ReplState, ReplStatus};
+pub use submission::{Case, FieldError, RelativePath, Submission, SubmissionRequest, Tests};

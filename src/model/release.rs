@@ -1,0 +1,107 @@
+//! Repls and their releases.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::{ReplId, SubmissionId, UserId};
+
+/// Where a release stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReleaseState {
+    /// It serves.
+    Current,
+    /// A later one serves.
+    Superseded,
+    /// It never came up.
+    Failed,
+    /// Its repl was stopped.
+    Stopped,
+}
+
+/// One deployed version of a repl: immutable, numbered from 1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Release {
+    /// Its number within the repl.
+    pub release: u64,
+    /// The submission whose tests passed.
+    pub submission_id: SubmissionId,
+    /// When it was made.
+    pub time: Timestamp,
+    /// Where it stands.
+    pub state: ReleaseState,
+}
+
+/// What a repl's program is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum ReplState {
+    /// Coming up.
+    Starting,
+    /// Serving.
+    Running,
+    /// The program ended with this code; its output is shown in its place.
+    Exited(i32),
+    /// It failed and is started again after a pause; the last error says how.
+    Crashed,
+    /// Stopped by its user.
+    Stopped,
+}
+
+impl From<ReplState> for String {
+    fn from(state: ReplState) -> String {
+        match state {
+            ReplState::Starting => "starting".to_owned(),
+            ReplState::Running => "running".to_owned(),
+            ReplState::Exited(code) => format!("exited({code})"),
+            ReplState::Crashed => "crashed".to_owned(),
+            ReplState::Stopped => "stopped".to_owned(),
+        }
+    }
+}
+
+impl TryFrom<String> for ReplState {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        let exited = || {
+            let code = text.strip_prefix("exited(")?.strip_suffix(')')?;
+            code.parse().ok().map(ReplState::Exited)
+        };
+        match text.as_str() {
+            "starting" => Ok(ReplState::Starting),
+            "running" => Ok(ReplState::Running),
+            "crashed" => Ok(ReplState::Crashed),
+            "stopped" => Ok(ReplState::Stopped),
+            _ => exited().ok_or_else(|| format!("{text:?} is not a repl state")),
+        }
+    }
+}
+
+/// A repl as `GET /repls` shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplStatus {
+    /// Which.
+    #[serde(rename = "replId")]
+    pub repl_id: ReplId,
+    /// Whose.
+    #[serde(rename = "userId")]
+    pub user_id: UserId,
+    /// What its program is doing.
+    pub state: ReplState,
+    /// Replicas that serve.
+    pub ready: u32,
+    /// Replicas wanted.
+    pub replicas: u32,
+    /// Times the program was started again after it failed.
+    pub restarts: u32,
+    /// Where it is served.
+    pub url: String,
+    /// The current release.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub release: Option<u64>,
+    /// The last thing that went wrong.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
+    /// Since when it has been in this state.
+    pub since: Timestamp,
+}

@@ -1,0 +1,513 @@
+//! A submission: what a client sends, checked once and then trusted.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Language, Limits, LimitsRequest, MAX_CODE_BYTES, ReplId, SubmissionId, UserId};
+
+/// Most files in one submission, so that unpacking is bounded.
+const MAX_FILES: usize = 1_000;
+/// Longest path of a file; Linux's own bound is 4,096, and sandboxes add a prefix.
+const MAX_PATH_BYTES: usize = 1_024;
+/// Most test cases or test files in one submission.
+const MAX_TESTS: usize = 500;
+/// Most arguments or environment variables.
+const MAX_ARGS: usize = 256;
+/// Most bytes of arguments and environment together; Linux refuses an exec with more than 128 KiB in one string.
+const MAX_ARG_BYTES: usize = 96 << 10;
+/// Longest name of a test case.
+const MAX_NAME_BYTES: usize = 200;
+
+/// Which field of a message is wrong, and why.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {reason}")]
+pub struct FieldError {
+    /// The field's path, such as `tests[2].name`.
+    pub field: String,
+    /// Why it was refused.
+    pub reason: String,
+}
+
+impl FieldError {
+    /// A field and why it was refused.
+    pub fn new(field: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self {
+            field: field.into(),
+            reason: reason.into(),
+        }
+    }
+}
+
+/// A path inside a sandbox: relative, without `..`, without NUL.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct RelativePath(String);
+
+impl RelativePath {
+    /// The path as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for RelativePath {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        let refuse = |why: &str| {
+            let shown: String = text.chars().take(80).collect();
+            Err(format!("{shown:?} {why}"))
+        };
+        if text.is_empty() {
+            return Err("a path is empty".to_owned());
+        }
+        if text.len() > MAX_PATH_BYTES {
+            return refuse(&format!("is longer than {MAX_PATH_BYTES} bytes"));
+        }
+        if text.contains('\0') {
+            return refuse("contains a NUL byte");
+        }
+        if text.starts_with('/') || text.contains('\\') {
+            return refuse("is not a relative path with '/' between its parts");
+        }
+        if text.split('/').any(|part| part.is_empty() || part == "." || part == ".." || part.len() > 255) {
+            return refuse("has an empty, '.', '..' or overlong part");
+        }
+        Ok(Self(text))
+    }
+}
+
+impl From<RelativePath> for String {
+    fn from(path: RelativePath) -> String {
+        path.0
+    }
+}
+
+impl fmt::Display for RelativePath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// One test case: run the program with this input, expect this output.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Case {
+    /// What to call it.
+    pub name: String,
+    /// Its standard input.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stdin: Option<String>,
+    /// Its arguments.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub args: Vec<String>,
+    /// What must come out on stdout, to the byte; absent: exit code 0 is enough.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expected_stdout: Option<String>,
+    /// Wall-clock limit of this case alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+}
+
+/// What decides whether the code is good.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Tests {
+    /// Run it; exit code 0 passes.
+    #[default]
+    ExitCode,
+    /// Run it once per case.
+    Cases(Vec<Case>),
+    /// Run these files by the language's own test runner.
+    Files(Vec<RelativePath>),
+}
+
+/// `tests` as it comes: cases, test files by name, or test files with their text.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+enum TestsRequest {
+    Cases(Vec<Case>),
+    Named(Vec<String>),
+    Files(BTreeMap<String, String>),
+}
+
+/// A submission as it comes over the wire; nothing is trusted yet.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SubmissionRequest {
+    user_id: UserId,
+    code: Option<String>,
+    files: Option<BTreeMap<String, String>>,
+    language: Option<String>,
+    repl_id: Option<ReplId>,
+    submission_id: Option<SubmissionId>,
+    entrypoint: Option<String>,
+    #[serde(default)]
+    args: Vec<String>,
+    stdin: Option<String>,
+    #[serde(default)]
+    env: BTreeMap<String, String>,
+    tests: Option<TestsRequest>,
+    #[serde(default)]
+    limits: LimitsRequest,
+    deploy: Option<bool>,
+    database: Option<bool>,
+    #[serde(default)]
+    stream: bool,
+}
+
+/// A submission that is whole and within bounds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Submission {
+    /// Its id.
+    pub id: SubmissionId,
+    /// Whose.
+    pub user_id: UserId,
+    /// Where it goes.
+    pub repl_id: ReplId,
+    /// Its language.
+    pub language: &'static Language,
+    /// Every file, test files included.
+    pub files: BTreeMap<RelativePath, String>,
+    /// The file that is run.
+    pub entrypoint: RelativePath,
+    /// The program's arguments.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub args: Vec<String>,
+    /// Standard input sent with it. `None`: the client may send it later in `stdin` frames.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stdin: Option<String>,
+    /// The program's own environment variables.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub env: BTreeMap<String, String>,
+    /// What decides whether it is good.
+    #[serde(default)]
+    pub tests: Tests,
+    /// What each run may use.
+    pub limits: Limits,
+    /// Deploy when it passes.
+    pub deploy: bool,
+    /// Give the release a database.
+    pub database: bool,
+}
+
+impl SubmissionRequest {
+    /// Whether the client wants event frames before the reply.
+    pub fn stream(&self) -> bool {
+        self.stream
+    }
+
+    /// Who it says it is for; the key must be allowed to act for it.
+    pub fn user_id(&self) -> &UserId {
+        &self.user_id
+    }
+
+    /// The id the client chose.
+    pub fn submission_id(&self) -> Option<SubmissionId> {
+        self.submission_id
+    }
+
+    /// Checks everything that can be checked without I/O.
+    pub fn validate(self, maximum: &Limits) -> Result<Submission, FieldError> {
+        let language = match &self.language {
+            None => Language::named("python"),
+            Some(name) => Language::named(name),
+        }
+        .ok_or_else(|| {
+            FieldError::new(
+                "language",
+                format!("is not known; known are {}", Language::names()),
+            )
+        })?;
+        let mut files = collect_files(self.code, self.files, language)?;
+        let entrypoint = match self.entrypoint {
+            Some(path) => {
+                RelativePath::try_from(path).map_err(|e| FieldError::new("entrypoint", e))?
+            }
+            None => default_entrypoint(language, &files)?,
+        };
+        let tests = collect_tests(self.tests, language, &mut files, maximum)?;
+        if !files.contains_key(&entrypoint) {
+            return Err(FieldError::new(
+                "entrypoint",
+                format!("{entrypoint} is not one of the files"),
+            ));
+        }
+        check_tree(&files)?;
+        check_args("args", &self.args)?;
+        check_env(&self.env)?;
+        let limits = self
+            .limits
+            .resolve(maximum)
+            .map_err(|(field, reason)| FieldError::new(field, reason))?;
+        let repl_id = match self.repl_id {
+            Some(repl_id) => repl_id,
+            None => self.user_id.default_repl().ok_or_else(|| {
+                FieldError::new(
+                    "repl_id",
+                    "is required: this user_id is too long for the default {user_id}-prod",
+                )
+            })?,
+        };
+        Ok(Submission {
+            id: self.submission_id.unwrap_or_default(),
+            user_id: self.user_id,
+            repl_id,
+            language,
+            files,
+            entrypoint,
+            args: self.args,
+            stdin: self.stdin,
+            env: self.env,
+            tests,
+            limits,
+            deploy: self.deploy.unwrap_or(true),
+            database: self.database.unwrap_or(true),
+        })
+    }
+}
+
+type Files = BTreeMap<RelativePath, String>;
+
+fn collect_files(
+    code: Option<String>,
+    files: Option<BTreeMap<String, String>>,
+    language: &'static Language,
+) -> Result<Files, FieldError> {
+    let files: Files = match (code, files) {
+        (Some(_), Some(_)) => {
+            return Err(FieldError::new("files", "cannot be sent together with code"));
+        }
+        (None, None) => return Err(FieldError::new("code", "or files is required")),
+        (Some(code), None) => {
+            let path = RelativePath::try_from(language.entrypoint.to_owned())
+                .map_err(|e| FieldError::new("language", e))?;
+            BTreeMap::from([(path, code)])
+        }
+        (None, Some(files)) => {
+            if files.is_empty() {
+                return Err(FieldError::new("files", "is empty"));
+            }
+            files
+                .into_iter()
+                .map(|(path, text)| {
+                    let path = RelativePath::try_from(path)
+                        .map_err(|e| FieldError::new("files", e))?;
+                    Ok((path, text))
+                })
+                .collect::<Result<_, FieldError>>()?
+        }
+    };
+    Ok(files)
+}
+
+fn default_entrypoint(language: &Language, files: &Files) -> Result<RelativePath, FieldError> {
+    if files.len() == 1 {
+        if let Some(only) = files.keys().next() {
+            return Ok(only.clone());
+        }
+    }
+    RelativePath::try_from(language.entrypoint.to_owned())
+        .map_err(|e| FieldError::new("entrypoint", e))
+}
+
+/// A file cannot also be a folder.
+fn check_tree(files: &Files) -> Result<(), FieldError> {
+    if files.len() > MAX_FILES {
+        return Err(FieldError::new(
+            "files",
+            format!("{} files are more than the {MAX_FILES} allowed", files.len()),
+        ));
+    }
+    let bytes: usize = files.values().map(String::len).sum();
+    if bytes > MAX_CODE_BYTES {
+        return Err(FieldError::new(
+            "files",
+            format!("{bytes} bytes are more than the {MAX_CODE_BYTES} allowed"),
+        ));
+    }
+    for path in files.keys() {
+        let mut folder = path.as_str();
+        while let Some((parent, _)) = folder.rsplit_once('/') {
+            if files.contains_key(&RelativePath(parent.to_owned())) {
+                return Err(FieldError::new(
+                    "files",
+                    format!("{parent:?} is both a file and a folder"),
+                ));
+            }
+            folder = parent;
+        }
+    }
+    Ok(())
+}
+
+fn check_args(field: &str, args: &[String]) -> Result<(), FieldError> {
+    if args.len() > MAX_ARGS || args.iter().map(String::len).sum::<usize>() > MAX_ARG_BYTES {
+        return Err(FieldError::new(
+            field,
+            format!("is more than {MAX_ARGS} arguments or {MAX_ARG_BYTES} bytes"),
+        ));
+    }
+    if args.iter().any(|arg| arg.contains('\0')) {
+        return Err(FieldError::new(field, "contains a NUL byte"));
+    }
+    Ok(())
+}
+
+fn check_env(env: &BTreeMap<String, String>) -> Result<(), FieldError> {
+    let bytes: usize = env.iter().map(|(name, value)| name.len() + value.len()).sum();
+    if env.len() > MAX_ARGS || bytes > MAX_ARG_BYTES {
+        return Err(FieldError::new(
+            "env",
+            format!("is more than {MAX_ARGS} variables or {MAX_ARG_BYTES} bytes"),
+        ));
+    }
+    for (name, value) in env {
+        let good_name = !name.is_empty()
+            && !name.starts_with(|c: char| c.is_ascii_digit())
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+        if !good_name {
+            let shown: String = name.chars().take(40).collect();
+            return Err(FieldError::new("env", format!("{shown:?} is not a variable name")));
+        }
+        if value.contains('\0') {
+            return Err(FieldError::new(format!("env.{name}"), "contains a NUL byte"));
+        }
+    }
+    Ok(())
+}
+
+fn collect_tests(
+    request: Option<TestsRequest>,
+    language: &'static Language,
+    files: &mut Files,
+    maximum: &Limits,
+) -> Result<Tests, FieldError> {
+    let named = match request {
+        None => return Ok(Tests::ExitCode),
+        Some(TestsRequest::Cases(cases)) if cases.is_empty() => return Ok(Tests::ExitCode),
+        Some(TestsRequest::Cases(cases)) => return check_cases(cases, maximum),
+        Some(TestsRequest::Named(names)) => names,
+        Some(TestsRequest::Files(texts)) => {
+            let names = texts.keys().cloned().collect();
+            for (path, text) in texts {
+                let path =
+                    RelativePath::try_from(path).map_err(|e| FieldError::new("tests", e))?;
+                if files.contains_key(&path) {
+                    return Err(FieldError::new(
+                        "tests",
+                        format!("{path} is already one of the files"),
+                    ));
+                }
+                files.insert(path, text);
+            }
+            names
+        }
+    };
+    if language.test_runner.is_none() {
+        return Err(FieldError::new(
+            "tests",
+            format!("{} has no test runner for files; send cases", language.name),
+        ));
+    }
+    if named.is_empty() || named.len() > MAX_TESTS {
+        return Err(FieldError::new("tests", format!("must name 1 to {MAX_TESTS} files")));
+    }
+    let paths = named
+        .into_iter()
+        .enumerate()
+        .map(|(index, name)| {
+            let field = format!("tests[{index}]");
+            let path = RelativePath::try_from(name).map_err(|e| FieldError::new(&field, e))?;
+            if files.contains_key(&path) {
+                Ok(path)
+            } else {
+                Err(FieldError::new(field, format!("{path} is not one of the files")))
+            }
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    Ok(Tests::Files(paths))
+}
+
+fn check_cases(cases: Vec<Case>, maximum: &Limits) -> Result<Tests, FieldError> {
+    if cases.len() > MAX_TESTS {
+        return Err(FieldError::new(
+            "tests",
+            format!("{} cases are more than the {MAX_TESTS} allowed", cases.len()),
+        ));
+    }
+    for (index, case) in cases.iter().enumerate() {
+        if case.name.is_empty() || case.name.len() > MAX_NAME_BYTES {
+            return Err(FieldError::new(
+                format!("tests[{index}].name"),
+                format!("must be 1 to {MAX_NAME_BYTES} bytes"),
+            ));
+        }
+        check_args(&format!("tests[{index}].args"), &case.args)?;
+        if case.timeout_ms.is_some_and(|ms| ms == 0 || ms > maximum.wall_ms) {
+            return Err(FieldError::new(
+                format!("tests[{index}].timeout_ms"),
+                format!("must be 1 to {}", maximum.wall_ms),
+            ));
+        }
+    }
+    Ok(Tests::Cases(cases))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn parse(json: &str) -> Result<Submission, FieldError> {
+        let request: SubmissionRequest = serde_json::from_str(json).unwrap();
+        request.validate(&Limits::MAXIMUM)
+    }
+
+    #[test]
+    fn smallest_form_is_whole() {
+        let s = parse(r#"{"user_id":"test","code":"print('Hello')"}"#).unwrap();
+        assert_eq!(s.repl_id.as_str(), "test-prod");
+        assert_eq!(s.entrypoint.as_str(), "main.py");
+        assert!(s.deploy && s.database);
+        assert_eq!(s.tests, Tests::ExitCode);
+    }
+
+    #[test]
+    fn paths_stay_inside() {
+        for bad in ["../x", "/x", "a/../b", "a//b", "./a", "a/", "", "a\u{0}b", "a\\b"] {
+            assert!(RelativePath::try_from(bad.to_owned()).is_err(), "{bad:?}");
+        }
+        for good in ["a", "a/b.py", "..a/b", "ü/ñ"] {
+            assert!(RelativePath::try_from(good.to_owned()).is_ok(), "{good:?}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_names_its_field() {
+        let cases = [
+            (r#"{"user_id":"t"}"#, "code"),
+            (r#"{"user_id":"t","code":"","files":{"a":""}}"#, "files"),
+            (r#"{"user_id":"t","files":{"../a":""}}"#, "files"),
+            (r#"{"user_id":"t","files":{"a":"","a/b":""},"entrypoint":"a"}"#, "files"),
+            (r#"{"user_id":"t","code":"","language":"cobol"}"#, "language"),
+            (r#"{"user_id":"t","code":"","entrypoint":"x.py"}"#, "entrypoint"),
+            (r#"{"user_id":"t","code":"","limits":{"wall_ms":60001}}"#, "limits.wall_ms"),
+            (r#"{"user_id":"t","code":"","env":{"A=B":""}}"#, "env"),
+            (r#"{"user_id":"t","code":"","tests":["t.py"]}"#, "tests[0]"),
+            (r#"{"user_id":"t","code":"","tests":[{"name":""}]}"#, "tests[0].name"),
+        ];
+        for (json, field) in cases {
+            assert_eq!(parse(json).unwrap_err().field, field, "{json}");
+        }
+    }
+
+    #[test]
+    fn test_files_join_the_files() {
+        let s = parse(r#"{"user_id":"t","code":"","tests":{"test_a.py":"def test_a(): pass"}}"#)
+            .unwrap();
+        assert_eq!(s.files.len(), 2);
+        assert_eq!(s.entrypoint.as_str(), "main.py");
+    }
+}

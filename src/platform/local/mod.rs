@@ -1,0 +1,1 @@
+//! The local platform: sandboxed processes on one Linux machine.

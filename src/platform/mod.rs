@@ -1,0 +1,152 @@
+//! The seam between what Gantry decides and where it happens: whatever owns sandboxes and releases.
+//!
+//! It is the smallest thing that differs between a cluster and one machine: "a byte stream to this
+//! user's runner", "make this release serve", "drop it", "list", "dial". Everything above speaks
+//! the same frames to the same runner on both.
+
+pub mod local;
+mod sessions;
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use async_trait::async_trait;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use crate::model::{Problem, Release, ReplId, ReplStatus, SubmissionId, UserId};
+
+pub use sessions::Sessions;
+
+/// A duplex stream of bytes.
+pub trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for T {}
+
+/// Why a platform could not do what it was asked. Always Gantry's side or the operator's, never the
+/// user's program: a program that fails is data, not an error.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum PlatformError {
+    /// What was asked for is not there.
+    #[error("{0} does not exist")]
+    NotFound(String),
+    /// It cannot be had now; trying later may help.
+    #[error("{}", .0.message)]
+    Unavailable(Problem),
+    /// The release did not become ready; the previous one still serves.
+    #[error("{}", .0.message)]
+    NotReady(Problem),
+}
+
+/// One thing looked at when the platform starts.
+#[derive(Debug, Clone)]
+pub struct Check {
+    /// What was looked at.
+    pub name: &'static str,
+    /// What was found.
+    pub finding: Finding,
+    /// What it means for the operator, in words.
+    pub detail: String,
+}
+
+/// What a check found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finding {
+    /// As it should be.
+    Good,
+    /// Works, with less protection or speed; `--require-sandbox` refuses to start.
+    Weaker,
+    /// Cannot work.
+    Missing,
+}
+
+/// What a release is made of. The files are already in the code store, immutable.
+#[derive(Debug, Clone)]
+pub struct ReleaseSpec {
+    /// Whose.
+    pub user_id: UserId,
+    /// Which repl.
+    pub repl_id: ReplId,
+    /// The submission whose tests passed.
+    pub submission_id: SubmissionId,
+    /// Command, entrypoint and arguments.
+    pub argv: Vec<String>,
+    /// The program's own variables.
+    pub env: BTreeMap<String, String>,
+    /// Give it a database.
+    pub database: bool,
+}
+
+/// A release that serves.
+#[derive(Debug, Clone)]
+pub struct RunningRelease {
+    /// Its number within the repl.
+    pub release: u64,
+    /// Where it is served.
+    pub url: String,
+}
+
+/// A backend that owns sandboxes and releases.
+///
+/// # Contract
+///
+/// `platform::conformance` holds every backend to it.
+///
+/// - **One sandbox per user**, made on the first `connect`, kept, reused, made anew when dead. Two
+///   users' sandboxes cannot see each other.
+/// - `connect` **returns a stream to a living runner or an error**; it never waits longer than
+///   [`CONNECT_TIMEOUT`]. Closing the stream stops nothing in the sandbox.
+/// - `ensure_release` **returns when the release serves**, and only then does the previous one
+///   stop. When it fails, the previous one serves on, and the error says why, with the program's
+///   last lines. Again with the same submission: the same release, not a second one.
+/// - `drop_repl` and `drop_sandbox` **remove all that was made**; absent is `Ok`.
+/// - State is the backend's own: after a restart of the server `repls` and `releases` answer as before.
+/// - Nothing here writes logs about a user's program; program output is returned as a stream.
+#[async_trait]
+pub trait Platform: Send + Sync + fmt::Debug {
+    /// `local` or `kubernetes`.
+    fn name(&self) -> &'static str;
+
+    /// What the platform found on its machine or cluster when it started.
+    fn checks(&self) -> Vec<Check>;
+
+    /// A stream to the user's runner, its sandbox made first if it is not there.
+    async fn connect(&self, user: &UserId) -> Result<Box<dyn ByteStream>, PlatformError>;
+
+    /// Removes the user's sandbox and everything running in it.
+    async fn drop_sandbox(&self, user: &UserId) -> Result<(), PlatformError>;
+
+    /// Makes the release serve.
+    async fn ensure_release(&self, spec: &ReleaseSpec) -> Result<RunningRelease, PlatformError>;
+
+    /// Makes an earlier release of the repl serve again: `release`, or the last one before the
+    /// current that served.
+    async fn rollback(
+        &self,
+        repl: &ReplId,
+        release: Option<u64>,
+    ) -> Result<RunningRelease, PlatformError>;
+
+    /// Stops the repl and removes everything that served it. Its code and database stay.
+    async fn drop_repl(&self, repl: &ReplId) -> Result<(), PlatformError>;
+
+    /// Who owns the repl, if it exists.
+    async fn owner(&self, repl: &ReplId) -> Result<Option<UserId>, PlatformError>;
+
+    /// Claims the repl's name for the user: `Ok` with the owner, who may be another.
+    async fn claim(&self, repl: &ReplId, user: &UserId) -> Result<UserId, PlatformError>;
+
+    /// Every repl, with its state and cause.
+    async fn repls(&self) -> Result<Vec<ReplStatus>, PlatformError>;
+
+    /// Every release of the repl, newest first.
+    async fn releases(&self, repl: &ReplId) -> Result<Vec<Release>, PlatformError>;
+
+    /// A connection to the repl's program port, for the server's own reverse proxy.
+    async fn dial(&self, repl: &ReplId) -> Result<Box<dyn ByteStream>, PlatformError>;
+
+    /// Ends everything of this server's that should not outlive it.
+    async fn shutdown(&self);
+}
+
+/// Longest wait for a sandbox: twice what making one takes on a slow, busy machine.
+pub const CONNECT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(30);
+
