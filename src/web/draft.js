@@ -1,0 +1,65 @@
+// What the person is writing: code per language and the options of the next run, kept over visits.
+import { signal, computed, effect } from "./vendor/preact.js";
+import { remembered } from "./storage.js";
+
+/** Writing to storage on each key press would be felt with long code. */
+const SAVE_DELAY_MS = 400;
+
+const SAMPLES = {
+  python: "print('Hello')\n",
+  node: "console.log('Hello');\n",
+  nodejs: "console.log('Hello');\n",
+  javascript: "console.log('Hello');\n",
+  bash: "echo Hello\n",
+};
+
+const stored = remembered.read("draft") ?? {};
+
+export const language = signal(stored.language ?? "python");
+export const codeByLanguage = signal(stored.code ?? {});
+export const options = signal({ replId: "", deploy: true, stdin: "", cases: [], ...stored.options });
+
+export const code = computed(() => codeByLanguage.value[language.value] ?? SAMPLES[language.value] ?? "");
+
+export function setCode(text, of = language.peek()) {
+  codeByLanguage.value = { ...codeByLanguage.peek(), [of]: text };
+}
+
+export function setOption(name, value) {
+  options.value = { ...options.peek(), [name]: value };
+}
+
+let timer = null;
+const save = () => remembered.write("draft", { language: language.peek(), code: codeByLanguage.peek(), options: options.peek() });
+effect(() => {
+  language.value, codeByLanguage.value, options.value;
+  clearTimeout(timer);
+  timer = setTimeout(save, SAVE_DELAY_MS);
+});
+addEventListener("pagehide", save);
+
+/** Splits arguments as a shell would: spaces separate, single and double quotes and backslashes keep together. */
+export function splitArguments(text) {
+  const found = text.match(/(?:[^\s"'\\]+|\\.|"(?:[^"\\]|\\.)*"?|'[^']*'?)+/gs) ?? [];
+  return found.map((word) =>
+    word.replace(/\\(.)|"((?:[^"\\]|\\.)*)"?|'([^']*)'?/gs, (_, escaped, double, single) =>
+      escaped ?? (double !== undefined ? double.replace(/\\(["\\])/g, "$1") : single),
+    ),
+  );
+}
+
+/** The fields of the submission frame, without the ids. */
+export function submissionFields(userId) {
+  const { replId, deploy, stdin, cases } = options.peek();
+  const fields = { user_id: userId, language: language.peek(), code: code.peek(), deploy };
+  if (replId.trim()) fields.repl_id = replId.trim();
+  if (stdin) fields.stdin = stdin;
+  const tests = cases.map((one, i) => ({
+    name: one.name.trim() || `case ${i + 1}`,
+    ...(one.stdin ? { stdin: one.stdin } : {}),
+    ...(one.args.trim() ? { args: splitArguments(one.args) } : {}),
+    expected_stdout: one.expected,
+  }));
+  if (tests.length) fields.tests = tests;
+  return fields;
+}

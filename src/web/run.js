@@ -1,0 +1,162 @@
+// The run of this tab: sends a submission, follows it, and picks it up again after a reload or a server restart.
+import { signal, computed } from "./vendor/preact.js";
+import { MAX_MESSAGE_BYTES, isOpen, messageBytes, onFrame, onOpen, send } from "./socket.js";
+import { SubmissionRecord } from "./record.js";
+import { tabMemory } from "./storage.js";
+import { uuidv7 } from "./uuid.js";
+
+/** The seq reached is written this often at most: it only says that frames came, the replay starts from 1 after a reload. */
+const REMEMBER_EVERY_MS = 1_000;
+
+/** `{record, submission, sent, resuming, finished}` or null; the fields besides `record` are the protocol's state. */
+export const current = signal(null);
+export const stopping = signal(false);
+/** Counts finished runs: lists reload when it changes. */
+export const finishedRuns = signal(0);
+
+export const running = computed(() => current.value !== null && current.value.record.reply.value === null);
+
+let rememberTimer = null;
+
+function remember() {
+  clearTimeout(rememberTimer);
+  rememberTimer = null;
+  const run = current.peek();
+  if (!run) return;
+  tabMemory.write("run", {
+    id: run.record.id,
+    seq: run.record.lastSeq,
+    finished: run.record.reply.peek() !== null,
+    submission: run.submission,
+  });
+}
+
+function rememberSoon() {
+  rememberTimer ??= setTimeout(remember, REMEMBER_EVERY_MS);
+}
+
+function resumeFromLast(run) {
+  run.resuming = true;
+  send({ resume: run.record.id, after: run.record.lastSeq });
+}
+
+/** Starts a run. Returns a sentence when the submission cannot be sent as it is. */
+export function start(fields) {
+  const id = uuidv7();
+  const submission = { ...fields, submission_id: id, stream: true };
+  if (messageBytes(submission) > MAX_MESSAGE_BYTES) {
+    return "The submission is larger than 1 MiB, the most one message may hold. Make the code or the test cases smaller.";
+  }
+  const run = { record: new SubmissionRecord(id), submission, sent: false, resuming: false, stopAsked: false };
+  current.value = run;
+  stopping.value = false;
+  run.sent = send(submission);
+  remember();
+  return null;
+}
+
+/** Asks for the run to be cancelled; asked again after a reconnect, because the first may not have arrived. */
+export function stop() {
+  const run = current.peek();
+  if (!run || run.record.reply.peek()) return;
+  run.stopAsked = true;
+  stopping.value = true;
+  send({ cancel: run.record.id });
+}
+
+/** Signing out: the next person at this page does not get the code or the output of this one. */
+export function forgetRun() {
+  clearTimeout(rememberTimer);
+  rememberTimer = null;
+  tabMemory.remove("run");
+  current.value = null;
+  stopping.value = false;
+}
+
+function finished(run) {
+  stopping.value = false;
+  run.resuming = false;
+  remember();
+  finishedRuns.value += 1;
+}
+
+/** The server does not know the id: the submission never reached it. The same id never runs twice, so sending it again is safe. */
+function resend(run) {
+  run.resuming = false;
+  if (run.finishedBefore) {
+    // It had ended before the reload and the server has forgotten it: nothing is to be run again.
+    forgetRun();
+    return;
+  }
+  run.sent = send(run.submission);
+}
+
+function handleGap(run, frame) {
+  if (frame.event === undefined) {
+    // The reply once more, and still frames are missing before it: the server no longer has them.
+    run.gappedReplies = (run.gappedReplies ?? 0) + 1;
+    if (run.gappedReplies > 1) {
+      run.record.finish(frame);
+      return finished(run);
+    }
+  }
+  // One request per missing stretch: while the replay is on its way, the frames behind it keep coming.
+  if (run.gapAfter === run.record.lastSeq) return;
+  run.gapAfter = run.record.lastSeq;
+  if (isOpen()) resumeFromLast(run);
+  else console.warn("gantry: frames are missing before seq", frame.seq);
+}
+
+const refuses = (frame) => frame.event === undefined && (frame.status === "invalid" || Number.isInteger(frame.status));
+
+onFrame((frame) => {
+  const run = current.peek();
+  if (!run || run.record.reply.peek()) return;
+  const id = frame.submission_id ?? frame.resume ?? null;
+  // A message that could not even be parsed is answered without an id; this page sends nothing for any other run.
+  if (id !== null && id !== run.record.id) return;
+
+  if (refuses(frame)) {
+    if (run.resuming && frame.seq === undefined) return resend(run);
+    if (Number.isInteger(frame.status)) frame = problemAsReply(frame);
+    // Asking to cancel what is already over is refused as well; the real reply comes by itself.
+    if (run.stopAsked && !run.resuming && run.record.lastSeq > 0 && frame.seq === undefined) return;
+  }
+  const outcome = run.record.apply(frame);
+  if (outcome === "gap") return handleGap(run, frame);
+  if (outcome === "done") return finished(run);
+  if (outcome === "applied") {
+    run.resuming = false;
+    rememberSoon();
+  }
+});
+
+function problemAsReply({ title, detail, code, cause, remediation }) {
+  return { status: "invalid", error: { code: code ?? "refused", message: title, cause: cause ?? detail, remediation } };
+}
+
+onOpen(() => {
+  const run = current.peek();
+  if (!run || run.record.reply.peek()) return;
+  run.gapAfter = undefined;
+  if (run.sent) resumeFromLast(run);
+  else run.sent = send(run.submission);
+  if (run.stopAsked) send({ cancel: run.record.id });
+});
+
+function restore() {
+  const stored = tabMemory.read("run");
+  if (!stored?.id || !stored.submission) return;
+  // What was on screen is gone with the reload, so the replay starts from the first frame, not from `stored.seq`.
+  current.value = {
+    record: new SubmissionRecord(stored.id),
+    submission: stored.submission,
+    sent: true,
+    resuming: false,
+    stopAsked: false,
+    finishedBefore: stored.finished,
+  };
+}
+
+restore();
+addEventListener("pagehide", remember);
