@@ -22,7 +22,7 @@ function mirror(pre, chunks, shown) {
   });
 }
 
-export function OutputPane({ name, buffer, cut, placeholder }) {
+export function OutputPane({ name, buffer, placeholder }) {
   const pre = useRef(null);
   const shown = useRef([]);
   const atEnd = useRef(true);
@@ -49,16 +49,13 @@ export function OutputPane({ name, buffer, cut, placeholder }) {
     return () => element.removeEventListener("scroll", onScroll);
   }, []);
 
-  const notes = [];
-  if (buffer.droppedChars) {
-    notes.push(`first ${count(buffer.droppedLines, "line")} (${count(buffer.droppedChars, "character")}) not shown here`);
-  }
-  if (cut) notes.push("cut at the output limit");
+  const note = buffer.droppedChars
+    ? `first ${count(buffer.droppedLines, "line")} (${count(buffer.droppedChars, "character")}) not shown here` : "";
   return html`
     <section class=${`output ${name}`} aria-label=${name}>
       <header>
         <h3>${name}</h3>
-        <span class="muted" data-testid=${`${name}-note`}>${notes.join(" · ")}</span>
+        <span class="muted" data-testid=${`${name}-note`}>${note}</span>
       </header>
       <div class="output-body">
         <pre ref=${pre} tabindex="0" data-testid=${name}></pre>

@@ -70,7 +70,7 @@ function Detail({ repl, reload }) {
   const stop = async () => {
     const yes = await confirmed({
       title: `Stop ${repl.replId}?`,
-      detail: "Its address stops answering. Its releases stay, and any of them can be served again.",
+      detail: "Its program is ended and its address stops answering. The next submission that deploys brings it back.",
       action: "Stop it",
     });
     if (!yes) return;

@@ -37,10 +37,10 @@ function runNow() {
 }
 
 const DOING = {
-  receive: "Accepting the submission",
+  receive: "Taking in the submission",
   sandbox: "Preparing the sandbox",
   compile: "Compiling",
-  test: "Running the program",
+  test: "The program is running",
   publish: "Storing the release",
   deploy: "Starting the release",
   ready: "Waiting until the release answers",
@@ -95,8 +95,6 @@ export function RunPanel() {
   const run = current.value;
   const record = run?.record ?? nothingYet;
   const reply = record.reply.value;
-  const truncated = reply?.truncated;
-  const cut = (name) => (truncated && typeof truncated === "object" ? truncated[name] : false);
   return html`
     <div class="run-panel">
       <div class="write">
@@ -109,9 +107,9 @@ export function RunPanel() {
       <div class="watch">
         <${Stages} stages=${record.stages.value} />
         <${Verdict} reply=${reply} progress=${progressOf(run, record)} tests=${record.tests.value} />
-        <${OutputPane} name="stdout" buffer=${record.stdout} cut=${cut("stdout")}
+        <${OutputPane} name="stdout" buffer=${record.stdout}
           placeholder=${reply ? "Nothing was printed." : "Standard output"} />
-        <${OutputPane} name="stderr" buffer=${record.stderr} cut=${cut("stderr")}
+        <${OutputPane} name="stderr" buffer=${record.stderr}
           placeholder=${reply ? "Nothing was printed." : "Standard error"} />
         <p class="hint muted">${run
           ? html`Submission <a class="mono" href=${href("submissions", record.id)} data-testid="submission-id">${record.id}</a>`

@@ -136,6 +136,7 @@ export function Verdict({ reply, progress, tests }) {
       </div>
       ${reply?.url && html`<p class="deployed-at"><${AppLink} url=${reply.url} /></p>`}
       ${reply && html`<${ErrorDetails} error=${reply.error} />`}
+      ${reply?.truncated && html`<p class="muted">The output went past its limit; what is kept of it ends there.</p>`}
       ${reply && html`<${Facts} reply=${reply} />`}
       <${Tests} tests=${tests} />
     </div>

@@ -1,0 +1,374 @@
+// Drives the page in a real Chromium against a real server.
+//
+//   GANTRY_BIN=target/debug/gantry node tests/browser/run.mjs
+//
+// Screenshots go to $GANTRY_SCREENSHOTS or a temporary folder, whose name is printed.
+import assert from "node:assert/strict";
+import { join } from "node:path";
+import { Checks, Server, WAIT_MS, launchBrowser, screenshotFolder, sleep, watch } from "./harness.mjs";
+
+const WIDE = { width: 1280, height: 800 };
+const NARROW = { width: 400, height: 800 };
+
+const shots = screenshotFolder();
+let server;
+let browser;
+let page;
+const pagesWrong = [];
+const checks = new Checks(async (name) => {
+  await page?.screenshot({ path: join(shots, `failed-${name.replace(/[^a-z0-9]+/gi, "-")}.png`) });
+});
+
+const byId = (id) => page.getByTestId(id);
+const status = () => byId("verdict").first().getAttribute("data-status");
+const shot = (name) => page.screenshot({ path: join(shots, `${name}.png`) });
+
+async function openPage(context, url) {
+  const opened = await context.newPage();
+  opened.setDefaultTimeout(WAIT_MS);
+  pagesWrong.push(watch(opened, [`127.0.0.1:${server.port}`, `dev-prod.apps.localhost:${server.port}`]));
+  await opened.goto(url);
+  return opened;
+}
+
+async function signIn(on, key) {
+  await on.getByTestId("key").fill(key);
+  await on.getByTestId("sign-in").click();
+}
+
+async function openTab(tab) {
+  await page.locator(`[data-tab=${tab}]`).click();
+}
+
+async function writeCode(text) {
+  await openTab("run");
+  await page.locator(".cm-content").click();
+  await page.keyboard.press("Control+a");
+  await page.keyboard.insertText(text);
+}
+
+async function submissionId() {
+  return (await byId("submission-id").textContent()).trim();
+}
+
+/** Starts what is in the editor by keyboard and returns the new submission's id. */
+async function submit() {
+  const before = (await byId("submission-id").count()) ? await submissionId() : "";
+  await page.locator(".cm-content").press("Control+Enter");
+  await page.waitForFunction((old) => document.querySelector("[data-testid=submission-id]")?.textContent.trim() !== old, before);
+  return submissionId();
+}
+
+async function verdict(timeout = WAIT_MS) {
+  await page.waitForFunction(
+    () => document.querySelector("[data-testid=verdict]")?.dataset.status !== "running", null, { timeout });
+  return status();
+}
+
+async function runCode(text, { deploy = false } = {}) {
+  await writeCode(text);
+  await byId("deploy").setChecked(deploy);
+  await submit();
+  return verdict();
+}
+
+async function waitForText(id, wanted, timeout = WAIT_MS) {
+  await page.waitForFunction(
+    ([name, text]) => document.querySelector(`[data-testid=${name}]`)?.textContent.includes(text), [id, wanted], { timeout });
+}
+
+const stages = () =>
+  page.locator("section:not([hidden]) .stage").evaluateAll((all) => Object.fromEntries(all.map((one) => [one.dataset.stage, one.dataset.state])));
+
+const ticks = (n) => Array.from({ length: n }, (_, i) => `tick ${i}\n`).join("");
+const TICKING = (n) => `import time\nfor i in range(${n}):\n    print("tick", i, flush=True)\n    time.sleep(0.2)\n`;
+
+async function signInChecks() {
+  await checks.check("a wrong key is refused in words", async () => {
+    await signIn(page, "not-a-key");
+    await page.locator(".note.bad").waitFor();
+    assert.ok((await page.locator(".note.bad").textContent()).length > 10);
+    await shot("sign-in-refused");
+  });
+  await checks.check("the key signs in, and the editor and the connection come up", async () => {
+    await signIn(page, server.apiKey);
+    await page.locator("[data-editor=codemirror]").waitFor();
+    await page.locator("[data-testid=connection][data-state=online]").waitFor();
+    assert.equal(await byId("who").textContent(), "admin");
+    await shot("empty");
+  });
+}
+
+async function runChecks() {
+  await checks.check("bad code shows a failed verdict, exit code 1 and the traceback on stderr", async () => {
+    assert.equal(await runCode("print(1/0)", { deploy: true }), "tests_failed");
+    await waitForText("stderr", "ZeroDivisionError");
+    assert.equal(await page.locator("[data-fact='Exit code']").first().textContent(), "1");
+    assert.ok(!(await byId("stdout").textContent()).includes("ZeroDivisionError"));
+    const states = await stages();
+    assert.equal(states.test, "failed");
+    assert.equal(states.deploy, "skipped");
+    await shot("bad-code");
+  });
+  await checks.check("good code is deployed, and its link shows its output", async () => {
+    assert.equal(await runCode("print('Hello')", { deploy: true }), "deployed");
+    await waitForText("stdout", "Hello");
+    const states = await stages();
+    for (const name of ["receive", "test", "publish", "deploy", "ready"]) assert.equal(states[name], "passed", name);
+    const link = page.locator(".deployed-at a");
+    assert.equal(await link.getAttribute("target"), "_blank");
+    const url = await link.getAttribute("href");
+    assert.equal(url, `http://dev-prod.apps.localhost:${server.port}/`);
+    await shot("good-code");
+    const [app] = await Promise.all([page.context().waitForEvent("page"), link.click()]);
+    await app.waitForLoadState("domcontentloaded", { timeout: WAIT_MS });
+    await app.getByText("Hello").first().waitFor({ timeout: WAIT_MS });
+    await app.close();
+  });
+  await checks.check("failing test cases show what was expected and what came", async () => {
+    await writeCode("print(input())");
+    await byId("deploy").setChecked(false);
+    await page.locator(".run-options > summary").click();
+    await byId("add-case").click();
+    const fields = page.locator(".case").first();
+    await fields.getByLabel("Name").fill("echo");
+    await fields.getByLabel("Standard input").fill("one\n");
+    await fields.getByLabel("Expected output").fill("two\n");
+    try {
+      await submit();
+      assert.equal(await verdict(), "tests_failed");
+      const failed = page.locator(".test.failed").first();
+      assert.match(await failed.textContent(), /echo/);
+      await failed.locator(".diff-line.expected", { hasText: "two" }).waitFor();
+      await failed.locator(".diff-line.actual", { hasText: "one" }).waitFor();
+      await shot("test-cases");
+    } finally {
+      await page.getByRole("button", { name: "Remove case 1" }).click();
+      await page.locator(".run-options > summary").click();
+    }
+  });
+  await checks.check("Stop cancels a sleeping program", async () => {
+    await writeCode("import time\nprint('asleep', flush=True)\ntime.sleep(9)\nprint('woke')");
+    await submit();
+    await waitForText("stdout", "asleep");
+    await byId("stop").click();
+    assert.equal(await verdict(5_000), "cancelled");
+    assert.ok(!(await byId("stdout").textContent()).includes("woke"));
+    await byId("run").waitFor();
+  });
+  await checks.check("markup that a program prints stays text", async () => {
+    const markup = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>";
+    await runCode(`print(${JSON.stringify(markup)})`);
+    await waitForText("stdout", markup);
+    assert.equal(await page.title(), "Gantry");
+    assert.equal(await byId("stdout").locator("*").count(), 0);
+  });
+  await checks.check("a flood of lines stays bounded, and the page says what it dropped", async () => {
+    await runCode("for i in range(30000): print('line', i)");
+    await waitForText("stdout", "line 29999");
+    await waitForText("stdout-note", "not shown here");
+    const lines = (await byId("stdout").textContent()).split("\n").length;
+    assert.ok(lines >= 2_000 && lines < 4_000, `${lines} lines are in the page`);
+  });
+}
+
+async function resumeChecks() {
+  await checks.check("a run goes on over SIGKILL and restart of the server, without gap or double", async () => {
+    await writeCode(TICKING(30));
+    const id = await submit();
+    await waitForText("stdout", "tick 6");
+    await server.kill();
+    await page.locator("[data-testid=connection]:not([data-state=online])").waitFor();
+    await shot("server-away");
+    await server.start();
+    await page.locator("[data-testid=connection][data-state=online]").waitFor();
+    assert.equal(await verdict(30_000), "tests_passed");
+    await sleep(200);
+    assert.equal(await byId("stdout").textContent(), ticks(30));
+    assert.equal(await submissionId(), id);
+  });
+  await checks.check("a reload in the middle of a run picks it up again", async () => {
+    await writeCode(TICKING(15));
+    const id = await submit();
+    await waitForText("stdout", "tick 4");
+    await page.reload();
+    await page.locator("[data-editor=codemirror]").waitFor();
+    assert.equal(await verdict(), "tests_passed");
+    await sleep(200);
+    assert.equal(await submissionId(), id);
+    assert.equal(await byId("stdout").textContent(), ticks(15));
+  });
+}
+
+async function listChecks() {
+  await checks.check("the list of submissions opens the whole record", async () => {
+    const id = await submissionId();
+    await openTab("submissions");
+    await page.locator(`[data-submission="${id}"]`).click();
+    const record = byId("record");
+    await record.getByText("tick 14", { exact: false }).first().waitFor();
+    assert.equal(await record.getByTestId("verdict").getAttribute("data-status"), "tests_passed");
+    assert.match(await record.locator(".code-text").textContent(), /range\(15\)/);
+    assert.ok(page.url().includes(id), "the address names the submission");
+    await shot("submission");
+    await page.getByLabel("Status").selectOption("tests_failed");
+    await page.waitForFunction((gone) => !document.querySelector(`[data-submission="${gone}"]`), id);
+    assert.ok((await byId("submissions").locator("li").count()) >= 1);
+  });
+  await checks.check("the deployed repl and its releases are listed", async () => {
+    await openTab("repls");
+    await page.locator(".row", { hasText: "dev-prod" }).click();
+    await byId("releases").getByText("current").waitFor();
+    await shot("repls");
+  });
+}
+
+async function logChecks() {
+  await checks.check("the log is searched, and every field of a record can be read", async () => {
+    await openTab("logs");
+    await byId("log-search").fill("ZeroDivisionError");
+    await page.waitForFunction(() => {
+      const rows = [...document.querySelectorAll(".log-row")];
+      return rows.length > 0 && rows.every((row) => row.textContent.includes("ZeroDivisionError"));
+    });
+    await page.locator(".log-line").first().click();
+    await page.locator(".log-fields").getByText("gantry.submission_id").waitFor();
+    await shot("logs-search");
+    await byId("log-search").fill("");
+  });
+  await checks.check("following pauses on scrolling up and jumps back to the end", async () => {
+    const atEnd = () => page.evaluate(() => {
+      const list = document.querySelector("[data-testid=logs]");
+      return list.scrollHeight - list.scrollTop - list.clientHeight < 40;
+    });
+    await openTab("run");
+    await writeCode(TICKING(40));
+    await submit();
+    await openTab("logs");
+    await waitForText("logs", "tick 4");
+    await page.waitForFunction(() => {
+      const list = document.querySelector("[data-testid=logs]");
+      return list.scrollHeight > list.clientHeight + 200;
+    });
+    assert.ok(await atEnd(), "following keeps the end in view");
+    await byId("logs").hover();
+    await page.mouse.wheel(0, -150);
+    await byId("jump").waitFor();
+    await page.waitForFunction(() => /new, jump to end/.test(document.querySelector("[data-testid=jump]")?.textContent ?? ""));
+    const place = () => byId("logs").evaluate((list) => list.scrollTop);
+    const before = await place();
+    await sleep(700);
+    assert.equal(await place(), before, "the list stands still while paused");
+    await shot("logs-paused");
+    await byId("jump").click();
+    await page.waitForFunction(() => !document.querySelector("[data-testid=jump]"));
+    await sleep(300);
+    assert.ok(await atEnd(), "the button goes to the end");
+    await openTab("run");
+    await byId("stop").click();
+    await verdict();
+  });
+}
+
+async function lookChecks() {
+  await checks.check("light, dark and narrow look right and nothing overflows sideways", async () => {
+    await runCode("from math import sqrt\n\n# Primes by trial division\ndef is_prime(n):\n    return n > 1 and all(n % d for d in range(2, int(sqrt(n)) + 1))\n\nfor n in range(30):\n    if is_prime(n):\n        print(f\"{n:3} is prime\")\n", { deploy: true });
+    await waitForText("stdout", "29 is prime");
+    await sleep(200);
+    const background = () => page.evaluate(() => getComputedStyle(document.body).backgroundColor);
+    const light = await background();
+    await shot("light");
+    await page.emulateMedia({ colorScheme: "dark" });
+    assert.notEqual(await background(), light, "the page follows the system");
+    await shot("dark");
+    await byId("theme").click();
+    assert.equal(await background(), light, "the toggle overrides the system");
+    await byId("theme").click();
+    await page.emulateMedia({ colorScheme: "light" });
+    await page.setViewportSize(NARROW);
+    for (const tab of ["submissions", "repls", "logs", "run"]) {
+      await openTab(tab);
+      await sleep(400);
+      const width = await page.evaluate(() => document.documentElement.scrollWidth);
+      assert.ok(width <= NARROW.width, `${tab} is ${width} px wide`);
+      await shot(`narrow-${tab}`);
+    }
+    await page.screenshot({ path: join(shots, "narrow-run-full.png"), fullPage: true });
+    await page.setViewportSize(WIDE);
+  });
+}
+
+async function sessionChecks() {
+  await checks.check("without CodeMirror a plain text field works", async () => {
+    const context = await browser.newContext({ viewport: WIDE });
+    try {
+      await context.route("**/vendor/codemirror.js", (route) => route.abort());
+      const plain = await openPage(context, server.origin);
+      await signIn(plain, server.apiKey);
+      const field = plain.locator("[data-editor=plain] textarea");
+      await field.fill("print('plain', 6 * 7)");
+      await plain.getByTestId("deploy").setChecked(false);
+      await field.press("Control+Enter");
+      await plain.getByTestId("stdout").getByText("plain 42").waitFor();
+      await plain.close();
+    } finally {
+      await context.close();
+    }
+  });
+  await checks.check("signing out asks for a key again, also after a reload", async () => {
+    await page.getByRole("button", { name: "Sign out" }).click();
+    await byId("key").waitFor();
+    await page.reload();
+    await byId("key").waitFor();
+  });
+  await checks.check("the printed one-time address signs in and leaves no token in the address", async () => {
+    const first = await Server.create({ apiKey: null });
+    const context = await browser.newContext({ viewport: WIDE });
+    try {
+      await first.start();
+      const printed = new RegExp(`http://[^\\s"]+/#token=[^\\s"]+`);
+      const deadline = Date.now() + WAIT_MS;
+      while (!printed.test(first.log) && Date.now() < deadline) await sleep(50);
+      const [address] = printed.exec(first.log) ?? [];
+      assert.ok(address, `no sign-in address was printed:\n${first.log}`);
+      const opened = await context.newPage();
+      await opened.goto(address);
+      await opened.locator("[data-testid=connection][data-state=online]").waitFor({ timeout: WAIT_MS });
+      assert.ok(!opened.url().includes("token"), opened.url());
+    } finally {
+      await context.close();
+      await first.stop();
+    }
+  });
+}
+
+async function main() {
+  server = await Server.create();
+  try {
+    await server.start();
+    browser = await launchBrowser();
+    const context = await browser.newContext({ viewport: WIDE, colorScheme: "light" });
+    page = await openPage(context, server.origin);
+    await signInChecks();
+    await runChecks();
+    await resumeChecks();
+    await listChecks();
+    await logChecks();
+    await lookChecks();
+    await sessionChecks();
+    await checks.check("no script error, no policy violation, no request to anywhere else", async () => {
+      assert.deepEqual(pagesWrong.flat(), []);
+    });
+  } catch (error) {
+    checks.failed += 1;
+    console.log(`FAIL the tests could not go on\n${error.stack}`);
+  } finally {
+    await browser?.close();
+    await server.stop();
+  }
+  console.log(`screenshots: ${shots}`);
+  console.log(`${checks.passed} passed, ${checks.failed} failed`);
+  process.exitCode = checks.failed || !checks.passed ? 1 : 0;
+}
+
+await main();
