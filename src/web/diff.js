@@ -41,8 +41,11 @@ function middle(a, b) {
 
 /** `{lines: [{kind: same|expected|actual, text}], hidden}`. */
 export function lineDiff(expected, actual) {
-  const a = expected.split("\n");
-  const b = actual.split("\n");
+  // The newline at the very end of both is no line of its own.
+  const bothEnd = expected.endsWith("\n") && actual.endsWith("\n");
+  const split = (text) => (bothEnd ? text.slice(0, -1) : text).split("\n");
+  const a = split(expected);
+  const b = split(actual);
   let head = 0;
   while (head < a.length && head < b.length && a[head] === b[head]) head += 1;
   let tail = 0;

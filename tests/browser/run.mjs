@@ -5,6 +5,7 @@
 // Screenshots go to $GANTRY_SCREENSHOTS or a temporary folder, whose name is printed.
 import assert from "node:assert/strict";
 import { join } from "node:path";
+import { moduleChecks } from "./modules.mjs";
 import { Checks, Server, WAIT_MS, launchBrowser, screenshotFolder, sleep, watch } from "./harness.mjs";
 
 const WIDE = { width: 1280, height: 800 };
@@ -200,6 +201,18 @@ async function resumeChecks() {
   });
 }
 
+async function offlineChecks() {
+  await checks.check("a run started while the server is away is sent once it is back", async () => {
+    await writeCode("print('late')");
+    await server.kill();
+    await page.locator("[data-testid=connection]:not([data-state=online])").waitFor();
+    await submit();
+    await server.start();
+    assert.equal(await verdict(), "tests_passed");
+    await waitForText("stdout", "late");
+  });
+}
+
 async function listChecks() {
   await checks.check("the list of submissions opens the whole record", async () => {
     const id = await submissionId();
@@ -350,10 +363,12 @@ async function main() {
     const context = await browser.newContext({ viewport: WIDE, colorScheme: "light" });
     page = await openPage(context, server.origin);
     await signInChecks();
+    await moduleChecks(checks, page);
     await runChecks();
     await resumeChecks();
     await listChecks();
     await logChecks();
+    await offlineChecks();
     await lookChecks();
     await sessionChecks();
     await checks.check("no script error, no policy violation, no request to anywhere else", async () => {
