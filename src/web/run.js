@@ -88,6 +88,12 @@ function resend(run) {
     forgetRun();
     return;
   }
+  if (run.stopAsked) {
+    // Cancelled before it ever arrived: then it need not arrive.
+    run.record.finish({ status: "cancelled" });
+    finished(run);
+    return;
+  }
   run.sent = send(run.submission);
 }
 
@@ -119,8 +125,8 @@ onFrame((frame) => {
   if (refuses(frame)) {
     if (run.resuming && frame.seq === undefined) return resend(run);
     if (Number.isInteger(frame.status)) frame = problemAsReply(frame);
-    // Asking to cancel what is already over is refused as well; the real reply comes by itself.
-    if (run.stopAsked && !run.resuming && run.record.lastSeq > 0 && frame.seq === undefined) return;
+    // The answer to a cancel of what is not there (any more) is no verdict.
+    if (run.stopAsked && frame.seq === undefined && frame.error?.code === "not_found") return;
   }
   const outcome = run.record.apply(frame);
   if (outcome === "gap") return handleGap(run, frame);
