@@ -311,6 +311,72 @@ async function lookChecks() {
   });
 }
 
+/** A page of its own whose WebSocket frames pass through `tamper(message, from)`: false loses the frame, "cut" also the connection. */
+async function throughBadWire(tamper, use) {
+  const context = await browser.newContext({ viewport: WIDE });
+  try {
+    await context.routeWebSocket(/\/ws\/code/, (toPage) => {
+      const toServer = toPage.connectToServer();
+      const pass = (from, forward) => (message) => {
+        const verdictOfWire = tamper(JSON.parse(message), from);
+        if (verdictOfWire === "cut") {
+          toPage.close();
+          toServer.close();
+        } else if (verdictOfWire !== false) forward(message);
+      };
+      toPage.onMessage(pass("page", (message) => toServer.send(message)));
+      toServer.onMessage(pass("server", (message) => toPage.send(message)));
+    });
+    const opened = await openPage(context, server.origin);
+    await signIn(opened, server.apiKey);
+    await opened.locator("[data-editor=codemirror]").waitFor();
+    await opened.locator(".cm-content").click();
+    await opened.keyboard.press("Control+a");
+    await opened.keyboard.insertText(TICKING(5));
+    await opened.getByTestId("deploy").setChecked(false);
+    await opened.getByTestId("run").click();
+    await opened.locator("[data-testid=verdict][data-status=tests_passed]").waitFor();
+    await sleep(200);
+    assert.equal(await opened.getByTestId("stdout").textContent(), ticks(5));
+    await use?.(opened);
+  } finally {
+    await context.close();
+  }
+}
+
+async function wireChecks() {
+  await checks.check("a submission that never arrived is sent again under the same id", async () => {
+    const sent = [];
+    await throughBadWire((message, from) => {
+      if (from === "page") sent.push(message);
+      return from === "page" && sent.length === 1 ? "cut" : true;
+    });
+    const [lost, resumed, again] = sent;
+    assert.equal(resumed.resume, lost.submission_id);
+    assert.equal(again.submission_id, lost.submission_id);
+    assert.equal(sent.length, 3);
+  });
+  await checks.check("a lost frame is asked for again", async () => {
+    let lost = null;
+    const asked = [];
+    await throughBadWire((message, from) => {
+      if (from === "page") {
+        if (message.resume) asked.push(message);
+        return true;
+      }
+      if (lost !== null || message.event !== "output" || !message.data.includes("tick 2")) return true;
+      lost = message.seq;
+      return false;
+    });
+    assert.equal(asked[0].after, lost - 1);
+  });
+  await checks.check("a connection cut after every few frames loses nothing and doubles nothing", async () => {
+    let frames = 0;
+    await throughBadWire((_, from) => (from === "server" && ++frames % 4 === 0 && frames < 16 ? "cut" : true));
+    assert.ok(frames >= 8);
+  });
+}
+
 async function sessionChecks() {
   await checks.check("without CodeMirror a plain text field works", async () => {
     const context = await browser.newContext({ viewport: WIDE });
@@ -369,6 +435,7 @@ async function main() {
     await listChecks();
     await logChecks();
     await offlineChecks();
+    await wireChecks();
     await lookChecks();
     await sessionChecks();
     await checks.check("no script error, no policy violation, no request to anywhere else", async () => {
