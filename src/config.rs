@@ -1,0 +1,428 @@
+//! Arguments and environment, checked once and turned into a [`Config`] that cannot be wrong.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::Args;
+use secrecy::SecretString;
+
+use crate::model::Limits;
+
+/// Where the key store is; every command that works on it needs this.
+#[derive(Debug, Args)]
+pub struct DataArgs {
+    /// Folder for the journal, the key store and the releases [default: the XDG data folder]
+    #[arg(long, env = "GANTRY_DATA_DIR", value_name = "FOLDER")]
+    pub data_dir: Option<PathBuf>,
+}
+
+/// Arguments of `gantry serve`. All text: what is wrong is said in terms of the variable's name.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    data: DataArgs,
+    /// Address to listen on [default: 127.0.0.1]
+    #[arg(long, env = "HOST", value_name = "ADDRESS")]
+    host: Option<String>,
+    /// Port to listen on; 0 takes a free one [default: 8000]
+    #[arg(long, env = "PORT", value_name = "NUMBER")]
+    port: Option<String>,
+    /// What owns sandboxes and releases: local or kubernetes [default: local]
+    #[arg(long, env = "GANTRY_PLATFORM", value_name = "NAME")]
+    platform: Option<String>,
+    /// Host name of the API behind a proxy [default: localhost]
+    #[arg(long, env = "DOMAIN", value_name = "HOST")]
+    domain: Option<String>,
+    /// Deployed programs are served at {replId}.APP_DOMAIN [default: apps.localhost]
+    #[arg(long, env = "APP_DOMAIN", value_name = "HOST")]
+    app_domain: Option<String>,
+    /// Other origins that may call the API from a browser, separated by commas
+    #[arg(long, env = "CORS_ORIGINS", value_name = "ORIGINS")]
+    cors_origins: Option<String>,
+    /// Do not start unless the machine allows every layer of the sandbox
+    #[arg(long, env = "GANTRY_REQUIRE_SANDBOX", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    require_sandbox: Option<String>,
+    /// Let test runs use the network
+    #[arg(long, env = "GANTRY_ALLOW_NETWORK", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    allow_network: Option<String>,
+    /// Runs at one time, all users together [default: twice the cores, at least 4]
+    #[arg(long, env = "GANTRY_MAX_RUNS", value_name = "NUMBER")]
+    max_runs: Option<String>,
+    /// Most wall-clock milliseconds a submission may ask for
+    #[arg(long, env = "GANTRY_MAX_WALL_MS", value_name = "NUMBER")]
+    max_wall_ms: Option<String>,
+    /// Most processor milliseconds a submission may ask for
+    #[arg(long, env = "GANTRY_MAX_CPU_MS", value_name = "NUMBER")]
+    max_cpu_ms: Option<String>,
+    /// Most bytes of memory a submission may ask for
+    #[arg(long, env = "GANTRY_MAX_MEMORY_BYTES", value_name = "NUMBER")]
+    max_memory_bytes: Option<String>,
+    /// Most processes a submission may ask for
+    #[arg(long, env = "GANTRY_MAX_PROCESSES", value_name = "NUMBER")]
+    max_processes: Option<String>,
+    /// Most bytes of one file a submission may ask for
+    #[arg(long, env = "GANTRY_MAX_FILE_BYTES", value_name = "NUMBER")]
+    max_file_bytes: Option<String>,
+    /// Most bytes of output a submission may ask for
+    #[arg(long, env = "GANTRY_MAX_OUTPUT_BYTES", value_name = "NUMBER")]
+    max_output_bytes: Option<String>,
+    /// The gantry-runner program [default: beside this program]
+    #[arg(long, env = "GANTRY_RUNNER", value_name = "FILE")]
+    runner: Option<PathBuf>,
+    /// What to log, such as info or gantry=debug [default: info]
+    #[arg(long, env = "GANTRY_LOG", value_name = "FILTER")]
+    log: Option<String>,
+}
+
+/// Everything the server needs to know before it starts.
+#[derive(Debug)]
+pub struct Config {
+    /// Where to listen.
+    pub listen: SocketAddr,
+    /// Folder of everything that lasts.
+    pub data_dir: PathBuf,
+    /// The admin key of the environment.
+    pub api_key: Option<SecretString>,
+    /// Host name of the API.
+    pub domain: String,
+    /// Deployed programs are served below this host name.
+    pub app_domain: String,
+    /// Origins besides its own that may call the API.
+    pub cors_origins: Vec<Origin>,
+    /// Refuse to start with a weaker sandbox.
+    pub require_sandbox: bool,
+    /// Test runs may use the network.
+    pub allow_network: bool,
+    /// Runs at one time.
+    pub max_runs: usize,
+    /// The most a submission may ask for.
+    pub maximum_limits: Limits,
+    /// The `gantry-runner` program.
+    pub runner: PathBuf,
+    /// The log filter.
+    pub log: String,
+}
+
+/// A browser's origin: scheme, host and port, as it stands in the `Origin` header.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Origin {
+    /// `http://` or `https://`, host, port when it is not the scheme's own.
+    pub text: String,
+    /// Host and port as a `Host` header has them.
+    pub authority: String,
+}
+
+impl FromStr for Origin {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let uri: axum::http::Uri = text.parse().map_err(|_| "not a URL".to_owned())?;
+        let scheme = uri.scheme_str().unwrap_or_default();
+        let authority = uri.authority().map_or("", |authority| authority.as_str());
+        let bare = uri.path_and_query().is_none_or(|path| path.as_str() == "/");
+        if !["http", "https"].contains(&scheme) || authority.is_empty() || !bare {
+            return Err("not scheme://host[:port]".to_owned());
+        }
+        if authority.contains('@') || authority.contains('*') {
+            return Err("names are taken as they stand, without patterns".to_owned());
+        }
+        let authority = authority.to_ascii_lowercase();
+        Ok(Self {
+            text: format!("{scheme}://{authority}"),
+            authority,
+        })
+    }
+}
+
+/// A setting that cannot be used.
+#[derive(Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    variable: &'static str,
+    value: Option<String>,
+    expected: String,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.value {
+            Some(value) => {
+                let value: String = value.chars().take(100).collect();
+                write!(f, "{} is {value:?}; expected {}", self.variable, self.expected)
+            }
+            None => write!(f, "{}: {}", self.variable, self.expected),
+        }
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+fn wrong(variable: &'static str, value: &str, expected: impl Into<String>) -> ConfigError {
+    ConfigError {
+        variable,
+        value: Some(value.to_owned()),
+        expected: expected.into(),
+    }
+}
+
+impl DataArgs {
+    /// The data folder, made if it is not there, for its owner only.
+    pub fn folder(&self) -> Result<PathBuf, ConfigError> {
+        use std::os::unix::fs::DirBuilderExt;
+        let named = self.data_dir.clone().filter(|path| !path.as_os_str().is_empty());
+        let folder = match named {
+            Some(folder) => folder,
+            None => xdg_data_folder().ok_or_else(|| ConfigError {
+                variable: "GANTRY_DATA_DIR",
+                value: None,
+                expected: "is required: neither XDG_DATA_HOME nor HOME says where data goes"
+                    .to_owned(),
+            })?,
+        };
+        let made = std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&folder)
+            .and_then(|()| folder.canonicalize());
+        made.map_err(|error| {
+            let shown = folder.display().to_string();
+            wrong("GANTRY_DATA_DIR", &shown, format!("a folder that can be made and written ({error})"))
+        })
+    }
+}
+
+fn xdg_data_folder() -> Option<PathBuf> {
+    let absolute = |name: &str| {
+        let path = PathBuf::from(std::env::var_os(name)?);
+        path.is_absolute().then_some(path)
+    };
+    let base = absolute("XDG_DATA_HOME")
+        .or_else(|| absolute("HOME").map(|home| home.join(".local").join("share")))?;
+    Some(base.join("gantry"))
+}
+
+impl Config {
+    /// Checks every argument. `api_key` is the variable `API_KEY`: never a flag, because every
+    /// process of the machine can read those.
+    pub fn new(args: ServeArgs, api_key: Option<String>) -> Result<Self, ConfigError> {
+        match given(&args.platform).unwrap_or("local") {
+            "local" => {}
+            "kubernetes" => {
+                return Err(wrong(
+                    "GANTRY_PLATFORM",
+                    "kubernetes",
+                    "local: this build has no Kubernetes platform yet",
+                ));
+            }
+            other => return Err(wrong("GANTRY_PLATFORM", other, "local or kubernetes")),
+        }
+        let log = given(&args.log).unwrap_or("info").to_owned();
+        if let Err(error) = crate::telemetry::parse_filter(&log) {
+            let expected = format!("a level or a list such as gantry=debug,info ({error:#})");
+            return Err(wrong("GANTRY_LOG", &log, expected));
+        }
+        let config = Self {
+            listen: SocketAddr::new(
+                parse("HOST", &args.host, "an IP address such as 127.0.0.1 or 0.0.0.0")?
+                    .unwrap_or(IpAddr::from([127, 0, 0, 1])),
+                parse("PORT", &args.port, "a number from 0 to 65535")?.unwrap_or(8_000),
+            ),
+            api_key: api_key.filter(|key| !key.is_empty()).map(SecretString::from),
+            domain: host_name("DOMAIN", &args.domain, "localhost")?,
+            app_domain: host_name("APP_DOMAIN", &args.app_domain, "apps.localhost")?,
+            cors_origins: origins(&args.cors_origins)?,
+            require_sandbox: switch("GANTRY_REQUIRE_SANDBOX", &args.require_sandbox)?,
+            allow_network: switch("GANTRY_ALLOW_NETWORK", &args.allow_network)?,
+            max_runs: max_runs(&args.max_runs)?,
+            maximum_limits: maximum_limits(&args)?,
+            runner: runner(args.runner)?,
+            log,
+            data_dir: args.data.folder()?,
+        };
+        if config.domain == config.app_domain {
+            let expected = "a name other than DOMAIN: programs must not share the API's origin";
+            return Err(wrong("APP_DOMAIN", &config.app_domain, expected));
+        }
+        Ok(config)
+    }
+}
+
+/// An empty variable is one that is not set: compose files pass them that way.
+fn given(value: &Option<String>) -> Option<&str> {
+    value.as_deref().map(str::trim).filter(|value| !value.is_empty())
+}
+
+fn parse<T: FromStr>(
+    variable: &'static str,
+    value: &Option<String>,
+    expected: &str,
+) -> Result<Option<T>, ConfigError> {
+    given(value)
+        .map(|text| text.parse().map_err(|_| wrong(variable, text, expected)))
+        .transpose()
+}
+
+fn switch(variable: &'static str, value: &Option<String>) -> Result<bool, ConfigError> {
+    match given(value).map(str::to_ascii_lowercase).as_deref() {
+        None | Some("0" | "false" | "no" | "off") => Ok(false),
+        Some("1" | "true" | "yes" | "on") => Ok(true),
+        Some(other) => Err(wrong(variable, other, "true or false")),
+    }
+}
+
+fn host_name(
+    variable: &'static str,
+    value: &Option<String>,
+    default: &str,
+) -> Result<String, ConfigError> {
+    let text = given(value).unwrap_or(default);
+    let name = text.to_ascii_lowercase();
+    let label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    if name.len() <= 200 && name.split('.').all(label) {
+        Ok(name)
+    } else {
+        Err(wrong(variable, text, "a host name such as example.com, without scheme or port"))
+    }
+}
+
+fn origins(value: &Option<String>) -> Result<Vec<Origin>, ConfigError> {
+    let texts = given(value).into_iter().flat_map(|list| list.split(','));
+    texts
+        .map(str::trim)
+        .filter(|text| !text.is_empty())
+        .map(|text| {
+            text.trim_end_matches('/').parse().map_err(|why: String| {
+                let expected = format!("origins such as https://example.com, separated by commas ({why})");
+                wrong("CORS_ORIGINS", text, expected)
+            })
+        })
+        .collect()
+}
+
+fn max_runs(value: &Option<String>) -> Result<usize, ConfigError> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let runs = parse("GANTRY_MAX_RUNS", value, "a number from 1 to 1024")?;
+    match runs {
+        None => Ok((2 * cores).max(4)),
+        Some(runs @ 1..=1_024) => Ok(runs),
+        Some(runs) => Err(wrong("GANTRY_MAX_RUNS", &runs.to_string(), "a number from 1 to 1024")),
+    }
+}
+
+/// An operator may lower what a submission may ask for, not raise it: the rest of the system is
+/// measured and bounded for these maxima.
+fn maximum_limits(args: &ServeArgs) -> Result<Limits, ConfigError> {
+    let lower = |variable: &'static str, value: &Option<String>, maximum: u64| {
+        let expected = format!("a number from 1 to {maximum}");
+        match parse(variable, value, &expected)? {
+            None => Ok(maximum),
+            Some(limit) if (1..=maximum).contains(&limit) => Ok(limit),
+            Some(limit) => Err(wrong(variable, &limit.to_string(), expected)),
+        }
+    };
+    let max = Limits::MAXIMUM;
+    Ok(Limits {
+        wall_ms: lower("GANTRY_MAX_WALL_MS", &args.max_wall_ms, max.wall_ms)?,
+        cpu_ms: lower("GANTRY_MAX_CPU_MS", &args.max_cpu_ms, max.cpu_ms)?,
+        memory_bytes: lower("GANTRY_MAX_MEMORY_BYTES", &args.max_memory_bytes, max.memory_bytes)?,
+        processes: lower("GANTRY_MAX_PROCESSES", &args.max_processes, max.processes)?,
+        file_bytes: lower("GANTRY_MAX_FILE_BYTES", &args.max_file_bytes, max.file_bytes)?,
+        output_bytes: lower("GANTRY_MAX_OUTPUT_BYTES", &args.max_output_bytes, max.output_bytes)?,
+    })
+}
+
+fn runner(named: Option<PathBuf>) -> Result<PathBuf, ConfigError> {
+    let path = match named.filter(|path| !path.as_os_str().is_empty()) {
+        Some(path) => path,
+        None => std::env::current_exe()
+            .unwrap_or_default()
+            .with_file_name("gantry-runner"),
+    };
+    if path.is_file() {
+        return Ok(path);
+    }
+    let expected = "the gantry-runner program (cargo build makes it beside gantry)";
+    Err(wrong("GANTRY_RUNNER", &path.display().to_string(), expected))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn args() -> (tempfile::TempDir, ServeArgs) {
+        use clap::{Args as _, FromArgMatches as _};
+        let dir = tempfile::tempdir().unwrap();
+        let runner = dir.path().join("gantry-runner");
+        std::fs::write(&runner, "").unwrap();
+        let command = ServeArgs::augment_args(clap::Command::new("serve"))
+            .mut_args(|arg| arg.env(None::<&str>));
+        let matches = command.get_matches_from(["serve"]);
+        let mut args = ServeArgs::from_arg_matches(&matches).unwrap();
+        args.data.data_dir = Some(dir.path().join("data"));
+        args.runner = Some(runner);
+        (dir, args)
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_contract() {
+        let (_dir, args) = args();
+        let config = Config::new(args, None).unwrap();
+        assert_eq!(config.listen.to_string(), "127.0.0.1:8000");
+        assert_eq!(config.domain, "localhost");
+        assert_eq!(config.app_domain, "apps.localhost");
+        assert_eq!(config.maximum_limits, Limits::MAXIMUM);
+        assert!(config.max_runs >= 4 && !config.allow_network && !config.require_sandbox);
+        assert!(config.api_key.is_none());
+    }
+
+    #[test]
+    fn a_bad_value_is_refused_by_its_variables_name() {
+        type Set = fn(&mut ServeArgs, Option<String>);
+        let cases: [(&str, Set, &str); 11] = [
+            ("HOST", |a, v| a.host = v, "localhost:80"),
+            ("PORT", |a, v| a.port = v, "65536"),
+            ("GANTRY_PLATFORM", |a, v| a.platform = v, "docker"),
+            ("GANTRY_PLATFORM", |a, v| a.platform = v, "kubernetes"),
+            ("DOMAIN", |a, v| a.domain = v, "http://x"),
+            ("APP_DOMAIN", |a, v| a.app_domain = v, "localhost"),
+            ("CORS_ORIGINS", |a, v| a.cors_origins = v, "*"),
+            ("GANTRY_REQUIRE_SANDBOX", |a, v| a.require_sandbox = v, "maybe"),
+            ("GANTRY_MAX_RUNS", |a, v| a.max_runs = v, "0"),
+            ("GANTRY_MAX_WALL_MS", |a, v| a.max_wall_ms = v, "60001"),
+            ("GANTRY_LOG", |a, v| a.log = v, "gantry=loud"),
+        ];
+        for (variable, set, value) in cases {
+            let (_dir, mut args) = args();
+            set(&mut args, Some(value.to_owned()));
+            let message = Config::new(args, None).unwrap_err().to_string();
+            assert!(message.starts_with(variable), "{message}");
+            assert!(message.contains("expected "), "{message}");
+        }
+    }
+
+    #[test]
+    fn an_empty_variable_is_not_set() {
+        let (_dir, mut args) = args();
+        args.port = Some(String::new());
+        args.cors_origins = Some(" ".to_owned());
+        let config = Config::new(args, Some(String::new())).unwrap();
+        assert_eq!(config.listen.port(), 8_000);
+        assert!(config.api_key.is_none() && config.cors_origins.is_empty());
+    }
+
+    #[test]
+    fn origins_are_scheme_host_and_port() {
+        let origin: Origin = "https://Example.com:8443".parse().unwrap();
+        assert_eq!(origin.text, "https://example.com:8443");
+        assert_eq!(origin.authority, "example.com:8443");
+        for bad in ["example.com", "ftp://a", "http://a/b", "http://*.a", "http://u@a", "null"] {
+            assert!(bad.parse::<Origin>().is_err(), "{bad}");
+        }
+    }
+}
