@@ -185,7 +185,6 @@ pub struct RunReport {
     /// Output went past its limit and was cut.
     pub truncated: bool,
     /// The test runner's report file, where one was asked for and could be read safely.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
     pub test_report: Option<String>,
 }
 

@@ -110,6 +110,11 @@ impl SubmissionId {
         Self(Uuid::now_v7())
     }
 
+    /// The id these bytes are.
+    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(Uuid::from_bytes(bytes))
+    }
+
     /// The bytes, for binary keys.
     pub fn as_bytes(&self) -> &[u8; 16] {
         self.0.as_bytes()

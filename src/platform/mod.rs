@@ -11,15 +11,11 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use async_trait::async_trait;
-use tokio::io::{AsyncRead, AsyncWrite};
 
-use crate::model::{Problem, Release, ReplId, ReplStatus, SubmissionId, UserId};
+use crate::model::{Event, Problem, Release, ReplId, ReplStatus, SubmissionId, UserId};
 
+pub use crate::runner::client::ByteStream;
 pub use sessions::Sessions;
-
-/// A duplex stream of bytes.
-pub trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for T {}
 
 /// Why a platform could not do what it was asked. Always Gantry's side or the operator's, never the
 /// user's program: a program that fails is data, not an error.
@@ -84,6 +80,17 @@ pub struct RunningRelease {
     pub url: String,
 }
 
+/// Something a released program did, or that happened to it.
+#[derive(Debug, Clone)]
+pub struct ProgramEvent {
+    /// Whose.
+    pub user_id: UserId,
+    /// Which repl.
+    pub repl_id: ReplId,
+    /// What, ready for the journal.
+    pub event: Event,
+}
+
 /// A backend that owns sandboxes and releases.
 ///
 /// # Contract
@@ -142,6 +149,9 @@ pub trait Platform: Send + Sync + fmt::Debug {
 
     /// A connection to the repl's program port, for the server's own reverse proxy.
     async fn dial(&self, repl: &ReplId) -> Result<Box<dyn ByteStream>, PlatformError>;
+
+    /// The next thing a released program did; `None` when the platform was shut down.
+    async fn next_program_event(&self) -> Option<ProgramEvent>;
 
     /// Ends everything of this server's that should not outlive it.
     async fn shutdown(&self);

@@ -1,1 +1,160 @@
-//! The local platform: sandboxed processes on one Linux machine.
+//! The local platform: sandboxed processes on one Linux machine, no cluster, no services.
+
+mod cgroup;
+mod host;
+mod launch;
+mod program;
+mod releases;
+mod sandboxes;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use super::{
+    ByteStream, CONNECT_TIMEOUT, Check, Platform, PlatformError, ProgramEvent, ReleaseSpec,
+    RunningRelease,
+};
+use crate::model::{Limits, Problem, Release, ReplId, ReplStatus, UserId};
+use crate::storage::DirectoryStore;
+use host::Host;
+use releases::Releases;
+use sandboxes::Sandboxes;
+
+/// How the local platform is set up.
+#[derive(Debug, Clone)]
+pub struct LocalConfig {
+    /// Its folder.
+    pub data: PathBuf,
+    /// The `gantry-runner` program.
+    pub runner: PathBuf,
+    /// Runs of one user at one time.
+    pub runs_per_user: usize,
+    /// The most a run may ask for.
+    pub maximum: Limits,
+    /// Whether test runs may use the machine's network.
+    pub network: bool,
+    /// `http://{repl}.{this}/` is where a release is served.
+    pub app_authority: String,
+}
+
+/// The local platform.
+#[derive(Debug)]
+pub struct LocalPlatform {
+    sandboxes: Arc<Sandboxes>,
+    releases: Releases,
+}
+
+/// Program output that may wait for the journal: when it cannot keep up, programs are slowed.
+const MAX_WAITING_EVENTS: usize = 1_024;
+
+impl LocalPlatform {
+    /// Looks at the machine, finds what an earlier server left, brings its releases back.
+    pub async fn start(config: LocalConfig, store: DirectoryStore) -> anyhow::Result<LocalPlatform> {
+        let (runner, trial) = (config.runner.clone(), config.data.join("trial"));
+        let host = tokio::task::spawn_blocking(move || Host::probe(&runner, &trial)).await?;
+        let sandboxes = Arc::new(Sandboxes::new(config.clone(), host)?);
+        // Asked now so that the first submission does not wait for the answer.
+        let asked = Arc::clone(&sandboxes);
+        tokio::spawn(async move { asked.interpreters().await });
+        let (tell, events) = mpsc::channel(MAX_WAITING_EVENTS);
+        let releases = Releases::open(config, store, Arc::clone(&sandboxes), tell, events)?;
+        releases.bring_back();
+        Ok(LocalPlatform {
+            sandboxes,
+            releases,
+        })
+    }
+}
+
+/// A problem on Gantry's side that another try may get over.
+fn unavailable(message: &str, cause: &anyhow::Error, remediation: &str) -> PlatformError {
+    PlatformError::Unavailable(Problem::new(
+        "platform_unavailable",
+        message,
+        format!("{cause:#}"),
+        remediation,
+    ))
+}
+
+#[async_trait]
+impl Platform for LocalPlatform {
+    fn name(&self) -> &'static str {
+        "local"
+    }
+
+    fn checks(&self) -> Vec<Check> {
+        self.sandboxes.host().checks.clone()
+    }
+
+    async fn connect(&self, user: &UserId) -> Result<Box<dyn ByteStream>, PlatformError> {
+        let made = timeout(CONNECT_TIMEOUT, self.sandboxes.connect(user)).await;
+        let result = made.unwrap_or_else(|_| Err(anyhow::anyhow!("it took longer than {CONNECT_TIMEOUT:?}")));
+        match result {
+            Ok(stream) => Ok(Box::new(stream)),
+            Err(error) => Err(unavailable(
+                &format!("The sandbox could not be made: {error:#}"),
+                &error,
+                "Look at runner.log in the data folder's sandboxes/ and at what the server said at its start.",
+            )),
+        }
+    }
+
+    async fn drop_sandbox(&self, user: &UserId) -> Result<(), PlatformError> {
+        self.sandboxes.drop_user(user).await;
+        Ok(())
+    }
+
+    async fn ensure_release(&self, spec: &ReleaseSpec) -> Result<RunningRelease, PlatformError> {
+        self.releases.ensure(spec).await
+    }
+
+    async fn rollback(
+        &self,
+        repl: &ReplId,
+        release: Option<u64>,
+    ) -> Result<RunningRelease, PlatformError> {
+        self.releases.rollback(repl, release).await
+    }
+
+    async fn drop_repl(&self, repl: &ReplId) -> Result<(), PlatformError> {
+        self.releases.stop(repl).await
+    }
+
+    async fn owner(&self, repl: &ReplId) -> Result<Option<UserId>, PlatformError> {
+        Ok(self.releases.owner(repl))
+    }
+
+    async fn claim(&self, repl: &ReplId, user: &UserId) -> Result<UserId, PlatformError> {
+        self.releases.claim(repl, user).await
+    }
+
+    async fn repls(&self) -> Result<Vec<ReplStatus>, PlatformError> {
+        Ok(self.releases.statuses())
+    }
+
+    async fn releases(&self, repl: &ReplId) -> Result<Vec<Release>, PlatformError> {
+        self.releases.of(repl)
+    }
+
+    async fn dial(&self, repl: &ReplId) -> Result<Box<dyn ByteStream>, PlatformError> {
+        self.releases.dial(repl).await
+    }
+
+    async fn next_program_event(&self) -> Option<ProgramEvent> {
+        self.releases.next_event().await
+    }
+
+    async fn shutdown(&self) {
+        self.releases.stop_all().await;
+        self.sandboxes.drop_all().await;
+    }
+}
+
+/// Longest wait for a new release to serve. A program that takes longer to listen counts as a
+/// worker after 5 s, so this is only met by one that is slow to start *and* to end.
+const DEPLOY_PATIENCE: Duration = Duration::from_secs(60);

@@ -1,0 +1,62 @@
+//! Control groups: the kernel's own bound on a whole sandbox, behind the supervisor's per run.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Groups of one sandbox: one folder with the unified hierarchy, one per controller with the old.
+#[derive(Debug, Clone)]
+pub struct Cgroup {
+    folders: Vec<PathBuf>,
+}
+
+const ROOT: &str = "/sys/fs/cgroup";
+
+impl Cgroup {
+    /// Makes the groups, with bounds on memory and processes.
+    pub fn create(name: &str, memory_bytes: u64, processes: u64) -> io::Result<Cgroup> {
+        let unified = fs::read_to_string(Path::new(ROOT).join("cgroup.controllers"));
+        if let Ok(controllers) = unified {
+            if !controllers.split_whitespace().any(|c| c == "memory") {
+                return Err(io::Error::other("the memory controller is not there"));
+            }
+            let parent = Path::new(ROOT).join("gantry");
+            // Usually on already; a failure shows at the next write.
+            let _ = fs::write(Path::new(ROOT).join("cgroup.subtree_control"), "+memory +pids");
+            fs::create_dir_all(&parent)?;
+            fs::write(parent.join("cgroup.subtree_control"), "+memory +pids")?;
+            let folder = parent.join(name);
+            fs::create_dir_all(&folder)?;
+            fs::write(folder.join("memory.max"), memory_bytes.to_string())?;
+            fs::write(folder.join("pids.max"), processes.to_string())?;
+            return Ok(Cgroup {
+                folders: vec![folder],
+            });
+        }
+        let mut folders = Vec::new();
+        for (controller, file, value) in [
+            ("memory", "memory.limit_in_bytes", memory_bytes),
+            ("pids", "pids.max", processes),
+        ] {
+            let folder = Path::new(ROOT).join(controller).join("gantry").join(name);
+            fs::create_dir_all(&folder)?;
+            fs::write(folder.join(file), value.to_string())?;
+            folders.push(folder);
+        }
+        Ok(Cgroup { folders })
+    }
+
+    /// The files that a process joins by writing to.
+    pub fn procs(&self) -> Vec<PathBuf> {
+        self.folders.iter().map(|folder| folder.join("cgroup.procs")).collect()
+    }
+
+    /// Removes the groups. They must be empty; one that is not yet stays for the next start.
+    pub fn remove(&self) {
+        for folder in &self.folders {
+            if let Err(error) = fs::remove_dir(folder) {
+                tracing::debug!(folder = %folder.display(), %error, "a control group stays behind");
+            }
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! What this machine has and allows: interpreters, namespaces, filters. Looked at once, at start.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use super::cgroup::Cgroup;
+use super::launch::launch;
+use crate::platform::{Check, Finding};
+use crate::runner::sandbox::{Isolation, Role, SandboxSpec};
+
+/// Host paths every program needs: libraries, commands and what they read of `/etc`.
+const SHOWN: &[&str] = &[
+    "/usr",
+    "/bin",
+    "/sbin",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/libx32",
+    "/nix/store",
+    "/etc/alternatives",
+    "/etc/ca-certificates",
+    "/etc/host.conf",
+    "/etc/ld.so.cache",
+    "/etc/ld.so.conf",
+    "/etc/ld.so.conf.d",
+    "/etc/localtime",
+    "/etc/magic",
+    "/etc/mime.types",
+    "/etc/nsswitch.conf",
+    "/etc/protocols",
+    "/etc/services",
+    "/etc/ssl",
+];
+
+/// Where commands are found when the interpreters are not elsewhere.
+const STANDARD_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
+
+/// The first of the user ids that sandboxes use on the host: above the ranges that distributions
+/// and systemd hand out (systemd's UIDS-GIDS page leaves 1879048192 and up unused).
+pub const FIRST_HOST_UID: u32 = 0x7000_0000;
+
+/// The machine, as far as sandboxes are concerned.
+#[derive(Debug, Clone)]
+pub struct Host {
+    /// How far a sandbox can be cut off.
+    pub isolation: Isolation,
+    /// Whether a sandbox's memory and processes can be bounded by the kernel as a whole.
+    pub cgroups: bool,
+    /// What was found, for the operator.
+    pub checks: Vec<Check>,
+}
+
+/// The interpreters, found by asking them.
+#[derive(Debug, Clone)]
+pub struct Interpreters {
+    /// The real Python behind `python3`, past any wrapper script.
+    pub python: Option<PathBuf>,
+    /// `PATH` of user code.
+    pub path: String,
+    /// Host paths to show.
+    pub shown: Vec<PathBuf>,
+}
+
+impl Host {
+    /// Tries what can be done, strongest first.
+    pub fn probe(runner: &Path, folder: &Path) -> Host {
+        let mut checks = Vec::new();
+        let isolation = probe_isolation(runner, folder, &mut checks);
+        checks.push(probe_landlock());
+        let cgroups = probe_cgroups(isolation, &mut checks);
+        Host {
+            isolation,
+            cgroups,
+            checks,
+        }
+    }
+}
+
+fn probe_isolation(runner: &Path, folder: &Path, checks: &mut Vec<Check>) -> Isolation {
+    let root = rustix::process::getuid().is_root();
+    let full = Isolation::Full {
+        first_host_uid: FIRST_HOST_UID,
+    };
+    let candidates: &[Isolation] = if root {
+        &[full, Isolation::SingleUser]
+    } else {
+        &[Isolation::SingleUser]
+    };
+    let mut refused = String::new();
+    for isolation in candidates {
+        let spec = SandboxSpec {
+            isolation: *isolation,
+            folder: folder.to_owned(),
+            shown: SHOWN.iter().map(PathBuf::from).collect(),
+            placed: Vec::new(),
+            cgroups: Vec::new(),
+            network: false,
+            role: Role::Trial,
+        };
+        match launch(runner, &spec, None, None) {
+            Ok(_) => {
+                checks.push(match isolation {
+                    Isolation::Full { .. } => Check {
+                        name: "isolation",
+                        finding: Finding::Good,
+                        detail: "runs are in namespaces of their own, each slot under a user id of its own".to_owned(),
+                    },
+                    _ => Check {
+                        name: "isolation",
+                        finding: Finding::Weaker,
+                        detail: "runs are in namespaces of their own but share one user id, so each user has one run at a time; start as root for user ids of their own".to_owned(),
+                    },
+                });
+                return *isolation;
+            }
+            Err(error) => refused = format!("{error:#}"),
+        }
+    }
+    checks.push(Check {
+        name: "isolation",
+        finding: Finding::Missing,
+        detail: format!(
+            "this machine does not allow namespaces ({refused}): user code runs with the server's own \
+             rights, behind filters and limits only. Allow unprivileged user namespaces \
+             (kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0) or start as root"
+        ),
+    });
+    Isolation::None
+}
+
+fn probe_landlock() -> Check {
+    // SAFETY: asks for the version only (flag 1); no pointer is read.
+    let version = unsafe {
+        libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0, 1)
+    };
+    if version > 0 {
+        Check {
+            name: "landlock",
+            finding: Finding::Good,
+            detail: format!("version {version}"),
+        }
+    } else {
+        Check {
+            name: "landlock",
+            finding: Finding::Weaker,
+            detail: "this kernel has no Landlock; mounts and user ids alone confine files".to_owned(),
+        }
+    }
+}
+
+fn probe_cgroups(isolation: Isolation, checks: &mut Vec<Check>) -> bool {
+    let made = if matches!(isolation, Isolation::Full { .. }) {
+        let name = format!("trial-{}", std::process::id());
+        Cgroup::create(&name, 64 << 20, 16).map(|group| group.remove())
+    } else {
+        Err(std::io::Error::other("only root can make control groups here"))
+    };
+    let (finding, detail) = match &made {
+        Ok(()) => (
+            Finding::Good,
+            "each sandbox has a control group that bounds its memory and processes".to_owned(),
+        ),
+        Err(error) => (
+            Finding::Weaker,
+            format!("no control groups ({error}): the supervisor alone bounds memory, by measuring"),
+        ),
+    };
+    checks.push(Check {
+        name: "control groups",
+        finding,
+        detail,
+    });
+    made.is_ok()
+}
+
+impl Interpreters {
+    /// Asks `PATH` for the interpreters and them for their folders.
+    pub fn find() -> Interpreters {
+        let mut shown: BTreeSet<PathBuf> = SHOWN.iter().map(PathBuf::from).collect();
+        let mut folders: Vec<PathBuf> = Vec::new();
+        let python = ask_python().map(|(python, prefixes)| {
+            shown.extend(prefixes.into_iter().filter(|p| !is_shown(p)));
+            folders.extend(python.parent().map(Path::to_owned));
+            python
+        });
+        for command in ["node", "bash"] {
+            let Some(found) = search(command) else {
+                continue;
+            };
+            let real = fs::canonicalize(&found).unwrap_or(found);
+            if is_shown(&real) {
+                continue;
+            }
+            // PREFIX/bin/COMMAND: libraries are below PREFIX.
+            if let (Some(bin), Some(prefix)) = (real.parent(), real.ancestors().nth(2)) {
+                if prefix != Path::new("/") {
+                    shown.insert(prefix.to_owned());
+                    folders.push(bin.to_owned());
+                }
+            }
+        }
+        shown.extend(python_settings());
+        let mut path: Vec<String> = Vec::new();
+        for folder in folders {
+            let folder = folder.to_string_lossy().into_owned();
+            if !STANDARD_PATH.split(':').any(|known| known == folder) && !path.contains(&folder) {
+                path.push(folder);
+            }
+        }
+        path.push(STANDARD_PATH.to_owned());
+        Interpreters {
+            python,
+            path: path.join(":"),
+            shown: shown.into_iter().collect(),
+        }
+    }
+}
+
+/// `python3` may be a wrapper script; the interpreter knows itself and its folders.
+fn ask_python() -> Option<(PathBuf, Vec<PathBuf>)> {
+    let question = "import sys; print(sys.executable, sys.prefix, sys.base_prefix, sys.exec_prefix, sep='\\n')";
+    let answer = Command::new("python3")
+        .args(["-I", "-S", "-c", question])
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .output()
+        .ok()?;
+    let text = String::from_utf8(answer.stdout).ok()?;
+    let mut lines = text.lines().map(PathBuf::from);
+    let python = lines.next().filter(|path| path.is_absolute())?;
+    Some((python, lines.filter(|path| path.is_absolute()).collect()))
+}
+
+/// Distributions keep a system-wide `sitecustomize` and the like below `/etc`.
+fn python_settings() -> Vec<PathBuf> {
+    let entries = fs::read_dir("/etc").into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with("python3"))
+        .map(|entry| entry.path())
+        .collect()
+}
+
+fn is_shown(path: &Path) -> bool {
+    SHOWN.iter().any(|shown| path.starts_with(shown))
+}
+
+fn search(command: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .map(|folder| folder.join(command))
+        .find(|candidate| candidate.is_file())
+}

@@ -1,0 +1,94 @@
+//! Starting `gantry-runner sandbox` and hearing what came of it.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+
+use crate::runner::sandbox::{Made, SandboxSpec, give_listener};
+
+/// A sandbox's first process. Killing it ends everything in the sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FirstProcess {
+    /// Its id on the host.
+    pub pid: i32,
+    /// When it started, in the kernel's ticks: ids are used again, this tells the processes apart.
+    pub started: u64,
+}
+
+impl FirstProcess {
+    fn of(pid: i32) -> Option<Self> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let (_, rest) = stat.rsplit_once(") ")?;
+        // proc_pid_stat(5): starttime is field 22; `rest` starts at field 3. A zombie is no process.
+        let fields: Vec<&str> = rest.split(' ').collect();
+        if fields.first() == Some(&"Z") {
+            return None;
+        }
+        Some(Self {
+            pid,
+            started: fields.get(22 - 3)?.parse().ok()?,
+        })
+    }
+
+    /// Whether it is still there.
+    pub fn is_alive(self) -> bool {
+        Self::of(self.pid) == Some(self)
+    }
+
+    /// Ends it, and with it its sandbox.
+    pub fn kill(self) {
+        if self.is_alive() {
+            // SAFETY: kill has no memory effects; the id was just seen to be this process's.
+            unsafe {
+                libc::kill(self.pid, libc::SIGKILL);
+            }
+        }
+        // Where the server is its parent it is collected; elsewhere this does nothing.
+        // SAFETY: a null status pointer is allowed.
+        unsafe {
+            libc::waitpid(self.pid, std::ptr::null_mut(), libc::WNOHANG);
+        }
+    }
+}
+
+/// Makes a sandbox. `listener` becomes its listening socket, `log` takes what its runner says.
+pub fn launch(
+    runner: &Path,
+    spec: &SandboxSpec,
+    listener: Option<OwnedFd>,
+    log: Option<File>,
+) -> anyhow::Result<FirstProcess> {
+    std::fs::create_dir_all(&spec.folder)?;
+    let mut command = Command::new(runner);
+    command
+        .arg("sandbox")
+        .env_clear()
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(log.map_or_else(Stdio::null, Stdio::from));
+    if let Some(listener) = listener {
+        give_listener(&mut command, listener);
+    }
+    let mut child = command
+        .spawn()
+        .with_context(|| format!("starting {}", runner.display()))?;
+    // Dropped after writing: the runner reads to the end.
+    if let Some(mut stdin) = child.stdin.take() {
+        stdin.write_all(&serde_json::to_vec(spec)?)?;
+    }
+    let mut line = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        BufReader::new(stdout).read_line(&mut line)?;
+    }
+    let status = child.wait()?;
+    match serde_json::from_str(&line) {
+        Ok(Made::Pid(pid)) => Ok(FirstProcess::of(pid).unwrap_or(FirstProcess { pid, started: 0 })),
+        Ok(Made::Failed(why)) => anyhow::bail!("{why}"),
+        Err(_) => anyhow::bail!("the runner ended ({status}) without an answer"),
+    }
+}

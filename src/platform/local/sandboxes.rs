@@ -1,0 +1,346 @@
+//! Users' sandboxes: one agent each, kept, found again after a restart of the server.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+use tokio::net::UnixStream;
+use tokio::sync::OnceCell;
+
+use super::LocalConfig;
+use super::cgroup::Cgroup;
+use super::host::{FIRST_HOST_UID, Host, Interpreters};
+use super::launch::{FirstProcess, launch};
+use crate::model::{Limits, UserId};
+use crate::runner::agent::AgentConfig;
+use crate::runner::confine::Reach;
+use crate::runner::sandbox::{FIRST_SLOT_UID, IDS, Isolation, Placed, Role, SandboxSpec};
+
+/// Files and folders in one slot's scratch space: enough for test runners and their caches.
+const SCRATCH_FILES: u64 = 16_384;
+
+/// An agent that has had no server and no job for this long ends itself.
+const IDLE_SECONDS: u64 = 1_800;
+
+/// Memory of a sandbox beside its runs: the agent and the waiting interpreters.
+const RUNNER_MEMORY: u64 = 512 << 20;
+
+/// Everything that makes sandboxes: the machine, the interpreters, the numbers given out.
+#[derive(Debug)]
+pub struct Sandboxes {
+    config: LocalConfig,
+    host: Host,
+    interpreters: OnceCell<Arc<Interpreters>>,
+    numbers: Mutex<BTreeSet<u32>>,
+    users: Mutex<HashMap<UserId, Arc<tokio::sync::Mutex<Option<Sandbox>>>>>,
+}
+
+/// A living sandbox.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Sandbox {
+    /// Its first process.
+    pub process: FirstProcess,
+    /// Which range of host user ids it has.
+    pub number: u32,
+}
+
+/// What is to live in a new sandbox.
+pub struct Tenant {
+    /// A name for its files.
+    pub name: String,
+    /// Folders shown to it.
+    pub placed: Vec<Placed>,
+    /// Slots in it.
+    pub slots: usize,
+    /// Whether internet sockets may be made.
+    pub network: bool,
+    /// Bytes of memory of one slot at most.
+    pub slot_memory: u64,
+}
+
+impl Sandboxes {
+    /// Finds the sandboxes that an earlier server left.
+    pub fn new(config: LocalConfig, host: Host) -> io::Result<Self> {
+        let folder = config.data.join("sandboxes");
+        fs::create_dir_all(&folder)?;
+        let this = Self {
+            config,
+            host,
+            interpreters: OnceCell::new(),
+            numbers: Mutex::default(),
+            users: Mutex::default(),
+        };
+        for entry in fs::read_dir(&folder)?.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let Some(sandbox) = this.recorded(&name).filter(|found| found.process.is_alive()) else {
+                continue;
+            };
+            match name.strip_prefix("user-").map(str::parse::<UserId>) {
+                Some(Ok(user)) => {
+                    this.locked_numbers().insert(sandbox.number);
+                    this.entry(&user).try_lock().map(|mut s| *s = Some(sandbox)).ok();
+                }
+                // A released program without the server that watched it ends by itself; be sure.
+                _ => sandbox.process.kill(),
+            }
+        }
+        Ok(this)
+    }
+
+    /// How far sandboxes are cut off.
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// The interpreters of this machine, asked once.
+    pub async fn interpreters(&self) -> Arc<Interpreters> {
+        let find = || async {
+            let found = tokio::task::spawn_blocking(Interpreters::find).await;
+            Arc::new(found.unwrap_or_else(|_| Interpreters::find()))
+        };
+        Arc::clone(self.interpreters.get_or_init(find).await)
+    }
+
+    /// A connection to the user's agent, its sandbox made first if need be.
+    pub async fn connect(&self, user: &UserId) -> anyhow::Result<UnixStream> {
+        let entry = self.entry(user);
+        let mut sandbox = entry.lock().await;
+        let name = format!("user-{user}");
+        if sandbox.is_some_and(|found| found.process.is_alive()) {
+            if let Ok(stream) = self.dial(&name).await {
+                return Ok(stream);
+            }
+        }
+        if let Some(dead) = sandbox.take() {
+            self.forget(&name, dead);
+        }
+        let slots = match self.host.isolation {
+            Isolation::Full { .. } => self.config.runs_per_user + 2,
+            Isolation::SingleUser | Isolation::None => 1,
+        };
+        let tenant = Tenant {
+            name: name.clone(),
+            placed: Vec::new(),
+            slots,
+            network: self.config.network,
+            slot_memory: self.config.maximum.memory_bytes,
+        };
+        *sandbox = Some(self.make(tenant, Role::Agent).await?);
+        self.dial(&name).await.context("the new sandbox does not answer")
+    }
+
+    /// Ends the user's sandbox.
+    pub async fn drop_user(&self, user: &UserId) {
+        let entry = self.entry(user);
+        let taken = entry.lock().await.take();
+        if let Some(sandbox) = taken {
+            self.forget(&format!("user-{user}"), sandbox);
+        }
+    }
+
+    /// Ends every user's sandbox.
+    pub async fn drop_all(&self) {
+        let users: Vec<UserId> = self
+            .users
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .keys()
+            .cloned()
+            .collect();
+        for user in users {
+            self.drop_user(&user).await;
+        }
+    }
+
+    /// Makes a sandbox for a tenant.
+    pub async fn make(
+        &self,
+        tenant: Tenant,
+        role: impl FnOnce(AgentConfig) -> Role,
+    ) -> anyhow::Result<Sandbox> {
+        let interpreters = self.interpreters().await;
+        let number = self.take_number();
+        let folder = self.folder(&tenant.name);
+        fs::create_dir_all(folder.join("root"))?;
+        let cgroups = if self.host.cgroups {
+            let slots = tenant.slots as u64;
+            let memory = slots * tenant.slot_memory + RUNNER_MEMORY;
+            let processes = slots * Limits::MAXIMUM.processes + 64;
+            Cgroup::create(&tenant.name, memory, processes)?.procs()
+        } else {
+            Vec::new()
+        };
+        let spec = SandboxSpec {
+            isolation: self.isolation(number),
+            folder: folder.join("root"),
+            shown: interpreters.shown.clone(),
+            cgroups,
+            network: tenant.network,
+            role: role(self.agent_config(&tenant, &interpreters)),
+            placed: tenant.placed,
+        };
+        let listener = self.listen(&tenant.name)?;
+        let log = File::create(folder.join("runner.log"))?;
+        let runner = self.config.runner.clone();
+        let launched =
+            tokio::task::spawn_blocking(move || launch(&runner, &spec, Some(listener), Some(log)));
+        let process = launched.await?.inspect_err(|_| self.return_number(number))?;
+        let sandbox = Sandbox { process, number };
+        fs::write(folder.join("process.json"), serde_json::to_vec(&sandbox)?)?;
+        Ok(sandbox)
+    }
+
+    /// Ends a sandbox and removes what it left.
+    pub fn forget(&self, name: &str, sandbox: Sandbox) {
+        sandbox.process.kill();
+        self.return_number(sandbox.number);
+        if self.host.cgroups {
+            let name = name.to_owned();
+            // Its processes take a moment to be gone, and a group with processes cannot be removed.
+            std::thread::spawn(move || {
+                std::thread::sleep(std::time::Duration::from_millis(200));
+                if let Ok(group) = Cgroup::create(&name, RUNNER_MEMORY, 64) {
+                    group.remove();
+                }
+            });
+        }
+        if let Err(error) = fs::remove_dir_all(self.folder(name)) {
+            tracing::debug!(%name, %error, "a sandbox's folder stays behind");
+        }
+    }
+
+    /// A connection to a sandbox's listening socket.
+    pub async fn dial(&self, name: &str) -> io::Result<UnixStream> {
+        let folder = open_folder(&self.folder(name))?;
+        UnixStream::connect(short_path(&folder)).await
+    }
+
+    /// The host's user id of a sandbox's first slot, for folders its program may write to.
+    pub fn host_uid(&self, sandbox_number: u32) -> Option<u32> {
+        match self.host.isolation {
+            Isolation::Full { .. } => {
+                Some(FIRST_HOST_UID + sandbox_number * IDS + FIRST_SLOT_UID)
+            }
+            Isolation::SingleUser | Isolation::None => None,
+        }
+    }
+
+    /// The number the next sandbox will get.
+    pub fn take_number(&self) -> u32 {
+        let mut numbers = self.locked_numbers();
+        let free = (0..).find(|n| !numbers.contains(n)).unwrap_or(0);
+        numbers.insert(free);
+        free
+    }
+
+    fn return_number(&self, number: u32) {
+        self.locked_numbers().remove(&number);
+    }
+
+    fn locked_numbers(&self) -> std::sync::MutexGuard<'_, BTreeSet<u32>> {
+        self.numbers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn isolation(&self, number: u32) -> Isolation {
+        match self.host.isolation {
+            Isolation::Full { .. } => Isolation::Full {
+                first_host_uid: FIRST_HOST_UID + number * IDS,
+            },
+            weaker => weaker,
+        }
+    }
+
+    fn agent_config(&self, tenant: &Tenant, interpreters: &Interpreters) -> AgentConfig {
+        let mounts = self.host.isolation != Isolation::None;
+        let scratch = self.folder(&tenant.name).join("root/scratch");
+        let reach = if mounts {
+            vec![Reach {
+                path: PathBuf::from("/base"),
+                writable: true,
+            }]
+        } else {
+            let shown = interpreters.shown.iter().filter(|path| path.exists());
+            let mut reach: Vec<Reach> = shown.map(|path| reach(path, false)).collect();
+            reach.push(Reach {
+                path: scratch.clone(),
+                writable: true,
+            });
+            reach.extend(["/dev", "/proc"].map(|path| reach_of(path)));
+            reach
+        };
+        AgentConfig {
+            slots: tenant.slots,
+            first_uid: matches!(self.host.isolation, Isolation::Full { .. })
+                .then_some(FIRST_SLOT_UID),
+            private_roots: mounts,
+            base: PathBuf::from(if mounts { "/base" } else { "/" }),
+            slots_folder: PathBuf::from("/slots"),
+            scratch: if mounts { PathBuf::from("/scratch") } else { scratch },
+            scratch_bytes: (4 * self.config.maximum.file_bytes).max(64 << 20),
+            scratch_files: SCRATCH_FILES,
+            reach,
+            // With a network namespace of its own, internet sockets lead nowhere and may be made.
+            network: tenant.network || mounts,
+            python: interpreters.python.clone(),
+            path: interpreters.path.clone(),
+            idle_seconds: IDLE_SECONDS,
+        }
+    }
+
+    fn entry(&self, user: &UserId) -> Arc<tokio::sync::Mutex<Option<Sandbox>>> {
+        let mut users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(users.entry(user.clone()).or_default())
+    }
+
+    fn folder(&self, name: &str) -> PathBuf {
+        self.config.data.join("sandboxes").join(name)
+    }
+
+    fn recorded(&self, name: &str) -> Option<Sandbox> {
+        let text = fs::read(self.folder(name).join("process.json")).ok()?;
+        serde_json::from_slice(&text).ok()
+    }
+
+    fn listen(&self, name: &str) -> io::Result<OwnedFd> {
+        let folder = self.folder(name);
+        match fs::remove_file(folder.join(SOCKET)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let opened = open_folder(&folder)?;
+        Ok(OwnedFd::from(UnixListener::bind(short_path(&opened))?))
+    }
+}
+
+const SOCKET: &str = "socket";
+
+fn reach(path: &Path, writable: bool) -> Reach {
+    Reach {
+        path: path.to_owned(),
+        writable,
+    }
+}
+
+fn reach_of(path: &str) -> Reach {
+    reach(Path::new(path), path == "/dev")
+}
+
+fn open_folder(folder: &Path) -> io::Result<OwnedFd> {
+    use rustix::fs::{Mode, OFlags};
+    Ok(rustix::fs::open(
+        folder,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?)
+}
+
+/// A socket's path may have 107 bytes (unix(7)); a data folder's may be longer.
+fn short_path(folder: &OwnedFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}/{SOCKET}", folder.as_raw_fd()))
+}

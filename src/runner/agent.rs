@@ -1,0 +1,579 @@
+//! The runner's long-lived half: takes jobs from the server, gives each a slot, keeps what happened
+//! until the server has stored it.
+//!
+//! One thread does all of this. The server going away stops nothing: jobs run on, and their events
+//! wait for it to come back.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::Command as Process;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::{Mode, OFlags};
+use serde::{Deserialize, Serialize};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
+
+use super::confine::{Confinement, Identity, Reach, set_limits};
+use super::job::{Command, JobLog, KILL_PATIENCE, Supervisor};
+use super::process::{Exit, reap};
+use super::slot::Slot;
+use super::warm::{HOOK_FOLDER, Interpreter, Parked, Program, needs_cold_start, pipes};
+use super::wire::{FromRunner, Job, JobEvent, JobId, ToRunner, VERSION, frames};
+use crate::model::{Ending, RunReport, Usage};
+
+/// The server pings every 5 s; three missed ones mean that it is gone (design.md §7).
+const SERVER_SILENCE: Duration = Duration::from_secs(15);
+
+/// Jobs that may wait for a slot. The server queues fairly and sends no more than there are slots,
+/// except when several of its connections overlap after a restart.
+const MAX_WAITING_JOBS: usize = 64;
+
+/// Ended jobs whose events the server has not stored yet. Beyond it the oldest is forgotten, and the
+/// server answers `unavailable` for it.
+const MAX_UNTOLD_JOBS: usize = 256;
+
+/// Job ids remembered after everything about them is stored, so that a repeated start is not a
+/// second run.
+const MAX_REMEMBERED_JOBS: usize = 16_384;
+
+/// How an agent is set up. The platform works it out; the agent does not look around.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AgentConfig {
+    /// Jobs at one time.
+    pub slots: usize,
+    /// The first slot's user id, the others follow; `None`: the sandbox has one user id.
+    pub first_uid: Option<u32>,
+    /// Whether each slot gets a root of its own (needs mounts).
+    pub private_roots: bool,
+    /// The root of user code's world.
+    pub base: PathBuf,
+    /// Where slots' roots go.
+    pub slots_folder: PathBuf,
+    /// Where scratch space goes.
+    pub scratch: PathBuf,
+    /// Bytes of a slot's scratch space.
+    pub scratch_bytes: u64,
+    /// Files and folders of a slot's scratch space.
+    pub scratch_files: u64,
+    /// What user code may reach.
+    pub reach: Vec<Reach>,
+    /// Whether internet sockets may be made.
+    pub network: bool,
+    /// The Python to start ahead of time.
+    pub python: Option<PathBuf>,
+    /// `PATH` of user code.
+    pub path: String,
+    /// Seconds without server and jobs after which the agent ends itself.
+    pub idle_seconds: u64,
+}
+
+impl AgentConfig {
+    /// The variables that every job has.
+    pub fn environment(&self, slot: &Slot) -> Vec<(String, String)> {
+        let text = |path: &std::path::Path| path.to_string_lossy().into_owned();
+        vec![
+            ("PATH".to_owned(), self.path.clone()),
+            ("HOME".to_owned(), text(slot.workspace())),
+            ("LANG".to_owned(), "C.UTF-8".to_owned()),
+            ("TMPDIR".to_owned(), text(&slot.temporary())),
+        ]
+    }
+
+    /// The folder with the waiting interpreter's hook, as user code's world sees it.
+    pub fn hook_folder(&self) -> PathBuf {
+        if self.private_roots {
+            PathBuf::from("/").join(HOOK_FOLDER)
+        } else {
+            self.scratch.join(HOOK_FOLDER)
+        }
+    }
+
+    /// The root of user code's world, opened.
+    pub fn open_base(&self) -> io::Result<OwnedFd> {
+        Ok(rustix::fs::open(
+            &self.base,
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?)
+    }
+}
+
+/// Who waits for the end of which process.
+#[derive(Debug, Clone, Default)]
+pub struct Exits(Rc<RefCell<Waiting>>);
+
+#[derive(Debug, Default)]
+struct Waiting {
+    waiting: HashMap<i32, oneshot::Sender<Exit>>,
+    /// Ends that came before anybody asked: a fork's end can overtake the news of the fork.
+    early: VecDeque<(i32, Exit)>,
+}
+
+/// A fork has at most a few siblings whose news can overtake it.
+const MAX_EARLY_EXITS: usize = 32;
+
+impl Exits {
+    /// Resolves when this process has ended.
+    pub fn wait_for(&self, pid: i32) -> oneshot::Receiver<Exit> {
+        let (tell, told) = oneshot::channel();
+        let mut state = self.0.borrow_mut();
+        match state.early.iter().position(|(early, _)| *early == pid) {
+            Some(index) => {
+                if let Some((_, exit)) = state.early.remove(index) {
+                    let _ = tell.send(exit);
+                }
+            }
+            None => {
+                state.waiting.insert(pid, tell);
+            }
+        }
+        told
+    }
+
+    /// This process has ended.
+    pub fn tell(&self, pid: i32, exit: Exit) {
+        let mut state = self.0.borrow_mut();
+        match state.waiting.remove(&pid) {
+            Some(waiting) => {
+                let _ = waiting.send(exit);
+            }
+            None => {
+                if state.early.len() == MAX_EARLY_EXITS {
+                    state.early.pop_front();
+                }
+                state.early.push_back((pid, exit));
+            }
+        }
+    }
+
+    fn tell_if_awaited(&self, pid: i32, exit: Exit) {
+        if self.0.borrow().waiting.contains_key(&pid) {
+            self.tell(pid, exit);
+        }
+    }
+}
+
+/// A slot in which nothing runs.
+#[derive(Debug)]
+struct FreeSlot {
+    slot: Arc<Slot>,
+    parked: Option<Parked>,
+}
+
+struct Agent {
+    config: AgentConfig,
+    confinement: Confinement,
+    exits: Exits,
+    interpreter: tokio::sync::Mutex<Option<Interpreter>>,
+    interpreter_pid: Cell<i32>,
+    free: RefCell<VecDeque<FreeSlot>>,
+    slots_made: Cell<usize>,
+    slot_freed: Notify,
+    jobs: RefCell<HashMap<JobId, Rc<JobLog>>>,
+    ended: RefCell<VecDeque<JobId>>,
+    remembered: RefCell<Remembered>,
+    connections: Cell<usize>,
+    active: Cell<Instant>,
+}
+
+#[derive(Debug, Default)]
+struct Remembered {
+    order: VecDeque<JobId>,
+    ids: HashSet<JobId>,
+}
+
+/// Serves until told to shut down, or idle for longer than configured.
+pub async fn run(config: AgentConfig, listener: UnixListener) -> anyhow::Result<()> {
+    let confinement = Confinement::new(&config.reach, config.network)?;
+    let agent = Rc::new(Agent {
+        confinement,
+        exits: Exits::default(),
+        interpreter: tokio::sync::Mutex::new(None),
+        interpreter_pid: Cell::new(0),
+        free: RefCell::default(),
+        slots_made: Cell::new(0),
+        slot_freed: Notify::new(),
+        jobs: RefCell::default(),
+        ended: RefCell::default(),
+        remembered: RefCell::default(),
+        connections: Cell::new(0),
+        active: Cell::new(Instant::now()),
+        config,
+    });
+    tokio::task::spawn_local(collect_children(agent.exits.clone())?);
+    agent.prepare_slots();
+    loop {
+        let idle = Duration::from_secs(agent.config.idle_seconds);
+        match timeout(idle.max(Duration::from_secs(1)), listener.accept()).await {
+            Ok(accepted) => {
+                let (stream, _) = accepted?;
+                tokio::task::spawn_local(Rc::clone(&agent).serve(stream));
+            }
+            Err(_) if agent.is_idle(idle) => return Ok(()),
+            Err(_) => {}
+        }
+    }
+}
+
+/// Collects every child that ends: jobs started cold, orphans of jobs, helpers.
+fn collect_children(exits: Exits) -> io::Result<impl Future<Output = ()>> {
+    let mut ended = signal(SignalKind::child())?;
+    Ok(async move {
+        loop {
+            while let Some((pid, exit)) = reap() {
+                exits.tell_if_awaited(pid, exit);
+            }
+            if ended.recv().await.is_none() {
+                return;
+            }
+        }
+    })
+}
+
+impl Agent {
+    fn is_idle(&self, idle: Duration) -> bool {
+        let running = self.jobs.borrow().values().any(|log| !log.has_ended());
+        self.connections.get() == 0 && !running && self.active.get().elapsed() >= idle
+    }
+
+    /// Two slots to begin with: one runs while the other is made ready again.
+    fn prepare_slots(self: &Rc<Self>) {
+        for _ in 0..self.config.slots.min(2) {
+            if let Some(slot) = self.make_slot() {
+                let this = Rc::clone(self);
+                tokio::task::spawn_local(async move { this.make_ready(slot).await });
+            }
+        }
+    }
+
+    fn make_slot(&self) -> Option<Arc<Slot>> {
+        let index = self.slots_made.get();
+        if index >= self.config.slots {
+            return None;
+        }
+        match Slot::create(&self.config, index) {
+            Ok(slot) => {
+                self.slots_made.set(index + 1);
+                Some(Arc::new(slot))
+            }
+            Err(error) => {
+                tracing::error!(index, %error, "a slot could not be made");
+                None
+            }
+        }
+    }
+
+    /// Puts an empty slot back among the free ones, with a warm interpreter waiting in it.
+    async fn make_ready(&self, slot: Arc<Slot>) {
+        let parked = match self.park(&slot).await {
+            Ok(parked) => parked,
+            Err(error) => {
+                tracing::warn!(%error, "no warm interpreter; the next run starts cold");
+                None
+            }
+        };
+        self.free.borrow_mut().push_back(FreeSlot { slot, parked });
+        self.slot_freed.notify_one();
+    }
+
+    async fn park(&self, slot: &Slot) -> anyhow::Result<Option<Parked>> {
+        let Some(python) = &self.config.python else {
+            return Ok(None);
+        };
+        let mut interpreter = self.interpreter.lock().await;
+        if interpreter.as_ref().is_none_or(Interpreter::is_worn) {
+            let exits = self.exits.clone();
+            let new = Interpreter::start(python, &self.config, &self.confinement, slot, exits)?;
+            self.interpreter_pid.set(new.pid());
+            *interpreter = Some(new);
+        }
+        let Some(ready) = interpreter.as_mut() else {
+            return Ok(None);
+        };
+        let parked = ready.park(slot).await;
+        if parked.is_err() {
+            *interpreter = None;
+        }
+        parked.map(Some)
+    }
+
+    /// Waits for a free slot; makes another while there may be more.
+    async fn take_slot(&self) -> FreeSlot {
+        loop {
+            let freed = self.slot_freed.notified();
+            let free = {
+                let mut free = self.free.borrow_mut();
+                let warm = free.iter().position(|free| free.parked.is_some());
+                free.remove(warm.unwrap_or(0))
+            };
+            if let Some(free) = free {
+                return free;
+            }
+            if let Some(slot) = self.make_slot() {
+                let parked = self.park(&slot).await.ok().flatten();
+                return FreeSlot { slot, parked };
+            }
+            freed.await;
+        }
+    }
+
+    async fn serve(self: Rc<Self>, stream: UnixStream) {
+        self.connections.set(self.connections.get() + 1);
+        if let Err(error) = self.converse(stream).await {
+            tracing::debug!(%error, "a connection to the server ended");
+        }
+        self.connections.set(self.connections.get() - 1);
+        self.active.set(Instant::now());
+    }
+
+    async fn converse(self: &Rc<Self>, stream: UnixStream) -> anyhow::Result<()> {
+        let (mut reader, mut writer) = frames(stream);
+        writer.send(&FromRunner::Hello { version: VERSION }).await?;
+        let hello = timeout(SERVER_SILENCE, reader.next::<ToRunner>()).await??;
+        anyhow::ensure!(
+            hello == ToRunner::Hello { version: VERSION },
+            "the server speaks another version: {hello:?}"
+        );
+        let (tell, mut to_tell) = mpsc::channel::<FromRunner>(64);
+        let mut tasks = JoinSet::new();
+        tasks.spawn_local(async move {
+            while let Some(frame) = to_tell.recv().await {
+                if writer.send(&frame).await.is_err() {
+                    return;
+                }
+            }
+        });
+        loop {
+            let frame = timeout(SERVER_SILENCE, reader.next::<ToRunner>()).await??;
+            match frame {
+                ToRunner::Hello { .. } => anyhow::bail!("a second greeting"),
+                ToRunner::Ping => tell.send(FromRunner::Pong).await?,
+                ToRunner::Start(job) => match self.start(*job) {
+                    Ok(log) => {
+                        tasks.spawn_local(forward(log, 0, tell.clone()));
+                    }
+                    Err(job) => tell.send(FromRunner::Unknown { job }).await?,
+                },
+                ToRunner::Attach { job, after } => {
+                    let log = self.jobs.borrow().get(&job).cloned();
+                    match log {
+                        Some(log) => {
+                            tasks.spawn_local(forward(log, after, tell.clone()));
+                        }
+                        None => tell.send(FromRunner::Unknown { job }).await?,
+                    }
+                }
+                ToRunner::Stdin { job, data, eof } => {
+                    self.command(job, Command::Stdin { data, eof });
+                }
+                ToRunner::Cancel { job } => self.command(job, Command::Cancel),
+                ToRunner::Ack { job, seq } => self.stored(job, seq),
+                ToRunner::Shutdown => std::process::exit(0),
+            }
+        }
+    }
+
+    fn command(&self, job: JobId, command: Command) {
+        if let Some(log) = self.jobs.borrow().get(&job) {
+            // A job that takes no more commands has ended.
+            let _ = log.commands.send(command);
+        }
+    }
+
+    fn stored(&self, job: JobId, seq: u64) {
+        let mut jobs = self.jobs.borrow_mut();
+        if jobs.get(&job).is_some_and(|log| log.stored(seq)) {
+            jobs.remove(&job);
+        }
+    }
+
+    /// Starts a job, or finds it when it was started before. `Err` when it ran and is forgotten.
+    fn start(self: &Rc<Self>, job: Job) -> Result<Rc<JobLog>, JobId> {
+        let id = job.id;
+        if let Some(log) = self.jobs.borrow().get(&id) {
+            return Ok(Rc::clone(log));
+        }
+        if !self.remember(id) {
+            return Err(id);
+        }
+        // The server bounds the input of one job, and with it this channel.
+        let (commands, receiver) = mpsc::unbounded_channel();
+        let log = Rc::new(JobLog::new(id, commands));
+        let waiting = self.jobs.borrow().values().filter(|log| !log.has_ended()).count();
+        self.jobs.borrow_mut().insert(id, Rc::clone(&log));
+        if waiting >= self.config.slots + MAX_WAITING_JOBS {
+            log.push(JobEvent::Ended(not_started("the sandbox has too many jobs waiting")));
+        } else {
+            let this = Rc::clone(self);
+            let log = Rc::clone(&log);
+            tokio::task::spawn_local(async move { this.run_job(job, log, receiver).await });
+        }
+        Ok(log)
+    }
+
+    fn remember(&self, id: JobId) -> bool {
+        let mut remembered = self.remembered.borrow_mut();
+        if !remembered.ids.insert(id) {
+            return false;
+        }
+        remembered.order.push_back(id);
+        if remembered.order.len() > MAX_REMEMBERED_JOBS {
+            if let Some(oldest) = remembered.order.pop_front() {
+                remembered.ids.remove(&oldest);
+            }
+        }
+        true
+    }
+
+    async fn run_job(
+        self: Rc<Self>,
+        job: Job,
+        log: Rc<JobLog>,
+        mut commands: mpsc::UnboundedReceiver<Command>,
+    ) {
+        let FreeSlot { slot, parked } = tokio::select! {
+            free = self.take_slot() => free,
+            // Cancelled before it began.
+            () = cancelled(&mut commands) => {
+                let mut report = not_started("");
+                report.ending = Ending::Cancelled;
+                return self.end(&log, report);
+            }
+        };
+        let known = |pid: i32| vec![self.interpreter_pid.get(), pid];
+        let report = match self.launch(&job, &slot, parked).await {
+            Ok(program) => {
+                // Where all share one user id, only the job's own process tree is its own.
+                let tree = slot.tree(known(0));
+                let supervisor = Supervisor::new(&job, &slot, tree, &log);
+                let mut report = supervisor.watch(program, &mut commands).await;
+                if let Some(name) = &job.report {
+                    // Nothing may write to the report while it is read.
+                    let _ = slot.tree(known(0)).kill(KILL_PATIENCE).await;
+                    report.test_report = slot.read_report(name);
+                }
+                report
+            }
+            Err(error) => not_started(&format!("{error:#}")),
+        };
+        self.end(&log, report);
+        self.recycle(slot, known(0)).await;
+    }
+
+    fn end(&self, log: &Rc<JobLog>, report: RunReport) {
+        log.push(JobEvent::Ended(report));
+        self.active.set(Instant::now());
+        let mut ended = self.ended.borrow_mut();
+        ended.push_back(log.id);
+        while ended.len() > MAX_UNTOLD_JOBS {
+            if let Some(oldest) = ended.pop_front() {
+                self.jobs.borrow_mut().remove(&oldest);
+            }
+        }
+    }
+
+    async fn launch(
+        &self,
+        job: &Job,
+        slot: &Slot,
+        parked: Option<Parked>,
+    ) -> anyhow::Result<Program> {
+        slot.write_files(&job.files)?;
+        let warm = job.argv.len() >= 2
+            && job.argv[0] == "python3"
+            && job.argv[1] == "main.py"
+            && !needs_cold_start(&job.env);
+        let mut env = self.config.environment(slot);
+        env.extend(job.env.iter().cloned());
+        if let Some(parked) = parked {
+            if warm {
+                set_limits(parked.pid(), &job.limits)?;
+                return Ok(parked.run(&job.argv, &env).await?);
+            }
+            drop(parked);
+            slot.tree(vec![self.interpreter_pid.get()]).kill(KILL_PATIENCE).await?;
+        }
+        self.spawn(job, slot, env)
+    }
+
+    fn spawn(&self, job: &Job, slot: &Slot, env: Vec<(String, String)>) -> anyhow::Result<Program> {
+        let Some((name, arguments)) = job.argv.split_first() else {
+            anyhow::bail!("there is no command to run");
+        };
+        let (parent, child) = pipes()?;
+        let mut command = Process::new(name);
+        command.args(arguments).env_clear().envs(env);
+        child.attach(&mut command);
+        let identity = slot.uid.map_or(Identity::Own, Identity::User);
+        self.confinement.apply(&mut command, identity, slot.root(), slot.workspace(), &job.limits)?;
+        let started = command
+            .spawn()
+            .map_err(|error| anyhow::anyhow!("{name} could not be started: {error}"))?;
+        let pid = i32::try_from(started.id())?;
+        Ok(Program {
+            pid,
+            stdin: parent.stdin,
+            stdout: parent.stdout,
+            stderr: parent.stderr,
+            exit: self.exits.wait_for(pid),
+        })
+    }
+
+    /// Ends what is left of a job and makes its slot ready for the next.
+    async fn recycle(&self, slot: Arc<Slot>, known: Vec<i32>) {
+        if let Err(error) = slot.tree(known).kill(KILL_PATIENCE).await {
+            // A slot with a living process in it is lost; the others go on.
+            tracing::error!(slot = slot.index, %error, "the slot is given up");
+            return;
+        }
+        // Emptying a full scratch space takes tens of milliseconds, in which heartbeats and other
+        // jobs' output must go on.
+        let emptied = Arc::clone(&slot);
+        let wiped = tokio::task::spawn_blocking(move || emptied.wipe()).await;
+        match wiped.map_err(io::Error::other).flatten() {
+            Ok(()) => self.make_ready(slot).await,
+            Err(error) => {
+                tracing::error!(slot = slot.index, %error, "the slot could not be emptied and is given up");
+            }
+        }
+    }
+}
+
+async fn cancelled(commands: &mut mpsc::UnboundedReceiver<Command>) {
+    loop {
+        match commands.recv().await {
+            Some(Command::Cancel) => return,
+            Some(Command::Stdin { .. }) => {}
+            None => std::future::pending().await,
+        }
+    }
+}
+
+async fn forward(log: Rc<JobLog>, mut after: u64, tell: mpsc::Sender<FromRunner>) {
+    while let Some((seq, event)) = log.after(after).await {
+        let job = log.id;
+        if tell.send(FromRunner::Event { job, seq, event }).await.is_err() {
+            return;
+        }
+        after = seq;
+    }
+}
+
+fn not_started(why: &str) -> RunReport {
+    RunReport {
+        ending: Ending::NotStarted(why.to_owned()),
+        duration_ms: 0,
+        usage: Usage::default(),
+        truncated: false,
+        test_report: None,
+    }
+}

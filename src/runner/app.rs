@@ -1,0 +1,410 @@
+//! A released program: started, watched, started again when it fails, and shown to whoever calls.
+//!
+//! The program listens on port 3000 of its own network namespace. Until it does, and after it has
+//! ended, this side answers callers itself: with what is happening, or with the output and the exit
+//! code of a program that simply ended.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::rc::Rc;
+use std::time::Duration;
+
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::{Request, Response, StatusCode, header};
+use hyper_util::rt::TokioIo;
+use serde::{Deserialize, Serialize};
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe;
+use tokio::net::{TcpStream, UnixListener, UnixStream};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{broadcast, mpsc};
+use tokio::time::{Instant, sleep, timeout};
+
+use super::agent::AgentConfig;
+use super::confine::{Confinement, Identity};
+use super::job::KILL_PATIENCE;
+use super::process::{Exit, reap};
+use super::slot::{Slot, bind};
+use super::warm::pipes;
+use super::wire::{AppPort, FromApp, frames};
+use crate::model::{Ending, Limits, OutputStream};
+
+/// The port a released program listens on (design.md §5).
+pub const PROGRAM_PORT: u16 = 3_000;
+
+/// A program that neither listens nor ends within this time is a worker, and serves by running.
+const WORKER_AFTER: Duration = Duration::from_secs(5);
+
+/// Pause before a failed program is started again: doubled each time up to the longest, as the
+/// kubelet does it (10 s to 300 s there; shorter here, where someone is usually watching).
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// How often the port is tried while the program comes up.
+const TRY_EVERY: Duration = Duration::from_millis(2);
+
+/// Output kept for the page that stands in for a program.
+const KEPT_OUTPUT: usize = 64 << 10;
+
+/// How often a released program's memory is looked at.
+const MEASURE_EVERY: Duration = Duration::from_millis(500);
+
+/// What is released.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AppConfig {
+    /// Command and arguments.
+    pub argv: Vec<String>,
+    /// The program's own variables.
+    pub env: Vec<(String, String)>,
+    /// The immutable release; its files are copied into the workspace.
+    pub release: PathBuf,
+    /// A folder that outlives releases, shown at the same place to the program.
+    pub data: Option<PathBuf>,
+    /// Bytes of memory it may use.
+    pub memory_bytes: u64,
+    /// Processes it may have.
+    pub processes: u64,
+    /// The sandbox it lives in, with one slot.
+    pub sandbox: AgentConfig,
+}
+
+#[derive(Debug, Clone)]
+enum State {
+    Starting,
+    Serving,
+    Ended(Ending),
+}
+
+struct App {
+    config: AppConfig,
+    slot: Slot,
+    confinement: Confinement,
+    state: RefCell<State>,
+    output: RefCell<VecDeque<u8>>,
+    events: broadcast::Sender<FromApp>,
+    watched: Cell<bool>,
+}
+
+/// Runs the program until the server lets go of it.
+pub async fn run(config: AppConfig, listener: UnixListener) -> anyhow::Result<()> {
+    let slot = Slot::create(&config.sandbox, 0)?;
+    copy_release(&config.release, &slot)?;
+    if let (Some(data), true) = (&config.data, config.sandbox.private_roots) {
+        let inside = config.sandbox.slots_folder.join("0");
+        bind(data, &inside.join(data.strip_prefix("/").unwrap_or(data)), false)?;
+    }
+    let app = Rc::new(App {
+        confinement: Confinement::new(&config.sandbox.reach, config.sandbox.network)?,
+        slot,
+        state: RefCell::new(State::Starting),
+        output: RefCell::default(),
+        events: broadcast::channel(1_024).0,
+        watched: Cell::new(false),
+        config,
+    });
+    loop {
+        let (stream, _) = listener.accept().await?;
+        tokio::task::spawn_local(Rc::clone(&app).accept(stream));
+    }
+}
+
+fn copy_release(release: &Path, slot: &Slot) -> anyhow::Result<()> {
+    let mut files = Vec::new();
+    let mut folders = vec![release.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                folders.push(entry.path());
+            } else {
+                let path = entry.path();
+                let name = path.strip_prefix(release)?.to_string_lossy().into_owned();
+                files.push((name, std::fs::read_to_string(&path)?));
+            }
+        }
+    }
+    slot.write_files(&files)?;
+    Ok(())
+}
+
+impl App {
+    async fn accept(self: Rc<Self>, mut stream: UnixStream) {
+        let Ok(byte) = stream.read_u8().await else {
+            return;
+        };
+        match AppPort::from_byte(byte) {
+            Some(AppPort::Program) => self.show(stream).await,
+            Some(AppPort::Control) => {
+                let first = !self.watched.replace(true);
+                let events = self.events.subscribe();
+                if first {
+                    tokio::task::spawn_local(Rc::clone(&self).keep_running());
+                }
+                watch(stream, events).await;
+                // The server is gone, and with it everybody who could call. As the first process
+                // of its namespace this one takes the program along.
+                let _ = self.slot.tree(Vec::new()).kill(KILL_PATIENCE).await;
+                std::process::exit(0)
+            }
+            None => {}
+        }
+    }
+
+    /// One caller: joined to the program when it listens, answered in its place otherwise.
+    async fn show(self: Rc<Self>, mut stream: UnixStream) {
+        if let Ok(mut program) = TcpStream::connect(("127.0.0.1", PROGRAM_PORT)).await {
+            let _ = program.set_nodelay(true);
+            let _ = tokio::io::copy_bidirectional(&mut stream, &mut program).await;
+            return;
+        }
+        let service = hyper::service::service_fn(|_: Request<Incoming>| {
+            std::future::ready(Ok::<_, Infallible>(self.page()))
+        });
+        let _ = hyper::server::conn::http1::Builder::new()
+            .keep_alive(false)
+            .serve_connection(TokioIo::new(stream), service)
+            .await;
+    }
+
+    fn page(&self) -> Response<Full<Bytes>> {
+        let output: Vec<u8> = self.output.borrow().iter().copied().collect();
+        let output = escape(&String::from_utf8_lossy(&output));
+        let (status, title, refresh) = match &*self.state.borrow() {
+            State::Ended(Ending::Exited(0)) => {
+                (StatusCode::OK, "The program ended with exit code 0".to_owned(), false)
+            }
+            State::Ended(ending) => {
+                (StatusCode::BAD_GATEWAY, format!("The program {}", describe(ending)), false)
+            }
+            State::Starting => {
+                (StatusCode::SERVICE_UNAVAILABLE, "The program is starting".to_owned(), true)
+            }
+            State::Serving => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                format!("The program is running and does not listen on port {PROGRAM_PORT}"),
+                true,
+            ),
+        };
+        let refresh = if refresh { "<meta http-equiv=refresh content=1>" } else { "" };
+        let html = format!(
+            "<!doctype html><html lang=en><meta charset=utf-8>{refresh}\
+             <meta name=viewport content='width=device-width'><meta name=color-scheme content='light dark'>\
+             <title>{title}</title><style>body{{font:16px system-ui;margin:3rem auto;max-width:60rem;padding:0 1rem}}\
+             pre{{font:14px/1.5 ui-monospace,monospace;padding:1rem;border:1px solid #8884;border-radius:8px;\
+             white-space:pre-wrap;overflow-wrap:anywhere}}</style><h1>{title}</h1><pre>{output}</pre>"
+        );
+        let mut response = Response::new(Full::new(Bytes::from(html)));
+        *response.status_mut() = status;
+        response.headers_mut().insert(
+            header::CONTENT_TYPE,
+            header::HeaderValue::from_static("text/html; charset=utf-8"),
+        );
+        response
+            .headers_mut()
+            .insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-store"));
+        response
+    }
+
+    async fn keep_running(self: Rc<Self>) {
+        let mut restarts = 0;
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let _ = self.events.send(FromApp::Started { restarts });
+            *self.state.borrow_mut() = State::Starting;
+            self.output.borrow_mut().clear();
+            let started = Instant::now();
+            let (ending, served) = match self.run_once().await {
+                Ok(result) => result,
+                Err(error) => (Ending::NotStarted(format!("{error:#}")), false),
+            };
+            let _ = self.slot.tree(Vec::new()).kill(KILL_PATIENCE).await;
+            // What served and then failed is started again; what never served failed for good.
+            let again = served && ending != Ending::Exited(0);
+            *self.state.borrow_mut() = State::Ended(ending.clone());
+            let _ = self.events.send(FromApp::Ended { ending, again });
+            if !again {
+                return;
+            }
+            if started.elapsed() > LONGEST_PAUSE {
+                pause = FIRST_PAUSE;
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+            restarts += 1;
+        }
+    }
+
+    /// One life of the program: how it ended, and whether it served before.
+    async fn run_once(&self) -> anyhow::Result<(Ending, bool)> {
+        let mut children = signal(SignalKind::child())?;
+        let (pid, stdout, stderr) = self.start()?;
+        let (tell, mut told) = mpsc::channel::<(OutputStream, Vec<u8>)>(16);
+        tokio::task::spawn_local(read_all(OutputStream::Stdout, stdout, tell.clone()));
+        tokio::task::spawn_local(read_all(OutputStream::Stderr, stderr, tell));
+        let serving = serves();
+        tokio::pin!(serving);
+        let mut served = false;
+        let mut out_of_memory = false;
+        let mut measure = tokio::time::interval(MEASURE_EVERY);
+        let exit = loop {
+            tokio::select! {
+                _ = children.recv() => {
+                    if let Some(exit) = collect(pid) {
+                        break exit;
+                    }
+                }
+                Some((stream, data)) = told.recv() => self.wrote(stream, data),
+                () = &mut serving, if !served => {
+                    served = true;
+                    *self.state.borrow_mut() = State::Serving;
+                    let _ = self.events.send(FromApp::Serving);
+                }
+                _ = measure.tick() => {
+                    let tree = self.slot.tree(Vec::new());
+                    if tree.usage().resident > self.config.memory_bytes
+                        && tree.proportional_memory() > self.config.memory_bytes
+                    {
+                        out_of_memory = true;
+                        let _ = tree.kill(KILL_PATIENCE).await;
+                    }
+                }
+            }
+        };
+        while let Ok(Some((stream, data))) = timeout(Duration::from_millis(50), told.recv()).await {
+            self.wrote(stream, data);
+        }
+        let ending = if out_of_memory {
+            Ending::Limit(crate::model::Reason::Memory)
+        } else if libc::WIFSIGNALED(exit.status) {
+            Ending::Signalled(libc::WTERMSIG(exit.status))
+        } else {
+            Ending::Exited(libc::WEXITSTATUS(exit.status))
+        };
+        Ok((ending, served))
+    }
+
+    fn start(&self) -> anyhow::Result<(i32, pipe::Receiver, pipe::Receiver)> {
+        let Some((name, arguments)) = self.config.argv.split_first() else {
+            anyhow::bail!("there is no command to run");
+        };
+        let (parent, child) = pipes()?;
+        let mut command = Command::new(name);
+        command
+            .args(arguments)
+            .env_clear()
+            .envs(self.config.sandbox.environment(&self.slot))
+            .env("PORT", PROGRAM_PORT.to_string())
+            // A released program's log is followed live; block buffering would hide it.
+            .env("PYTHONUNBUFFERED", "1")
+            .envs(self.config.env.iter().cloned());
+        child.attach(&mut command);
+        let limits = Limits {
+            wall_ms: u64::MAX,
+            // Released programs run for as long as they like.
+            cpu_ms: u64::from(u32::MAX) * 1_000,
+            memory_bytes: self.config.memory_bytes,
+            processes: self.config.processes,
+            file_bytes: u64::MAX,
+            output_bytes: u64::MAX,
+        };
+        let identity = self.slot.uid.map_or(Identity::Own, Identity::User);
+        self.confinement.apply(
+            &mut command,
+            identity,
+            self.slot.root(),
+            self.slot.workspace(),
+            &limits,
+        )?;
+        let started = command
+            .spawn()
+            .map_err(|error| anyhow::anyhow!("{name} could not be started: {error}"))?;
+        Ok((i32::try_from(started.id())?, parent.stdout, parent.stderr))
+    }
+
+    fn wrote(&self, stream: OutputStream, data: Vec<u8>) {
+        let mut output = self.output.borrow_mut();
+        output.extend(&data);
+        let excess = output.len().saturating_sub(KEPT_OUTPUT);
+        output.drain(..excess);
+        drop(output);
+        let _ = self.events.send(FromApp::Output { stream, data });
+    }
+}
+
+/// Resolves when the program listens, or has run long enough to count as a worker.
+async fn serves() {
+    let started = Instant::now();
+    let mut pause = TRY_EVERY;
+    while started.elapsed() < WORKER_AFTER {
+        if TcpStream::connect(("127.0.0.1", PROGRAM_PORT)).await.is_ok() {
+            return;
+        }
+        sleep(pause).await;
+        pause = (pause * 5 / 4).min(Duration::from_millis(50));
+    }
+}
+
+fn collect(wanted: i32) -> Option<Exit> {
+    let mut found = None;
+    while let Some((pid, exit)) = reap() {
+        if pid == wanted {
+            found = Some(exit);
+        }
+    }
+    found
+}
+
+async fn read_all(
+    stream: OutputStream,
+    mut pipe: pipe::Receiver,
+    tell: mpsc::Sender<(OutputStream, Vec<u8>)>,
+) {
+    let mut buffer = vec![0; 8 << 10];
+    while let Ok(length) = pipe.read(&mut buffer).await {
+        if length == 0 || tell.send((stream, buffer[..length].to_vec())).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Passes on what happens until the server lets go.
+async fn watch(stream: UnixStream, mut events: broadcast::Receiver<FromApp>) {
+    let (mut reader, mut writer) = frames(stream);
+    loop {
+        tokio::select! {
+            event = events.recv() => match event {
+                Ok(event) => {
+                    if writer.send(&event).await.is_err() {
+                        return;
+                    }
+                }
+                // A server that cannot keep up loses some of the output, not the program.
+                Err(broadcast::error::RecvError::Lagged(lost)) => {
+                    tracing::warn!(lost, "the server did not keep up with the program's output");
+                }
+                Err(broadcast::error::RecvError::Closed) => return,
+            },
+            // The server never says anything here; this only ends with the connection.
+            _ = reader.next::<()>() => return,
+        }
+    }
+}
+
+/// How a program ended, in words that follow "The program".
+pub fn describe(ending: &Ending) -> String {
+    match ending {
+        Ending::Exited(code) => format!("ended with exit code {code}"),
+        Ending::Signalled(signal) => format!("was ended by signal {signal}"),
+        Ending::Limit(reason) => format!("was stopped at its {} limit", reason.as_str()),
+        Ending::Cancelled => "was stopped".to_owned(),
+        Ending::NotStarted(why) => format!("could not be started: {why}"),
+    }
+}
+
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+}

@@ -1,0 +1,377 @@
+//! The server's side of a session: one long-lived connection to one runner.
+//!
+//! The session outlives its connection. When the stream is cut or falls silent it is made anew and
+//! every run is re-attached by its job id; a run is lost only when the runner no longer has it.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use backon::{BackoffBuilder, ExponentialBuilder};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior, sleep, timeout};
+
+use super::wire::{
+    FrameReader, FrameWriter, FromRunner, Job, JobEvent, JobId, ToRunner, VERSION, WireError,
+    frames,
+};
+
+/// A heartbeat each way this often (design.md §7).
+const HEARTBEAT: Duration = Duration::from_secs(5);
+
+/// Three missed heartbeats: the other side is gone (design.md §7).
+const SILENCE: Duration = Duration::from_secs(15);
+
+/// Longest wait for the runner's greeting: it has nothing to do before it.
+const GREETING: Duration = Duration::from_secs(5);
+
+/// How long a broken connection is tried again before its runs are given up. A sandbox that died is
+/// made anew well within it.
+const RECONNECT_PATIENCE: Duration = Duration::from_secs(45);
+
+/// A run whose runner died before it wrote anything is started once more, and no more.
+const MAX_STARTS: u32 = 2;
+
+/// A duplex stream of bytes.
+pub trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for T {}
+
+/// Makes connections to one runner.
+#[async_trait]
+pub trait Connect: Send + Sync + 'static {
+    /// A new connection; the error is for people.
+    async fn connect(&self) -> Result<Box<dyn ByteStream>, String>;
+}
+
+/// What a run's owner is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RunEvent {
+    /// Something happened.
+    Event {
+        /// The runner's number for it, from 1 without gaps.
+        seq: u64,
+        /// What.
+        event: JobEvent,
+    },
+    /// The outcome cannot be known any more, and why.
+    Lost(String),
+}
+
+enum Command {
+    Start(Box<Job>, mpsc::UnboundedSender<RunEvent>),
+    Attach(JobId, u64, mpsc::UnboundedSender<RunEvent>),
+    Send(ToRunner),
+}
+
+/// A session. Cheap to clone; ends when the last clone is dropped.
+#[derive(Debug, Clone)]
+pub struct Session {
+    commands: mpsc::UnboundedSender<Command>,
+}
+
+/// One run, as its owner sees it.
+#[derive(Debug)]
+pub struct Run {
+    id: JobId,
+    // Unbounded: a run's output limit bounds it.
+    events: mpsc::UnboundedReceiver<RunEvent>,
+    handle: RunHandle,
+}
+
+/// Speaks to a run; may be cloned and sent elsewhere.
+#[derive(Debug, Clone)]
+pub struct RunHandle {
+    id: JobId,
+    session: Session,
+}
+
+impl Session {
+    /// A session over connections from `connect`; the first is made when the first run comes.
+    pub fn open(connect: impl Connect) -> Session {
+        let (commands, receiver) = mpsc::unbounded_channel();
+        tokio::spawn(keep(connect, receiver));
+        Session { commands }
+    }
+
+    /// Starts a job; the same id again is the same run.
+    pub fn start(&self, job: Job) -> Run {
+        let (tell, events) = mpsc::unbounded_channel();
+        let id = job.id;
+        self.command(Command::Start(Box::new(job), tell));
+        self.run(id, events)
+    }
+
+    /// Finds a run again, with the events after `after`.
+    pub fn attach(&self, id: JobId, after: u64) -> Run {
+        let (tell, events) = mpsc::unbounded_channel();
+        self.command(Command::Attach(id, after, tell));
+        self.run(id, events)
+    }
+
+    /// Ends the runner and everything in its sandbox.
+    pub fn shutdown(&self) {
+        self.command(Command::Send(ToRunner::Shutdown));
+    }
+
+    fn run(&self, id: JobId, events: mpsc::UnboundedReceiver<RunEvent>) -> Run {
+        let handle = RunHandle {
+            id,
+            session: self.clone(),
+        };
+        Run { id, events, handle }
+    }
+
+    fn command(&self, command: Command) {
+        // The task ends only when every handle is gone; then there is nobody to be told.
+        let _ = self.commands.send(command);
+    }
+}
+
+impl Run {
+    /// Which.
+    pub fn id(&self) -> JobId {
+        self.id
+    }
+
+    /// What happens next.
+    pub async fn next(&mut self) -> RunEvent {
+        match self.events.recv().await {
+            Some(event) => event,
+            None => RunEvent::Lost("the session has ended".to_owned()),
+        }
+    }
+
+    /// Speaks to the run.
+    pub fn handle(&self) -> RunHandle {
+        self.handle.clone()
+    }
+
+    /// Everything up to `seq` is stored; the runner may forget it.
+    pub fn stored(&self, seq: u64) {
+        let job = self.id;
+        self.handle.session.command(Command::Send(ToRunner::Ack { job, seq }));
+    }
+}
+
+impl RunHandle {
+    /// More input; `eof`: nothing follows.
+    pub fn stdin(&self, data: Vec<u8>, eof: bool) {
+        let job = self.id;
+        self.session.command(Command::Send(ToRunner::Stdin { job, data, eof }));
+    }
+
+    /// Kills the run's whole process tree.
+    pub fn cancel(&self) {
+        let job = self.id;
+        self.session.command(Command::Send(ToRunner::Cancel { job }));
+    }
+}
+
+/// A run that has not ended.
+struct Active {
+    job: Option<Box<Job>>,
+    starts: u32,
+    last: u64,
+    tell: mpsc::UnboundedSender<RunEvent>,
+}
+
+impl Active {
+    /// What to send on a new connection: a start, while nothing was heard of it; else re-attach.
+    fn opening(&mut self, id: JobId) -> ToRunner {
+        match &self.job {
+            Some(job) if self.last == 0 && self.starts < MAX_STARTS => {
+                self.starts += 1;
+                ToRunner::Start(job.clone())
+            }
+            _ => ToRunner::Attach {
+                job: id,
+                after: self.last,
+            },
+        }
+    }
+}
+
+type Runs = HashMap<JobId, Active>;
+type Reader = FrameReader<Box<dyn ByteStream>>;
+type Writer = FrameWriter<Box<dyn ByteStream>>;
+
+/// Owns the connection for as long as anybody holds the session.
+async fn keep(connect: impl Connect, mut commands: mpsc::UnboundedReceiver<Command>) {
+    let mut runs = Runs::new();
+    let mut unsent = Vec::new();
+    loop {
+        if runs.is_empty() && unsent.is_empty() {
+            match commands.recv().await {
+                Some(command) => unsent.extend(admit(command, &mut runs)),
+                None => return,
+            }
+        }
+        let (reader, writer) = match reconnect(&connect).await {
+            Ok(connection) => connection,
+            Err(why) => {
+                unsent.clear();
+                for (_, run) in runs.drain() {
+                    let _ = run.tell.send(RunEvent::Lost(why.clone()));
+                }
+                continue;
+            }
+        };
+        let frames = std::mem::take(&mut unsent);
+        match converse(reader, writer, frames, &mut commands, &mut runs).await {
+            Ok(()) => return,
+            Err(error) => tracing::warn!(%error, runs = runs.len(), "a runner's connection ended"),
+        }
+    }
+}
+
+/// Notes a command; `Some` is a frame to send as it is.
+fn admit(command: Command, runs: &mut Runs) -> Option<ToRunner> {
+    let (id, active) = match command {
+        Command::Send(frame) => return Some(frame),
+        Command::Start(job, tell) => {
+            let active = Active {
+                starts: 0,
+                last: 0,
+                tell,
+                job: Some(job.clone()),
+            };
+            (job.id, active)
+        }
+        Command::Attach(id, last, tell) => {
+            let active = Active {
+                starts: 0,
+                last,
+                tell,
+                job: None,
+            };
+            (id, active)
+        }
+    };
+    runs.insert(id, active);
+    None
+}
+
+async fn reconnect(connect: &impl Connect) -> Result<(Reader, Writer), String> {
+    let deadline = Instant::now() + RECONNECT_PATIENCE;
+    let mut pauses = ExponentialBuilder::default()
+        .with_min_delay(Duration::from_millis(50))
+        .with_max_delay(Duration::from_secs(2))
+        .with_jitter()
+        .without_max_times()
+        .build();
+    loop {
+        let why = match connect.connect().await {
+            Ok(stream) => match greet(stream).await {
+                Ok(connection) => return Ok(connection),
+                Err(error) => error.to_string(),
+            },
+            Err(why) => why,
+        };
+        let pause = pauses.next().unwrap_or(HEARTBEAT);
+        if Instant::now() + pause > deadline {
+            return Err(why);
+        }
+        tracing::warn!(%why, "a runner cannot be reached; trying again");
+        sleep(pause).await;
+    }
+}
+
+async fn greet(stream: Box<dyn ByteStream>) -> Result<(Reader, Writer), WireError> {
+    let (mut reader, mut writer) = frames(stream);
+    writer.send(&ToRunner::Hello { version: VERSION }).await?;
+    let hello = timeout(GREETING, reader.next::<FromRunner>())
+        .await
+        .map_err(|_| silent())??;
+    match hello {
+        FromRunner::Hello { version: VERSION } => Ok((reader, writer)),
+        FromRunner::Hello { version } => Err(WireError::Version { theirs: version }),
+        _ => Err(WireError::Version { theirs: 0 }),
+    }
+}
+
+/// Sends a frame; a runner that does not read is as dead as one that does not speak.
+async fn say(writer: &mut Writer, frame: &ToRunner) -> Result<(), WireError> {
+    timeout(SILENCE, writer.send(frame)).await.map_err(|_| silent())?
+}
+
+fn silent() -> WireError {
+    WireError::Lost(std::io::Error::new(
+        std::io::ErrorKind::TimedOut,
+        "the runner fell silent",
+    ))
+}
+
+/// Speaks over one connection until it breaks (`Err`) or the session is dropped (`Ok`).
+async fn converse(
+    mut reader: Reader,
+    mut writer: Writer,
+    first: Vec<ToRunner>,
+    commands: &mut mpsc::UnboundedReceiver<Command>,
+    runs: &mut Runs,
+) -> Result<(), WireError> {
+    for (id, run) in runs.iter_mut() {
+        say(&mut writer, &run.opening(*id)).await?;
+    }
+    for frame in first {
+        say(&mut writer, &frame).await?;
+    }
+    let mut heartbeat = tokio::time::interval(HEARTBEAT);
+    heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut heard = Instant::now();
+    loop {
+        tokio::select! {
+            command = commands.recv() => match command {
+                None => return Ok(()),
+                Some(command) => {
+                    let id = match &command {
+                        Command::Start(job, _) => Some(job.id),
+                        Command::Attach(id, ..) => Some(*id),
+                        Command::Send(_) => None,
+                    };
+                    let frame = admit(command, runs);
+                    let opening = id.and_then(|id| Some(runs.get_mut(&id)?.opening(id)));
+                    for frame in frame.into_iter().chain(opening) {
+                        say(&mut writer, &frame).await?;
+                    }
+                }
+            },
+            frame = reader.next::<FromRunner>() => {
+                heard = Instant::now();
+                receive(frame?, runs);
+            }
+            _ = heartbeat.tick() => {
+                if heard.elapsed() > SILENCE {
+                    return Err(silent());
+                }
+                say(&mut writer, &ToRunner::Ping).await?;
+            }
+        }
+    }
+}
+
+fn receive(frame: FromRunner, runs: &mut Runs) {
+    match frame {
+        FromRunner::Hello { .. } | FromRunner::Pong => {}
+        FromRunner::Unknown { job } => {
+            if let Some(run) = runs.remove(&job) {
+                let why = "the sandbox that ran it is gone, and its outcome with it";
+                let _ = run.tell.send(RunEvent::Lost(why.to_owned()));
+            }
+        }
+        FromRunner::Event { job, seq, event } => {
+            let Some(run) = runs.get_mut(&job) else {
+                return;
+            };
+            if seq <= run.last {
+                return;
+            }
+            run.last = seq;
+            let ended = matches!(event, JobEvent::Ended(_));
+            let _ = run.tell.send(RunEvent::Event { seq, event });
+            if ended {
+                runs.remove(&job);
+            }
+        }
+    }
+}

@@ -1,0 +1,343 @@
+//! What every process of user code is put into before it runs its first instruction: no new
+//! privileges, a system-call filter, a Landlock domain, resource limits, no capabilities.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+
+use landlock::{
+    ABI, Access, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, Scope,
+};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+
+use crate::model::Limits;
+
+/// Open files of one process. Plenty for programs and test runners, and small enough that a full
+/// slot of processes stays far below the machine's own bound.
+const OPEN_FILES: u64 = 512;
+
+/// Capabilities a warm interpreter keeps until its child becomes the slot's user: to enter the
+/// slot's root and to take its ids. Everything else is out of reach for good.
+const KEPT_CAPABILITIES: [u32; 3] = [
+    6,  // CAP_SETGID
+    7,  // CAP_SETUID
+    18, // CAP_SYS_CHROOT
+];
+
+/// The highest capability that may exist; asking for one that does not is answered with an error.
+const LAST_CAPABILITY: u32 = 63;
+
+/// A folder user code may reach, and whether it may write there.
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+pub struct Reach {
+    /// The folder.
+    pub path: PathBuf,
+    /// Write, create and remove too.
+    pub writable: bool,
+}
+
+/// The confinement of one sandbox, worked out once; applying it is a few system calls.
+#[derive(Debug, Clone)]
+pub struct Confinement {
+    filters: Arc<[BpfProgram; 2]>,
+    landlock: Option<Arc<OwnedFd>>,
+}
+
+/// Who the confined process is to be.
+#[derive(Debug, Clone, Copy)]
+pub enum Identity {
+    /// The slot's own user, with nothing kept.
+    User(u32),
+    /// The runner's own user, for want of another, with nothing kept.
+    Own,
+    /// The runner's own user, keeping what it takes to become a slot's user later.
+    Launcher,
+}
+
+impl Confinement {
+    /// Prepares the filters and the Landlock rules.
+    ///
+    /// `network` is whether internet sockets may be made at all; a sandbox with a network namespace
+    /// of its own may make them, since they lead nowhere.
+    pub fn new(reach: &[Reach], network: bool) -> anyhow::Result<Self> {
+        Ok(Self {
+            filters: Arc::new([denied(network)?, absent()?]),
+            landlock: domain(reach)?.map(Arc::new),
+        })
+    }
+
+    /// Confines what `command` will execute. `root` is the folder to make its root.
+    pub fn apply(
+        &self,
+        command: &mut Command,
+        identity: Identity,
+        root: Option<RawFd>,
+        workspace: &std::path::Path,
+        limits: &Limits,
+    ) -> anyhow::Result<()> {
+        let this = self.clone();
+        let limits = *limits;
+        let workspace = std::ffi::CString::new(workspace.as_os_str().as_encoded_bytes())?;
+        // SAFETY: the closure runs between fork and exec; it makes system calls on values made
+        // before the fork and allocates nothing.
+        unsafe {
+            command.pre_exec(move || {
+                if let Some(root) = root {
+                    check(libc::fchdir(root))?;
+                    check(libc::chroot(c".".as_ptr()))?;
+                }
+                check(libc::chdir(workspace.as_ptr()))?;
+                check(libc::setsid())?;
+                set_limits(0, &limits)?;
+                this.enter(identity)
+            });
+        }
+        Ok(())
+    }
+
+    fn enter(&self, identity: Identity) -> io::Result<()> {
+        for capability in 0..=LAST_CAPABILITY {
+            let kept = matches!(identity, Identity::Launcher)
+                && KEPT_CAPABILITIES.contains(&capability);
+            if !kept {
+                // SAFETY: prctl with integer arguments only. An unknown capability is an error
+                // that means there is nothing to drop.
+                unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
+            }
+        }
+        // SAFETY: integer arguments only.
+        check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
+        if let Some(domain) = &self.landlock {
+            // SAFETY: the descriptor is a Landlock ruleset owned by `self`.
+            let result =
+                unsafe { libc::syscall(libc::SYS_landlock_restrict_self, domain.as_raw_fd(), 0) };
+            check(i32::try_from(result).unwrap_or(-1))?;
+        }
+        if let Identity::User(uid) = identity {
+            // SAFETY: raw calls with integer arguments; a null group list of length 0.
+            unsafe {
+                check_long(libc::syscall(libc::SYS_setgroups, 0, 0))?;
+                check_long(libc::syscall(libc::SYS_setresgid, uid, uid, uid))?;
+                check_long(libc::syscall(libc::SYS_setresuid, uid, uid, uid))?;
+            }
+        }
+        for filter in self.filters.iter() {
+            let program = libc::sock_fprog {
+                len: u16::try_from(filter.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
+                filter: filter.as_ptr().cast::<libc::sock_filter>().cast_mut(),
+            };
+            // SAFETY: the program outlives the call; seccompiler's instruction has the kernel's
+            // layout (both are `struct sock_filter`).
+            check(unsafe {
+                libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program)
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// Sets the kernel's own limits of a process (0: this one). They are the hard stop behind the
+/// supervisor, which gives the reason: so the processor limit here is a second later.
+pub fn set_limits(pid: i32, limits: &Limits) -> io::Result<()> {
+    let cpu_seconds = limits.cpu_ms.div_ceil(1_000) + 1;
+    let wanted = [
+        (libc::RLIMIT_NPROC, limits.processes),
+        (libc::RLIMIT_CPU, cpu_seconds),
+        (libc::RLIMIT_NOFILE, OPEN_FILES),
+        (libc::RLIMIT_CORE, 0),
+    ];
+    for (resource, value) in wanted {
+        let limit = libc::rlimit {
+            rlim_cur: value,
+            rlim_max: value,
+        };
+        // SAFETY: a pointer to a live rlimit; the old limit is not asked for.
+        check(unsafe { libc::prlimit(pid, resource, &limit, std::ptr::null_mut()) })?;
+    }
+    Ok(())
+}
+
+fn check(result: i32) -> io::Result<()> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+fn check_long(result: libc::c_long) -> io::Result<()> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+fn arch() -> anyhow::Result<TargetArch> {
+    Ok(TargetArch::try_from(std::env::consts::ARCH)?)
+}
+
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+/// System calls that user code has no business with. Each is a way to look into other processes,
+/// to get at kernel parts with a history of holes, or to change the machine.
+const DENIED: &[libc::c_long] = &[
+    // other processes' memory, files and keys
+    libc::SYS_ptrace,
+    libc::SYS_process_vm_readv,
+    libc::SYS_process_vm_writev,
+    libc::SYS_process_madvise,
+    libc::SYS_kcmp,
+    libc::SYS_pidfd_getfd,
+    libc::SYS_add_key,
+    libc::SYS_request_key,
+    libc::SYS_keyctl,
+    // kernel parts that widen the attack surface
+    libc::SYS_io_uring_setup,
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_uring_register,
+    libc::SYS_userfaultfd,
+    libc::SYS_bpf,
+    libc::SYS_perf_event_open,
+    libc::SYS_fanotify_init,
+    libc::SYS_lookup_dcookie,
+    libc::SYS_nfsservctl,
+    libc::SYS_move_pages,
+    libc::SYS_migrate_pages,
+    // namespaces and mounts
+    libc::SYS_mount,
+    libc::SYS_umount2,
+    libc::SYS_pivot_root,
+    libc::SYS_mount_setattr,
+    libc::SYS_move_mount,
+    libc::SYS_open_tree,
+    libc::SYS_fsopen,
+    libc::SYS_fsconfig,
+    libc::SYS_fsmount,
+    libc::SYS_fspick,
+    libc::SYS_unshare,
+    libc::SYS_setns,
+    libc::SYS_open_by_handle_at,
+    libc::SYS_name_to_handle_at,
+    // the machine itself
+    libc::SYS_init_module,
+    libc::SYS_finit_module,
+    libc::SYS_delete_module,
+    libc::SYS_kexec_load,
+    libc::SYS_kexec_file_load,
+    libc::SYS_reboot,
+    libc::SYS_swapon,
+    libc::SYS_swapoff,
+    libc::SYS_acct,
+    libc::SYS_quotactl,
+    libc::SYS_quotactl_fd,
+    libc::SYS_settimeofday,
+    libc::SYS_clock_settime,
+    libc::SYS_clock_adjtime,
+    libc::SYS_adjtimex,
+    libc::SYS_sethostname,
+    libc::SYS_setdomainname,
+    libc::SYS_syslog,
+    libc::SYS_vhangup,
+];
+
+/// The filter that answers "not permitted".
+fn denied(network: bool) -> anyhow::Result<BpfProgram> {
+    let mut rules: Rules = DENIED.iter().map(|call| (*call, Vec::new())).collect();
+    rules.insert(libc::SYS_socket, socket_rules(network)?);
+    rules.insert(libc::SYS_clone, namespace_flags()?);
+    // Pushing characters into a terminal's input is running commands as whoever sits there.
+    let terminal_injection = [libc::TIOCSTI, libc::TIOCLINUX]
+        .into_iter()
+        .map(|request| rule(&[(1, SeccompCmpOp::Eq, request)]))
+        .collect::<anyhow::Result<_>>()?;
+    rules.insert(libc::SYS_ioctl, terminal_injection);
+    let eperm = SeccompAction::Errno(u32::try_from(libc::EPERM)?);
+    compile(rules, eperm)
+}
+
+/// The filter that answers "no such call": `clone3` hides its flags behind a pointer, and every
+/// libc goes back to `clone` when it is absent.
+fn absent() -> anyhow::Result<BpfProgram> {
+    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    compile(rules, SeccompAction::Errno(u32::try_from(libc::ENOSYS)?))
+}
+
+fn compile(rules: Rules, action: SeccompAction) -> anyhow::Result<BpfProgram> {
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, action, arch()?)?;
+    Ok(filter.try_into()?)
+}
+
+fn rule(conditions: &[(u8, SeccompCmpOp, u64)]) -> anyhow::Result<SeccompRule> {
+    let conditions = conditions
+        .iter()
+        .map(|(argument, op, value)| {
+            SeccompCondition::new(*argument, SeccompCmpArgLen::Dword, op.clone(), *value)
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    Ok(SeccompRule::new(conditions)?)
+}
+
+/// Only Unix, internet and routing sockets, and none of them raw.
+fn socket_rules(network: bool) -> anyhow::Result<Vec<SeccompRule>> {
+    use SeccompCmpOp::{Eq, MaskedEq, Ne};
+    let [unix, inet, inet6, netlink] =
+        [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK].map(|f| f as u64);
+    let raw = (1, MaskedEq(0xf), libc::SOCK_RAW as u64);
+    let mut rules = vec![
+        rule(&[(0, Ne, unix), (0, Ne, inet), (0, Ne, inet6), (0, Ne, netlink)])?,
+        rule(&[(0, Eq, inet), raw.clone()])?,
+        rule(&[(0, Eq, inet6), raw])?,
+        rule(&[(0, Eq, netlink), (2, Ne, libc::NETLINK_ROUTE as u64)])?,
+    ];
+    if !network {
+        rules.push(rule(&[(0, Eq, inet)])?);
+        rules.push(rule(&[(0, Eq, inet6)])?);
+    }
+    Ok(rules)
+}
+
+fn namespace_flags() -> anyhow::Result<Vec<SeccompRule>> {
+    [
+        libc::CLONE_NEWNS,
+        libc::CLONE_NEWUTS,
+        libc::CLONE_NEWIPC,
+        libc::CLONE_NEWUSER,
+        libc::CLONE_NEWPID,
+        libc::CLONE_NEWNET,
+        libc::CLONE_NEWCGROUP,
+    ]
+    .into_iter()
+    .map(|flag| {
+        let flag = u64::from(flag.unsigned_abs());
+        rule(&[(0, SeccompCmpOp::MaskedEq(flag), flag)])
+    })
+    .collect()
+}
+
+/// A Landlock ruleset that knows `reach` and nothing else; `None` where the kernel has no Landlock.
+fn domain(reach: &[Reach]) -> anyhow::Result<Option<OwnedFd>> {
+    let abi = ABI::V6;
+    let mut ruleset = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(abi))?
+        .scope(Scope::from_all(abi))?
+        .create()?;
+    for Reach { path, writable } in reach {
+        let access = if *writable {
+            AccessFs::from_all(abi)
+        } else {
+            AccessFs::from_read(abi)
+        };
+        ruleset = ruleset.add_rule(PathBeneath::new(PathFd::new(path)?, access))?;
+    }
+    Ok(ruleset.into())
+}

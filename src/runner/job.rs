@@ -1,0 +1,390 @@
+//! One job, from its first instruction to the report of how it ended.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::io;
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::io::AsyncWriteExt;
+use tokio::net::unix::pipe;
+use tokio::sync::{Notify, mpsc};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
+
+use super::process::{Exit, Tree};
+use super::slot::Slot;
+use super::warm::Program;
+use super::wire::{Job, JobEvent, JobId};
+use crate::model::{Ending, Limits, OutputStream, Reason, RunReport, Usage};
+
+/// How often a running job is measured. Memory can grow by some 20 MB in this time, which the
+/// sandbox's own bound has room for; a run that ends sooner is not measured at all.
+const MEASURE_EVERY: Duration = Duration::from_millis(10);
+
+/// Bytes taken from a pipe at once: what a pipe holds.
+const READ_BYTES: usize = 64 << 10;
+
+/// What may be told to a running job.
+#[derive(Debug)]
+pub enum Command {
+    /// More input; `eof`: nothing follows.
+    Stdin {
+        /// The bytes.
+        data: Vec<u8>,
+        /// Close it afterwards.
+        eof: bool,
+    },
+    /// End it.
+    Cancel,
+}
+
+/// What the runner keeps of a job: its events until the server has stored them.
+#[derive(Debug)]
+pub struct JobLog {
+    /// Which.
+    pub id: JobId,
+    /// Tells it something while it runs.
+    pub commands: mpsc::UnboundedSender<Command>,
+    events: RefCell<Events>,
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Events {
+    kept: VecDeque<(u64, JobEvent)>,
+    last: u64,
+    ended: bool,
+}
+
+impl JobLog {
+    /// An empty log.
+    pub fn new(id: JobId, commands: mpsc::UnboundedSender<Command>) -> Self {
+        Self {
+            id,
+            commands,
+            events: RefCell::default(),
+            changed: Notify::new(),
+        }
+    }
+
+    /// Adds what happened.
+    pub fn push(&self, event: JobEvent) {
+        let mut events = self.events.borrow_mut();
+        events.last += 1;
+        events.ended |= matches!(event, JobEvent::Ended(_));
+        let seq = events.last;
+        events.kept.push_back((seq, event));
+        drop(events);
+        self.changed.notify_waiters();
+    }
+
+    /// The first event after `seq`, waiting for it if need be; `None` after the last.
+    pub async fn after(&self, seq: u64) -> Option<(u64, JobEvent)> {
+        loop {
+            let changed = self.changed.notified();
+            {
+                let events = self.events.borrow();
+                let next = events.kept.iter().find(|(number, _)| *number > seq);
+                if next.is_some() || events.ended {
+                    return next.cloned();
+                }
+            }
+            changed.await;
+        }
+    }
+
+    /// Forgets what the server has stored. `true` when nothing is left to tell.
+    pub fn stored(&self, seq: u64) -> bool {
+        let mut events = self.events.borrow_mut();
+        while events.kept.front().is_some_and(|(number, _)| *number <= seq) {
+            events.kept.pop_front();
+        }
+        events.ended && events.kept.is_empty()
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&self) -> bool {
+        self.events.borrow().ended
+    }
+}
+
+/// Watches over one running program.
+pub struct Supervisor<'a> {
+    job: &'a Job,
+    slot: &'a Slot,
+    tree: Tree,
+    log: &'a Rc<JobLog>,
+    started: Instant,
+    output_bytes: u64,
+    truncated: bool,
+    peak: u64,
+    stopped: Option<Ending>,
+}
+
+enum Happening {
+    Output(OutputStream, io::Result<usize>),
+    Exited(Option<Exit>),
+    Measure,
+    OutOfTime,
+    Told(Option<Command>),
+}
+
+impl<'a> Supervisor<'a> {
+    /// For a job that is about to be started in `slot`.
+    pub fn new(job: &'a Job, slot: &'a Slot, tree: Tree, log: &'a Rc<JobLog>) -> Self {
+        Self {
+            job,
+            slot,
+            tree,
+            log,
+            started: Instant::now(),
+            output_bytes: 0,
+            truncated: false,
+            peak: 0,
+            stopped: None,
+        }
+    }
+
+    /// Runs until the program has ended, by itself or at a limit.
+    pub async fn watch(
+        mut self,
+        mut program: Program,
+        commands: &mut mpsc::UnboundedReceiver<Command>,
+    ) -> RunReport {
+        let limits = self.job.limits;
+        let mut input = Input::new(program.stdin, &self.job.stdin, self.job.stdin_open);
+        let deadline = tokio::time::sleep(limits.wall());
+        tokio::pin!(deadline);
+        let mut measure = measuring(self.started);
+        let (mut stdout_open, mut stderr_open, mut told) = (true, true, true);
+        let exit = loop {
+            // The select only says what happened; the match below acts on it.
+            let happening = tokio::select! {
+                exit = &mut program.exit => Happening::Exited(exit.ok()),
+                result = readable(&program.stdout), if stdout_open =>
+                    Happening::Output(OutputStream::Stdout, result),
+                result = readable(&program.stderr), if stderr_open =>
+                    Happening::Output(OutputStream::Stderr, result),
+                command = commands.recv(), if told => Happening::Told(command),
+                () = input.feed(), if input.is_waiting() => continue,
+                _ = measure.tick() => Happening::Measure,
+                () = &mut deadline, if self.stopped.is_none() => Happening::OutOfTime,
+            };
+            match happening {
+                Happening::Exited(exit) => break exit,
+                Happening::Output(stream, _) => {
+                    let (pipe, open) = match stream {
+                        OutputStream::Stdout => (&program.stdout, &mut stdout_open),
+                        OutputStream::Stderr => (&program.stderr, &mut stderr_open),
+                    };
+                    *open = self.collect(stream, pipe).await;
+                }
+                Happening::Measure => self.measure().await,
+                Happening::OutOfTime => self.stop(Ending::Limit(Reason::Timeout)).await,
+                Happening::Told(Some(Command::Stdin { data, eof })) => input.add(&data, eof),
+                Happening::Told(Some(Command::Cancel)) => self.stop(Ending::Cancelled).await,
+                Happening::Told(None) => told = false,
+            }
+        };
+        // What it wrote before it ended is in the pipes already.
+        self.collect(OutputStream::Stdout, &program.stdout).await;
+        self.collect(OutputStream::Stderr, &program.stderr).await;
+        self.report(exit)
+    }
+
+    /// Takes what is in the pipe now. `false` when it was closed.
+    async fn collect(&mut self, stream: OutputStream, pipe: &pipe::Receiver) -> bool {
+        loop {
+            let mut data = Vec::with_capacity(READ_BYTES.min(4096));
+            let open = drain(pipe, &mut data);
+            if data.is_empty() {
+                return open;
+            }
+            let room = self.job.limits.output_bytes.saturating_sub(self.output_bytes);
+            let whole = data.len() as u64;
+            if whole > room {
+                data.truncate(usize::try_from(room).unwrap_or(usize::MAX));
+                self.truncated = true;
+            }
+            self.output_bytes += data.len() as u64;
+            if !data.is_empty() {
+                self.log.push(JobEvent::Output { stream, data });
+            }
+            if self.truncated {
+                self.stop(Ending::Limit(Reason::Output)).await;
+            }
+            if !open {
+                return false;
+            }
+            if (whole as usize) < READ_BYTES {
+                return true;
+            }
+        }
+    }
+
+    async fn measure(&mut self) {
+        let Limits {
+            cpu_ms,
+            memory_bytes,
+            ..
+        } = self.job.limits;
+        let mut usage = self.tree.usage();
+        if usage.resident > memory_bytes {
+            // Pages that its processes share were counted once for each; look closer.
+            usage.resident = self.tree.proportional_memory();
+        }
+        self.peak = self.peak.max(usage.resident);
+        if self.peak > memory_bytes {
+            self.stop(Ending::Limit(Reason::Memory)).await;
+        } else if usage.cpu.as_millis() > u128::from(cpu_ms) {
+            self.stop(Ending::Limit(Reason::Cpu)).await;
+        } else if self.slot.is_full() {
+            self.stop(Ending::Limit(Reason::Disk)).await;
+        }
+    }
+
+    /// Kills the job's whole tree. The first reason stands.
+    async fn stop(&mut self, ending: Ending) {
+        if self.stopped.is_none() {
+            self.stopped = Some(ending);
+            if let Err(error) = self.tree.kill(KILL_PATIENCE).await {
+                tracing::error!(job = %self.job.id, %error, "a job's processes are still there");
+            }
+        }
+    }
+
+    fn report(&self, exit: Option<Exit>) -> RunReport {
+        let limits = self.job.limits;
+        let peak = self.peak.max(exit.map_or(0, |exit| exit.peak));
+        let cpu = exit.map_or(Duration::ZERO, |exit| exit.cpu);
+        let ending = match (&self.stopped, exit) {
+            (Some(ending), _) => ending.clone(),
+            (None, None) => Ending::NotStarted("the program's end was not seen".to_owned()),
+            (None, Some(exit)) => self.judge(exit, peak, &limits),
+        };
+        RunReport {
+            ending,
+            duration_ms: millis(self.started.elapsed()),
+            usage: Usage {
+                cpu_ms: millis(cpu),
+                memory_bytes: peak,
+            },
+            truncated: self.truncated,
+            test_report: None,
+        }
+    }
+
+    /// How a program that ended without being stopped really ended: it may have met a limit between
+    /// two measurements.
+    fn judge(&self, exit: Exit, peak: u64, limits: &Limits) -> Ending {
+        let plain = if libc::WIFSIGNALED(exit.status) {
+            Ending::Signalled(libc::WTERMSIG(exit.status))
+        } else {
+            Ending::Exited(libc::WEXITSTATUS(exit.status))
+        };
+        if peak > limits.memory_bytes {
+            return Ending::Limit(Reason::Memory);
+        }
+        if millis(exit.cpu) > limits.cpu_ms {
+            return Ending::Limit(Reason::Cpu);
+        }
+        let footprint = self.slot.footprint();
+        let too_large = footprint.largest_file > limits.file_bytes;
+        if too_large || (footprint.full && plain != Ending::Exited(0)) {
+            return Ending::Limit(Reason::Disk);
+        }
+        plain
+    }
+}
+
+/// Longest wait for killed processes to be gone. The contract allows one second.
+pub const KILL_PATIENCE: Duration = Duration::from_secs(1);
+
+fn measuring(started: Instant) -> Interval {
+    let mut interval = interval_at(started + MEASURE_EVERY, MEASURE_EVERY);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+async fn readable(pipe: &pipe::Receiver) -> io::Result<usize> {
+    pipe.readable().await.map(|()| 0)
+}
+
+/// Reads up to [`READ_BYTES`] without waiting. `false` when the pipe was closed.
+fn drain(pipe: &pipe::Receiver, data: &mut Vec<u8>) -> bool {
+    loop {
+        if data.len() >= READ_BYTES {
+            return true;
+        }
+        match pipe.try_read_buf(data) {
+            Ok(0) => return false,
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
+            Err(_) => return false,
+        }
+        if data.len() == data.capacity() {
+            data.reserve(READ_BYTES - data.len().min(READ_BYTES));
+        }
+    }
+}
+
+/// A program's standard input: what is still to be written, and whether more may come.
+struct Input {
+    pipe: Option<pipe::Sender>,
+    waiting: VecDeque<u8>,
+    open: bool,
+}
+
+impl Input {
+    fn new(pipe: pipe::Sender, first: &[u8], open: bool) -> Self {
+        let mut input = Self {
+            pipe: Some(pipe),
+            waiting: first.iter().copied().collect(),
+            open,
+        };
+        input.close_if_done();
+        input
+    }
+
+    fn is_waiting(&self) -> bool {
+        self.pipe.is_some() && !self.waiting.is_empty()
+    }
+
+    fn add(&mut self, data: &[u8], eof: bool) {
+        if self.open && self.pipe.is_some() && self.waiting.len() + data.len() <= MAX_WAITING_INPUT
+        {
+            self.waiting.extend(data);
+        }
+        self.open &= !eof;
+        self.close_if_done();
+    }
+
+    fn close_if_done(&mut self) {
+        if self.waiting.is_empty() && !self.open {
+            self.pipe = None;
+        }
+    }
+
+    /// Writes some of it. Safe to drop at any time.
+    async fn feed(&mut self) {
+        let Some(pipe) = self.pipe.as_mut() else {
+            return;
+        };
+        let (front, _) = self.waiting.as_slices();
+        match pipe.write(front).await {
+            Ok(written) => {
+                self.waiting.drain(..written);
+            }
+            // The program closed its input or ended: nobody will read the rest.
+            Err(_) => self.pipe = None,
+        }
+        self.close_if_done();
+    }
+}
+
+/// Most input kept for a program that does not read it.
+const MAX_WAITING_INPUT: usize = 16 << 20;

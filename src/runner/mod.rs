@@ -1,0 +1,25 @@
+//! Inside the sandbox: the one program that starts, limits and kills user code.
+//!
+//! `wire` and `client` are shared with the server; the rest runs only in `gantry-runner`.
+
+pub mod agent;
+pub mod app;
+pub mod client;
+pub mod confine;
+mod job;
+mod process;
+pub mod sandbox;
+mod slot;
+mod warm;
+pub mod wire;
+
+/// `gantry-runner COMMAND`.
+pub fn main(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<()> {
+    match arguments.next().as_deref() {
+        Some("sandbox") => sandbox::main(),
+        other => anyhow::bail!(
+            "{} is not a command; there is `sandbox`, which the server starts",
+            other.unwrap_or("nothing")
+        ),
+    }
+}

@@ -1,0 +1,216 @@
+//! Processes as the kernel shows them: who belongs to a job, what it uses, and how to end it whole.
+
+use std::fs;
+use std::io;
+use std::time::Duration;
+
+/// What a set of processes uses.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TreeUsage {
+    /// Processes seen, zombies too.
+    pub processes: usize,
+    /// Processor time of those alive and of the children they waited for.
+    pub cpu: Duration,
+    /// Resident bytes, pages shared between processes counted once for each.
+    pub resident: u64,
+}
+
+/// Which processes are meant.
+#[derive(Debug, Clone)]
+pub enum Tree {
+    /// Every process of this user id: each slot has its own, so none can hide from it.
+    Uid(u32),
+    /// Every descendant of this process but these. For machines that give a sandbox one user id
+    /// only; then one job runs at a time. Orphans stay descendants: the runner adopts them.
+    DescendantsBut(Vec<i32>),
+}
+
+fn clock_ticks() -> u64 {
+    // SAFETY: sysconf reads a constant; it has no preconditions.
+    let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    u64::try_from(ticks).unwrap_or(100).max(1)
+}
+
+impl Tree {
+    /// The process ids of the tree now.
+    pub fn pids(&self) -> Vec<i32> {
+        match self {
+            Tree::Uid(uid) => all_pids().filter(|pid| belongs_to(*pid, *uid)).collect(),
+            Tree::DescendantsBut(known) => descendants()
+                .into_iter()
+                .filter(|pid| !known.contains(pid))
+                .collect(),
+        }
+    }
+
+    /// What the tree uses now.
+    pub fn usage(&self) -> TreeUsage {
+        let ticks = clock_ticks();
+        let mut usage = TreeUsage::default();
+        for pid in self.pids() {
+            usage.processes += 1;
+            let Some(stat) = Stat::read(pid) else {
+                continue;
+            };
+            usage.cpu += Duration::from_millis(stat.cpu_ticks.saturating_mul(1_000) / ticks);
+            usage.resident += stat.resident_pages * 4096;
+        }
+        usage
+    }
+
+    /// Bytes of memory with shared pages counted once. Dearer than [`Tree::usage`].
+    pub fn proportional_memory(&self) -> u64 {
+        self.pids().into_iter().filter_map(proportional_set).sum()
+    }
+
+    /// Ends every process of the tree. `Err` when some are still there after `patience`.
+    ///
+    /// `kill(-1)` by a process of the same user id reaches all of them in one step, which no fork
+    /// bomb can outrun; the look at `/proc` afterwards is the proof.
+    pub async fn kill(&self, patience: Duration) -> io::Result<()> {
+        let deadline = tokio::time::Instant::now() + patience;
+        let mut pause = Duration::from_micros(200);
+        loop {
+            let pids = self.pids();
+            if pids.is_empty() {
+                return Ok(());
+            }
+            match self {
+                Tree::Uid(uid) => kill_all_of(*uid)?,
+                Tree::DescendantsBut(_) => pids.iter().for_each(|pid| signal(*pid, libc::SIGKILL)),
+            }
+            if tokio::time::Instant::now() > deadline {
+                return Err(io::Error::other(format!(
+                    "{} processes did not end when killed",
+                    pids.len()
+                )));
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(20));
+        }
+    }
+}
+
+fn all_pids() -> impl Iterator<Item = i32> {
+    fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+}
+
+fn belongs_to(pid: i32, uid: u32) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let Ok(about) = fs::metadata(format!("/proc/{pid}")) else {
+        return false;
+    };
+    // The folder of a process that may not be dumped belongs to root, whoever the process is.
+    about.uid() == uid || (about.uid() == 0 && real_uid(pid) == Some(uid))
+}
+
+/// Every process below this one.
+fn descendants() -> Vec<i32> {
+    let parents: Vec<(i32, i32)> = all_pids()
+        .filter_map(|pid| Some((pid, Stat::read(pid)?.parent)))
+        .collect();
+    let own = i32::try_from(std::process::id()).unwrap_or(1);
+    let mut found = vec![own];
+    let mut next = 0;
+    while let Some(parent) = found.get(next).copied() {
+        found.extend(parents.iter().filter(|(_, p)| *p == parent).map(|(pid, _)| *pid));
+        next += 1;
+    }
+    found.split_off(1)
+}
+
+struct Stat {
+    parent: i32,
+    cpu_ticks: u64,
+    resident_pages: u64,
+}
+
+impl Stat {
+    fn read(pid: i32) -> Option<Stat> {
+        let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The second field is the program's name in brackets and may itself hold spaces and brackets.
+        let (_, rest) = text.rsplit_once(") ")?;
+        let fields: Vec<&str> = rest.split(' ').collect();
+        // proc_pid_stat(5): utime, stime, cutime, cstime are fields 14 to 17, rss is 24; `rest` starts at 3.
+        let number = |field: usize| fields.get(field - 3).and_then(|f| f.parse::<u64>().ok());
+        Some(Stat {
+            parent: i32::try_from(number(4)?).ok()?,
+            cpu_ticks: number(14)? + number(15)? + number(16)? + number(17)?,
+            resident_pages: number(24)?,
+        })
+    }
+}
+
+fn real_uid(pid: i32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+fn proportional_set(pid: i32) -> Option<u64> {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Sends a signal; a process that is gone already is as good as signalled.
+pub fn signal(pid: i32, signal: i32) {
+    // SAFETY: kill has no memory effects; a wrong pid only returns an error.
+    unsafe {
+        libc::kill(pid, signal);
+    }
+}
+
+/// `kill(-1, SIGKILL)` as `uid`, from a short-lived child that has taken that id.
+fn kill_all_of(uid: u32) -> io::Result<()> {
+    // SAFETY: between fork and _exit the child makes raw system calls only, which are
+    // async-signal-safe; it takes no lock and allocates nothing.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => unsafe {
+            // Raw calls: libc's wrappers would synchronise ids across threads.
+            if libc::syscall(libc::SYS_setresuid, uid, uid, uid) == 0 {
+                libc::kill(-1, libc::SIGKILL);
+            }
+            libc::_exit(0)
+        },
+        // The agent's reaper collects it.
+        _ => Ok(()),
+    }
+}
+
+/// A child's end, as `wait4` tells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exit {
+    /// The raw wait status.
+    pub status: i32,
+    /// Processor time of it and of all descendants it waited for.
+    pub cpu: Duration,
+    /// Peak resident bytes of the largest of these processes.
+    pub peak: u64,
+}
+
+/// Collects one ended child of this process, if there is one.
+pub fn reap() -> Option<(i32, Exit)> {
+    let mut status = 0;
+    // SAFETY: rusage is plain old data, for which all zeroes is a value.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: both pointers are to live locals of the right type.
+    let pid = unsafe { libc::wait4(-1, &mut status, libc::WNOHANG, &mut usage) };
+    (pid > 0).then(|| {
+        let time = |t: libc::timeval| {
+            Duration::from_secs(u64::try_from(t.tv_sec).unwrap_or(0))
+                + Duration::from_micros(u64::try_from(t.tv_usec).unwrap_or(0))
+        };
+        let exit = Exit {
+            status,
+            cpu: time(usage.ru_utime) + time(usage.ru_stime),
+            peak: u64::try_from(usage.ru_maxrss).unwrap_or(0) * 1024,
+        };
+        (pid, exit)
+    })
+}

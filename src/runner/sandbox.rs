@@ -1,0 +1,476 @@
+//! Making a sandbox: namespaces, a root of its own, user ids of its own.
+//!
+//! `gantry-runner sandbox` reads a [`SandboxSpec`] from standard input, makes the sandbox, answers
+//! with one line on standard output and leaves the sandbox's first process behind. With root's
+//! power the mounts are made before the user namespace is entered, since folders such as an
+//! interpreter below `/root` cannot be reached afterwards; without it everything happens inside.
+
+use std::ffi::CString;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
+use rustix::thread::UnshareFlags;
+use serde::{Deserialize, Serialize};
+
+use super::agent::{self, AgentConfig};
+use super::app::{self, AppConfig};
+use super::slot::{bind, set_read_only};
+use super::warm::{HOOK_FOLDER, PYTHON_HOOK};
+
+/// User ids in a sandbox: 0 is the runner, slots have 1000 and up.
+pub const IDS: u32 = 2_048;
+
+/// The first slot's user id inside a sandbox.
+pub const FIRST_SLOT_UID: u32 = 1_000;
+
+/// The listening socket a sandbox is given.
+const LISTENER_FD: i32 = 3;
+
+/// How far a sandbox is cut off from the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Isolation {
+    /// Every namespace, and a range of user ids of its own, the first of which is this on the host.
+    Full {
+        /// The host's id for the sandbox's root.
+        first_host_uid: u32,
+    },
+    /// Every namespace, but one user id: the server is not root.
+    SingleUser,
+    /// No namespaces: the machine forbids them. Filters and limits only.
+    None,
+}
+
+/// What to make.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SandboxSpec {
+    /// How far it is cut off.
+    pub isolation: Isolation,
+    /// An empty folder on the host, to mount the new root on (or to work in, without namespaces).
+    pub folder: PathBuf,
+    /// Host paths shown read-only at the same place.
+    pub shown: Vec<PathBuf>,
+    /// Host folders shown at another place, writable or not.
+    pub placed: Vec<Placed>,
+    /// `cgroup.procs` files to join first.
+    pub cgroups: Vec<PathBuf>,
+    /// Whether it shares the machine's network.
+    pub network: bool,
+    /// What lives in it.
+    pub role: Role,
+}
+
+/// A host folder shown at another place.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Placed {
+    /// On the host.
+    pub from: PathBuf,
+    /// Name below the sandbox's root.
+    pub name: String,
+    /// Whether it may be written to.
+    pub writable: bool,
+}
+
+/// What lives in a sandbox.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Role {
+    /// The runner's agent, which takes jobs.
+    Agent(AgentConfig),
+    /// A released program.
+    App(AppConfig),
+    /// Nothing: whether it can be made is the question.
+    Trial,
+}
+
+/// What making a sandbox came to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Made {
+    /// Its first process, as the host numbers it.
+    Pid(i32),
+    /// Why there is none.
+    Failed(String),
+}
+
+/// `gantry-runner sandbox`.
+pub fn main() -> anyhow::Result<()> {
+    let mut text = String::new();
+    io::stdin().read_to_string(&mut text)?;
+    let spec: SandboxSpec = serde_json::from_str(&text).context("the sandbox's specification")?;
+    let made = match make(&spec) {
+        Ok(Fork::Outside(pid)) => Made::Pid(pid),
+        Ok(Fork::Inside) => return live(spec.role),
+        Err(error) => Made::Failed(format!("{error:#}")),
+    };
+    let mut line = serde_json::to_string(&made)?;
+    line.push('\n');
+    io::stdout().write_all(line.as_bytes())?;
+    Ok(())
+}
+
+enum Fork {
+    /// Back in the process that was started, with the new one's id.
+    Outside(i32),
+    /// In the sandbox's first process.
+    Inside,
+}
+
+fn make(spec: &SandboxSpec) -> anyhow::Result<Fork> {
+    for procs in &spec.cgroups {
+        fs::write(procs, "0").with_context(|| format!("joining {}", procs.display()))?;
+    }
+    let host_proc = rustix::fs::open("/proc", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    match spec.isolation {
+        Isolation::Full { first_host_uid } => {
+            // SAFETY: this process has one thread.
+            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.context("a mount namespace")?;
+            build_root(spec, Some(first_host_uid)).context("the sandbox's root")?;
+            let maps = Maps::range(first_host_uid);
+            fork_into(namespaces(spec), &host_proc, &null, &maps, || Ok(()))
+        }
+        Isolation::SingleUser => {
+            let maps = Maps::own();
+            fork_into(namespaces(spec), &host_proc, &null, &maps, || {
+                build_root(spec, None).context("the sandbox's root")
+            })
+        }
+        Isolation::None => {
+            let hook = spec.folder.join("scratch").join(HOOK_FOLDER);
+            write_hook(&hook)?;
+            fork_into(0, &host_proc, &null, &Maps::none(), || Ok(()))
+        }
+    }
+}
+
+fn namespaces(spec: &SandboxSpec) -> i32 {
+    let own = libc::CLONE_NEWUSER
+        | libc::CLONE_NEWPID
+        | libc::CLONE_NEWNS
+        | libc::CLONE_NEWIPC
+        | libc::CLONE_NEWUTS
+        | libc::CLONE_NEWCGROUP;
+    if spec.network {
+        own
+    } else {
+        own | libc::CLONE_NEWNET
+    }
+}
+
+/// What the kernel is told about a user namespace's ids, by the process that made it.
+struct Maps {
+    deny_groups: bool,
+    uid: Option<String>,
+    gid: Option<String>,
+}
+
+impl Maps {
+    fn range(first: u32) -> Self {
+        let map = format!("0 {first} {IDS}");
+        Self {
+            deny_groups: false,
+            uid: Some(map.clone()),
+            gid: Some(map),
+        }
+    }
+
+    fn own() -> Self {
+        Self {
+            // Without privilege the kernel wants groups given up first (user_namespaces(7)).
+            deny_groups: true,
+            uid: Some(format!("0 {} 1", rustix::process::getuid().as_raw())),
+            gid: Some(format!("0 {} 1", rustix::process::getgid().as_raw())),
+        }
+    }
+
+    fn none() -> Self {
+        Self {
+            deny_groups: false,
+            uid: None,
+            gid: None,
+        }
+    }
+
+    fn write(&self, host_proc: &OwnedFd, pid: i32) -> anyhow::Result<()> {
+        let write = |name: &str, text: &str| -> anyhow::Result<()> {
+            let path = format!("{pid}/{name}");
+            let file = rustix::fs::openat(
+                host_proc,
+                path.as_str(),
+                OFlags::WRONLY | OFlags::CLOEXEC,
+                Mode::empty(),
+            )
+            .with_context(|| format!("opening {name}"))?;
+            rustix::io::write(&file, text.as_bytes()).with_context(|| format!("writing {name}"))?;
+            Ok(())
+        };
+        if self.deny_groups {
+            write("setgroups", "deny")?;
+        }
+        if let Some(map) = &self.gid {
+            write("gid_map", map)?;
+        }
+        if let Some(map) = &self.uid {
+            write("uid_map", map)?;
+        }
+        Ok(())
+    }
+}
+
+/// Forks into new namespaces. The child waits for its id maps, prepares, and says how that went.
+fn fork_into(
+    namespaces: i32,
+    host_proc: &OwnedFd,
+    null: &OwnedFd,
+    maps: &Maps,
+    prepare: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<Fork> {
+    let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
+    let (mapped_read, mapped_write) = pipe()?;
+    let (ready_read, ready_write) = pipe()?;
+    let flags = u64::try_from(namespaces | libc::SIGCHLD)?;
+    // SAFETY: as fork: no new stack, no shared memory; this process has one thread.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+    if pid < 0 {
+        return Err(io::Error::last_os_error()).context("making namespaces");
+    }
+    if pid > 0 {
+        drop((mapped_read, ready_write));
+        let pid = i32::try_from(pid)?;
+        let mapped = maps.write(host_proc, pid);
+        if mapped.is_ok() {
+            let _ = rustix::io::write(&mapped_write, b"m");
+        }
+        drop(mapped_write);
+        mapped?;
+        let mut said = String::new();
+        fs::File::from(ready_read).read_to_string(&mut said)?;
+        return match said.as_str() {
+            "ready" => Ok(Fork::Outside(pid)),
+            "" => anyhow::bail!("the sandbox's first process ended at once"),
+            why => anyhow::bail!("{why}"),
+        };
+    }
+    drop((mapped_write, ready_read));
+    let prepared = enter(&mapped_read, namespaces != 0, null).and_then(|()| prepare()).and_then(|()| {
+        if namespaces != 0 { furnish() } else { Ok(()) }
+    });
+    match prepared {
+        Ok(()) => {
+            rustix::io::write(&ready_write, b"ready")?;
+            Ok(Fork::Inside)
+        }
+        Err(error) => {
+            let _ = rustix::io::write(&ready_write, format!("{error:#}").as_bytes());
+            std::process::exit(1)
+        }
+    }
+}
+
+/// In the new process: wait for the maps, become the namespace's root, let go of the server.
+fn enter(mapped: &OwnedFd, new_user: bool, null: &OwnedFd) -> anyhow::Result<()> {
+    let mut byte = [0u8; 1];
+    if rustix::io::read(mapped, &mut byte)? != 1 {
+        anyhow::bail!("the id maps were not written");
+    }
+    if new_user {
+        // SAFETY: raw calls with integer arguments; a failing setgroups (denied maps) is harmless.
+        unsafe {
+            libc::syscall(libc::SYS_setgroups, 0, 0);
+            anyhow::ensure!(libc::syscall(libc::SYS_setresgid, 0, 0, 0) == 0, "becoming group 0");
+            anyhow::ensure!(libc::syscall(libc::SYS_setresuid, 0, 0, 0) == 0, "becoming user 0");
+        }
+    }
+    rustix::process::setsid().context("a session of its own")?;
+    rustix::stdio::dup2_stdin(null)?;
+    rustix::stdio::dup2_stdout(null)?;
+    // SAFETY: umask always succeeds.
+    unsafe { libc::umask(0o022) };
+    // Orphans of jobs come back to this process, and so stay in its tree.
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
+    Ok(())
+}
+
+/// In the new namespaces: its own `/proc`, host name and loopback.
+fn furnish() -> anyhow::Result<()> {
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    let none = CString::default();
+    rustix::mount::mount("proc", "/proc", "proc", flags, none.as_c_str()).context("mounting /proc")?;
+    // User code sees its own processes only.
+    rustix::mount::mount("proc", "/base/proc", "proc", flags, c"hidepid=2")
+        .context("mounting /proc for user code")?;
+    rustix::system::sethostname(b"sandbox").context("the host name")?;
+    loopback_up().context("the loopback device")?;
+    Ok(())
+}
+
+fn loopback_up() -> io::Result<()> {
+    let socket = rustix::net::socket(
+        rustix::net::AddressFamily::INET,
+        rustix::net::SocketType::DGRAM,
+        None,
+    )?;
+    // SAFETY: ifreq is plain old data, for which all zeroes is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: the request is a live ifreq, which is what this ioctl reads.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Builds the new root on a file system of its own and makes it this process's root.
+///
+/// `/` is for the runner only; user code's world is `/base`, which slots show under roots of their own.
+fn build_root(spec: &SandboxSpec, owner: Option<u32>) -> anyhow::Result<()> {
+    rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+    let root = &spec.folder;
+    rustix::mount::mount(
+        "tmpfs",
+        root,
+        "tmpfs",
+        MountFlags::NOSUID | MountFlags::NODEV,
+        c"mode=0755,size=4m,nr_inodes=8k",
+    )
+    .context("mounting its file system")?;
+    let base = root.join("base");
+    for folder in ["proc", "tmp", "workspace", "dev/shm", "etc", "run", "var/tmp"] {
+        fs::create_dir_all(base.join(folder))?;
+    }
+    show_devices(&base)?;
+    for path in &spec.shown {
+        show(path, &base).with_context(|| format!("showing {}", path.display()))?;
+    }
+    describe_users(&base.join("etc"))?;
+    write_hook(&base.join(HOOK_FOLDER))?;
+    for folder in ["proc", "slots", "scratch", "tmp"] {
+        let folder = root.join(folder);
+        fs::create_dir_all(&folder)?;
+        std::os::unix::fs::chown(&folder, owner, owner)?;
+    }
+    for placed in &spec.placed {
+        let at = root.join(&placed.name);
+        fs::create_dir_all(&at)?;
+        fs::create_dir_all(base.join(&placed.name))?;
+        bind(&placed.from, &at, !placed.writable)?;
+    }
+    rustix::process::chdir(root)?;
+    rustix::process::pivot_root(".", ".").context("pivot_root")?;
+    rustix::mount::unmount(".", UnmountFlags::DETACH).context("letting go of the old root")?;
+    rustix::process::chdir("/")?;
+    Ok(())
+}
+
+/// Shows one host path read-only at the same place; a link is made again as a link.
+fn show(path: &Path, base: &Path) -> io::Result<()> {
+    let at = base.join(path.strip_prefix("/").unwrap_or(path));
+    let Ok(about) = fs::symlink_metadata(path) else {
+        return Ok(());
+    };
+    if let Some(parent) = at.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    if about.is_symlink() {
+        return symlink(fs::read_link(path)?, at);
+    }
+    if about.is_dir() {
+        fs::create_dir_all(&at)?;
+    } else {
+        fs::write(&at, "")?;
+    }
+    bind(path, &at, false)?;
+    set_read_only(&at)
+}
+
+fn show_devices(base: &Path) -> io::Result<()> {
+    let dev = base.join("dev");
+    for device in ["null", "zero", "full", "random", "urandom"] {
+        let at = dev.join(device);
+        fs::write(&at, "")?;
+        bind(&Path::new("/dev").join(device), &at, false)?;
+    }
+    for (link, to) in [
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+    ] {
+        symlink(to, dev.join(link))?;
+    }
+    Ok(())
+}
+
+/// Names for the ids that exist in a sandbox, and the one host it knows.
+fn describe_users(etc: &Path) -> io::Result<()> {
+    let mut passwd = "root:x:0:0:root:/root:/usr/sbin/nologin\n".to_owned();
+    let mut group = "root:x:0:\n".to_owned();
+    for id in FIRST_SLOT_UID..FIRST_SLOT_UID + 64 {
+        passwd.push_str(&format!("user{id}:x:{id}:{id}::/workspace:/bin/sh\n"));
+        group.push_str(&format!("user{id}:x:{id}:\n"));
+    }
+    fs::write(etc.join("passwd"), passwd)?;
+    fs::write(etc.join("group"), group)?;
+    fs::write(etc.join("hosts"), "127.0.0.1 localhost sandbox\n::1 localhost\n")?;
+    fs::write(etc.join("hostname"), "sandbox\n")
+}
+
+fn write_hook(folder: &Path) -> io::Result<()> {
+    fs::create_dir_all(folder)?;
+    let hook = folder.join("sitecustomize.py");
+    fs::write(&hook, PYTHON_HOOK)?;
+    fs::set_permissions(&hook, fs::Permissions::from_mode(0o644))
+}
+
+/// The life of a sandbox's first process.
+fn live(role: Role) -> anyhow::Result<()> {
+    if matches!(role, Role::Trial) {
+        return Ok(());
+    }
+    tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .init();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let local = tokio::task::LocalSet::new();
+    local.block_on(&runtime, async {
+        // SAFETY: the platform passes its listening socket under this number, and nothing else in
+        // this program has taken it.
+        let listener: std::os::unix::net::UnixListener =
+            unsafe { std::os::fd::FromRawFd::from_raw_fd(LISTENER_FD) };
+        rustix::io::fcntl_setfd(listener.as_fd(), rustix::io::FdFlags::CLOEXEC)?;
+        listener.set_nonblocking(true)?;
+        let listener = tokio::net::UnixListener::from_std(listener)?;
+        match role {
+            Role::Agent(config) => agent::run(config, listener).await,
+            Role::App(config) => app::run(config, listener).await,
+            Role::Trial => Ok(()),
+        }
+    })
+}
+
+/// Gives a command the listening socket a sandbox expects.
+pub fn give_listener(command: &mut std::process::Command, listener: OwnedFd) {
+    // SAFETY: dup2 is async-signal-safe and the descriptor lives in the closure.
+    unsafe {
+        command.pre_exec(move || {
+            if libc::dup2(listener.as_raw_fd(), LISTENER_FD) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            // dup2 onto itself leaves close-on-exec as it was.
+            if libc::fcntl(LISTENER_FD, libc::F_SETFD, 0) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
+}

@@ -1,0 +1,382 @@
+//! A slot: the place where one job at a time runs. Its own user id where the machine allows, its own
+//! root, and scratch space that is empty at the start of every job.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags};
+use rustix::mount::{MountFlags, MountPropagationFlags};
+
+use super::agent::AgentConfig;
+use super::process::Tree;
+
+/// Folders of a slot's scratch space, and where they appear in its root.
+const SCRATCH: [(&str, &str); 3] = [("workspace", "workspace"), ("tmp", "tmp"), ("shm", "dev/shm")];
+
+/// Largest report file read back from a job: 500 tests with their messages fit.
+const MAX_REPORT_BYTES: u64 = 1 << 20;
+
+/// Most folder entries looked at when measuring; scratch space has fewer inodes than this.
+const MAX_SCAN_ENTRIES: usize = 40_000;
+
+/// The place of one job at a time.
+#[derive(Debug)]
+pub struct Slot {
+    /// Its number.
+    pub index: usize,
+    /// Its own user id; `None` where the sandbox has only one.
+    pub uid: Option<u32>,
+    /// The folder that is `/` for its jobs; `None`: the runner's own root.
+    root: Option<OwnedFd>,
+    scratch: PathBuf,
+    workspace: PathBuf,
+}
+
+/// What a job's files look like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Footprint {
+    /// The scratch space has no room left, or no room for another file.
+    pub full: bool,
+    /// Apparent size of the largest file.
+    pub largest_file: u64,
+}
+
+impl Slot {
+    /// Makes the slot's root and scratch space.
+    pub fn create(config: &AgentConfig, index: usize) -> io::Result<Slot> {
+        let scratch = config.scratch.join(index.to_string());
+        let uid = config
+            .first_uid
+            .map(|first| first + u32::try_from(index).unwrap_or(0));
+        fs::create_dir_all(&scratch)?;
+        let (root, workspace) = if config.private_roots {
+            mount_scratch(&scratch, config)?;
+            make_folders(&scratch)?;
+            let root = config.slots_folder.join(index.to_string());
+            fs::create_dir_all(&root)?;
+            bind(&config.base, &root, true)?;
+            for (folder, place) in SCRATCH {
+                bind(&scratch.join(folder), &root.join(place), false)?;
+            }
+            let fd = rustix::fs::open(&root, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+            (Some(fd), PathBuf::from("/workspace"))
+        } else {
+            make_folders(&scratch)?;
+            (None, scratch.join("workspace"))
+        };
+        let slot = Slot {
+            index,
+            uid,
+            root,
+            scratch,
+            workspace,
+        };
+        slot.wipe()?;
+        Ok(slot)
+    }
+
+    /// The folder that is `/` for its jobs.
+    pub fn root(&self) -> Option<RawFd> {
+        self.root.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
+    /// The workspace, as its jobs see it.
+    pub fn workspace(&self) -> &Path {
+        &self.workspace
+    }
+
+    /// The folder for temporary files, as its jobs see it.
+    pub fn temporary(&self) -> PathBuf {
+        match self.root {
+            Some(_) => PathBuf::from("/tmp"),
+            None => self.scratch.join("tmp"),
+        }
+    }
+
+    /// Every process of its job. `known` are the runner's own helpers.
+    pub fn tree(&self, known: Vec<i32>) -> Tree {
+        match self.uid {
+            Some(uid) => Tree::Uid(uid),
+            None => Tree::DescendantsBut(known),
+        }
+    }
+
+    /// Puts a job's files into the empty workspace, owned by its user.
+    pub fn write_files(&self, files: &[(String, String)]) -> io::Result<()> {
+        let workspace = self.scratch.join("workspace");
+        for (path, text) in files {
+            if let Some((folders, _)) = path.rsplit_once('/') {
+                let mut folder = workspace.clone();
+                for part in folders.split('/') {
+                    folder.push(part);
+                    if let Err(error) = fs::create_dir(&folder) {
+                        if error.kind() != io::ErrorKind::AlreadyExists {
+                            return Err(error);
+                        }
+                    } else {
+                        std::os::unix::fs::chown(&folder, self.uid, self.uid)?;
+                    }
+                }
+            }
+            let mut file = fs::OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o644)
+                .open(workspace.join(path))?;
+            file.write_all(text.as_bytes())?;
+            if self.uid.is_some() {
+                std::os::unix::fs::fchown(&file, self.uid, self.uid)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a small regular file from the folder for temporary files. The job chose what stands
+    /// there, so links, pipes and devices are refused and nothing blocks.
+    pub fn read_report(&self, name: &str) -> Option<String> {
+        let folder = rustix::fs::open(
+            self.scratch.join("tmp"),
+            OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .ok()?;
+        let file = rustix::fs::openat2(
+            &folder,
+            name,
+            OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+            Mode::empty(),
+            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
+        )
+        .ok()?;
+        let file = fs::File::from(file);
+        let about = file.metadata().ok()?;
+        if !about.is_file() || about.nlink() != 1 || about.len() > MAX_REPORT_BYTES {
+            return None;
+        }
+        let mut bytes = Vec::new();
+        file.take(MAX_REPORT_BYTES).read_to_end(&mut bytes).ok()?;
+        Some(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// Whether the scratch space is full. Cheap enough to ask while the job runs.
+    pub fn is_full(&self) -> bool {
+        // Without a file system of its own the slot cannot tell its own use from others'.
+        self.root.is_some()
+            && rustix::fs::statfs(&self.scratch).is_ok_and(|s| s.f_bavail == 0 || s.f_ffree == 0)
+    }
+
+    /// What the job has left behind, to be asked before [`Slot::wipe`].
+    pub fn footprint(&self) -> Footprint {
+        let mut largest_file = 0;
+        let mut seen = 0;
+        let mut folders: VecDeque<PathBuf> =
+            SCRATCH.iter().map(|(folder, _)| self.scratch.join(folder)).collect();
+        while let Some(folder) = folders.pop_front() {
+            let Ok(entries) = fs::read_dir(&folder) else {
+                continue;
+            };
+            for entry in entries.flatten() {
+                seen += 1;
+                if seen > MAX_SCAN_ENTRIES {
+                    break;
+                }
+                match entry.metadata() {
+                    Ok(about) if about.is_file() => largest_file = largest_file.max(about.len()),
+                    Ok(about) if about.is_dir() => folders.push_back(entry.path()),
+                    _ => {}
+                }
+            }
+        }
+        Footprint {
+            full: self.is_full(),
+            largest_file,
+        }
+    }
+
+    /// Empties the scratch space. No process of the slot may be alive.
+    pub fn wipe(&self) -> io::Result<()> {
+        for (folder, _) in SCRATCH {
+            let path = self.scratch.join(folder);
+            std::os::unix::fs::chown(&path, self.uid, self.uid)?;
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o700))?;
+            let folder = rustix::fs::open(
+                &path,
+                OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+                Mode::empty(),
+            )?;
+            empty(folder.as_fd())?;
+        }
+        Ok(())
+    }
+}
+
+fn make_folders(scratch: &Path) -> io::Result<()> {
+    for (folder, _) in SCRATCH {
+        fs::create_dir_all(scratch.join(folder))?;
+    }
+    Ok(())
+}
+
+/// Scratch space of its own: bounded in bytes and in files, and gone with the sandbox.
+fn mount_scratch(at: &Path, config: &AgentConfig) -> io::Result<()> {
+    let options = format!(
+        "size={},nr_inodes={},mode=0711",
+        config.scratch_bytes, config.scratch_files
+    );
+    let options = std::ffi::CString::new(options)?;
+    rustix::mount::mount(
+        "tmpfs",
+        at,
+        "tmpfs",
+        MountFlags::NOSUID | MountFlags::NODEV,
+        options.as_c_str(),
+    )?;
+    Ok(())
+}
+
+/// Shows a folder at another place, with everything mounted below it.
+pub fn bind(from: &Path, to: &Path, read_only: bool) -> io::Result<()> {
+    rustix::mount::mount_bind_recursive(from, to)?;
+    rustix::mount::mount_change(
+        to,
+        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+    )?;
+    if read_only {
+        set_read_only(to)?;
+    }
+    Ok(())
+}
+
+/// `struct mount_attr` of mount_setattr(2).
+#[repr(C)]
+struct MountAttributes {
+    set: u64,
+    clear: u64,
+    propagation: u64,
+    user_namespace: u64,
+}
+
+/// Makes a mount and all below it read-only. Flags are only added, which mounts inherited from a
+/// more privileged namespace allow.
+pub fn set_read_only(at: &Path) -> io::Result<()> {
+    const MOUNT_ATTR_RDONLY: u64 = 1;
+    const MOUNT_ATTR_NOSUID: u64 = 2;
+    let path = std::ffi::CString::new(at.as_os_str().as_encoded_bytes())?;
+    let attributes = MountAttributes {
+        set: MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID,
+        clear: 0,
+        propagation: 0,
+        user_namespace: 0,
+    };
+    // SAFETY: the path and the attributes outlive the call, and the size is that of the struct.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            libc::AT_RECURSIVE,
+            &raw const attributes,
+            size_of::<MountAttributes>(),
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Removes everything in a folder, however deep, holding two folders open at most: a folder found
+/// inside another is first moved up to the top.
+fn empty(top: BorrowedFd<'_>) -> io::Result<()> {
+    let mut moved: u64 = 0;
+    loop {
+        let entries = names(top)?;
+        if entries.is_empty() {
+            return Ok(());
+        }
+        for (name, kind) in entries {
+            if kind != FileType::Directory {
+                rustix::fs::unlinkat(top, &name, AtFlags::empty())?;
+                continue;
+            }
+            if rustix::fs::unlinkat(top, &name, AtFlags::REMOVEDIR).is_ok() {
+                continue;
+            }
+            // A folder its owner may not write to is still his to open up.
+            rustix::fs::chmodat(top, &name, Mode::RWXU, AtFlags::empty())?;
+            let folder = rustix::fs::openat(
+                top,
+                &name,
+                OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+                Mode::empty(),
+            )?;
+            for (inner, kind) in names(folder.as_fd())? {
+                if kind == FileType::Directory {
+                    // Moving a folder changes its own `..` entry, which takes write permission.
+                    rustix::fs::chmodat(&folder, &inner, Mode::RWXU, AtFlags::empty())?;
+                    loop {
+                        moved += 1;
+                        let target = format!(".moved-{moved}");
+                        match rustix::fs::renameat_with(
+                            &folder,
+                            &inner,
+                            top,
+                            &target,
+                            rustix::fs::RenameFlags::NOREPLACE,
+                        ) {
+                            Err(rustix::io::Errno::EXIST) => {}
+                            result => break result?,
+                        }
+                    }
+                } else {
+                    rustix::fs::unlinkat(&folder, &inner, AtFlags::empty())?;
+                }
+            }
+            rustix::fs::unlinkat(top, &name, AtFlags::REMOVEDIR)?;
+        }
+    }
+}
+
+fn names(folder: BorrowedFd<'_>) -> io::Result<Vec<(std::ffi::CString, FileType)>> {
+    let mut names = Vec::new();
+    for entry in Dir::read_from(folder)? {
+        let entry = entry?;
+        if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+            names.push((entry.file_name().to_owned(), entry.file_type()));
+        }
+    }
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
+    #[test]
+    fn empty_removes_deep_trees_and_odd_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let top = rustix::fs::open(dir.path(), OFlags::DIRECTORY, Mode::empty()).unwrap();
+        let mut at = rustix::fs::open(dir.path(), OFlags::DIRECTORY, Mode::empty()).unwrap();
+        for _ in 0..10_000 {
+            rustix::fs::mkdirat(&at, "d", Mode::RWXU).unwrap();
+            at = rustix::fs::openat(&at, "d", OFlags::DIRECTORY, Mode::empty()).unwrap();
+        }
+        for name in [&b"new\nline"[..], b"\xff\xfe", b".moved-1", b" "] {
+            fs::write(dir.path().join(OsStr::from_bytes(name)), "x").unwrap();
+        }
+        std::os::unix::fs::symlink("/etc", dir.path().join("link")).unwrap();
+        let closed = dir.path().join("closed");
+        fs::create_dir_all(closed.join("inner")).unwrap();
+        fs::set_permissions(&closed, fs::Permissions::from_mode(0)).unwrap();
+        empty(top.as_fd()).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        assert!(Path::new("/etc/passwd").exists());
+    }
+}

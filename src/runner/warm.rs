@@ -1,0 +1,336 @@
+//! Interpreters started ahead of time: a run then costs a wake-up instead of a start.
+
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::rc::Rc;
+use std::time::Duration;
+
+use rustix::net::{
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
+    SocketType,
+};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+
+use super::agent::{AgentConfig, Exits};
+use super::confine::{Confinement, Identity};
+use super::process::{Exit, signal};
+use super::slot::Slot;
+use crate::model::Limits;
+
+/// The file that makes an interpreter wait; see its own words.
+pub const PYTHON_HOOK: &str = include_str!("warm_python.py");
+
+/// The folder the hook stands in, below the root of user code's world.
+pub const HOOK_FOLDER: &str = "run/gantry";
+
+/// Longest wait for a fork: a hundred times what it takes on a loaded machine. After it the
+/// interpreter is taken for broken and a new one is started.
+const FORK_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Forks from one interpreter before it is replaced. Children share their parent's hash seed; a new
+/// parent now and then means that no seed lasts.
+const FORKS_PER_INTERPRETER: u32 = 256;
+
+/// The three streams of a job and the news of its end.
+#[derive(Debug)]
+pub struct Program {
+    /// Its process.
+    pub pid: i32,
+    /// Its standard input.
+    pub stdin: pipe::Sender,
+    /// Its standard output.
+    pub stdout: pipe::Receiver,
+    /// Its standard error.
+    pub stderr: pipe::Receiver,
+    /// Resolves when it has ended.
+    pub exit: oneshot::Receiver<Exit>,
+}
+
+/// The child's ends of a program's streams.
+#[derive(Debug)]
+pub struct ChildEnds {
+    stdin: OwnedFd,
+    stdout: OwnedFd,
+    stderr: OwnedFd,
+}
+
+/// The parent's ends of a program's streams.
+#[derive(Debug)]
+pub struct ParentEnds {
+    /// Writes to the program's standard input.
+    pub stdin: pipe::Sender,
+    /// Reads its standard output.
+    pub stdout: pipe::Receiver,
+    /// Reads its standard error.
+    pub stderr: pipe::Receiver,
+}
+
+/// New pipes for a program.
+pub fn pipes() -> io::Result<(ParentEnds, ChildEnds)> {
+    let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
+    let (stdin_read, stdin_write) = pipe()?;
+    let (stdout_read, stdout_write) = pipe()?;
+    let (stderr_read, stderr_write) = pipe()?;
+    let ours = |fd: &OwnedFd| rustix::io::ioctl_fionbio(fd, true);
+    ours(&stdin_write)?;
+    ours(&stdout_read)?;
+    ours(&stderr_read)?;
+    Ok((
+        ParentEnds {
+            stdin: pipe::Sender::from_owned_fd(stdin_write)?,
+            stdout: pipe::Receiver::from_owned_fd(stdout_read)?,
+            stderr: pipe::Receiver::from_owned_fd(stderr_read)?,
+        },
+        ChildEnds {
+            stdin: stdin_read,
+            stdout: stdout_write,
+            stderr: stderr_write,
+        },
+    ))
+}
+
+impl ChildEnds {
+    /// Gives them to a command that is about to be started.
+    pub fn attach(self, command: &mut Command) {
+        command
+            .stdin(Stdio::from(self.stdin))
+            .stdout(Stdio::from(self.stdout))
+            .stderr(Stdio::from(self.stderr));
+    }
+}
+
+/// A child of the warm interpreter, waiting in its slot for a run.
+#[derive(Debug)]
+pub struct Parked {
+    program: Program,
+    control: UnixStream,
+}
+
+impl Parked {
+    /// Its process.
+    pub fn pid(&self) -> i32 {
+        self.program.pid
+    }
+
+    /// Sends it off with these arguments and variables.
+    pub async fn run(mut self, argv: &[String], env: &[(String, String)]) -> io::Result<Program> {
+        let mut body = argv.len().to_string();
+        for text in argv {
+            body.push('\0');
+            body.push_str(text);
+        }
+        for (name, value) in env {
+            body.push('\0');
+            body.push_str(name);
+            body.push('=');
+            body.push_str(value);
+        }
+        let mut message = u32::try_from(body.len())
+            .map_err(io::Error::other)?
+            .to_le_bytes()
+            .to_vec();
+        message.extend_from_slice(body.as_bytes());
+        self.control.write_all(&message).await?;
+        Ok(self.program)
+    }
+}
+
+/// An interpreter that waits and forks.
+#[derive(Debug)]
+pub struct Interpreter {
+    pid: i32,
+    control: Rc<AsyncFd<OwnedFd>>,
+    forked: mpsc::UnboundedReceiver<i32>,
+    exits: Exits,
+    forks: u32,
+    /// Held open so that its standard streams stay pipes, as a run's are.
+    _streams: ParentEnds,
+}
+
+impl Interpreter {
+    /// Starts it. It takes a few milliseconds until it answers.
+    pub fn start(
+        python: &Path,
+        config: &AgentConfig,
+        confinement: &Confinement,
+        slot: &Slot,
+        exits: Exits,
+    ) -> anyhow::Result<Interpreter> {
+        let (ours, theirs) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        rustix::io::ioctl_fionbio(&ours, true)?;
+        // It has to outlive the exec.
+        rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty())?;
+        let (parent, child) = pipes()?;
+        let mut command = Command::new(python);
+        command
+            .arg0("python3")
+            .arg("main.py")
+            .env_clear()
+            .envs(config.environment(slot))
+            .env("PYTHONPATH", config.hook_folder())
+            .env("GANTRY_WARM_FD", theirs.as_raw_fd().to_string());
+        child.attach(&mut command);
+        // With user ids to give away it waits in the common root and its children enter their slots.
+        let base = config.open_base()?;
+        let (identity, root) = match slot.uid {
+            Some(_) => (Identity::Launcher, Some(base.as_raw_fd())),
+            None => (Identity::Own, slot.root()),
+        };
+        let root = root.filter(|_| config.private_roots);
+        confinement.apply(&mut command, identity, root, slot.workspace(), &Limits::MAXIMUM)?;
+        let pid = i32::try_from(command.spawn()?.id())?;
+        // SAFETY: an OwnedFd names the same open descriptor for as long as it lives.
+        let control = Rc::new(unsafe { AsyncFd::register(ours) }?);
+        let (forks_told, forked) = mpsc::unbounded_channel();
+        tokio::task::spawn_local(listen(Rc::clone(&control), forks_told, exits.clone()));
+        Ok(Interpreter {
+            pid,
+            control,
+            forked,
+            exits,
+            forks: 0,
+            _streams: parent,
+        })
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Whether it has forked often enough to be replaced.
+    pub fn is_worn(&self) -> bool {
+        self.forks >= FORKS_PER_INTERPRETER
+    }
+
+    /// A new child in `slot`, waiting for a run.
+    pub async fn park(&mut self, slot: &Slot) -> anyhow::Result<Parked> {
+        self.forks += 1;
+        let (parent, child) = pipes()?;
+        let (control, theirs) = UnixStream::pair()?;
+        let theirs = theirs.into_std()?;
+        theirs.set_nonblocking(false)?;
+        let message = format!("fork {}", slot.uid.map_or(-1, i64::from));
+        let mut fds = Vec::with_capacity(5);
+        if let (Some(root), Some(_)) = (slot.root(), slot.uid) {
+            // SAFETY: the slot's descriptor is open for as long as the slot lives.
+            fds.push(unsafe { BorrowedFd::borrow_raw(root) });
+        }
+        fds.extend([
+            child.stdin.as_fd(),
+            child.stdout.as_fd(),
+            child.stderr.as_fd(),
+            theirs.as_fd(),
+        ]);
+        self.send(message.as_bytes(), &fds).await?;
+        let pid = timeout(FORK_PATIENCE, self.forked.recv())
+            .await?
+            .ok_or_else(|| anyhow::anyhow!("the waiting interpreter has ended"))?;
+        let mut parked = Parked {
+            program: Program {
+                pid,
+                stdin: parent.stdin,
+                stdout: parent.stdout,
+                stderr: parent.stderr,
+                exit: self.exits.wait_for(pid),
+            },
+            control,
+        };
+        drop((child, theirs));
+        let mut ready = [0];
+        timeout(FORK_PATIENCE, parked.control.read_exact(&mut ready)).await??;
+        Ok(parked)
+    }
+
+    async fn send(&self, message: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        loop {
+            let mut guard = self.control.writable().await?;
+            let result = guard.try_io(|socket| {
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(5))];
+                let mut ancillary = SendAncillaryBuffer::new(&mut space);
+                ancillary.push(SendAncillaryMessage::ScmRights(fds));
+                rustix::net::sendmsg(
+                    socket,
+                    &[IoSlice::new(message)],
+                    &mut ancillary,
+                    SendFlags::NOSIGNAL,
+                )
+                .map_err(io::Error::from)
+            });
+            if let Ok(result) = result {
+                return result.map(drop);
+            }
+        }
+    }
+}
+
+impl Drop for Interpreter {
+    fn drop(&mut self) {
+        // Its running children go on; the runner, as their new parent, collects them.
+        signal(self.pid, libc::SIGKILL);
+    }
+}
+
+/// Passes on what an interpreter says, until it ends.
+async fn listen(control: Rc<AsyncFd<OwnedFd>>, forked: mpsc::UnboundedSender<i32>, exits: Exits) {
+    loop {
+        let mut buffer = [0u8; 128];
+        let Ok(mut guard) = control.readable().await else {
+            return;
+        };
+        let received = guard.try_io(|socket| {
+            rustix::net::recv(socket, &mut buffer[..], RecvFlags::empty()).map_err(io::Error::from)
+        });
+        match received {
+            Err(_) => {}
+            Ok(Ok((length, _))) if length > 0 => {
+                let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+                if understand(&text, &forked, &exits).is_none() {
+                    tracing::error!(%text, "the waiting interpreter said something unknown");
+                }
+            }
+            Ok(_) => return,
+        }
+    }
+}
+
+fn understand(text: &str, forked: &mpsc::UnboundedSender<i32>, exits: &Exits) -> Option<()> {
+    let mut words = text.split(' ');
+    match words.next()? {
+        "forked" => forked.send(words.next()?.parse().ok()?).ok(),
+        "exit" => {
+            let pid = words.next()?.parse().ok()?;
+            let exit = Exit {
+                status: words.next()?.parse().ok()?,
+                cpu: Duration::from_micros(words.next()?.parse().ok()?),
+                peak: words.next()?.parse::<u64>().ok()? * 1024,
+            };
+            exits.tell(pid, exit);
+            Some(())
+        }
+        _ => None,
+    }
+}
+
+/// Variables that an interpreter reads when it starts: a run that sets one of them starts cold.
+pub fn needs_cold_start(env: &[(String, String)]) -> bool {
+    const NAMES: [&str; 5] = ["HOME", "LANG", "LANGUAGE", "PATH", "TZ"];
+    const PREFIXES: [&str; 5] = ["PYTHON", "LC_", "LD_", "MALLOC_", "GLIBC_"];
+    env.iter().any(|(name, _)| {
+        NAMES.contains(&name.as_str()) || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
+    })
+}

@@ -1,0 +1,260 @@
+//! Frames between the server and a runner: a little-endian `u32` length, then postcard.
+//!
+//! The same frames on every platform. Each side says [`VERSION`] first; a side that speaks another
+//! version is refused before anything else is read.
+
+use bytes::{Bytes, BytesMut};
+use futures_util::{SinkExt, StreamExt};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tokio::io::{AsyncRead, AsyncWrite, ReadHalf, WriteHalf};
+use tokio_util::codec::{FramedRead, FramedWrite, LengthDelimitedCodec};
+
+use crate::model::{Limits, OutputStream, RunReport, SubmissionId};
+
+/// The version of these frames. Raised when a frame changes shape.
+pub const VERSION: u16 = 1;
+
+/// Largest frame: a job carries at most 8 MiB of code, and its arguments and input beside it.
+pub const MAX_FRAME_BYTES: usize = 12 << 20;
+
+/// One run, for all time: the submission and the run's number within it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct JobId {
+    /// The submission.
+    pub submission: SubmissionId,
+    /// Which of its runs, from 0.
+    pub run: u32,
+}
+
+impl std::fmt::Display for JobId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.submission, self.run)
+    }
+}
+
+/// What to run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Job {
+    /// Starting the same id again never runs it twice.
+    pub id: JobId,
+    /// Files to put into the workspace, by relative path.
+    pub files: Vec<(String, String)>,
+    /// Command and arguments.
+    pub argv: Vec<String>,
+    /// Variables beside the sandbox's own.
+    pub env: Vec<(String, String)>,
+    /// Standard input to begin with.
+    pub stdin: Vec<u8>,
+    /// Whether more input may follow in [`ToRunner::Stdin`]; otherwise end of file follows `stdin`.
+    pub stdin_open: bool,
+    /// What it may use.
+    pub limits: Limits,
+    /// Read this file from the workspace afterwards: a test runner's report.
+    pub report: Option<String>,
+}
+
+/// From the server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToRunner {
+    /// First frame.
+    Hello {
+        /// See [`VERSION`].
+        version: u16,
+    },
+    /// Run this, unless it ran or runs already; then as [`ToRunner::Attach`] after 0.
+    Start(Box<Job>),
+    /// Send this job's events after `after`, and what follows.
+    Attach {
+        /// Which.
+        job: JobId,
+        /// The last sequence number the server has stored.
+        after: u64,
+    },
+    /// More input.
+    Stdin {
+        /// For which job.
+        job: JobId,
+        /// The bytes.
+        data: Vec<u8>,
+        /// Nothing follows.
+        eof: bool,
+    },
+    /// Kill its whole process tree.
+    Cancel {
+        /// Which.
+        job: JobId,
+    },
+    /// Everything up to here is stored by the server and need not be kept.
+    Ack {
+        /// Which.
+        job: JobId,
+        /// The last sequence number stored.
+        seq: u64,
+    },
+    /// Heartbeat.
+    Ping,
+    /// End every job and the runner itself.
+    Shutdown,
+}
+
+/// From the runner.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromRunner {
+    /// First frame.
+    Hello {
+        /// See [`VERSION`].
+        version: u16,
+    },
+    /// Something happened to a job.
+    Event {
+        /// Which.
+        job: JobId,
+        /// From 1 without gaps, per job.
+        seq: u64,
+        /// What.
+        event: JobEvent,
+    },
+    /// The runner does not have this job (any more).
+    Unknown {
+        /// Which.
+        job: JobId,
+    },
+    /// Answer to a heartbeat.
+    Pong,
+}
+
+/// What happens to a job.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum JobEvent {
+    /// It wrote something.
+    Output {
+        /// Where to.
+        stream: OutputStream,
+        /// What.
+        data: Vec<u8>,
+    },
+    /// It ended; nothing follows.
+    Ended(RunReport),
+}
+
+/// Why frames could not be exchanged.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// The stream ended or broke. Never a result.
+    #[error("the connection was lost: {0}")]
+    Lost(std::io::Error),
+    /// The stream ended between two frames.
+    #[error("the connection was closed by the other side")]
+    Closed,
+    /// A frame that is not one of these.
+    #[error("a frame could not be read: {0}")]
+    Malformed(postcard::Error),
+    /// The other side speaks another version.
+    #[error("the other side speaks version {theirs} of the runner's frames, this one {VERSION}")]
+    Version {
+        /// What it said.
+        theirs: u16,
+    },
+}
+
+fn codec() -> LengthDelimitedCodec {
+    LengthDelimitedCodec::builder()
+        .little_endian()
+        .length_field_length(4)
+        .max_frame_length(MAX_FRAME_BYTES)
+        .new_codec()
+}
+
+/// Reads frames.
+#[derive(Debug)]
+pub struct FrameReader<S>(FramedRead<ReadHalf<S>, LengthDelimitedCodec>);
+
+/// Writes frames.
+#[derive(Debug)]
+pub struct FrameWriter<S>(FramedWrite<WriteHalf<S>, LengthDelimitedCodec>);
+
+/// Both directions of one stream.
+pub fn frames<S: AsyncRead + AsyncWrite>(stream: S) -> (FrameReader<S>, FrameWriter<S>) {
+    let (read, write) = tokio::io::split(stream);
+    (
+        FrameReader(FramedRead::new(read, codec())),
+        FrameWriter(FramedWrite::new(write, codec())),
+    )
+}
+
+impl<S: AsyncRead + AsyncWrite> FrameReader<S> {
+    /// The next frame. Safe to drop and call again: no bytes are lost.
+    pub async fn next<T: DeserializeOwned>(&mut self) -> Result<T, WireError> {
+        let frame: BytesMut = match self.0.next().await {
+            None => return Err(WireError::Closed),
+            Some(Err(error)) => return Err(WireError::Lost(error)),
+            Some(Ok(frame)) => frame,
+        };
+        postcard::from_bytes(&frame).map_err(WireError::Malformed)
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite> FrameWriter<S> {
+    /// Writes one frame and flushes it.
+    pub async fn send<T: Serialize>(&mut self, frame: &T) -> Result<(), WireError> {
+        let bytes = postcard::to_stdvec(frame).map_err(WireError::Malformed)?;
+        self.0
+            .send(Bytes::from(bytes))
+            .await
+            .map_err(WireError::Lost)
+    }
+}
+
+/// First byte of a connection to a released program's runner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AppPort {
+    /// [`FromApp`] frames follow. When this connection ends, so does the program: its server is gone.
+    Control,
+    /// Bytes to and from the program's own port.
+    Program,
+}
+
+impl AppPort {
+    /// The byte.
+    pub fn byte(self) -> u8 {
+        match self {
+            AppPort::Control => b'C',
+            AppPort::Program => b'P',
+        }
+    }
+
+    /// The port of this byte.
+    pub fn from_byte(byte: u8) -> Option<Self> {
+        match byte {
+            b'C' => Some(AppPort::Control),
+            b'P' => Some(AppPort::Program),
+            _ => None,
+        }
+    }
+}
+
+/// What a released program does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromApp {
+    /// It was started, for the `restarts + 1`-th time.
+    Started {
+        /// Times it was started again.
+        restarts: u32,
+    },
+    /// It serves: it listens, or has run for a while without listening.
+    Serving,
+    /// It wrote something.
+    Output {
+        /// Where to.
+        stream: OutputStream,
+        /// What.
+        data: Vec<u8>,
+    },
+    /// It ended.
+    Ended {
+        /// How.
+        ending: crate::model::Ending,
+        /// Whether it will be started again.
+        again: bool,
+    },
+}

@@ -1,0 +1,129 @@
+//! The code store as a folder of this machine.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+
+use super::CodeStore;
+use crate::model::{Problem, RelativePath, ReplId, SubmissionId};
+
+/// A folder with `releases/{repl}/{submission}/` (immutable) and `code/{repl}/` (current).
+#[derive(Debug, Clone)]
+pub struct DirectoryStore {
+    root: PathBuf,
+}
+
+impl DirectoryStore {
+    /// A store in this folder, made if it is not there.
+    pub fn open(root: PathBuf) -> io::Result<Self> {
+        fs::create_dir_all(root.join("releases"))?;
+        fs::create_dir_all(root.join("code"))?;
+        Ok(Self { root })
+    }
+
+    /// Where a release's files are.
+    pub fn release(&self, repl: &ReplId, submission: SubmissionId) -> PathBuf {
+        self.root
+            .join("releases")
+            .join(repl.as_str())
+            .join(submission.to_string())
+    }
+}
+
+#[async_trait]
+impl CodeStore for DirectoryStore {
+    async fn publish(
+        &self,
+        repl: &ReplId,
+        submission: SubmissionId,
+        files: &BTreeMap<RelativePath, String>,
+    ) -> Result<(), Problem> {
+        let release = self.release(repl, submission);
+        let code = self.root.join("code").join(repl.as_str());
+        let files = files.clone();
+        let write = move || {
+            if !release.exists() {
+                write_whole(&release, &files)?;
+            }
+            write_whole(&code, &files)
+        };
+        tokio::task::spawn_blocking(write)
+            .await
+            .map_err(io::Error::other)
+            .flatten()
+            .map_err(|error| {
+                Problem::new(
+                    "store_failed",
+                    "The code could not be stored",
+                    error.to_string(),
+                    "Check that the data folder is writable and has room, then submit again.",
+                )
+            })
+    }
+}
+
+/// Writes a folder beside its place and moves it there, so that it is seen whole or not at all.
+fn write_whole(folder: &Path, files: &BTreeMap<RelativePath, String>) -> io::Result<()> {
+    let parent = folder.parent().unwrap_or(folder);
+    fs::create_dir_all(parent)?;
+    let staged = parent.join(format!(".{}.new", file_name(folder)));
+    let replaced = parent.join(format!(".{}.old", file_name(folder)));
+    remove(&staged)?;
+    fs::create_dir(&staged)?;
+    for (path, text) in files {
+        let target = staged.join(path.as_str());
+        if let Some(folder) = target.parent() {
+            fs::create_dir_all(folder)?;
+        }
+        let mut file = File::create_new(&target)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_data()?;
+    }
+    File::open(&staged)?.sync_all()?;
+    remove(&replaced)?;
+    if folder.exists() {
+        fs::rename(folder, &replaced)?;
+    }
+    fs::rename(&staged, folder)?;
+    File::open(parent)?.sync_all()?;
+    remove(&replaced)
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+fn remove(folder: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn files(text: &str) -> BTreeMap<RelativePath, String> {
+        let path = |p: &str| RelativePath::try_from(p.to_owned()).unwrap();
+        BTreeMap::from([(path("main.py"), text.to_owned()), (path("a/b.txt"), "b".to_owned())])
+    }
+
+    #[tokio::test]
+    async fn a_release_is_immutable_and_current_code_is_replaced_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = DirectoryStore::open(dir.path().to_owned()).unwrap();
+        let repl: ReplId = "r".parse().unwrap();
+        let id = SubmissionId::new();
+        store.publish(&repl, id, &files("1")).await.unwrap();
+        store.publish(&repl, id, &files("2")).await.unwrap();
+        let read = |p: PathBuf| fs::read_to_string(p).unwrap();
+        assert_eq!(read(store.release(&repl, id).join("main.py")), "1");
+        assert_eq!(read(dir.path().join("code/r/main.py")), "2");
+        assert_eq!(fs::read_dir(dir.path().join("code")).unwrap().count(), 1);
+    }
+}
