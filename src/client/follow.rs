@@ -11,7 +11,6 @@ use backon::{BackoffBuilder, ExponentialBuilder};
 use futures_util::{SinkExt, StreamExt};
 use reqwest::StatusCode;
 use secrecy::ExposeSecret;
-use serde_json::json;
 use tokio::net::TcpStream;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep, timeout};
@@ -24,10 +23,11 @@ use tokio_tungstenite::tungstenite::{Error as WsError, Message as WsMessage};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async_with_config};
 
 use super::failure::{Failure, chain};
-use super::frame::{Frame, Kind};
+use super::frame::Frame;
 use super::http::{self, Api};
 use super::message::Message;
-use crate::model::{Outcome, Status, SubmissionId};
+use super::progress::{Progress, Taken};
+use crate::model::Status;
 
 /// Longest wait for a TCP connection and the WebSocket handshake on it.
 const HANDSHAKE_TIMEOUT: Duration = http::CONNECT_TIMEOUT;
@@ -379,115 +379,13 @@ fn handshake(api: &Api, address: &str) -> Result<Request, String> {
     Ok(request)
 }
 
-/// What became of a frame.
-#[derive(Debug)]
-enum Taken {
-    /// Seen before, or not about this submission.
-    Old,
-    /// The next event.
-    New,
-    /// Frames before it are missing.
-    Gap,
-    /// The server does not know the submission: it is to be sent again.
-    Unknown,
-    /// The end.
-    Reply(Box<Outcome>),
-}
-
-/// How far the submission's stream has come; no I/O.
-#[derive(Debug)]
-struct Progress {
-    id: SubmissionId,
-    after: u64,
-    sent: bool,
-    resuming: bool,
-    cancelling: bool,
-}
-
-impl Progress {
-    fn new(id: SubmissionId) -> Self {
-        Self {
-            id,
-            after: 0,
-            sent: false,
-            resuming: false,
-            cancelling: false,
-        }
-    }
-
-    /// The first message on a new connection.
-    fn opening(&mut self, message: &Message) -> WsMessage {
-        if !self.sent {
-            return self.submit(message);
-        }
-        self.resuming = true;
-        WsMessage::text(json!({"resume": self.id, "after": self.after}).to_string())
-    }
-
-    fn submit(&mut self, message: &Message) -> WsMessage {
-        self.sent = true;
-        self.resuming = false;
-        WsMessage::text(message.text.as_str())
-    }
-
-    fn cancel(&mut self) -> WsMessage {
-        self.cancelling = true;
-        WsMessage::text(json!({"cancel": self.id}).to_string())
-    }
-
-    fn take(&mut self, frame: &Frame) -> Taken {
-        // A message that could not be read is answered without an id; only ours go over this connection.
-        if frame.submission_id.is_some_and(|id| id != self.id) {
-            return Taken::Old;
-        }
-        if let (Kind::Reply(outcome), None) = (&frame.kind, frame.seq) {
-            return self.refusal(outcome);
-        }
-        if let Some(seq) = frame.seq {
-            if seq > self.after + 1 {
-                return Taken::Gap;
-            }
-            if seq <= self.after {
-                return Taken::Old;
-            }
-            self.after = seq;
-            self.resuming = false;
-        }
-        match &frame.kind {
-            Kind::Reply(outcome) => Taken::Reply(outcome.clone()),
-            Kind::Event(_) | Kind::Other => Taken::New,
-        }
-    }
-
-    /// A reply outside the submission's stream answers one message: it was not taken.
-    fn refusal(&mut self, outcome: &Outcome) -> Taken {
-        let invalid = outcome.status == Status::Invalid;
-        if invalid && self.resuming {
-            return Taken::Unknown;
-        }
-        // Cancelling what is over already is refused; the reply itself is on its way.
-        if invalid && self.cancelling && self.after > 0 {
-            return Taken::Old;
-        }
-        Taken::Reply(Box::new(outcome.clone()))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::*;
+    use serde_json::json;
 
-    fn progress() -> (Progress, Message) {
-        let id = SubmissionId::new();
-        (
-            Progress::new(id),
-            Message {
-                id,
-                text: "{}".to_owned(),
-            },
-        )
-    }
+    use super::*;
+    use crate::model::SubmissionId;
 
     fn frame(id: SubmissionId, seq: impl Into<Option<u64>>, rest: &str) -> Frame {
         let seq = seq
@@ -500,66 +398,6 @@ mod tests {
     const QUEUED: &str = r#""event":"queued""#;
     const DEPLOYED: &str = r#""status":"deployed""#;
     const INVALID: &str = r#""status":"invalid""#;
-
-    #[test]
-    fn every_frame_is_shown_once_however_often_it_is_replayed() {
-        let (mut progress, message) = progress();
-        let id = message.id;
-        progress.opening(&message);
-        assert!(matches!(progress.take(&frame(id, 1, QUEUED)), Taken::New));
-        assert!(matches!(progress.take(&frame(id, 1, QUEUED)), Taken::Old));
-        assert!(matches!(progress.take(&frame(id, 3, QUEUED)), Taken::Gap));
-        assert!(matches!(
-            progress.take(&frame(SubmissionId::new(), 2, QUEUED)),
-            Taken::Old
-        ));
-        assert!(matches!(
-            progress.take(&frame(id, 2, DEPLOYED)),
-            Taken::Reply(_)
-        ));
-    }
-
-    #[test]
-    fn a_new_connection_resumes_behind_the_last_frame() {
-        let (mut progress, message) = progress();
-        assert_eq!(progress.opening(&message).to_text().unwrap(), "{}");
-        progress.take(&frame(message.id, 1, QUEUED));
-        let resume: serde_json::Value =
-            serde_json::from_str(progress.opening(&message).to_text().unwrap()).unwrap();
-        assert_eq!(resume, json!({"resume": message.id, "after": 1}));
-    }
-
-    #[test]
-    fn a_server_that_does_not_know_the_id_is_sent_the_submission_again() {
-        let (mut progress, message) = progress();
-        progress.opening(&message);
-        progress.opening(&message);
-        assert!(matches!(
-            progress.take(&frame(message.id, None, INVALID)),
-            Taken::Unknown
-        ));
-        progress.submit(&message);
-        assert!(matches!(
-            progress.take(&frame(message.id, None, INVALID)),
-            Taken::Reply(_)
-        ));
-    }
-
-    #[test]
-    fn a_refused_cancel_does_not_hide_the_reply() {
-        let (mut progress, message) = progress();
-        progress.opening(&message);
-        progress.take(&frame(message.id, 1, QUEUED));
-        progress.cancel();
-        assert!(matches!(
-            progress.take(&frame(message.id, None, INVALID)),
-            Taken::Old
-        ));
-        assert!(matches!(
-            progress.take(&frame(message.id, 2, DEPLOYED)),
-            Taken::Reply(_)
-        ));
-    }
 
     /// What the follower showed.
     #[derive(Default)]
@@ -669,7 +507,10 @@ mod tests {
             format!("http://{free}").parse().unwrap(),
             "key".to_owned().into(),
         );
-        let (_, message) = progress();
+        let message = Message {
+            id: SubmissionId::new(),
+            text: "{}".to_owned(),
+        };
         let api = api.unwrap();
         let begun = Instant::now();
         let failure = Follower::new(&api, message, Seen::default())

@@ -225,12 +225,15 @@ pub(super) fn refused(status: StatusCode, body: &[u8]) -> Failure {
         StatusCode::FORBIDDEN => "the key does not allow this".to_owned(),
         _ => format!("{status}, without a cause"),
     });
-    let remediation = details.remediation.unwrap_or_else(|| match status {
-        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-            "Check API_KEY or --key-file; `gantry key list` shows the keys.".to_owned()
+    let remediation = match (status, details.remediation) {
+        // The server's words are about headers; here the key comes from somewhere else.
+        (StatusCode::UNAUTHORIZED, _) | (StatusCode::FORBIDDEN, None) => {
+            "Check API_KEY or --key-file; `gantry key list`, where the server runs, shows the keys."
+                .to_owned()
         }
-        _ => "Check --server; look into the server's own log.".to_owned(),
-    });
+        (_, Some(remediation)) => remediation,
+        (_, None) => "Check --server; look into the server's own log.".to_owned(),
+    };
     let code = details
         .code
         .unwrap_or_else(|| format!("http_{}", status.as_u16()));

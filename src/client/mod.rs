@@ -10,6 +10,7 @@ mod frame;
 mod http;
 mod logs;
 mod message;
+mod progress;
 mod ps;
 mod render;
 mod rollback;
