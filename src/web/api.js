@@ -19,10 +19,13 @@ async function problemFrom(response) {
   if (/json/.test(response.headers.get("content-type") ?? "")) {
     body = await response.json().catch(() => ({}));
   }
+  const detail = text(body?.detail) ?? text(body?.message);
+  // A title that only repeats the status says less than the detail.
+  const title = text(body?.title) === response.statusText ? undefined : text(body?.title);
   return new Problem({
     status: response.status,
-    title: text(body?.title) ?? `The server answered ${response.status} ${response.statusText}`.trim(),
-    detail: text(body?.detail) ?? text(body?.message),
+    title: title ?? detail ?? `The server answered ${response.status} ${response.statusText}`.trim(),
+    detail: title ? detail : undefined,
     code: text(body?.code),
     cause: text(body?.cause),
     remediation: text(body?.remediation),

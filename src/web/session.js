@@ -62,9 +62,18 @@ export async function signIn(credentials) {
     signedIn(await api.session());
     return true;
   } catch (problem) {
-    signInProblem.value = problem;
+    signInProblem.value = problem.status === 401 ? refused(problem, "token" in credentials) : problem;
     return false;
   }
+}
+
+/** The server's advice is for programs that send headers; a person at the form needs another. */
+function refused(problem, wasToken) {
+  return {
+    title: wasToken ? "The sign-in address does not work any more" : "The key was not accepted",
+    reason: problem.reason,
+    remediation: wasToken ? "Enter an API key instead." : "Check it for missing characters, or make a new one.",
+  };
 }
 
 export async function signOut() {

@@ -52,12 +52,24 @@ function killLeftovers(dataDir) {
   }
 }
 
+/** Servers that `stop` has not ended: a run that is interrupted ends them, and leaves no folder behind. */
+const unfinished = new Set();
+process.once("exit", () => {
+  for (const server of unfinished) {
+    server.child?.kill("SIGKILL");
+    killLeftovers(server.dataDir);
+    rmSync(server.dataDir, { recursive: true, force: true });
+  }
+});
+for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) process.once(signal, () => process.exit(1));
+
 export class Server {
   static async create({ apiKey = `test-${randomBytes(24).toString("hex")}` } = {}) {
     const binary = resolve(process.env.GANTRY_BIN ?? "target/debug/gantry");
     assert.ok(existsSync(binary), `no gantry at ${binary}; build it, or set GANTRY_BIN`);
     const server = new Server();
     Object.assign(server, { binary, apiKey, port: await freePort(), dataDir: mkdtempSync(join(tmpdir(), "gantry-browser-")), log: "" });
+    unfinished.add(server);
     server.origin = `http://127.0.0.1:${server.port}`;
     return server;
   }
@@ -102,6 +114,7 @@ export class Server {
     }
     killLeftovers(this.dataDir);
     rmSync(this.dataDir, { recursive: true, force: true, maxRetries: 5, retryDelay: 200 });
+    unfinished.delete(this);
   }
 }
 
