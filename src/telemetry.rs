@@ -27,6 +27,8 @@ const BUFFERED_LINES: usize = 8_192;
 
 /// Starts logging into `folder`. Lines are written until the guard is dropped.
 pub fn start(folder: &Path, filter: &str) -> anyhow::Result<WorkerGuard> {
+    std::fs::create_dir_all(folder)
+        .with_context(|| format!("cannot make the log folder {}", folder.display()))?;
     let file = RollingFileAppender::builder()
         .rotation(Rotation::DAILY)
         .filename_prefix("gantry")

@@ -1,0 +1,206 @@
+//! The composition root: the only file that names concrete backends.
+
+use std::io::Write;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use secrecy::{ExposeSecret, SecretString};
+
+use crate::auth::{Keys, NewKey, Role, Sessions};
+use crate::config::Config;
+use crate::journal::{Journal, JournalOptions};
+use crate::logs::Search;
+use crate::pipeline::Pipeline;
+use crate::platform::local::{LocalConfig, LocalPlatform};
+use crate::platform::{Check, Finding, Platform};
+use crate::shutdown::{PLATFORM_TIMEOUT, Shutdown};
+use crate::transport::{Edge, Guard, Numbers, Parts, Server, raise_open_files, router};
+
+/// Bytes of one journal file, and of all of them together: weeks of a small team's submissions.
+const JOURNAL: JournalOptions = JournalOptions {
+    segment_bytes: 64 << 20,
+    retain_bytes: 1 << 30,
+};
+
+/// Between two clean-ups of the numbers behind `/metrics`: what is asked for every 15 s or so.
+const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+
+/// An admin key in the environment that is shorter can be guessed.
+const SHORT_KEY: usize = 16;
+
+/// Runs the server until a signal ends it.
+pub async fn serve(config: Config) -> anyhow::Result<()> {
+    let open_files = raise_open_files();
+    // First of all: who connects while the rest starts waits a moment instead of being refused.
+    let server = Server::bind(config.listen, open_files)
+        .with_context(|| format!("cannot listen on {}; set HOST and PORT", config.listen))?;
+    let address = server.address()?;
+    let numbers = metrics()?;
+    let journal = open_journal(&config.data_dir).await?;
+    let keys = Keys::open(&config.data_dir, config.api_key.as_ref())?;
+    let new_key = match keys.admin() {
+        Some(_) => None,
+        None => Some(keys.create(Role::Admin)?),
+    };
+    let shutdown = Shutdown::default();
+    let platform = start_platform(&config, address).await?;
+    let checks = platform.checks();
+    require_sandbox(&config, &checks)?;
+    let search = Search::open(&config.data_dir.join("search.sqlite"), journal.clone())?;
+    let pipeline = start_pipeline(&config, &journal, &platform).await?;
+    let parts = Parts {
+        keys: keys.clone(),
+        sessions: Sessions::open(&config.data_dir)?,
+        journal: journal.clone(),
+        search: search.clone(),
+        pipeline,
+        platform: Arc::clone(&platform),
+        numbers: Numbers(numbers.clone()),
+        shutdown: shutdown.clone(),
+    };
+    let edge = Arc::new(Edge::new(parts, &config, Guard::new(&config, address))?);
+    let token = shutdown.token.clone();
+    shutdown.tasks.spawn(keys.clone().watch(token.clone()));
+    shutdown.tasks.spawn(search.run(token.clone()));
+    shutdown.tasks.spawn(upkeep(numbers, token));
+    banner(&config, address, &edge, new_key.as_ref(), &checks)?;
+    tracing::info!(%address, platform = platform.name(), "serving");
+    let accepting = server.run(Arc::clone(&edge), router(Arc::clone(&edge)));
+    let accepting = tokio::spawn(accepting);
+    let signal = Shutdown::signalled().await.context("cannot wait for signals")?;
+    tracing::info!(signal, "stopping");
+    if !shutdown.drain().await {
+        tracing::warn!("some connections did not end in time and are dropped");
+    }
+    accepting.abort();
+    if tokio::time::timeout(PLATFORM_TIMEOUT, platform.shutdown()).await.is_err() {
+        tracing::warn!("the platform did not stop in time; what it left is taken up at the next start");
+    }
+    journal.close().await.context("the journal could not be closed")?;
+    Ok(())
+}
+
+async fn open_journal(data_dir: &Path) -> anyhow::Result<Journal> {
+    let folder = data_dir.join("journal");
+    let opened = tokio::task::spawn_blocking(move || Journal::open(&folder, JOURNAL)).await?;
+    opened.context("the journal cannot be opened")
+}
+
+async fn start_platform(
+    config: &Config,
+    address: SocketAddr,
+) -> anyhow::Result<Arc<dyn Platform>> {
+    let local = LocalConfig {};
+    let _ = (config, address);
+    let platform = LocalPlatform::start(local).await?;
+    Ok(Arc::new(platform))
+}
+
+async fn start_pipeline(
+    config: &Config,
+    journal: &Journal,
+    platform: &Arc<dyn Platform>,
+) -> anyhow::Result<Pipeline> {
+    Ok(Pipeline::start(journal.clone(), Arc::clone(platform), config.maximum_limits))
+}
+
+fn require_sandbox(config: &Config, checks: &[Check]) -> anyhow::Result<()> {
+    let short: Vec<String> = checks
+        .iter()
+        .filter(|check| check.finding != Finding::Good)
+        .map(|check| format!("{}: {}", check.name, check.detail))
+        .collect();
+    if config.require_sandbox && !short.is_empty() {
+        anyhow::bail!(
+            "GANTRY_REQUIRE_SANDBOX is set, and this machine does not allow the whole sandbox: {}",
+            short.join("; ")
+        );
+    }
+    Ok(())
+}
+
+fn metrics() -> anyhow::Result<PrometheusHandle> {
+    // Seconds, from a warm run to the longest one allowed; buckets keep memory bounded.
+    let buckets = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0];
+    let recorder = PrometheusBuilder::new().set_buckets(&buckets)?.build_recorder();
+    let handle = recorder.handle();
+    metrics::set_global_recorder(recorder)
+        .map_err(|_| anyhow::anyhow!("the metrics recorder was set twice"))?;
+    metrics::describe_gauge!("gantry_websocket_connections", "WebSockets that are open");
+    metrics::gauge!("gantry_websocket_connections").set(0.0);
+    Ok(handle)
+}
+
+async fn upkeep(numbers: PrometheusHandle, stop: tokio_util::sync::CancellationToken) {
+    while stop
+        .run_until_cancelled(tokio::time::sleep(METRICS_UPKEEP))
+        .await
+        .is_some()
+    {
+        numbers.run_upkeep();
+    }
+}
+
+/// What a person at the terminal needs: where it is, how to get in, what the machine allows.
+fn banner(
+    config: &Config,
+    address: SocketAddr,
+    edge: &Edge,
+    new_key: Option<&NewKey>,
+    checks: &[Check],
+) -> anyhow::Result<()> {
+    let base = base_url(address);
+    let mut text = format!(
+        "Gantry {} is at {base}/\n  data      {}\n  programs  http://{{replId}}.{}:{}/\n",
+        env!("CARGO_PKG_VERSION"),
+        config.data_dir.display(),
+        config.app_domain,
+        address.port(),
+    );
+    for check in checks.iter().filter(|check| check.finding != Finding::Good) {
+        let word = if check.finding == Finding::Weaker { "weaker" } else { "missing" };
+        text.push_str(&format!("  {word:<9} {}: {}\n", check.name, check.detail));
+    }
+    if checks.iter().all(|check| check.finding == Finding::Good) {
+        text.push_str("  sandbox   complete\n");
+    }
+    if let Some(key) = new_key {
+        let shown = key.text.expose_secret();
+        text.push_str(&format!("  admin key {shown} (shown this once)\n"));
+    }
+    match &config.api_key {
+        Some(key) if key.expose_secret().len() < SHORT_KEY => {
+            text.push_str("  warning   API_KEY is short enough to be guessed\n");
+        }
+        Some(_) => {}
+        None => {
+            let token = sign_in_token(edge)?;
+            let token = token.expose_secret();
+            text.push_str(&format!("  sign in   {base}/#token={token} (once, within an hour)\n"));
+        }
+    }
+    let mut out = std::io::stdout().lock();
+    // A closed terminal is no reason not to serve.
+    if let Err(error) = out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        tracing::warn!(%error, "the start message could not be printed");
+    }
+    Ok(())
+}
+
+fn sign_in_token(edge: &Edge) -> anyhow::Result<SecretString> {
+    let admin = edge.keys.admin().context("there is no admin key to sign in with")?;
+    Ok(edge.sign_ins.issue(&admin.key_id)?)
+}
+
+fn base_url(address: SocketAddr) -> String {
+    let ip = match address.ip() {
+        // What listens everywhere is reached here by this name.
+        ip if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        ip => ip,
+    };
+    format!("http://{}", SocketAddr::new(ip, address.port()))
+}

@@ -1,0 +1,82 @@
+//! Bodies and queries: read whole, bounded, and refused by the field's name.
+
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{FromRequest, FromRequestParts, Request};
+use axum::http::StatusCode;
+use axum::http::request::Parts;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use utoipa::ToSchema;
+
+use super::problem::HttpProblem;
+use super::wire;
+use crate::model::Problem;
+
+/// The body of every error.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ProblemBody {
+    /// `urn:gantry:problem:` and the code.
+    pub r#type: String,
+    /// The HTTP status in words.
+    pub title: String,
+    /// The HTTP status.
+    pub status: u16,
+    /// What happened.
+    pub detail: String,
+    /// A stable word for programs.
+    pub code: String,
+    /// Why.
+    pub cause: String,
+    /// What to do about it.
+    pub remediation: String,
+}
+
+/// A JSON body.
+pub struct Json<T>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
+    type Rejection = HttpProblem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, HttpProblem> {
+        let bytes = Bytes::from_request(request, state).await.map_err(body_refused)?;
+        // An empty body is an object without fields: most fields have defaults.
+        let bytes = if bytes.is_empty() { Bytes::from_static(b"{}") } else { bytes };
+        let text = std::str::from_utf8(&bytes)
+            .map_err(|error| HttpProblem::bad_request("The body is not UTF-8", error.to_string()))?;
+        wire::fields(text).map(Json).map_err(|error| {
+            HttpProblem::new(StatusCode::BAD_REQUEST, wire::field_problem(&error))
+        })
+    }
+}
+
+fn body_refused(rejection: BytesRejection) -> HttpProblem {
+    let status = rejection.status();
+    if status == StatusCode::PAYLOAD_TOO_LARGE {
+        return HttpProblem::new(
+            status,
+            Problem::new(
+                "body_too_large",
+                "The body is too large",
+                format!("a request may hold {} bytes", super::MAX_BODY_BYTES),
+                "Send code over the WebSocket /ws/code",
+            ),
+        );
+    }
+    HttpProblem::bad_request("The body could not be read", rejection.body_text())
+}
+
+/// The query of a URL.
+pub struct Query<T>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
+    type Rejection = HttpProblem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, HttpProblem> {
+        axum::extract::Query::try_from_uri(&parts.uri)
+            .map(|axum::extract::Query(query)| Query(query))
+            .map_err(|rejection| {
+                HttpProblem::bad_request("The query is not valid", rejection.body_text())
+            })
+    }
+}

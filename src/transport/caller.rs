@@ -1,0 +1,111 @@
+//! Who is asking: a key in a header, or a browser's session cookie.
+
+use std::sync::Arc;
+
+use axum::extract::FromRequestParts;
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, StatusCode, header};
+use utoipa::openapi::OpenApi;
+use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
+
+use super::Edge;
+use super::problem::HttpProblem;
+use super::server::Peer;
+use crate::auth::{Caller, TooMany};
+use crate::model::Problem;
+
+/// Name of the session cookie.
+pub const COOKIE: &str = "gantry_session";
+
+/// Adds the ways to send a key to the API's description.
+pub struct KeySchemes;
+
+impl utoipa::Modify for KeySchemes {
+    fn modify(&self, api: &mut OpenApi) {
+        let components = api.components.get_or_insert_default();
+        let header = ApiKey::Header(ApiKeyValue::new("X-API-Key"));
+        components.add_security_scheme("key", SecurityScheme::ApiKey(header));
+        let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build();
+        components.add_security_scheme("bearer", SecurityScheme::Http(bearer));
+    }
+}
+
+/// A caller that may use HTTP routes: by key or by cookie, and not too often.
+pub struct Authenticated(pub Caller);
+
+impl FromRequestParts<Arc<Edge>> for Authenticated {
+    type Rejection = HttpProblem;
+
+    async fn from_request_parts(parts: &mut Parts, edge: &Arc<Edge>) -> Result<Self, HttpProblem> {
+        let caller = match by_key(edge, parts)? {
+            Some(caller) => caller,
+            None => by_cookie(edge, &parts.headers).ok_or_else(|| {
+                HttpProblem::unauthorized("the request carries no key and no valid session")
+            })?,
+        };
+        edge.rates.request(&caller.key_id).map_err(too_many)?;
+        Ok(Self(caller))
+    }
+}
+
+/// The caller of the key in the headers; `None` without one; a wrong one is an error even beside a
+/// valid cookie.
+pub fn by_key(edge: &Edge, parts: &Parts) -> Result<Option<Caller>, HttpProblem> {
+    let Some(key) = header_key(&parts.headers) else {
+        return Ok(None);
+    };
+    match edge.keys.authenticate(key) {
+        Some(caller) => Ok(Some(caller)),
+        None => Err(failed(edge, parts, "the key is unknown, revoked or mistyped")),
+    }
+}
+
+/// Counts a failure to sign in and says so.
+pub fn failed(edge: &Edge, parts: &Parts, cause: &str) -> HttpProblem {
+    let Some(peer) = parts.extensions.get::<Peer>() else {
+        return HttpProblem::unauthorized(cause);
+    };
+    match edge.rates.failure(peer.address.ip()) {
+        Ok(()) => HttpProblem::unauthorized(cause),
+        Err(too_often) => too_many(too_often),
+    }
+}
+
+fn header_key(headers: &HeaderMap) -> Option<&str> {
+    if let Some(key) = headers.get("x-api-key") {
+        // Not text: no key, but one was sent; it must not fall back to the cookie.
+        return Some(key.to_str().unwrap_or_default());
+    }
+    let value = headers.get(header::AUTHORIZATION)?.to_str().unwrap_or_default();
+    let (scheme, key) = value.split_once(' ').unwrap_or((value, ""));
+    Some(if scheme.eq_ignore_ascii_case("bearer") { key.trim() } else { "" })
+}
+
+fn by_cookie(edge: &Edge, headers: &HeaderMap) -> Option<Caller> {
+    let key_id = edge.sessions.key_id(session_cookie(headers)?)?;
+    // The key may have been revoked since: its sessions end with it.
+    edge.keys.caller(&key_id)
+}
+
+/// The session cookie of a request.
+pub fn session_cookie(headers: &HeaderMap) -> Option<&str> {
+    headers
+        .get_all(header::COOKIE)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(';'))
+        .find_map(|pair| pair.trim().strip_prefix(COOKIE)?.strip_prefix('='))
+}
+
+fn too_many(error: TooMany) -> HttpProblem {
+    HttpProblem::new(
+        StatusCode::TOO_MANY_REQUESTS,
+        Problem::new(
+            "too_many_requests",
+            "Too many requests",
+            error.to_string(),
+            "Wait as long as Retry-After says; submissions over /ws/code are not limited this way",
+        ),
+    )
+    .retry_after(error.retry_after.as_secs())
+}

@@ -1,0 +1,72 @@
+//! Whether the server lives, whether it can work, and its numbers.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::{HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::Edge;
+use super::body::ProblemBody;
+use super::caller::Authenticated;
+use super::problem::HttpProblem;
+use super::repls::not_ready;
+use crate::auth::Role;
+use crate::platform::Finding;
+
+/// That all is well.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Health {
+    /// `ok`.
+    status: &'static str,
+}
+
+/// The server lives
+#[utoipa::path(get, path = "/healthz", tag = "health", security(()),
+    responses((status = 200, body = Health)))]
+pub async fn alive() -> axum::Json<Health> {
+    axum::Json(Health { status: "ok" })
+}
+
+/// The server can take submissions
+#[utoipa::path(get, path = "/readyz", tag = "health", security(()),
+    responses((status = 200, body = Health), (status = 503, body = ProblemBody)))]
+pub async fn ready(State(edge): State<Arc<Edge>>) -> Result<axum::Json<Health>, HttpProblem> {
+    let mut causes = Vec::new();
+    if edge.shutdown.token.is_cancelled() {
+        causes.push("the server is stopping".to_owned());
+    }
+    if !edge.journal.healthy() {
+        causes.push("the journal cannot be written: its disk is full or failing".to_owned());
+    }
+    let missing = edge.platform.checks().into_iter().filter(|c| c.finding == Finding::Missing);
+    causes.extend(missing.map(|check| format!("{}: {}", check.name, check.detail)));
+    if causes.is_empty() {
+        Ok(axum::Json(Health { status: "ok" }))
+    } else {
+        Err(HttpProblem::unavailable(not_ready(causes.join("; "))))
+    }
+}
+
+/// Numbers in Prometheus' text format; needs an admin's key, because they are about everybody
+#[utoipa::path(get, path = "/metrics", tag = "health",
+    responses((status = 200, body = String, content_type = "text/plain"),
+              (status = 401, body = ProblemBody), (status = 403, body = ProblemBody)))]
+pub async fn numbers(
+    State(edge): State<Arc<Edge>>,
+    Authenticated(caller): Authenticated,
+) -> Result<Response, HttpProblem> {
+    if caller.role != Role::Admin {
+        let problem = crate::model::Problem::new(
+            "admins_only",
+            "An admin's key is required",
+            "the numbers are about every user",
+            "Use a key made by `gantry key create --admin`",
+        );
+        return Err(HttpProblem::new(axum::http::StatusCode::FORBIDDEN, problem));
+    }
+    let format = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    Ok(([(header::CONTENT_TYPE, format)], edge.numbers.0.render()).into_response())
+}

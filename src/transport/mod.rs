@@ -1,0 +1,347 @@
+//! People and programs come in here: one list of routes, one WebSocket, one page, one proxy.
+//!
+//! Every request passes [`Edge::answer`]: its `Host` says whether it is for Gantry or for a
+//! deployed program; a foreign `Host` or `Origin` and a key in the URL end there.
+
+mod account;
+mod body;
+mod caller;
+mod guard;
+mod health;
+mod logs;
+mod page;
+mod problem;
+mod proxy;
+mod repls;
+mod server;
+mod session;
+mod submissions;
+mod wire;
+mod ws;
+
+use std::any::Any;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, Request};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use futures_util::FutureExt;
+use metrics_exporter_prometheus::PrometheusHandle;
+use tower::ServiceExt;
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::auth::{Keys, OneTime, RateLimits, Sessions};
+use crate::config::Config;
+use crate::journal::Journal;
+use crate::logs::Search;
+use crate::pipeline::Pipeline;
+use crate::platform::Platform;
+use crate::shutdown::Shutdown;
+
+use caller::KeySchemes;
+pub use guard::Guard;
+use guard::Target;
+use problem::HttpProblem;
+pub use server::{Server, raise_open_files};
+
+/// Largest body of an HTTP request to Gantry itself: a few names and numbers. Code comes over the
+/// WebSocket.
+const MAX_BODY_BYTES: usize = 64 << 10;
+
+/// Longest answer of a route: a rollback waits until the release is ready, which has its own,
+/// shorter bound. Streams count until their headers are sent.
+const ROUTE_TIMEOUT: Duration = Duration::from_secs(90);
+
+/// How long a WebSocket ticket lives (design.md §3).
+const TICKET_LIFETIME: Duration = Duration::from_secs(30);
+
+/// Tickets that may wait to be used: 10,000 pages that reconnect at once, and as many again.
+const MAX_TICKETS: usize = 20_000;
+
+/// How long a sign-in link works: long enough to find the terminal's output again.
+const SIGN_IN_LIFETIME: Duration = Duration::from_secs(60 * 60);
+
+/// Sign-in links that may wait: one is made at each start.
+const MAX_SIGN_INS: usize = 16;
+
+/// What the routes share.
+#[derive(Debug)]
+pub struct Edge {
+    /// Who may do what.
+    pub keys: Keys,
+    /// Browsers that are signed in.
+    pub sessions: Sessions,
+    /// Tickets for WebSockets.
+    pub tickets: OneTime,
+    /// Tokens of sign-in links.
+    pub sign_ins: OneTime,
+    /// How often one may ask.
+    pub rates: RateLimits,
+    /// Which hosts and origins are answered.
+    pub guard: Guard,
+    /// What happened.
+    pub journal: Journal,
+    /// What happened, to be searched.
+    pub search: Search,
+    /// What happens next.
+    pub pipeline: Pipeline,
+    /// Who owns sandboxes and releases.
+    pub platform: Arc<dyn Platform>,
+    /// Numbers for `/metrics`.
+    pub numbers: Numbers,
+    /// When to stop.
+    pub shutdown: Shutdown,
+    /// The content security policy of the page.
+    pub policy: HeaderValue,
+}
+
+/// What [`Edge::new`] puts together.
+#[derive(Debug)]
+pub struct Parts {
+    /// See [`Edge::keys`].
+    pub keys: Keys,
+    /// See [`Edge::sessions`].
+    pub sessions: Sessions,
+    /// See [`Edge::journal`].
+    pub journal: Journal,
+    /// See [`Edge::search`].
+    pub search: Search,
+    /// See [`Edge::pipeline`].
+    pub pipeline: Pipeline,
+    /// See [`Edge::platform`].
+    pub platform: Arc<dyn Platform>,
+    /// See [`Edge::numbers`].
+    pub numbers: Numbers,
+    /// See [`Edge::shutdown`].
+    pub shutdown: Shutdown,
+}
+
+/// The handle that renders `/metrics`.
+#[derive(Clone)]
+pub struct Numbers(pub PrometheusHandle);
+
+impl std::fmt::Debug for Numbers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Numbers")
+    }
+}
+
+impl Edge {
+    /// Puts the edge together.
+    pub fn new(parts: Parts, config: &Config, guard: Guard) -> anyhow::Result<Self> {
+        Ok(Self {
+            keys: parts.keys,
+            sessions: parts.sessions,
+            tickets: OneTime::new(TICKET_LIFETIME, MAX_TICKETS),
+            sign_ins: OneTime::new(SIGN_IN_LIFETIME, MAX_SIGN_INS),
+            rates: RateLimits::default(),
+            guard,
+            journal: parts.journal,
+            search: parts.search,
+            pipeline: parts.pipeline,
+            platform: parts.platform,
+            numbers: parts.numbers,
+            shutdown: parts.shutdown,
+            policy: content_security_policy(&config.app_domain)?,
+        })
+    }
+
+    /// Answers one request.
+    pub async fn answer(self: &Arc<Self>, router: &Router, mut request: Request) -> Response {
+        let target = match self.guard.target(request.uri(), request.headers()) {
+            Ok(target) => target,
+            Err(problem) => return self.finish(None, problem.into_response()),
+        };
+        match target {
+            // A program's answers are its own: none of Gantry's headers or rules are put on them.
+            Target::Program(repl) => proxy::forward(self, repl, request).await,
+            Target::Api => {
+                let cors = self.guard.cors_origin(request.headers()).map(str::to_owned);
+                // Routes see a path, however the client wrote the URL.
+                if let Some(path) = request.uri().path_and_query().cloned() {
+                    *request.uri_mut() = path.into();
+                }
+                let response = self.route(router, request).await;
+                self.finish(cors.as_deref(), response)
+            }
+        }
+    }
+
+    async fn route(&self, router: &Router, request: Request) -> Response {
+        let refused = self
+            .guard
+            .check_origin(request.uri(), request.headers())
+            .and_then(|()| guard::check_query(request.uri()));
+        if let Err(problem) = refused {
+            return problem.into_response();
+        }
+        if guard::is_preflight(request.method(), request.headers()) {
+            return StatusCode::NO_CONTENT.into_response();
+        }
+        let answered = AssertUnwindSafe(router.clone().oneshot(request)).catch_unwind();
+        match tokio::time::timeout(ROUTE_TIMEOUT, answered).await {
+            Ok(Ok(Ok(response))) => as_problem(response),
+            Ok(Ok(Err(never))) => match never {},
+            Ok(Err(panic)) => {
+                tracing::error!(panic = panic_message(panic.as_ref()), "a route panicked");
+                HttpProblem::internal("a fault in the server").into_response()
+            }
+            Err(_) => {
+                let cause = format!("no answer within {} s", ROUTE_TIMEOUT.as_secs());
+                HttpProblem::internal(cause).into_response()
+            }
+        }
+    }
+
+    /// Puts the headers on that every answer of Gantry's own has.
+    fn finish(&self, cors: Option<&str>, mut response: Response) -> Response {
+        let headers = response.headers_mut();
+        let mut set = |name: HeaderName, value: &'static str| {
+            headers.entry(name).or_insert(HeaderValue::from_static(value));
+        };
+        set(header::X_CONTENT_TYPE_OPTIONS, "nosniff");
+        set(header::X_FRAME_OPTIONS, "DENY");
+        set(header::REFERRER_POLICY, "no-referrer");
+        set(HeaderName::from_static("cross-origin-opener-policy"), "same-origin");
+        set(header::CACHE_CONTROL, "no-store");
+        headers.insert(header::CONTENT_SECURITY_POLICY, self.policy.clone());
+        if let Some(Ok(origin)) = cors.map(HeaderValue::from_str) {
+            allow_origin(headers, origin);
+        } else {
+            // The browsers' default, said plainly: other pages may not even embed what is here.
+            headers.insert(
+                HeaderName::from_static("cross-origin-resource-policy"),
+                HeaderValue::from_static("same-origin"),
+            );
+        }
+        response
+    }
+}
+
+fn allow_origin(headers: &mut HeaderMap, origin: HeaderValue) {
+    headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+    headers.insert(header::VARY, HeaderValue::from_static("origin"));
+    headers.insert(
+        header::ACCESS_CONTROL_ALLOW_METHODS,
+        HeaderValue::from_static("GET, POST, PUT, DELETE"),
+    );
+    headers.insert(
+        header::ACCESS_CONTROL_ALLOW_HEADERS,
+        HeaderValue::from_static("authorization, content-type, last-event-id, x-api-key"),
+    );
+    headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
+}
+
+fn content_security_policy(app_domain: &str) -> anyhow::Result<HeaderValue> {
+    // Deployed programs are shown in frames, on their own hosts; everything else is the page's own.
+    let policy = format!(
+        "default-src 'self'; style-src 'self' 'unsafe-inline'; \
+         frame-src http://*.{app_domain}:* https://*.{app_domain}:*; \
+         connect-src 'self' ws: wss:; img-src 'self' data:; \
+         frame-ancestors 'none'; base-uri 'none'; form-action 'self'; object-src 'none'"
+    );
+    Ok(HeaderValue::from_str(&policy)?)
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
+}
+
+/// Errors that come from below the routes get the shape all errors have.
+fn as_problem(response: Response) -> Response {
+    let status = response.status();
+    let is_error = status.is_client_error() || status.is_server_error();
+    let is_problem = response
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|value| value == problem::CONTENT_TYPE);
+    if !is_error || is_problem {
+        return response;
+    }
+    let title = status.canonical_reason().unwrap_or("Error");
+    let problem = crate::model::Problem::new(
+        &title.to_ascii_lowercase().replace(' ', "_"),
+        title,
+        "the request does not fit any route",
+        "/docs shows every route",
+    );
+    let mut made = HttpProblem::new(status, problem).into_response();
+    if let Some(allow) = response.headers().get(header::ALLOW) {
+        made.headers_mut().insert(header::ALLOW, allow.clone());
+    }
+    made
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Gantry",
+        description = "Code sent over a WebSocket is tested in its own sandbox and, when it passes, \
+                       running under its own URL. Every error is RFC 9457 application/problem+json."
+    ),
+    components(schemas(body::ProblemBody)),
+    modifiers(&KeySchemes),
+    security(("key" = []), ("bearer" = []))
+)]
+struct Api;
+
+/// Every route there is. The description at `/openapi.json` is made from the same list.
+pub fn router(edge: Arc<Edge>) -> Router {
+    let (routes, api) = OpenApiRouter::with_openapi(Api::openapi())
+        .routes(routes!(ws::code))
+        .routes(routes!(ws::ticket))
+        .routes(routes!(account::session, account::sign_in, account::sign_out))
+        .routes(routes!(account::languages))
+        .routes(routes!(submissions::list))
+        .routes(routes!(submissions::one))
+        .routes(routes!(repls::list))
+        .routes(routes!(repls::one))
+        .routes(routes!(repls::releases))
+        .routes(routes!(repls::rollback))
+        .routes(routes!(repls::stop))
+        .routes(routes!(logs::search))
+        .routes(routes!(health::alive))
+        .routes(routes!(health::ready))
+        .routes(routes!(health::numbers))
+        .split_for_parts();
+    let docs = utoipa_swagger_ui::SwaggerUi::new("/docs").url("/openapi.json", api);
+    routes
+        .route("/", axum::routing::get(page::index))
+        .route("/assets/{*path}", axum::routing::get(page::asset))
+        .with_state(edge)
+        .merge(docs)
+        .fallback(no_route)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+}
+
+async fn no_route() -> HttpProblem {
+    HttpProblem::not_found("route")
+}
+
+async fn wrong_method(method: Method) -> HttpProblem {
+    HttpProblem::new(
+        StatusCode::METHOD_NOT_ALLOWED,
+        crate::model::Problem::new(
+            "method_not_allowed",
+            format!("This route does not take {method}"),
+            "the path exists, the method does not",
+            "/docs shows what each route takes",
+        ),
+    )
+}
+
+/// A response without a body.
+fn no_content() -> Response {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    response
+}

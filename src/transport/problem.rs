@@ -1,0 +1,142 @@
+//! Errors over HTTP: RFC 9457 `application/problem+json`, always with cause and remedy.
+
+use axum::body::Body;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Map, Value, json};
+
+use crate::model::Problem;
+
+/// The media type of every error.
+pub const CONTENT_TYPE: &str = "application/problem+json";
+
+/// An error as it is sent.
+#[derive(Debug)]
+pub struct HttpProblem {
+    status: StatusCode,
+    problem: Problem,
+    /// Members that a route's contract adds.
+    extra: Map<String, Value>,
+    retry_after: Option<u64>,
+}
+
+impl HttpProblem {
+    /// A problem with its HTTP status.
+    pub fn new(status: StatusCode, problem: Problem) -> Self {
+        Self {
+            status,
+            problem,
+            extra: Map::new(),
+            retry_after: None,
+        }
+    }
+
+    /// The problem itself.
+    pub fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    /// The HTTP status.
+    pub fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    /// Adds a member.
+    pub fn with(mut self, name: &str, value: Value) -> Self {
+        self.extra.insert(name.to_owned(), value);
+        self
+    }
+
+    /// Says when to ask again.
+    pub fn retry_after(mut self, seconds: u64) -> Self {
+        self.retry_after = Some(seconds);
+        self
+    }
+
+    /// What is not there, or not there for this caller: the same words for both.
+    pub fn not_found(what: &str) -> Self {
+        Self::new(
+            StatusCode::NOT_FOUND,
+            Problem::new(
+                "not_found",
+                format!("There is no such {what}"),
+                format!("no {what} of yours has this name"),
+                "Check the name; the lists show what is yours",
+            ),
+        )
+    }
+
+    /// No key, or not one that is known.
+    pub fn unauthorized(cause: &str) -> Self {
+        Self::new(
+            StatusCode::UNAUTHORIZED,
+            Problem::new(
+                "unauthorized",
+                "A valid key is required",
+                cause,
+                "Send it in the header X-API-Key or Authorization: Bearer; \
+                 `gantry key create` makes one",
+            ),
+        )
+    }
+
+    /// The request is wrong.
+    pub fn bad_request(message: impl Into<String>, cause: impl Into<String>) -> Self {
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            Problem::new(
+                "bad_request",
+                message,
+                cause,
+                "Correct the request; /docs shows what each route takes",
+            ),
+        )
+    }
+
+    /// Gantry's own side failed.
+    pub fn internal(cause: impl Into<String>) -> Self {
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            Problem::new(
+                "internal",
+                "Gantry failed to answer this request",
+                cause,
+                "Try again; the server's log says more",
+            ),
+        )
+    }
+
+    /// Gantry cannot do it now.
+    pub fn unavailable(problem: Problem) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, problem)
+    }
+}
+
+impl IntoResponse for HttpProblem {
+    fn into_response(self) -> Response {
+        let mut body = Map::new();
+        body.insert("type".into(), json!(format!("urn:gantry:problem:{}", self.problem.code)));
+        body.insert("title".into(), json!(self.status.canonical_reason().unwrap_or("Error")));
+        body.insert("status".into(), json!(self.status.as_u16()));
+        body.insert("detail".into(), json!(self.problem.message));
+        body.insert("code".into(), json!(self.problem.code));
+        body.insert("cause".into(), json!(self.problem.cause));
+        body.insert("remediation".into(), json!(self.problem.remediation));
+        body.extend(self.extra);
+        let mut response = Response::new(Body::from(Value::Object(body).to_string()));
+        *response.status_mut() = self.status;
+        let headers = response.headers_mut();
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static(CONTENT_TYPE),
+        );
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        if let Some(seconds) = self.retry_after {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+        }
+        response
+    }
+}

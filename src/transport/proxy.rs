@@ -1,0 +1,324 @@
+//! The reverse proxy: `{replId}.APP_DOMAIN` is the repl's own program, HTTP and WebSocket.
+//!
+//! A program's host never shows Gantry's API, and a program never sees Gantry's session cookie.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::Request;
+use axum::http::uri::PathAndQuery;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, Version, header};
+use axum::response::{IntoResponse, Response};
+use hyper::client::conn::http1;
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+
+use super::Edge;
+use super::caller::COOKIE;
+use super::server::Peer;
+use crate::model::ReplId;
+use crate::platform::{ByteStream, PlatformError};
+
+/// How long reaching the program may take: it is on this machine or in this cluster.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the program may think before its headers: what proxies commonly allow.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Headers that are between two neighbours only (RFC 9110 §7.6.1).
+const HOP_BY_HOP: [HeaderName; 8] = [
+    header::CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+];
+
+/// Passes a request on to the repl's program and its answer back.
+pub async fn forward(edge: &Arc<Edge>, repl: Option<ReplId>, request: Request) -> Response {
+    let Some(repl) = repl else {
+        return error_page(StatusCode::NOT_FOUND, "There is no program here", "This name cannot be a repl's.");
+    };
+    let stream = match tokio::time::timeout(DIAL_TIMEOUT, edge.platform.dial(&repl)).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(PlatformError::NotFound(_))) => {
+            return error_page(
+                StatusCode::NOT_FOUND,
+                "There is no program here",
+                &format!("Nothing is deployed as {repl}."),
+            );
+        }
+        Ok(Err(PlatformError::Unavailable(problem) | PlatformError::NotReady(problem))) => {
+            let cause = format!("{}: {}", problem.message, problem.cause);
+            return error_page(StatusCode::SERVICE_UNAVAILABLE, "The program does not serve now", &cause);
+        }
+        Err(_) => {
+            let cause = format!("{repl} did not take the connection within {} s.", DIAL_TIMEOUT.as_secs());
+            return error_page(StatusCode::GATEWAY_TIMEOUT, "The program does not answer", &cause);
+        }
+    };
+    match exchange(edge, request, stream).await {
+        Ok(response) => response,
+        Err(Failure::Late) => {
+            let cause = format!("{repl} sent no answer within {} s.", ANSWER_TIMEOUT.as_secs());
+            error_page(StatusCode::GATEWAY_TIMEOUT, "The program does not answer", &cause)
+        }
+        Err(Failure::Broken(error)) => {
+            tracing::debug!(repl_id = %repl, %error, "a proxied request failed");
+            let cause = format!("{repl} closed the connection or did not speak HTTP ({error}).");
+            error_page(StatusCode::BAD_GATEWAY, "The program's answer cannot be passed on", &cause)
+        }
+    }
+}
+
+enum Failure {
+    Late,
+    Broken(hyper::Error),
+}
+
+async fn exchange(
+    edge: &Arc<Edge>,
+    mut request: Request,
+    stream: Box<dyn ByteStream>,
+) -> Result<Response, Failure> {
+    let peer = request.extensions().get::<Peer>().cloned();
+    let wanted = upgrade_wanted(request.headers());
+    let client_side = wanted.is_some().then(|| hyper::upgrade::on(&mut request));
+    prepare_request(&mut request, wanted.as_ref(), peer.as_ref());
+    let (mut sender, connection) = http1::handshake::<_, Body>(TokioIo::new(stream))
+        .await
+        .map_err(Failure::Broken)?;
+    let stop = edge.shutdown.token.clone();
+    edge.shutdown.tasks.spawn(async move {
+        // Its error comes out at the request or in the body.
+        tokio::select! {
+            _ = connection.with_upgrades() => {}
+            () = stop.cancelled() => {}
+        }
+    });
+    let mut response = tokio::time::timeout(ANSWER_TIMEOUT, sender.send_request(request))
+        .await
+        .map_err(|_| Failure::Late)?
+        .map_err(Failure::Broken)?;
+    let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+    let program_side = switched.then(|| hyper::upgrade::on(&mut response));
+    let upgraded_to = upgrade_wanted(response.headers());
+    remove_hop_by_hop(response.headers_mut());
+    keep_session_cookie_ours(response.headers_mut());
+    if let (Some(client_side), Some(program_side)) = (client_side, program_side) {
+        put_upgrade(response.headers_mut(), upgraded_to.as_ref());
+        join(edge, client_side, program_side, peer);
+    }
+    Ok(response.map(Body::new))
+}
+
+/// Copies bytes both ways until one side ends or the server stops.
+fn join(edge: &Arc<Edge>, client: OnUpgrade, program: OnUpgrade, peer: Option<Peer>) {
+    let stop = edge.shutdown.token.clone();
+    edge.shutdown.tasks.spawn(async move {
+        let copied = async {
+            let (client, program) = tokio::try_join!(client, program).ok()?;
+            let (mut client, mut program) = (TokioIo::new(client), TokioIo::new(program));
+            tokio::io::copy_bidirectional(&mut client, &mut program).await.ok()
+        };
+        stop.run_until_cancelled(copied).await;
+        drop(peer);
+    });
+}
+
+/// The protocol a message wants to change to, when it says so properly.
+fn upgrade_wanted(headers: &HeaderMap) -> Option<HeaderValue> {
+    connection_tokens(headers)
+        .any(|token| token.eq_ignore_ascii_case("upgrade"))
+        .then(|| headers.get(header::UPGRADE).cloned())
+        .flatten()
+}
+
+fn connection_tokens(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    let values = headers.get_all(header::CONNECTION).iter();
+    values.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(',')).map(str::trim)
+}
+
+fn put_upgrade(headers: &mut HeaderMap, protocol: Option<&HeaderValue>) {
+    if let Some(protocol) = protocol {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(header::UPGRADE, protocol.clone());
+    }
+}
+
+fn remove_hop_by_hop(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> =
+        connection_tokens(headers).filter_map(|token| token.parse().ok()).collect();
+    for name in named.iter().chain(&HOP_BY_HOP) {
+        headers.remove(name);
+    }
+    headers.remove(header::UPGRADE);
+}
+
+fn prepare_request(request: &mut Request, upgrade: Option<&HeaderValue>, peer: Option<&Peer>) {
+    *request.version_mut() = Version::HTTP_11;
+    let authority = request.uri().authority().map(ToString::to_string);
+    let path = request.uri().path_and_query().cloned();
+    *request.uri_mut() = Uri::from(path.unwrap_or_else(|| PathAndQuery::from_static("/")));
+    let headers = request.headers_mut();
+    if let Some(Ok(host)) = authority.map(|authority| HeaderValue::from_str(&authority)) {
+        headers.insert(header::HOST, host);
+    }
+    remove_hop_by_hop(headers);
+    put_upgrade(headers, upgrade);
+    strip_session_cookie(headers);
+    if let Some(host) = headers.get(header::HOST).cloned() {
+        headers.insert("x-forwarded-host", host);
+    }
+    headers.insert("x-forwarded-proto", HeaderValue::from_static("http"));
+    // What the client says about itself is not passed on: a program trusts this header.
+    headers.remove("forwarded");
+    headers.remove("x-forwarded-for");
+    let address = peer.map(|peer| HeaderValue::from_str(&peer.address.ip().to_string()));
+    if let Some(Ok(address)) = address {
+        headers.insert("x-forwarded-for", address);
+    }
+}
+
+/// Takes Gantry's own cookie out of a request to a program.
+fn strip_session_cookie(headers: &mut HeaderMap) {
+    let ours = |pair: &str| pair.trim().split('=').next() == Some(COOKIE);
+    let kept: Vec<HeaderValue> = headers
+        .get_all(header::COOKIE)
+        .iter()
+        .filter_map(|value| {
+            let Ok(text) = value.to_str() else {
+                // Not text, so it cannot be read by us either: only bytes that spell our name matter.
+                let spelled = value.as_bytes().windows(COOKIE.len()).any(|w| w == COOKIE.as_bytes());
+                return (!spelled).then(|| value.clone());
+            };
+            let pairs: Vec<&str> = text.split(';').map(str::trim).filter(|pair| !ours(pair)).collect();
+            let text = pairs.join("; ");
+            if text.is_empty() { None } else { HeaderValue::from_str(&text).ok() }
+        })
+        .collect();
+    headers.remove(header::COOKIE);
+    for value in kept {
+        headers.append(header::COOKIE, value);
+    }
+}
+
+/// A program must not set a cookie that Gantry would take for its own.
+fn keep_session_cookie_ours(headers: &mut HeaderMap) {
+    let kept: Vec<HeaderValue> = headers
+        .get_all(header::SET_COOKIE)
+        .iter()
+        .filter(|value| {
+            let bytes = value.as_bytes().trim_ascii_start();
+            let name = bytes.split(|byte| *byte == b'=').next().unwrap_or_default();
+            name.trim_ascii_end() != COOKIE.as_bytes()
+        })
+        .cloned()
+        .collect();
+    headers.remove(header::SET_COOKIE);
+    for value in kept {
+        headers.append(header::SET_COOKIE, value);
+    }
+}
+
+fn error_page(status: StatusCode, title: &str, cause: &str) -> Response {
+    let escape = |text: &str| {
+        text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+    };
+    let (title, cause) = (escape(title), escape(cause));
+    let page = format!(
+        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\">\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
+         <meta name=\"color-scheme\" content=\"light dark\"><title>{title}</title>\
+         <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:40rem;margin:20vh auto;padding:0 1rem}}\
+         pre{{white-space:pre-wrap}}</style>\
+         <h1>{title}</h1><pre>{cause}</pre><p>{code} from Gantry</p></html>\n",
+        code = status.as_u16(),
+    );
+    let headers = [
+        (header::CONTENT_TYPE, "text/html; charset=utf-8"),
+        (header::CACHE_CONTROL, "no-store"),
+        (header::CONTENT_SECURITY_POLICY, "default-src 'none'; style-src 'unsafe-inline'"),
+    ];
+    (status, headers, page).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn request(headers: &[(&str, &str)]) -> Request {
+        let mut request = Request::new(Body::empty());
+        *request.uri_mut() = "http://a-prod.apps.localhost:8000/x?y=1".parse().unwrap();
+        for (name, value) in headers {
+            let name: HeaderName = name.parse().unwrap();
+            request.headers_mut().append(name, value.parse().unwrap());
+        }
+        request
+    }
+
+    #[test]
+    fn the_session_cookie_is_taken_out_and_others_stay() {
+        let mut request = request(&[
+            ("cookie", "a=1; gantry_session=secret; b=2"),
+            ("cookie", "gantry_session=again"),
+        ]);
+        prepare_request(&mut request, None, None);
+        let cookies: Vec<_> = request.headers().get_all("cookie").iter().collect();
+        assert_eq!(cookies, ["a=1; b=2"]);
+    }
+
+    #[test]
+    fn a_program_cannot_set_the_session_cookie() {
+        let mut headers = HeaderMap::new();
+        headers.append("set-cookie", "gantry_session=x; Path=/".parse().unwrap());
+        headers.append("set-cookie", " gantry_session =x".parse().unwrap());
+        headers.append("set-cookie", "mine=1".parse().unwrap());
+        keep_session_cookie_ours(&mut headers);
+        let kept: Vec<_> = headers.get_all("set-cookie").iter().collect();
+        assert_eq!(kept, ["mine=1"]);
+    }
+
+    #[test]
+    fn hop_by_hop_headers_end_here_and_the_host_goes_on() {
+        let mut request = request(&[
+            ("connection", "keep-alive, X-Secret-Hop"),
+            ("x-secret-hop", "1"),
+            ("te", "trailers"),
+            ("transfer-encoding", "chunked"),
+            ("x-forwarded-for", "6.6.6.6"),
+            ("accept", "*/*"),
+        ]);
+        prepare_request(&mut request, None, None);
+        let headers = request.headers();
+        for gone in ["connection", "x-secret-hop", "te", "transfer-encoding", "x-forwarded-for"] {
+            assert!(!headers.contains_key(gone), "{gone}");
+        }
+        assert_eq!(headers["accept"], "*/*");
+        assert_eq!(headers["host"], "a-prod.apps.localhost:8000");
+        assert_eq!(request.uri(), "/x?y=1");
+    }
+
+    #[test]
+    fn an_upgrade_is_passed_on() {
+        let mut request = request(&[("connection", "Upgrade"), ("upgrade", "websocket")]);
+        let wanted = upgrade_wanted(request.headers());
+        assert!(wanted.is_some());
+        prepare_request(&mut request, wanted.as_ref(), None);
+        assert_eq!(request.headers()["connection"], "upgrade");
+        assert_eq!(request.headers()["upgrade"], "websocket");
+    }
+
+    #[test]
+    fn an_error_page_cannot_be_made_to_carry_markup() {
+        let page = error_page(StatusCode::BAD_GATEWAY, "t", "<script>alert(1)</script>");
+        let body = futures_util::FutureExt::now_or_never(axum::body::to_bytes(page.into_body(), 9_999));
+        let body = body.unwrap().unwrap();
+        assert!(!String::from_utf8_lossy(&body).contains("<script"));
+    }
+}

@@ -1,0 +1,206 @@
+//! Repls over HTTP: what is deployed, going back, stopping.
+
+use std::sync::Arc;
+
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use utoipa::ToSchema;
+
+use super::Edge;
+use super::body::{Json, ProblemBody};
+use super::caller::Authenticated;
+use super::problem::HttpProblem;
+use crate::auth::Caller;
+use crate::model::{Problem, Release, ReplId, ReplStatus, UserId};
+use crate::platform::PlatformError;
+
+/// The repls of a caller.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Repls {
+    /// State with cause; a user sees its own, an admin everybody's.
+    #[schema(value_type = Vec<Object>)]
+    repls: Vec<ReplStatus>,
+}
+
+/// What is deployed, and how it is
+#[utoipa::path(get, path = "/repls", tag = "repls",
+    responses((status = 200, body = Repls), (status = 401, body = ProblemBody)))]
+pub async fn list(
+    State(edge): State<Arc<Edge>>,
+    Authenticated(caller): Authenticated,
+) -> Result<axum::Json<Repls>, HttpProblem> {
+    let mut repls = edge.platform.repls().await.map_err(platform_problem)?;
+    repls.retain(|repl| caller.sees(&repl.user_id));
+    Ok(axum::Json(Repls { repls }))
+}
+
+/// One repl
+#[utoipa::path(get, path = "/repls/{id}", tag = "repls", params(("id" = String, Path)),
+    responses((status = 200, body = Object), (status = 404, body = ProblemBody)))]
+pub async fn one(
+    State(edge): State<Arc<Edge>>,
+    Authenticated(caller): Authenticated,
+    Path(id): Path<String>,
+) -> Result<axum::Json<ReplStatus>, HttpProblem> {
+    let repls = edge.platform.repls().await.map_err(platform_problem)?;
+    let mut own = repls.into_iter().filter(|repl| caller.sees(&repl.user_id));
+    own.find(|repl| repl.repl_id.as_str() == id)
+        .map(axum::Json)
+        .ok_or_else(|| HttpProblem::not_found("repl"))
+}
+
+/// The releases of a repl.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Releases {
+    /// Newest first.
+    #[schema(value_type = Vec<Object>)]
+    releases: Vec<Release>,
+}
+
+/// The releases of a repl, newest first
+#[utoipa::path(get, path = "/repls/{id}/releases", tag = "repls", params(("id" = String, Path)),
+    responses((status = 200, body = Releases), (status = 404, body = ProblemBody)))]
+pub async fn releases(
+    State(edge): State<Arc<Edge>>,
+    Authenticated(caller): Authenticated,
+    Path(id): Path<String>,
+) -> Result<axum::Json<Releases>, HttpProblem> {
+    let (repl, _) = owned(&edge, &caller, &id).await?;
+    let releases = edge.platform.releases(&repl).await.map_err(platform_problem)?;
+    Ok(axum::Json(Releases { releases }))
+}
+
+/// Which release to go back to.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Rollback {
+    /// Its number; left out: the last one before the current that served.
+    release: Option<u64>,
+}
+
+/// What serves now.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct RolledBack {
+    /// The repl.
+    #[serde(rename = "replId")]
+    repl_id: String,
+    /// The release that serves now.
+    release: u64,
+    /// Where.
+    url: String,
+}
+
+/// Make an earlier release serve again
+#[utoipa::path(post, path = "/repls/{id}/rollback", tag = "repls", params(("id" = String, Path)),
+    request_body = Rollback,
+    responses((status = 200, body = RolledBack), (status = 404, body = ProblemBody),
+              (status = 409, body = ProblemBody), (status = 503, body = ProblemBody)))]
+pub async fn rollback(
+    State(edge): State<Arc<Edge>>,
+    Authenticated(caller): Authenticated,
+    Path(id): Path<String>,
+    Json(Rollback { release }): Json<Rollback>,
+) -> Result<axum::Json<RolledBack>, HttpProblem> {
+    let (repl, user) = owned(&edge, &caller, &id).await?;
+    let running = edge
+        .pipeline
+        .rollback(&user, &repl, release)
+        .await
+        .map_err(|error| match error {
+            PlatformError::NotFound(_) => HttpProblem::not_found("release"),
+            error => platform_problem(error),
+        })?;
+    Ok(axum::Json(RolledBack {
+        repl_id: repl.into(),
+        release: running.release,
+        url: running.url,
+    }))
+}
+
+/// What `POST /stop` answers.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Stopped {
+    /// Always true here; errors carry false.
+    success: bool,
+}
+
+/// What `POST /stop` takes. For the description only: the route itself says what is wrong in its
+/// own shape.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Stop {
+    /// Which repl.
+    #[serde(rename = "replId")]
+    repl_id: ReplIdText,
+}
+
+/// A name that is checked when it is used.
+type ReplIdText = String;
+
+/// Stop a repl; nothing there is fine
+#[utoipa::path(post, path = "/stop", tag = "repls", request_body = Stop,
+    responses((status = 200, body = Stopped), (status = 400, body = ProblemBody),
+              (status = 500, body = ProblemBody)))]
+pub async fn stop(
+    State(edge): State<Arc<Edge>>,
+    Authenticated(caller): Authenticated,
+    body: Result<Json<Stop>, HttpProblem>,
+) -> Result<axum::Json<Stopped>, HttpProblem> {
+    let Json(Stop { repl_id }) = body.map_err(unsuccessful)?;
+    let repl: ReplId = repl_id.parse().map_err(|error: crate::model::IdError| {
+        let error = crate::model::FieldError::new("replId", error.to_string());
+        let problem = super::wire::field_problem(&error);
+        unsuccessful(HttpProblem::new(StatusCode::BAD_REQUEST, problem))
+    })?;
+    let stopped = match edge.platform.owner(&repl).await {
+        Ok(Some(user)) if caller.may_act_for(&user) => edge.pipeline.stop(&user, &repl).await,
+        // Another's repl looks like one that is not there, and stopping that is fine.
+        Ok(_) => Ok(()),
+        Err(error) => Err(error),
+    };
+    match stopped {
+        Ok(()) | Err(PlatformError::NotFound(_)) => Ok(axum::Json(Stopped { success: true })),
+        Err(PlatformError::Unavailable(problem) | PlatformError::NotReady(problem)) => {
+            tracing::error!(repl_id = %repl, error = %problem, "a repl could not be stopped");
+            let failed = HttpProblem::new(StatusCode::INTERNAL_SERVER_ERROR, problem.clone());
+            Err(unsuccessful(failed).with("error", json!(problem)))
+        }
+    }
+}
+
+/// The members that `/stop` promises with every error.
+fn unsuccessful(problem: HttpProblem) -> HttpProblem {
+    let message = problem.problem().message.clone();
+    problem.with("success", Value::Bool(false)).with("message", Value::String(message))
+}
+
+/// The repl of this name and its owner, if it exists for the caller.
+async fn owned(edge: &Edge, caller: &Caller, id: &str) -> Result<(ReplId, UserId), HttpProblem> {
+    let not_found = || HttpProblem::not_found("repl");
+    let repl: ReplId = id.parse().map_err(|_| not_found())?;
+    let owner = edge.platform.owner(&repl).await.map_err(platform_problem)?;
+    let user = owner.filter(|user| caller.sees(user)).ok_or_else(not_found)?;
+    Ok((repl, user))
+}
+
+/// How a platform's error is told over HTTP.
+pub fn platform_problem(error: PlatformError) -> HttpProblem {
+    match error {
+        PlatformError::NotFound(_) => HttpProblem::not_found("repl"),
+        PlatformError::Unavailable(problem) => HttpProblem::unavailable(problem),
+        // The previous release serves on: a conflict with what the program does, not a fault here.
+        PlatformError::NotReady(problem) => HttpProblem::new(StatusCode::CONFLICT, problem),
+    }
+}
+
+/// The problem of something that cannot be reached now.
+pub fn not_ready(cause: impl Into<String>) -> Problem {
+    Problem::new(
+        "not_ready",
+        "Gantry cannot take submissions now",
+        cause,
+        "It goes on by itself when the cause is gone",
+    )
+}

@@ -1,0 +1,422 @@
+//! One WebSocket: one task that reads frames and writes frames.
+//!
+//! Nothing is queued for a slow client. A submission is followed by a stream over the journal,
+//! polled only when the socket takes the next frame, so a client that never reads costs the memory
+//! of one frame, and the submission runs on regardless.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use futures_util::stream::{BoxStream, SelectAll, SplitSink, SplitStream};
+use futures_util::{SinkExt, StreamExt, future};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior, timeout};
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::error::{CapacityError, Error as WsError};
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Message, Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::{Bytes, Utf8Bytes};
+
+use super::Edge;
+use super::wire::{self, Frame};
+use crate::auth::Caller;
+use crate::journal::JournalError;
+use crate::model::{
+    Event, FieldError, MAX_MESSAGE_BYTES, Outcome, Problem, Record, SubmissionId, SubmissionRequest,
+};
+use crate::pipeline::{Admission, Refusal};
+
+/// Between pings: shorter than the 60 s after which common proxies drop an idle connection.
+const PING_EVERY: Duration = Duration::from_secs(30);
+
+/// Nothing heard for this long: two pings went unanswered, the peer is gone.
+const DEAD_AFTER: Duration = Duration::from_secs(75);
+
+/// A frame that the client does not take for this long ends the connection. A page that is
+/// suspended for a moment recovers within it, and resumes if it does not.
+const WRITE_STALL: Duration = Duration::from_secs(30);
+
+/// What the slowest client worth waiting for takes per second, on top of [`WRITE_STALL`].
+const SLOWEST_BYTES_PER_SECOND: usize = 64 << 10;
+
+/// How long the close frame gets to reach the client.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Bytes still read after a close frame was sent, so that the client sees it: closing with unread
+/// bytes resets the connection, and a reset overtakes what was sent. A few messages' worth.
+const GOODBYE_BYTES: u64 = 8 << 20;
+
+/// Read buffer of one socket: a common submission fits, and 10,000 idle sockets stay small.
+const READ_BUFFER: usize = 4 << 10;
+
+/// Submissions one connection may follow at a time.
+const MAX_IN_FLIGHT: usize = 1_000;
+
+/// What may wait between reading and writing; a full one pauses reading.
+const COMMANDS: usize = 8;
+
+type Io = TokioIo<hyper::upgrade::Upgraded>;
+type Socket = WebSocketStream<Io>;
+type Frames = BoxStream<'static, Utf8Bytes>;
+
+/// What the reading side asks of the writing side.
+enum Command {
+    Send(Utf8Bytes),
+    Follow(Frames),
+}
+
+/// Why a connection ends.
+#[derive(Debug)]
+enum End {
+    /// The client closed it, or the network did.
+    Gone,
+    /// The client does not take what is sent, or does not answer.
+    Dead(&'static str),
+    /// The client must be told why.
+    Close(CloseCode, &'static str),
+}
+
+/// Speaks the protocol until one side ends it.
+pub async fn run(edge: Arc<Edge>, caller: Caller, io: hyper::upgrade::Upgraded) {
+    let config = WebSocketConfig::default()
+        .read_buffer_size(READ_BUFFER)
+        // Every frame is written at once.
+        .write_buffer_size(0)
+        .max_message_size(Some(MAX_MESSAGE_BYTES))
+        .max_frame_size(Some(MAX_MESSAGE_BYTES));
+    let socket =
+        WebSocketStream::from_raw_socket(TokioIo::new(io), Role::Server, Some(config)).await;
+    let (mut sink, mut source) = socket.split();
+    let open = metrics::gauge!("gantry_websocket_connections");
+    open.increment(1.0);
+    let (commands, inbox) = mpsc::channel(COMMANDS);
+    let shared = Shared {
+        started: Instant::now(),
+        heard_ms: AtomicU64::new(0),
+        in_flight: AtomicUsize::new(0),
+    };
+    let key_id = caller.key_id.clone();
+    let reader = Reader {
+        edge: &edge,
+        caller,
+        commands,
+        shared: &shared,
+    };
+    let end = tokio::select! {
+        end = reader.run(&mut source) => end,
+        end = write(&mut sink, inbox, &shared) => end,
+        () = revoked(&edge, &key_id) => End::Close(CloseCode::Policy, "the key was revoked"),
+        () = edge.shutdown.token.cancelled() => End::Close(CloseCode::Away, "the server is stopping"),
+    };
+    open.decrement(1.0);
+    goodbye(sink, source, end).await;
+}
+
+/// Resolves when the key no longer counts.
+async fn revoked(edge: &Edge, key_id: &str) {
+    let mut changes = edge.keys.changes();
+    while edge.keys.caller(key_id).is_some() {
+        if changes.changed().await.is_err() {
+            future::pending::<()>().await;
+        }
+    }
+}
+
+async fn goodbye(mut sink: SplitSink<Socket, Message>, source: SplitStream<Socket>, end: End) {
+    let frame = match end {
+        End::Dead(why) => {
+            tracing::debug!(why, "a WebSocket was dropped");
+            return;
+        }
+        End::Gone => None,
+        End::Close(code, reason) => Some(CloseFrame {
+            code,
+            reason: Utf8Bytes::from_static(reason),
+        }),
+    };
+    let told = async {
+        if let Some(frame) = frame {
+            sink.send(Message::Close(Some(frame))).await?;
+        }
+        sink.flush().await
+    };
+    if !matches!(timeout(GOODBYE_TIMEOUT, told).await, Ok(Ok(()))) {
+        return;
+    }
+    let Ok(mut socket) = sink.reunite(source) else {
+        return;
+    };
+    let io = socket.get_mut();
+    let drained = async {
+        io.shutdown().await?;
+        tokio::io::copy(&mut io.take(GOODBYE_BYTES), &mut tokio::io::sink()).await
+    };
+    // The client is free to hang up first; either way the connection is over.
+    let _ = timeout(GOODBYE_TIMEOUT, drained).await;
+}
+
+/// What both sides of one connection know.
+struct Shared {
+    started: Instant,
+    heard_ms: AtomicU64,
+    in_flight: AtomicUsize,
+}
+
+impl Shared {
+    fn heard_now(&self) {
+        let elapsed = self.started.elapsed().as_millis();
+        let elapsed = u64::try_from(elapsed).unwrap_or(u64::MAX);
+        self.heard_ms.store(elapsed, Ordering::Relaxed);
+    }
+
+    fn silence(&self) -> Duration {
+        let heard = Duration::from_millis(self.heard_ms.load(Ordering::Relaxed));
+        self.started.elapsed().saturating_sub(heard)
+    }
+}
+
+async fn write(
+    sink: &mut SplitSink<Socket, Message>,
+    mut inbox: mpsc::Receiver<Command>,
+    shared: &Shared,
+) -> End {
+    let mut followed: SelectAll<Frames> = SelectAll::new();
+    let mut ping = tokio::time::interval_at(Instant::now() + PING_EVERY, PING_EVERY);
+    ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let message = tokio::select! {
+            Some(frame) = followed.next(), if !followed.is_empty() => Message::Text(frame),
+            command = inbox.recv() => match command {
+                Some(Command::Send(frame)) => Message::Text(frame),
+                Some(Command::Follow(frames)) => {
+                    followed.push(frames);
+                    continue;
+                }
+                None => return End::Gone,
+            },
+            _ = ping.tick() => {
+                if shared.silence() > DEAD_AFTER {
+                    return End::Dead("it answered no ping");
+                }
+                Message::Ping(Bytes::new())
+            }
+        };
+        let length = message.len();
+        let allowed =
+            WRITE_STALL + Duration::from_secs((length / SLOWEST_BYTES_PER_SECOND) as u64);
+        match timeout(allowed, sink.send(message)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return End::Gone,
+            Err(_) => return End::Dead("it did not take what was sent"),
+        }
+        shared.in_flight.store(followed.len(), Ordering::Relaxed);
+    }
+}
+
+struct Reader<'a> {
+    edge: &'a Arc<Edge>,
+    caller: Caller,
+    commands: mpsc::Sender<Command>,
+    shared: &'a Shared,
+}
+
+impl Reader<'_> {
+    async fn run(mut self, source: &mut SplitStream<Socket>) -> End {
+        loop {
+            let message = match source.next().await {
+                Some(Ok(message)) => message,
+                Some(Err(error)) => return end_of(&error),
+                None => return End::Gone,
+            };
+            self.shared.heard_now();
+            match message {
+                Message::Text(text) => {
+                    // Boxed: an idle connection must not carry the room this needs.
+                    if Box::pin(self.frame(text)).await.is_err() {
+                        return End::Gone;
+                    }
+                }
+                Message::Binary(_) => {
+                    let refused = wire::Refused {
+                        submission_id: None,
+                        user_id: None,
+                        error: FieldError::new("", "is a binary frame"),
+                    };
+                    if self.reply(&wire::invalid(&refused)).await.is_err() {
+                        return End::Gone;
+                    }
+                }
+                // Pings are answered by the protocol layer; a close ends the stream after its echo.
+                Message::Ping(_) | Message::Pong(_) | Message::Close(_) | Message::Frame(_) => {}
+            }
+        }
+    }
+
+    async fn frame(&mut self, text: Utf8Bytes) -> Result<(), Gone> {
+        let frame = wire::parse(&text);
+        drop(text);
+        match frame {
+            Err(refused) => self.reply(&wire::invalid(&refused)).await,
+            Ok(Frame::Submission(request)) => self.submission(*request).await,
+            Ok(Frame::Resume(resume)) => match self.visible(resume.id) {
+                None => self.reply(&wire::not_found(resume.id)).await,
+                Some(known) => {
+                    // A client that has it all still gets the reply: it may have missed it.
+                    let last = if known.ended { known.last_seq.saturating_sub(1) } else { known.last_seq };
+                    self.follow(resume.id, resume.after.min(last), true).await
+                }
+            },
+            Ok(Frame::Cancel(cancel)) => match self.visible(cancel.id) {
+                None => self.reply(&wire::not_found(cancel.id)).await,
+                Some(_) => {
+                    // One that has ended stays as it ended; its reply is on its way or was read.
+                    self.edge.pipeline.cancel(cancel.id);
+                    Ok(())
+                }
+            },
+            Ok(Frame::Stdin(stdin)) => self.stdin(stdin).await,
+        }
+    }
+
+    async fn submission(&mut self, request: SubmissionRequest) -> Result<(), Gone> {
+        let user = request.user_id().clone();
+        let id = request.submission_id();
+        let stream = request.stream();
+        let refuse = |field: &str, reason: &str| {
+            wire::invalid(&wire::Refused {
+                submission_id: id,
+                user_id: Some(user.clone()),
+                error: FieldError::new(field, reason),
+            })
+        };
+        if !self.caller.may_act_for(&user) {
+            let outcome = refuse("user_id", "is not one this key may act for");
+            return self.reply(&outcome).await;
+        }
+        if self.full() {
+            return self.reply(&too_many(id)).await;
+        }
+        if let Some(known) = id.and_then(|id| self.edge.journal.submission(id))
+            && known.user_id != user
+        {
+            return self.reply(&refuse("submission_id", "is reserved; choose another")).await;
+        }
+        let submission = match request.validate(self.edge.pipeline.maximum_limits()) {
+            Ok(submission) => submission,
+            Err(error) => {
+                let outcome = refuse(&error.field, &error.reason);
+                return self.reply(&outcome).await;
+            }
+        };
+        let id = submission.id;
+        match self.edge.pipeline.submit(submission).await {
+            Ok(Admission::Accepted(id) | Admission::Known(id)) => self.follow(id, 0, stream).await,
+            Err(Refusal::Invalid(error)) => {
+                let outcome = refuse(&error.field, &error.reason);
+                self.reply(&outcome).await
+            }
+            Err(Refusal::Unavailable(problem)) => {
+                let outcome = wire::unavailable(Some(id), Some(&user), problem);
+                self.reply(&outcome).await
+            }
+        }
+    }
+
+    async fn stdin(&mut self, stdin: wire::Stdin) -> Result<(), Gone> {
+        let Some(known) = self.visible(stdin.id) else {
+            return self.reply(&wire::not_found(stdin.id)).await;
+        };
+        if known.ended {
+            return Ok(());
+        }
+        let given = self.edge.pipeline.stdin(stdin.id, stdin.data.into_bytes(), stdin.eof);
+        match given.await {
+            Ok(()) => Ok(()),
+            Err(problem) => self.send(wire::stdin_refused(stdin.id, &problem)).await,
+        }
+    }
+
+    /// What the journal knows of a submission, if it exists for this caller.
+    fn visible(&self, id: SubmissionId) -> Option<crate::journal::SubmissionState> {
+        let known = self.edge.journal.submission(id)?;
+        self.caller.sees(&known.user_id).then_some(known)
+    }
+
+    fn full(&self) -> bool {
+        self.shared.in_flight.load(Ordering::Relaxed) >= MAX_IN_FLIGHT
+    }
+
+    async fn follow(&mut self, id: SubmissionId, after: u64, events: bool) -> Result<(), Gone> {
+        if self.full() {
+            return self.reply(&too_many(Some(id))).await;
+        }
+        self.shared.in_flight.fetch_add(1, Ordering::Relaxed);
+        let records = self.edge.journal.follow_submission(id, after);
+        let frames = records
+            .filter_map(move |record| future::ready(outgoing(id, record, events)))
+            .boxed();
+        self.commands.send(Command::Follow(frames)).await.map_err(|_| Gone)
+    }
+
+    async fn reply(&mut self, outcome: &Outcome) -> Result<(), Gone> {
+        self.send(wire::text(outcome)).await
+    }
+
+    async fn send(&mut self, text: String) -> Result<(), Gone> {
+        self.commands.send(Command::Send(text.into())).await.map_err(|_| Gone)
+    }
+}
+
+/// The writing side has ended.
+struct Gone;
+
+/// The frame a record becomes, if the client wants it.
+fn outgoing(
+    id: SubmissionId,
+    record: Result<Record, JournalError>,
+    events: bool,
+) -> Option<Utf8Bytes> {
+    match record {
+        Ok(record) if matches!(record.event, Event::Reply(_)) => {
+            wire::reply(record).map(|outcome| wire::text(&outcome).into())
+        }
+        Ok(record) if events => wire::event_frame(&record).map(|frame| wire::text(&frame).into()),
+        Ok(_) => None,
+        // The server is stopping: the socket says so, and the client resumes.
+        Err(JournalError::Closed) => None,
+        Err(error) => {
+            tracing::error!(submission_id = %id, %error, "a submission cannot be followed");
+            let problem = Problem::new(
+                "journal_failed",
+                "The outcome cannot be read",
+                error.to_string(),
+                "Send {\"resume\": submission_id} again; the submission itself is not affected",
+            );
+            Some(wire::text(&wire::unavailable(Some(id), None, problem)).into())
+        }
+    }
+}
+
+fn too_many(id: Option<SubmissionId>) -> Outcome {
+    let problem = Problem::new(
+        "too_many_in_flight",
+        "Too many submissions are in flight on this connection",
+        format!("one connection follows at most {MAX_IN_FLIGHT} at a time"),
+        "Wait for replies, or open another connection; this one did not run",
+    );
+    wire::unavailable(id, None, problem)
+}
+
+fn end_of(error: &WsError) -> End {
+    match error {
+        WsError::Capacity(CapacityError::MessageTooLong { .. }) => {
+            End::Close(CloseCode::Size, "a message may hold 1 MiB")
+        }
+        WsError::Utf8(_) => End::Close(CloseCode::Invalid, "a text frame is not UTF-8"),
+        WsError::Protocol(_) => End::Close(CloseCode::Protocol, "not the WebSocket protocol"),
+        _ => End::Gone,
+    }
+}

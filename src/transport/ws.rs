@@ -1,0 +1,146 @@
+//! The way in to `/ws/code`: who is asking is settled before the upgrade.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{FromRequestParts, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use secrecy::ExposeSecret;
+use serde::{Deserialize, Serialize};
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use utoipa::ToSchema;
+
+use super::Edge;
+use super::body::{ProblemBody, Query};
+use super::caller::{self, Authenticated};
+use super::problem::HttpProblem;
+use super::server::Peer;
+use super::session;
+use crate::auth::{Caller, OneTimeError};
+use crate::model::Problem;
+
+/// A ticket for one WebSocket.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Ticket {
+    /// Goes into `/ws/code?ticket=`; works once.
+    ticket: String,
+    /// Seconds it works for.
+    expires_in: u64,
+}
+
+/// A single-use ticket, for browsers: they cannot send headers with a WebSocket
+#[utoipa::path(post, path = "/ws/ticket", tag = "submissions",
+    responses((status = 200, body = Ticket), (status = 401, body = ProblemBody),
+              (status = 503, body = ProblemBody)))]
+pub async fn ticket(
+    State(edge): State<Arc<Edge>>,
+    Authenticated(caller): Authenticated,
+) -> Result<axum::Json<Ticket>, HttpProblem> {
+    match edge.tickets.issue(&caller.key_id) {
+        Ok(ticket) => Ok(axum::Json(Ticket {
+            ticket: ticket.expose_secret().to_owned(),
+            expires_in: edge.tickets.lifetime().as_secs(),
+        })),
+        Err(error @ OneTimeError::Full(_)) => Err(HttpProblem::unavailable(Problem::new(
+            "too_many_tickets",
+            "No more tickets can be given out now",
+            error.to_string(),
+            "Try again in half a minute",
+        ))),
+        Err(OneTimeError::Random(error)) => Err(HttpProblem::internal(error.to_string())),
+    }
+}
+
+/// The query of the upgrade request.
+#[derive(Debug, Deserialize)]
+pub struct CodeQuery {
+    ticket: Option<String>,
+}
+
+/// The WebSocket: submissions in, events and replies out (design.md §3)
+#[utoipa::path(get, path = "/ws/code", tag = "submissions",
+    params(("ticket" = Option<String>, Query, description = "from POST /ws/ticket, instead of a key")),
+    responses((status = 101, description = "the connection is a WebSocket now"),
+              (status = 401, body = ProblemBody), (status = 403, body = ProblemBody),
+              (status = 426, body = ProblemBody)))]
+pub async fn code(
+    State(edge): State<Arc<Edge>>,
+    mut request: Request,
+) -> Result<Response, HttpProblem> {
+    let upgrade = hyper::upgrade::on(&mut request);
+    let (mut parts, _) = request.into_parts();
+    let Query(CodeQuery { ticket }) = Query::from_request_parts(&mut parts, &edge).await?;
+    let caller = caller_of(&edge, &parts, ticket)?;
+    let accept = accept_key(&parts.headers)?;
+    let peer = parts.extensions.get::<Peer>().cloned();
+    let task_edge = Arc::clone(&edge);
+    edge.shutdown.tasks.spawn(async move {
+        if let Ok(io) = upgrade.await {
+            session::run(task_edge, caller, io).await;
+        }
+        // Held until here: an upgraded connection counts as one.
+        drop(peer);
+    });
+    let headers = [
+        (header::CONNECTION, HeaderValue::from_static("upgrade")),
+        (header::UPGRADE, HeaderValue::from_static("websocket")),
+        (header::SEC_WEBSOCKET_ACCEPT, accept),
+    ];
+    Ok((StatusCode::SWITCHING_PROTOCOLS, headers, Body::empty()).into_response())
+}
+
+fn caller_of(
+    edge: &Edge,
+    parts: &axum::http::request::Parts,
+    ticket: Option<String>,
+) -> Result<Caller, HttpProblem> {
+    if let Some(caller) = caller::by_key(edge, parts)? {
+        return Ok(caller);
+    }
+    let Some(ticket) = ticket else {
+        return Err(HttpProblem::unauthorized("the request carries no key and no ticket"));
+    };
+    edge.tickets
+        .redeem(&ticket)
+        .and_then(|key_id| edge.keys.caller(&key_id))
+        .ok_or_else(|| {
+            let cause = "the ticket was used before, is older than 30 s, or is not one";
+            caller::failed(edge, parts, cause)
+        })
+}
+
+/// Checks the handshake of RFC 6455 §4.2.1 and answers its challenge.
+fn accept_key(headers: &HeaderMap) -> Result<HeaderValue, HttpProblem> {
+    let has = |name: HeaderName, token: &str| {
+        headers
+            .get_all(name)
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .flat_map(|value| value.split(','))
+            .any(|value| value.trim().eq_ignore_ascii_case(token))
+    };
+    if !has(header::CONNECTION, "upgrade") || !has(header::UPGRADE, "websocket") {
+        return Err(needs_upgrade("the request asks for no upgrade to websocket"));
+    }
+    if !has(header::SEC_WEBSOCKET_VERSION, "13") {
+        return Err(needs_upgrade("the WebSocket version is not 13"));
+    }
+    let key = headers
+        .get(header::SEC_WEBSOCKET_KEY)
+        .ok_or_else(|| needs_upgrade("the header Sec-WebSocket-Key is missing"))?;
+    HeaderValue::from_str(&derive_accept_key(key.as_bytes()))
+        .map_err(|_| needs_upgrade("the header Sec-WebSocket-Key is not valid"))
+}
+
+fn needs_upgrade(cause: &str) -> HttpProblem {
+    HttpProblem::new(
+        StatusCode::UPGRADE_REQUIRED,
+        Problem::new(
+            "upgrade_required",
+            "This route speaks WebSocket",
+            cause,
+            "Connect with a WebSocket client, such as wscat -c ws://HOST:PORT/ws/code",
+        ),
+    )
+}

@@ -1,0 +1,202 @@
+//! One real server per test, on a free port, with its own data folder.
+
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use futures_util::{SinkExt, StreamExt};
+use serde_json::Value;
+use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+use tokio_tungstenite::tungstenite::{Error, Message};
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
+
+/// No answer for this long is a failure: a busy machine with two cores is slow, not this slow.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+pub struct Server {
+    child: Child,
+    pub data: tempfile::TempDir,
+    pub address: SocketAddr,
+    pub admin: String,
+    pub sign_in: String,
+}
+
+fn gantry(data: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gantry"));
+    for name in ["API_KEY", "HOST", "PORT", "DOMAIN", "APP_DOMAIN", "CORS_ORIGINS", "GANTRY_PLATFORM"] {
+        command.env_remove(name);
+    }
+    command.env("GANTRY_DATA_DIR", data).env("GANTRY_LOG", "warn");
+    command
+}
+
+/// Starts it and reads what it prints until it says how to sign in.
+fn start(data: &Path, port: u16) -> (Child, SocketAddr, Option<String>, String) {
+    let mut child = gantry(data)
+        .args(["serve", "--port", &port.to_string()])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let (mut address, mut admin, mut sign_in) = (None, None, None);
+    for line in lines {
+        let line = line.unwrap();
+        if let Some(rest) = line.split_once(" is at http://") {
+            address = rest.1.trim_end_matches('/').parse().ok();
+        } else if let Some(rest) = line.trim().strip_prefix("admin key ") {
+            admin = rest.split(' ').next().map(str::to_owned);
+        } else if let Some((_, rest)) = line.split_once("#token=") {
+            sign_in = rest.split(' ').next().map(str::to_owned);
+            break;
+        }
+    }
+    (child, address.expect("no address"), admin, sign_in.expect("no sign-in link"))
+}
+
+impl Server {
+    pub fn start() -> Self {
+        let data = tempfile::tempdir().unwrap();
+        let (child, address, admin, sign_in) = start(data.path(), 0);
+        let admin = admin.expect("the first start prints a key");
+        Self { child, data, address, admin, sign_in }
+    }
+
+    /// Ends it as a power cut would, and starts it again on the same port and data.
+    pub fn restart(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        let (child, address, admin, sign_in) = start(self.data.path(), self.address.port());
+        assert_eq!(address, self.address);
+        assert!(admin.is_none(), "a key is made once");
+        self.child = child;
+        self.sign_in = sign_in;
+    }
+
+    pub fn terminate(&mut self) -> std::process::ExitStatus {
+        let id = i32::try_from(self.child.id()).unwrap();
+        let pid = rustix::process::Pid::from_raw(id).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        self.child.wait().unwrap()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn key_command(&self, args: &[&str]) -> Output {
+        gantry(self.data.path()).arg("key").args(args).output().unwrap()
+    }
+
+    pub fn user_key(&self, user: &str) -> (String, String) {
+        let made = self.key_command(&["create", "--user", user, "-o", "json"]);
+        assert!(made.status.success(), "{made:?}");
+        let made: Value = serde_json::from_slice(&made.stdout).unwrap();
+        let text = |name: &str| made[name].as_str().unwrap().to_owned();
+        (text("id"), text("key"))
+    }
+
+    /// Until a key that another process made is known here.
+    pub async fn user(&self, user: &str) -> (String, String) {
+        let (id, key) = self.user_key(user);
+        for _ in 0..50 {
+            if self.get("/session").header("x-api-key", &key).send().await.unwrap().status() == 200 {
+                return (id, key);
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        panic!("the new key never worked");
+    }
+
+    pub fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.address)
+    }
+
+    pub fn get(&self, path: &str) -> reqwest::RequestBuilder {
+        client().get(self.url(path))
+    }
+
+    pub fn post(&self, path: &str) -> reqwest::RequestBuilder {
+        client().post(self.url(path))
+    }
+
+    pub async fn connect(&self, key: &str) -> Socket {
+        Socket::open(self, "/ws/code", &[("x-api-key", key)]).await.unwrap()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may have ended already, which is as good.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub fn client() -> reqwest::Client {
+    reqwest::Client::builder()
+        .timeout(PATIENCE)
+        .redirect(reqwest::redirect::Policy::none())
+        .build()
+        .unwrap()
+}
+
+pub struct Socket(pub WebSocketStream<MaybeTlsStream<TcpStream>>);
+
+impl Socket {
+    /// Opens one, or the HTTP status that refused it.
+    pub async fn open(server: &Server, path: &str, headers: &[(&str, &str)]) -> Result<Self, u16> {
+        let url = format!("ws://{}{path}", server.address);
+        let mut request = url.into_client_request().unwrap();
+        for (name, value) in headers {
+            let name: axum::http::HeaderName = name.parse().unwrap();
+            request.headers_mut().insert(name, value.parse().unwrap());
+        }
+        match tokio_tungstenite::connect_async(request).await {
+            Ok((socket, _)) => Ok(Self(socket)),
+            Err(Error::Http(response)) => Err(response.status().as_u16()),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    pub async fn send(&mut self, text: impl Into<String>) {
+        self.0.send(Message::text(text.into())).await.unwrap();
+    }
+
+    /// The next frame as JSON.
+    pub async fn next(&mut self) -> Value {
+        loop {
+            match tokio::time::timeout(PATIENCE, self.0.next()).await.expect("no frame") {
+                Some(Ok(Message::Text(text))) => return serde_json::from_str(&text).unwrap(),
+                Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+                other => panic!("no frame but {other:?}"),
+            }
+        }
+    }
+
+    pub async fn ask(&mut self, text: impl Into<String>) -> Value {
+        self.send(text).await;
+        self.next().await
+    }
+
+    /// How the server closed it.
+    pub async fn closed(&mut self, within: Duration) -> Option<CloseFrame> {
+        let closing = async {
+            loop {
+                match self.0.next().await {
+                    Some(Ok(Message::Close(frame))) => return frame,
+                    Some(Ok(_)) => {}
+                    Some(Err(_)) | None => return None,
+                }
+            }
+        };
+        tokio::time::timeout(within, closing).await.expect("it was not closed")
+    }
+}
+
+pub fn hello(user: &str) -> String {
+    format!(r#"{{"user_id":"{user}","code":"print('Hello')","deploy":false}}"#)
+}
