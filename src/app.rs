@@ -14,10 +14,11 @@ use crate::auth::{Keys, NewKey, Role, Sessions};
 use crate::config::Config;
 use crate::journal::{Journal, JournalOptions};
 use crate::logs::Search;
-use crate::pipeline::Pipeline;
+use crate::pipeline::{Pipeline, PipelineOptions};
 use crate::platform::local::{LocalConfig, LocalPlatform};
 use crate::platform::{Check, Finding, Platform};
-use crate::shutdown::{PLATFORM_TIMEOUT, Shutdown};
+use crate::shutdown::{DRAIN_TIMEOUT, PLATFORM_TIMEOUT, Shutdown};
+use crate::storage::{CodeStore, DirectoryStore};
 use crate::transport::{Edge, Guard, Numbers, Parts, Server, raise_open_files, router};
 
 /// Bytes of one journal file, and of all of them together: weeks of a small team's submissions.
@@ -28,6 +29,9 @@ const JOURNAL: JournalOptions = JournalOptions {
 
 /// Between two clean-ups of the numbers behind `/metrics`: what is asked for every 15 s or so.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+
+/// How often the runs under way are counted while stopping: far below what a person notices.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// An admin key in the environment that is shorter can be guessed.
 const SHORT_KEY: usize = 16;
@@ -47,17 +51,23 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         None => Some(keys.create(Role::Admin)?),
     };
     let shutdown = Shutdown::default();
-    let platform = start_platform(&config, address).await?;
+    let Backends { platform, store } = backends(&config, address).await?;
     let checks = platform.checks();
     require_sandbox(&config, &checks)?;
     let search = Search::open(&config.data_dir.join("search.sqlite"), journal.clone())?;
-    let pipeline = start_pipeline(&config, &journal, &platform).await?;
+    let options = PipelineOptions {
+        runs: config.max_runs,
+        runs_per_user: runs_per_user(config.max_runs),
+        maximum: config.maximum_limits,
+    };
+    let pipeline = Pipeline::new(journal.clone(), Arc::clone(&platform), store, &options);
+    pipeline.recover().await.context("what an earlier server left cannot be taken up")?;
     let parts = Parts {
         keys: keys.clone(),
         sessions: Sessions::open(&config.data_dir)?,
         journal: journal.clone(),
         search: search.clone(),
-        pipeline,
+        pipeline: pipeline.clone(),
         platform: Arc::clone(&platform),
         numbers: Numbers(numbers.clone()),
         shutdown: shutdown.clone(),
@@ -73,15 +83,30 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let accepting = tokio::spawn(accepting);
     let signal = Shutdown::signalled().await.context("cannot wait for signals")?;
     tracing::info!(signal, "stopping");
-    if !shutdown.drain().await {
+    let (connections_ended, _) = tokio::join!(shutdown.drain(), runs_ended(&pipeline));
+    if !connections_ended {
         tracing::warn!("some connections did not end in time and are dropped");
     }
     accepting.abort();
+    // Before the sandboxes end: what still runs stays unfinished on disk and is taken up at the next
+    // start, instead of being recorded as a failure now.
+    journal.close().await.context("the journal could not be closed")?;
     if tokio::time::timeout(PLATFORM_TIMEOUT, platform.shutdown()).await.is_err() {
         tracing::warn!("the platform did not stop in time; what it left is taken up at the next start");
     }
-    journal.close().await.context("the journal could not be closed")?;
     Ok(())
+}
+
+/// Lets short runs end; longer ones are taken up again at the next start.
+async fn runs_ended(pipeline: &Pipeline) {
+    let ended = async {
+        while pipeline.load().0 > 0 {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    };
+    if tokio::time::timeout(DRAIN_TIMEOUT, ended).await.is_err() {
+        tracing::info!(under_way = pipeline.load().0, "left for the next start");
+    }
 }
 
 async fn open_journal(data_dir: &Path) -> anyhow::Result<Journal> {
@@ -90,22 +115,33 @@ async fn open_journal(data_dir: &Path) -> anyhow::Result<Journal> {
     opened.context("the journal cannot be opened")
 }
 
-async fn start_platform(
-    config: &Config,
-    address: SocketAddr,
-) -> anyhow::Result<Arc<dyn Platform>> {
-    let local = LocalConfig {};
-    let _ = (config, address);
-    let platform = LocalPlatform::start(local).await?;
-    Ok(Arc::new(platform))
+/// The backends this server runs on: the platform and the code store.
+struct Backends {
+    platform: Arc<dyn Platform>,
+    store: Arc<dyn CodeStore>,
 }
 
-async fn start_pipeline(
-    config: &Config,
-    journal: &Journal,
-    platform: &Arc<dyn Platform>,
-) -> anyhow::Result<Pipeline> {
-    Ok(Pipeline::start(journal.clone(), Arc::clone(platform), config.maximum_limits))
+async fn backends(config: &Config, address: SocketAddr) -> anyhow::Result<Backends> {
+    let folder = config.data_dir.join("store");
+    let store = DirectoryStore::open(folder).context("the code store cannot be opened")?;
+    let local = LocalConfig {
+        data: config.data_dir.join("local"),
+        runner: config.runner.clone(),
+        runs_per_user: runs_per_user(config.max_runs),
+        maximum: config.maximum_limits,
+        network: config.allow_network,
+        app_authority: format!("{}:{}", config.app_domain, address.port()),
+    };
+    let platform = LocalPlatform::start(local, store.clone()).await;
+    Ok(Backends {
+        platform: Arc::new(platform.context("the local platform cannot start")?),
+        store: Arc::new(store),
+    })
+}
+
+/// One user may fill three quarters of the places: the rest is there at once for the next user.
+fn runs_per_user(runs: usize) -> usize {
+    (runs * 3 / 4).max(1)
 }
 
 fn require_sandbox(config: &Config, checks: &[Check]) -> anyhow::Result<()> {
@@ -130,7 +166,16 @@ fn metrics() -> anyhow::Result<PrometheusHandle> {
     let handle = recorder.handle();
     metrics::set_global_recorder(recorder)
         .map_err(|_| anyhow::anyhow!("the metrics recorder was set twice"))?;
+    metrics::describe_counter!("gantry_submissions_total", "Submissions that ended, by status");
+    metrics::describe_histogram!(
+        "gantry_submission_seconds",
+        metrics::Unit::Seconds,
+        "From the start of a submission to its reply"
+    );
     metrics::describe_gauge!("gantry_websocket_connections", "WebSockets that are open");
+    metrics::describe_gauge!("gantry_submissions_under_way", "Submissions that have no reply yet");
+    metrics::describe_gauge!("gantry_runs_waiting", "Runs that wait for their turn");
+    metrics::describe_gauge!("gantry_journal_bytes", metrics::Unit::Bytes, "Size of the journal");
     metrics::gauge!("gantry_websocket_connections").set(0.0);
     Ok(handle)
 }

@@ -14,7 +14,6 @@ use super::caller::Authenticated;
 use super::problem::HttpProblem;
 use super::repls::not_ready;
 use crate::auth::Role;
-use crate::platform::Finding;
 
 /// That all is well.
 #[derive(Debug, Serialize, ToSchema)]
@@ -41,8 +40,9 @@ pub async fn ready(State(edge): State<Arc<Edge>>) -> Result<axum::Json<Health>, 
     if !edge.journal.healthy() {
         causes.push("the journal cannot be written: its disk is full or failing".to_owned());
     }
-    let missing = edge.platform.checks().into_iter().filter(|c| c.finding == Finding::Missing);
-    causes.extend(missing.map(|check| format!("{}: {}", check.name, check.detail)));
+    if let Err(error) = edge.platform.repls().await {
+        causes.push(format!("the {} platform does not answer: {error}", edge.platform.name()));
+    }
     if causes.is_empty() {
         Ok(axum::Json(Health { status: "ok" }))
     } else {
@@ -67,6 +67,19 @@ pub async fn numbers(
         );
         return Err(HttpProblem::new(axum::http::StatusCode::FORBIDDEN, problem));
     }
+    let (under_way, waiting) = edge.pipeline.load();
+    metrics::gauge!("gantry_submissions_under_way").set(under_way as f64);
+    metrics::gauge!("gantry_runs_waiting").set(waiting as f64);
+    let folder = edge.journal_folder.clone();
+    if let Ok(Ok(bytes)) = tokio::task::spawn_blocking(move || folder_bytes(&folder)).await {
+        metrics::gauge!("gantry_journal_bytes").set(bytes as f64);
+    }
     let format = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     Ok(([(header::CONTENT_TYPE, format)], edge.numbers.0.render()).into_response())
+}
+
+/// Bytes of the files in a folder.
+fn folder_bytes(folder: &std::path::Path) -> std::io::Result<u64> {
+    let sizes = std::fs::read_dir(folder)?.map(|entry| Ok(entry?.metadata()?.len()));
+    sizes.sum()
 }

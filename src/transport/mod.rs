@@ -21,6 +21,7 @@ mod ws;
 
 use std::any::Any;
 use std::panic::AssertUnwindSafe;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -97,6 +98,8 @@ pub struct Edge {
     pub numbers: Numbers,
     /// When to stop.
     pub shutdown: Shutdown,
+    /// Where the journal is, to measure it.
+    pub journal_folder: PathBuf,
     /// The content security policy of the page.
     pub policy: HeaderValue,
 }
@@ -148,6 +151,7 @@ impl Edge {
             platform: parts.platform,
             numbers: parts.numbers,
             shutdown: parts.shutdown,
+            journal_folder: config.data_dir.join("journal"),
             policy: content_security_policy(&config.app_domain)?,
         })
     }

@@ -332,8 +332,7 @@ impl Reader<'_> {
         if known.ended {
             return Ok(());
         }
-        let given = self.edge.pipeline.stdin(stdin.id, stdin.data.into_bytes(), stdin.eof);
-        match given.await {
+        match self.edge.pipeline.stdin(stdin.id, stdin.data.into_bytes(), stdin.eof) {
             Ok(()) => Ok(()),
             Err(problem) => self.send(wire::stdin_refused(stdin.id, &problem)).await,
         }

@@ -333,7 +333,6 @@ pub fn event_frame(record: &Record) -> Option<EventFrame<'_>> {
         ),
         Event::Test(result) => ("test", Body::Test(result)),
         Event::Received { .. }
-        | Event::RunStarted { .. }
         | Event::RunEnded { .. }
         | Event::Reply(_)
         | Event::ProgramOutput { .. }
