@@ -23,6 +23,8 @@ pub(super) enum Exit {
 pub(super) struct Failure {
     pub(super) exit: Exit,
     pub(super) problem: Box<Problem>,
+    /// Trying the same again may help.
+    pub(super) passes: bool,
 }
 
 impl Failure {
@@ -30,6 +32,7 @@ impl Failure {
         Self {
             exit,
             problem: Box::new(problem),
+            passes: false,
         }
     }
 
@@ -51,10 +54,13 @@ impl Failure {
         cause: impl Into<String>,
         remediation: impl Into<String>,
     ) -> Self {
-        Self::new(
-            Exit::Unavailable,
-            Problem::new("unavailable", message, cause, remediation),
-        )
+        Self {
+            passes: true,
+            ..Self::new(
+                Exit::Unavailable,
+                Problem::new("unavailable", message, cause, remediation),
+            )
+        }
     }
 }
 

@@ -157,8 +157,8 @@ impl<'a, V: View> Follower<'a, V> {
             };
             let failure = match attempt {
                 Ok(socket) => return Ok(Some(socket)),
-                Err(Refused::ForGood(failure)) => return Err(self.given_up(failure)),
-                Err(Refused::ForNow(failure)) => failure,
+                Err(failure) if failure.passes => failure,
+                Err(failure) => return Err(self.given_up(failure)),
             };
             let pause = pauses.next().unwrap_or(PAUSES.1);
             if Instant::now() + pause > until {
@@ -328,19 +328,10 @@ async fn send(socket: &mut Socket, message: WsMessage) -> Result<(), String> {
     }
 }
 
-/// Why there is no connection.
-enum Refused {
-    /// Trying again may help.
-    ForNow(Failure),
-    /// It will not.
-    ForGood(Failure),
-}
-
-async fn open(api: &Api) -> Result<Socket, Refused> {
+async fn open(api: &Api) -> Result<Socket, Failure> {
     let address = api.websocket();
-    let for_now = |cause| Refused::ForNow(http::unreachable(api.address(), cause));
-    let request = handshake(api, &address)
-        .map_err(|cause| Refused::ForGood(http::unreachable(api.address(), cause)))?;
+    let unreachable = |cause| http::unreachable(api.address(), cause);
+    let request = handshake(api, &address).map_err(unreachable)?;
     let config = WebSocketConfig::default()
         .max_message_size(Some(MAX_FRAME_BYTES))
         .max_frame_size(Some(MAX_FRAME_BYTES));
@@ -351,17 +342,13 @@ async fn open(api: &Api) -> Result<Socket, Refused> {
         Ok(Err(WsError::Http(response))) => {
             let status = StatusCode::from_u16(response.status().as_u16())
                 .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-            let failure = http::refused(status, response.body().as_deref().unwrap_or_default());
-            // Overloaded, starting, or a proxy whose server restarts.
-            let passes = status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS;
-            Err(if passes {
-                Refused::ForNow(failure)
-            } else {
-                Refused::ForGood(failure)
-            })
+            Err(http::refused(
+                status,
+                response.body().as_deref().unwrap_or_default(),
+            ))
         }
-        Ok(Err(error)) => Err(for_now(chain(&error))),
-        Err(_) => Err(for_now(format!(
+        Ok(Err(error)) => Err(unreachable(chain(&error))),
+        Err(_) => Err(unreachable(format!(
             "no answer for {} s",
             HANDSHAKE_TIMEOUT.as_secs()
         ))),

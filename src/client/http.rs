@@ -11,7 +11,6 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::failure::{Exit, Failure, chain};
-use super::server::refused_key;
 use crate::model::Problem;
 
 /// Longest wait for a TCP connection: three retransmissions of a lost SYN (1 + 2 + 4 s).
@@ -238,12 +237,17 @@ pub(super) fn refused(status: StatusCode, body: &[u8]) -> Failure {
         .code
         .unwrap_or_else(|| format!("http_{}", status.as_u16()));
     let problem = Problem::new(&code, message, cause, remediation);
-    match status {
-        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => refused_key(problem),
-        status if status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS => {
-            Failure::new(Exit::Failed, problem)
-        }
-        _ => Failure::new(Exit::Unavailable, problem),
+    // Overloaded, starting, or a proxy whose server restarts.
+    let passes = status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS;
+    let key_refused = matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN);
+    let exit = if passes || key_refused {
+        Exit::Unavailable
+    } else {
+        Exit::Failed
+    };
+    Failure {
+        passes,
+        ..Failure::new(exit, problem)
     }
 }
 

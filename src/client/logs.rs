@@ -1,5 +1,6 @@
 //! `gantry logs`: what happened, searched or followed.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBuilder};
@@ -11,7 +12,7 @@ use serde_json::{Map, Value};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::failure::{Exit, Failure, chain};
-use super::http::Api;
+use super::http::{self, Api};
 use super::render;
 use super::server::ServerArgs;
 use super::sse::SseReader;
@@ -26,6 +27,8 @@ const MAX_PAGE: usize = 1_000;
 const QUIET_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a lost server is waited for while following.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(60);
+/// A connection that lived this long was a good one: the next loss is waited for anew.
+const STABLE_AFTER: Duration = Duration::from_secs(3);
 /// First and longest pause between two attempts.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
 
@@ -97,24 +100,47 @@ fn moment(text: &str) -> Result<Timestamp, String> {
 
 pub(super) async fn run(args: LogsArgs) -> Result<Exit, Failure> {
     let api = args.server.api()?;
-    let mut query = filters(&args);
-    query.push(("limit", usize::from(args.limit).min(MAX_PAGE).to_string()));
-    let page: Page = api.get("/logs", &query).await?;
-    for record in &page.records {
+    let (records, next) = latest(&api, &args).await?;
+    for record in &records {
         if print(record, args.output)? == Reader::Gone {
             return Ok(Exit::Done);
         }
     }
     if !args.follow {
-        if page.records.is_empty() {
+        if records.is_empty() {
             eprintln!("nothing matches");
         }
         return Ok(Exit::Done);
     }
     tokio::select! {
-        ended = follow(&api, &args, page.next) => ended,
+        ended = follow(&api, &args, next) => ended,
         // Following has no end of its own: Ctrl+C is how it is meant to end.
         _ = tokio::signal::ctrl_c() => Ok(Exit::Interrupted),
+    }
+}
+
+/// The last records that match, oldest first, and where what follows them begins.
+async fn latest(
+    api: &Api,
+    args: &LogsArgs,
+) -> Result<(VecDeque<LogRecord>, Option<String>), Failure> {
+    let wanted = usize::from(args.limit);
+    let mut records = VecDeque::new();
+    let mut after: Option<String> = None;
+    loop {
+        let limit = if after.is_none() { wanted } else { MAX_PAGE };
+        let mut query = filters(args);
+        query.push(("limit", limit.to_string()));
+        query.extend(after.clone().map(|cursor| ("after", cursor)));
+        let page: Page = api.get("/logs", &query).await?;
+        let full = page.records.len() >= limit;
+        records.extend(page.records);
+        records.drain(..records.len().saturating_sub(wanted));
+        let moved = page.next.is_some() && page.next != after;
+        after = page.next.or(after);
+        if !full || !moved {
+            return Ok((records, after));
+        }
     }
 }
 
@@ -146,26 +172,36 @@ async fn follow(api: &Api, args: &LogsArgs, mut last: Option<String>) -> Result<
         .with_jitter()
         .without_max_times();
     let mut pauses = backoff.build();
-    let mut give_up_at = Instant::now();
+    let mut give_up_at: Option<Instant> = None;
     loop {
-        let before = last.clone();
+        let (before, begun) = (last.clone(), Instant::now());
         let failure = match follow_once(api, args, &mut last).await {
             Ok(Reader::Gone) => return Ok(Exit::Done),
-            Ok(Reader::Listening) => None,
-            Err(failure) if failure.exit == Exit::Unavailable => Some(failure),
+            Ok(Reader::Listening) => lost(api),
+            Err(failure) if failure.passes => failure,
             Err(failure) => return Err(failure),
         };
-        if failure.is_none() || last != before {
-            give_up_at = Instant::now() + GIVE_UP_AFTER;
+        if last != before || begun.elapsed() > STABLE_AFTER {
+            give_up_at = None;
             pauses = backoff.build();
+        }
+        let until = *give_up_at.get_or_insert_with(|| {
             eprintln!("connection lost; trying again");
-        }
+            Instant::now() + GIVE_UP_AFTER
+        });
         let pause = pauses.next().unwrap_or(PAUSES.1);
-        match failure {
-            Some(failure) if Instant::now() + pause > give_up_at => return Err(failure),
-            _ => sleep(pause).await,
+        if Instant::now() + pause > until {
+            return Err(failure);
         }
+        sleep(pause).await;
     }
+}
+
+fn lost(api: &Api) -> Failure {
+    http::unreachable(
+        api.address(),
+        "the stream of records ends again and again".to_owned(),
+    )
 }
 
 /// One connection; `Listening` when it was lost.
@@ -187,7 +223,15 @@ async fn follow_once(
             if event.id.is_some() {
                 last.clone_from(&event.id);
             }
-            // Other kinds are the server's own notes.
+            if event.name == "problem" {
+                let problem = serde_json::from_str(&event.data)
+                    .map_err(|error| not_records(&error.to_string()))?;
+                let failure = Failure::new(Exit::Unavailable, problem);
+                return Err(Failure {
+                    passes: true,
+                    ..failure
+                });
+            }
             if !event.name.is_empty() && event.name != "message" {
                 continue;
             }

@@ -10,9 +10,9 @@ use secrecy::SecretString;
 use serde::Deserialize;
 
 use super::collect;
-use super::failure::{Exit, Failure};
+use super::failure::Failure;
 use super::http::Api;
-use crate::model::{Problem, UserId};
+use crate::model::UserId;
 
 /// Longest key file read; a key is under 100 bytes.
 const MAX_KEY_BYTES: u64 = 4 << 10;
@@ -155,15 +155,11 @@ fn user_from_login(login: &str) -> Option<UserId> {
     label.trim_matches('-').parse().ok()
 }
 
-/// The key was refused: not the code's failure, and trying again does not help.
-pub(super) fn refused_key(problem: Problem) -> Failure {
-    Failure::new(Exit::Unavailable, problem)
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::client::failure::Exit;
 
     #[test]
     fn a_login_name_becomes_a_label_that_leaves_room_for_its_repl() {
