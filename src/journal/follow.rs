@@ -1,0 +1,144 @@
+//! Following one submission: what is there, then what comes.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use futures_util::{Stream, stream};
+use tokio::sync::watch;
+
+use super::store::{self, lock};
+use super::{JournalError, Shared, blocking};
+use crate::model::{Event, Record, SubmissionId};
+
+/// Records taken from memory at once: they are shared, so this bounds what a slow reader keeps alive.
+const MEMORY_CHUNK: usize = 64;
+/// Bytes read from disk at once.
+const DISK_CHUNK: usize = 256 << 10;
+
+pub(super) fn follow(
+    shared: Arc<Shared>,
+    id: SubmissionId,
+    after_seq: u64,
+) -> impl Stream<Item = Result<Record, JournalError>> + Send + 'static {
+    let news = {
+        let mut store = lock(&shared.store);
+        (!store.closed).then(|| store.tail.subscribe(id))
+    };
+    let follower = Follower {
+        news,
+        shared,
+        id,
+        last: after_seq,
+        waiting: VecDeque::new(),
+        done: false,
+    };
+    stream::unfold(follower, |mut follower| async move {
+        let item = follower.next().await?;
+        Some((item, follower))
+    })
+}
+
+struct Follower {
+    shared: Arc<Shared>,
+    id: SubmissionId,
+    last: u64,
+    /// `None` when the journal was closed before.
+    news: Option<watch::Receiver<u64>>,
+    waiting: VecDeque<Arc<Record>>,
+    done: bool,
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.news = None;
+        lock(&self.shared.store).tail.unsubscribe(self.id);
+    }
+}
+
+/// Where the next records are.
+enum Next {
+    Here(Vec<Arc<Record>>),
+    OnDisk,
+    NotYet,
+    /// Not in memory and not unfinished: the index files know.
+    Past,
+}
+
+impl Follower {
+    async fn next(&mut self) -> Option<Result<Record, JournalError>> {
+        loop {
+            if let Some(record) = self.waiting.pop_front() {
+                self.last = record.seq.unwrap_or(self.last);
+                self.done = matches!(record.event, Event::Reply(_));
+                return Some(Ok(Arc::unwrap_or_clone(record)));
+            }
+            if self.done {
+                return None;
+            }
+            match self.refill().await {
+                Ok(true) => {}
+                Ok(false) => return None,
+                Err(error) => {
+                    self.done = true;
+                    return Some(Err(error));
+                }
+            }
+        }
+    }
+
+    /// Gets more, waiting if need be; false at the end.
+    async fn refill(&mut self) -> Result<bool, JournalError> {
+        // Marked as seen before looking: what comes after the look wakes the wait below.
+        if let Some(news) = &mut self.news {
+            news.borrow_and_update();
+        }
+        // Looked at before the store: a submission leaves this list only after it is in the store.
+        let live = lock(&self.shared.front).live.contains_key(&self.id);
+        match self.look() {
+            Next::Here(records) => self.waiting.extend(records),
+            Next::OnDisk => self.read().await?,
+            Next::Past => {
+                let (shared, id) = (Arc::clone(&self.shared), self.id);
+                let entry = blocking(move || store::lookup(&shared.store, id)).await?;
+                match entry {
+                    // Received a moment ago: not durable yet.
+                    None if live => self.wait().await?,
+                    None => return Err(JournalError::Unknown),
+                    Some(entry) if entry.known.last_seq <= self.last => return Ok(false),
+                    Some(_) => self.read().await?,
+                }
+            }
+            Next::NotYet => self.wait().await?,
+        }
+        Ok(true)
+    }
+
+    async fn wait(&mut self) -> Result<(), JournalError> {
+        let news = self.news.as_mut().ok_or(JournalError::Closed)?;
+        news.changed().await.map_err(|_| JournalError::Closed)
+    }
+
+    fn look(&self) -> Next {
+        let store = lock(&self.shared.store);
+        if let Some(records) = store.tail.stream_after(self.id, self.last, MEMORY_CHUNK) {
+            return Next::Here(records);
+        }
+        match store.unfinished.get(&self.id) {
+            Some(known) if known.last_seq <= self.last => Next::NotYet,
+            Some(_) => Next::OnDisk,
+            None => Next::Past,
+        }
+    }
+
+    async fn read(&mut self) -> Result<(), JournalError> {
+        let (shared, id, last) = (Arc::clone(&self.shared), self.id, self.last);
+        let read = move || store::read_submission(&shared.store, id, Some(last), DISK_CHUNK);
+        let records = blocking(read).await?;
+        if records.is_empty() {
+            // Deleted for age in the meantime.
+            return Err(JournalError::Unknown);
+        }
+        self.waiting.extend(records.into_iter().map(Arc::new));
+        Ok(())
+    }
+}

@@ -1,0 +1,683 @@
+//! The append-only, fsynced event log: append, replay, follow.
+//!
+//! Records go into segment files in one folder. One thread writes: it takes everything that is
+//! waiting, writes it with one call, syncs once, and only then shows it to readers (group commit).
+//! What is not durable is never read, followed or acknowledged. Positions count records; a start
+//! leaves a gap, so that a position handed out before a crash is never used again.
+
+mod disk;
+mod error;
+mod follow;
+mod frame;
+mod index;
+mod segment;
+mod store;
+mod tail;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+use std::collections::HashMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use futures_util::Stream;
+use jiff::Timestamp;
+use tokio::sync::{Notify, watch};
+
+pub use error::JournalError;
+pub use segment::TornTail;
+
+use crate::model::{Event, Record, ReplId, SubmissionId, UserId};
+use disk::{Disk, RealDisk};
+use frame::{MARK, MAX_FRAME, Payload};
+use index::Known;
+use store::{Store, lock};
+use tail::Tail;
+
+/// Left free at every start. More than the records that can have been handed out and lost: the
+/// write buffer holds at most a quarter million of the smallest. A segment of the largest size holds
+/// fewer as well, so that cutting a damaged one by hand reuses nothing either.
+const POSITION_GAP: u64 = 1 << 24;
+/// Bytes that may wait to be written. At the disk's slowest useful speed (10 MB/s) that is under a
+/// second; more would only make a crash lose more that nobody was told of.
+const WRITE_BUFFER: usize = 8 << 20;
+/// Largest segment: offsets in the index have 32 bits.
+const MAX_SEGMENT: u64 = 1 << 30;
+
+/// Sizes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct JournalOptions {
+    /// A new segment begins when the last one has this many bytes (at most 1 GiB).
+    pub segment_bytes: u64,
+    /// Past this the oldest segments are deleted, unless they hold an unfinished submission.
+    pub retain_bytes: u64,
+}
+
+impl Default for JournalOptions {
+    fn default() -> Self {
+        Self {
+            segment_bytes: 64 << 20,
+            retain_bytes: 1 << 30,
+        }
+    }
+}
+
+/// An event to be recorded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewRecord {
+    /// Whose.
+    pub user_id: UserId,
+    /// The submission, unless it is about a repl only.
+    pub submission_id: Option<SubmissionId>,
+    /// The repl.
+    pub repl_id: ReplId,
+    /// What happened.
+    pub event: Event,
+}
+
+/// Where a record went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Appended {
+    /// Its place in the journal.
+    pub position: u64,
+    /// Its place in the submission's stream, when it is part of one.
+    pub seq: Option<u64>,
+}
+
+/// What the journal knows of a submission.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SubmissionState {
+    /// Whose.
+    pub user_id: UserId,
+    /// Where it goes.
+    pub repl_id: ReplId,
+    /// When it was received.
+    pub time: Timestamp,
+    /// Its last sequence number; 0 before the first.
+    pub last_seq: u64,
+    /// Whether it has its reply.
+    pub ended: bool,
+}
+
+/// What the start found and did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Recovery {
+    /// A tail whose writing was cut off by a crash, and which was cut.
+    pub torn: Option<TornTail>,
+    /// Sealed segments whose index was missing or wrong and was rebuilt.
+    pub rebuilt_indexes: usize,
+}
+
+/// The journal. Clones are the same journal; the last one dropped writes what is waiting and
+/// releases the folder.
+#[derive(Clone)]
+pub struct Journal(Arc<Handle>);
+
+impl std::fmt::Debug for Journal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Journal")
+            .field("dir", &self.0.shared.dir)
+            .finish_non_exhaustive()
+    }
+}
+
+struct Handle {
+    shared: Arc<Shared>,
+    writer: Mutex<Option<JoinHandle<()>>>,
+    recovery: Recovery,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Handle {
+    fn stop(&self) {
+        lock(&self.shared.front).closing = true;
+        self.shared.work.notify_all();
+        if let Some(writer) = lock(&self.writer).take()
+            && writer.join().is_err()
+        {
+            tracing::error!("the journal's writer had panicked; restart the server");
+        }
+    }
+}
+
+/// Why nothing can be written at the moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Ill {
+    Full,
+    Failing(String),
+}
+
+impl From<&io::Error> for Ill {
+    fn from(error: &io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::StorageFull
+            | io::ErrorKind::QuotaExceeded
+            | io::ErrorKind::FileTooLarge => Self::Full,
+            _ => Self::Failing(error.to_string()),
+        }
+    }
+}
+
+impl From<Ill> for JournalError {
+    fn from(ill: Ill) -> Self {
+        match ill {
+            Ill::Full => Self::Full,
+            Ill::Failing(cause) => Self::Failing { cause },
+        }
+    }
+}
+
+/// Frames to be written together; the bytes begin with room for a mark.
+struct Batch {
+    bytes: Vec<u8>,
+    records: Vec<(Arc<Record>, usize)>,
+}
+
+impl Batch {
+    fn new() -> Self {
+        Self {
+            bytes: vec![0; MARK],
+            records: Vec::new(),
+        }
+    }
+
+    fn has_room(&self, len: usize) -> bool {
+        self.records.is_empty() || self.bytes.len() + len <= WRITE_BUFFER
+    }
+}
+
+struct Live {
+    known: Known,
+    ended: bool,
+}
+
+/// The side where records come in.
+struct Front {
+    next_position: u64,
+    /// Submissions that have not ended, and those whose reply is not yet durable.
+    live: HashMap<SubmissionId, Live>,
+    batch: Batch,
+    spare: Option<Batch>,
+    ill: Option<Ill>,
+    closing: bool,
+}
+
+struct Shared {
+    dir: PathBuf,
+    options: JournalOptions,
+    disk: Arc<dyn Disk>,
+    front: Mutex<Front>,
+    work: Condvar,
+    room: Notify,
+    store: Mutex<Store>,
+    /// Gone when the journal is closed.
+    durable: Mutex<Option<watch::Sender<u64>>>,
+    watching: watch::Receiver<u64>,
+    healthy: AtomicBool,
+}
+
+impl Journal {
+    /// Opens or makes the journal in `dir`, for this process alone.
+    pub fn open(dir: &Path, options: JournalOptions) -> Result<Journal, JournalError> {
+        Self::open_on(dir, options, Arc::new(RealDisk))
+    }
+
+    fn open_on(
+        dir: &Path,
+        options: JournalOptions,
+        disk: Arc<dyn Disk>,
+    ) -> Result<Journal, JournalError> {
+        let options = JournalOptions {
+            segment_bytes: options.segment_bytes.min(MAX_SEGMENT),
+            ..options
+        };
+        disk::make_folder(dir)?;
+        let folder_lock = disk::lock_folder(dir)?;
+        let found = segment::find(dir)?;
+        let recovery = Recovery {
+            torn: found.torn,
+            rebuilt_indexes: found.rebuilt,
+        };
+        recovery.report();
+        let last_sealed = found.sealed.last().map_or(0, |s| s.index.last_position);
+        let (active, last) = match found.active {
+            Some(active) => {
+                let last = active.index.last_position.max(last_sealed);
+                let handed_out = last.max(active.base);
+                (active, (last, handed_out + POSITION_GAP))
+            }
+            None => (first_segment(dir, &*disk)?, (0, 1)),
+        };
+        let (durable, next_position) = last;
+        let live = found.unfinished.iter().map(|(id, known)| {
+            let known = known.clone();
+            (
+                *id,
+                Live {
+                    known,
+                    ended: false,
+                },
+            )
+        });
+        let front = Front {
+            next_position,
+            live: live.collect(),
+            batch: Batch::new(),
+            spare: None,
+            ill: None,
+            closing: false,
+        };
+        let store = Store {
+            sealed: found.sealed.into_iter().map(Arc::new).collect(),
+            active,
+            unfinished: found.unfinished,
+            tail: Tail::default(),
+            durable,
+            closed: false,
+        };
+        let (sender, watching) = watch::channel(durable);
+        let shared = Arc::new(Shared {
+            dir: dir.to_owned(),
+            options,
+            disk,
+            front: Mutex::new(front),
+            work: Condvar::new(),
+            room: Notify::new(),
+            store: Mutex::new(store),
+            durable: Mutex::new(Some(sender)),
+            watching,
+            healthy: AtomicBool::new(true),
+        });
+        let writer = writer::Writer::new(Arc::clone(&shared));
+        let thread = std::thread::Builder::new()
+            .name("journal".to_owned())
+            .spawn(move || {
+                writer.run();
+                drop(folder_lock);
+            })
+            .map_err(|e| JournalError::io("start the writer of", dir, e))?;
+        Ok(Journal(Arc::new(Handle {
+            shared,
+            writer: Mutex::new(Some(thread)),
+            recovery,
+        })))
+    }
+
+    /// Takes a record in. Its position and sequence number are final at once, but it is not durable
+    /// yet ([`Journal::durable`]). Waits only while the write buffer is full.
+    pub async fn append(&self, record: NewRecord) -> Result<Appended, JournalError> {
+        let shared = &self.0.shared;
+        let payload = Payload::of(&record.event).map_err(|e| JournalError::Io {
+            action: "serialise an event".to_owned(),
+            source: e.into(),
+        })?;
+        // Leaves room for the head.
+        let limit = MAX_FRAME - 1024;
+        if payload.len() > limit {
+            return Err(JournalError::TooLarge {
+                bytes: payload.len(),
+                limit,
+            });
+        }
+        loop {
+            let room = shared.room.notified();
+            tokio::pin!(room);
+            // Registered before looking, so that room made in between is not missed.
+            room.as_mut().enable();
+            {
+                let mut front = lock(&shared.front);
+                if front.closing {
+                    return Err(JournalError::Closed);
+                }
+                if let Some(ill) = front.ill.clone() {
+                    return Err(ill.into());
+                }
+                if front.batch.has_room(payload.len() + 1024) {
+                    return shared.admit(&mut front, record, payload);
+                }
+            }
+            room.await;
+        }
+    }
+
+    /// Returns when the record at this position, and every one before it, is on the disk.
+    pub async fn durable(&self, position: u64) -> Result<(), JournalError> {
+        let mut watching = self.0.shared.watching.clone();
+        match watching.wait_for(|durable| *durable >= position).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(JournalError::Closed),
+        }
+    }
+
+    /// The last durable position, as it moves.
+    pub fn durable_position(&self) -> watch::Receiver<u64> {
+        self.0.shared.watching.clone()
+    }
+
+    /// What is known of a submission, also when its records are not yet durable. An index that
+    /// cannot be read is logged, and refuses the submission when it is appended to.
+    pub fn submission(&self, id: SubmissionId) -> Option<SubmissionState> {
+        if let Some(live) = lock(&self.0.shared.front).live.get(&id) {
+            return Some(live.known.state(live.ended));
+        }
+        match store::lookup(&self.0.shared.store, id) {
+            Ok(entry) => entry.map(|entry| entry.known.state(entry.ended)),
+            Err(error) => {
+                tracing::error!(submission_id = %id, "cannot look up submission {id}: {error}");
+                None
+            }
+        }
+    }
+
+    /// All of a submission's durable records, in order.
+    pub async fn read_submission(&self, id: SubmissionId) -> Result<Vec<Record>, JournalError> {
+        let fresh = lock(&self.0.shared.front).live.contains_key(&id);
+        let shared = Arc::clone(&self.0.shared);
+        let read = move || store::read_submission(&shared.store, id, None, usize::MAX);
+        match blocking(read).await {
+            Err(JournalError::Unknown) if fresh => Ok(Vec::new()),
+            other => other,
+        }
+    }
+
+    /// The submission's streamed records after `after_seq` as they become durable: those that are
+    /// there, then live, ending with the reply. Never skips, never doubles; a slow reader holds a
+    /// bounded number of records.
+    pub fn follow_submission(
+        &self,
+        id: SubmissionId,
+        after_seq: u64,
+    ) -> impl Stream<Item = Result<Record, JournalError>> + Send + 'static {
+        follow::follow(Arc::clone(&self.0.shared), id, after_seq)
+    }
+
+    /// Submissions that were received and have no reply.
+    pub fn unfinished(&self) -> Vec<SubmissionId> {
+        let front = lock(&self.0.shared.front);
+        let unfinished = front.live.iter().filter(|(_, live)| !live.ended);
+        unfinished.map(|(id, _)| *id).collect()
+    }
+
+    /// Durable records from this position on, up to `max_bytes` but at least one if there is one.
+    /// When those at `position` were deleted it begins with the first that is kept.
+    pub async fn read_from(
+        &self,
+        position: u64,
+        max_bytes: usize,
+    ) -> Result<Vec<Record>, JournalError> {
+        let records = self.read_shared(position, max_bytes).await?;
+        Ok(records.into_iter().map(Arc::unwrap_or_clone).collect())
+    }
+
+    /// As [`Journal::read_from`], without copying what is in memory.
+    pub(crate) async fn read_shared(
+        &self,
+        position: u64,
+        max_bytes: usize,
+    ) -> Result<Vec<Arc<Record>>, JournalError> {
+        let recent = lock(&self.0.shared.store).tail.from(position, max_bytes);
+        if let Some(records) = recent {
+            return Ok(records);
+        }
+        let shared = Arc::clone(&self.0.shared);
+        let records =
+            blocking(move || store::read_from(&shared.store, position, max_bytes)).await?;
+        Ok(records.into_iter().map(Arc::new).collect())
+    }
+
+    /// False while the disk is full or refuses to write.
+    pub fn healthy(&self) -> bool {
+        self.0.shared.healthy.load(Ordering::Relaxed)
+    }
+
+    /// What the start found and did.
+    pub fn recovery(&self) -> &Recovery {
+        &self.0.recovery
+    }
+
+    /// Writes what is waiting, refuses everything after it and releases the folder.
+    pub async fn close(&self) -> Result<(), JournalError> {
+        let handle = Arc::clone(&self.0);
+        blocking(move || {
+            handle.stop();
+            Ok(())
+        })
+        .await
+    }
+}
+
+impl Recovery {
+    fn report(&self) {
+        if let Some(torn) = &self.torn {
+            tracing::warn!(
+                "{} was cut at byte {}: a crash had left {} bytes of records behind that were never acknowledged",
+                torn.file.display(),
+                torn.offset,
+                torn.bytes
+            );
+        }
+        if self.rebuilt_indexes > 0 {
+            tracing::info!(
+                "rebuilt the index of {} journal segments",
+                self.rebuilt_indexes
+            );
+        }
+    }
+}
+
+/// The first segment of a new journal.
+fn first_segment(dir: &Path, disk: &dyn Disk) -> Result<segment::Active, JournalError> {
+    let path = segment::segment_path(dir, 1);
+    let (_, file) =
+        writer::create(disk, dir, &path, 1).map_err(|e| JournalError::io("make", &path, e))?;
+    Ok(segment::Active {
+        base: 1,
+        path,
+        file: Arc::new(file),
+        len: frame::HEADER,
+        index: index::OpenIndex::default(),
+    })
+}
+
+/// Runs what reads the disk off the async threads.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, JournalError> + Send + 'static,
+) -> Result<T, JournalError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(JournalError::Io {
+            action: "finish a read".to_owned(),
+            source: io::Error::other(error),
+        }),
+    }
+}
+
+impl Shared {
+    /// Checks the submission's order, gives the record its numbers and puts it into the batch.
+    fn admit(
+        &self,
+        front: &mut Front,
+        new: NewRecord,
+        payload: Payload,
+    ) -> Result<Appended, JournalError> {
+        let mut record = Record {
+            position: front.next_position,
+            // What the file holds, so that live and replayed records are equal.
+            time: Timestamp::from_microsecond(Timestamp::now().as_microsecond())
+                .unwrap_or(Timestamp::UNIX_EPOCH),
+            user_id: new.user_id,
+            submission_id: new.submission_id,
+            repl_id: new.repl_id,
+            seq: None,
+            event: new.event,
+        };
+        if let Some(id) = record.submission_id {
+            record.seq = self.next_in_stream(front, id, &record)?;
+        }
+        if let Event::Reply(outcome) = &mut record.event {
+            outcome.seq = record.seq;
+        }
+        front.next_position += 1;
+        let appended = Appended {
+            position: record.position,
+            seq: record.seq,
+        };
+        let before = front.batch.bytes.len();
+        frame::encode(&mut front.batch.bytes, &record, payload);
+        let len = front.batch.bytes.len() - before;
+        front.batch.records.push((Arc::new(record), len));
+        if front.batch.records.len() == 1 {
+            self.work.notify_one();
+        }
+        Ok(appended)
+    }
+
+    /// The sequence number of this record, after checking that it may come now.
+    fn next_in_stream(
+        &self,
+        front: &mut Front,
+        id: SubmissionId,
+        record: &Record,
+    ) -> Result<Option<u64>, JournalError> {
+        let received = matches!(record.event, Event::Received { .. });
+        match front.live.get_mut(&id) {
+            Some(_) if received => Err(JournalError::Duplicate),
+            Some(live) if live.ended => Err(JournalError::Ended),
+            Some(live) => {
+                live.ended = matches!(record.event, Event::Reply(_));
+                if !record.event.streamed() {
+                    return Ok(None);
+                }
+                live.known.last_seq += 1;
+                Ok(Some(live.known.last_seq))
+            }
+            // An ended one leaves `live` only after it is in the store: it is in one of them.
+            None => match (store::lookup(&self.store, id)?, received) {
+                (Some(_), true) => Err(JournalError::Duplicate),
+                (Some(_), false) => Err(JournalError::Ended),
+                (None, false) => Err(JournalError::Unknown),
+                (None, true) => {
+                    let known = Known::new(
+                        record.user_id.clone(),
+                        record.repl_id.clone(),
+                        record.time,
+                        record.position,
+                    );
+                    front.live.insert(
+                        id,
+                        Live {
+                            known,
+                            ended: false,
+                        },
+                    );
+                    Ok(None)
+                }
+            },
+        }
+    }
+
+    /// All that is waiting, once there is something; `None` when closing and nothing is left.
+    fn take_batch(&self) -> Option<Batch> {
+        let mut front = lock(&self.front);
+        while front.batch.records.is_empty() {
+            if front.closing {
+                return None;
+            }
+            front = self
+                .work
+                .wait(front)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        let next = front.spare.take().unwrap_or_else(Batch::new);
+        let batch = std::mem::replace(&mut front.batch, next);
+        drop(front);
+        self.room.notify_waiters();
+        Some(batch)
+    }
+
+    /// Gives a written batch's memory back for the next one, unless a burst made it large.
+    fn recycle(&self, mut batch: Batch) {
+        const KEPT: usize = 256 << 10;
+        batch.records.clear();
+        batch.bytes.truncate(MARK);
+        batch.bytes.shrink_to(KEPT);
+        batch.records.shrink_to(KEPT / 64);
+        lock(&self.front).spare = Some(batch);
+    }
+
+    /// Tells everybody what is durable now.
+    fn announce(&self, durable: u64, records: &[(Arc<Record>, usize)]) {
+        if let Some(sender) = &*lock(&self.durable) {
+            sender.send_replace(durable);
+        }
+        let replies = records
+            .iter()
+            .filter(|(r, _)| matches!(r.event, Event::Reply(_)));
+        let ended: Vec<SubmissionId> = replies.filter_map(|(r, _)| r.submission_id).collect();
+        if !ended.is_empty() {
+            let mut front = lock(&self.front);
+            for id in ended {
+                front.live.remove(&id);
+            }
+        }
+    }
+
+    /// Where the oldest submission that is not done began.
+    fn oldest_live(&self) -> Option<u64> {
+        lock(&self.front)
+            .live
+            .values()
+            .map(|live| live.known.start)
+            .min()
+    }
+
+    fn fall_ill(&self, ill: Ill, path: &Path) {
+        let mut front = lock(&self.front);
+        if front.ill.as_ref() != Some(&ill) {
+            let error = JournalError::from(ill.clone());
+            tracing::error!("writing {}: {error}", path.display());
+        }
+        front.ill = Some(ill);
+        self.healthy.store(false, Ordering::Relaxed);
+        drop(front);
+        self.room.notify_waiters();
+    }
+
+    fn recover(&self) {
+        if !self.healthy.load(Ordering::Relaxed) {
+            lock(&self.front).ill = None;
+            self.healthy.store(true, Ordering::Relaxed);
+            tracing::info!("the journal can be written again; nothing that was taken in was lost");
+        }
+    }
+
+    /// Waits; true when the journal is closing.
+    fn wait(&self, pause: Duration) -> bool {
+        let front = lock(&self.front);
+        let result = self
+            .work
+            .wait_timeout_while(front, pause, |front| !front.closing);
+        let (front, _) = result.unwrap_or_else(PoisonError::into_inner);
+        front.closing
+    }
+
+    /// The writer has ended: nothing more becomes durable.
+    fn finish(&self) {
+        lock(&self.front).closing = true;
+        self.room.notify_waiters();
+        *lock(&self.durable) = None;
+        let mut store = lock(&self.store);
+        store.closed = true;
+        store.tail.close();
+    }
+}

@@ -1,0 +1,262 @@
+//! Everything that is durable: which segments there are and what is in them.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::JournalError;
+use super::frame::HEADER;
+use super::index::{Entry, Extent, Indexed, Unfinished};
+use super::segment::{self, Active, Sealed};
+use super::tail::Tail;
+use crate::model::{Event, Record, SubmissionId};
+
+/// Locks, also after a panic of another holder: every holder leaves whole values behind.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What readers see; the writer alone changes it.
+pub(super) struct Store {
+    pub(super) sealed: Vec<Arc<Sealed>>,
+    pub(super) active: Active,
+    pub(super) unfinished: Unfinished,
+    pub(super) tail: Tail,
+    pub(super) durable: u64,
+    pub(super) closed: bool,
+}
+
+/// A submission's records in one file.
+struct Part {
+    file: Arc<File>,
+    path: PathBuf,
+    entry: Entry,
+}
+
+impl Store {
+    /// Takes in records that lie, durable, from `at` on in the active segment.
+    pub(super) fn publish(&mut self, records: &[(Arc<Record>, usize)], at: u64) {
+        let mut at = at;
+        for (record, len) in records {
+            let indexed = Indexed {
+                position: record.position,
+                time: record.time,
+                submission: record.submission_id,
+                seq: record.seq,
+                received: matches!(record.event, Event::Received { .. }),
+                reply: matches!(record.event, Event::Reply(_)),
+                user: &record.user_id,
+                repl: &record.repl_id,
+            };
+            self.active
+                .index
+                .apply(&mut self.unfinished, &indexed, at, *len as u64);
+            at += *len as u64;
+            self.durable = record.position;
+            self.tail.push(Arc::clone(record), *len);
+        }
+        self.active.len = at;
+    }
+
+    /// The position from which everything is kept.
+    fn oldest(&self) -> u64 {
+        self.sealed.first().map_or(self.active.base, |s| s.base)
+    }
+
+    /// The submission's newest entry in memory, and the sealed segments that may hold an older one,
+    /// newest first.
+    fn candidates(&self, id: SubmissionId) -> (Option<Entry>, Vec<Arc<Sealed>>) {
+        let sealed = self.sealed.iter().rev().filter(|s| s.index.may_hold(id));
+        (
+            self.active.index.entry(id).cloned(),
+            sealed.cloned().collect(),
+        )
+    }
+}
+
+/// The submission as the durable records know it. Reads an index file when it is not recent.
+pub(super) fn lookup(
+    store: &Mutex<Store>,
+    id: SubmissionId,
+) -> Result<Option<Entry>, JournalError> {
+    let (recent, sealed, oldest) = {
+        let store = lock(store);
+        let (recent, sealed) = store.candidates(id);
+        (recent, sealed, store.oldest())
+    };
+    let mut newest = recent;
+    for segment in sealed {
+        if newest.is_some() {
+            break;
+        }
+        newest = segment.index.entry(id)?;
+    }
+    // Whoever lost its first record for age is forgotten whole.
+    Ok(newest.filter(|entry| entry.known.start >= oldest))
+}
+
+/// Every part of a submission, oldest first. Reads index files.
+fn parts(store: &Mutex<Store>, id: SubmissionId) -> Result<Vec<Part>, JournalError> {
+    let Some(newest) = lookup(store, id)? else {
+        return Err(JournalError::Unknown);
+    };
+    let (recent, sealed, file, path) = {
+        let store = lock(store);
+        let (recent, sealed) = store.candidates(id);
+        (
+            recent,
+            sealed,
+            Arc::clone(&store.active.file),
+            store.active.path.clone(),
+        )
+    };
+    let mut parts = Vec::new();
+    if let Some(entry) = recent {
+        parts.push(Part { file, path, entry });
+    }
+    for segment in sealed {
+        // The same id of an earlier life, whose first records were deleted, is not this one.
+        if let Some(entry) = segment.index.entry(id)?
+            && entry.known.start == newest.known.start
+        {
+            parts.push(Part {
+                file: Arc::clone(&segment.file),
+                path: segment.path.clone(),
+                entry,
+            });
+        }
+    }
+    parts.reverse();
+    Ok(parts)
+}
+
+/// A submission's durable records with a sequence number after `after_seq` (all, streamed or not,
+/// when `None`), until `max_bytes` are passed. Blocks.
+pub(super) fn read_submission(
+    store: &Mutex<Store>,
+    id: SubmissionId,
+    after_seq: Option<u64>,
+    max_bytes: usize,
+) -> Result<Vec<Record>, JournalError> {
+    let mut out = Vec::new();
+    let mut bytes = 0;
+    for part in parts(store, id)? {
+        let extents = &part.entry.extents;
+        if after_seq.is_some_and(|after| part.entry.known.last_seq <= after) {
+            continue;
+        }
+        for (index, Extent { from, to, .. }) in extents.iter().enumerate() {
+            let later = extents.get(index + 1).map(|next| next.seq_before);
+            if after_seq.is_some_and(|after| later.is_some_and(|seq| seq <= after)) {
+                continue;
+            }
+            let visit = |raw: &super::frame::Raw<'_>, len: u64| {
+                let wanted = match after_seq {
+                    None => true,
+                    Some(after) => raw.seq.is_some_and(|seq| seq > after),
+                };
+                if raw.submission == Some(id) && raw.position >= part.entry.known.start && wanted {
+                    out.push(raw.record()?);
+                    bytes += len as usize;
+                }
+                Ok(bytes < max_bytes)
+            };
+            let (from, to) = (u64::from(*from), u64::from(*to));
+            if !segment::visit(&part.file, &part.path, from, to, visit)? {
+                return Ok(out);
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// Durable records from `position` on, at least one if there is one. Blocks.
+pub(super) fn read_from(
+    store: &Mutex<Store>,
+    position: u64,
+    max_bytes: usize,
+) -> Result<Vec<Record>, JournalError> {
+    let (sealed, active, durable) = {
+        let store = lock(store);
+        let active = &store.active;
+        let at = active.index.seek(position, HEADER);
+        let shown = (
+            Arc::clone(&active.file),
+            active.path.clone(),
+            at,
+            active.len,
+            active.base,
+        );
+        let first = store
+            .sealed
+            .partition_point(|s| s.index.last_position < position);
+        (store.sealed[first..].to_vec(), shown, store.durable)
+    };
+    let mut out = Vec::new();
+    if position > durable {
+        return Ok(out);
+    }
+    let mut bytes = 0;
+    let mut collect = |raw: &super::frame::Raw<'_>, len: u64| {
+        if raw.position >= position {
+            if bytes > 0 && bytes + len as usize > max_bytes {
+                return Ok(false);
+            }
+            out.push(raw.record()?);
+            bytes += len as usize;
+        }
+        Ok(bytes < max_bytes)
+    };
+    for (index, segment) in sealed.iter().enumerate() {
+        let at = segment.index.seek(position, HEADER);
+        let next = sealed.get(index + 1).map_or(active.4, |s| s.base);
+        if !segment::visit(&segment.file, &segment.path, at, segment.len, &mut collect)
+            .map_err(|e| e.resuming_at(Some(next)))?
+        {
+            return Ok(out);
+        }
+    }
+    segment::visit(&active.0, &active.1, active.2, active.3, &mut collect)?;
+    Ok(out)
+}
+
+/// Removes the oldest sealed segments until at most `retain_bytes` are left. A segment that holds
+/// records of a submission in `live` (by the position it started at) stays, and with it all later
+/// ones, so that what is kept has no holes.
+pub(super) fn retain(store: &Mutex<Store>, retain_bytes: u64, oldest_live: Option<u64>) {
+    let mut removed = Vec::new();
+    {
+        let mut store = lock(store);
+        let mut total: u64 = store.active.len + store.sealed.iter().map(|s| s.len).sum::<u64>();
+        let mut count = 0;
+        for segment in &store.sealed {
+            let pinned = oldest_live.is_some_and(|start| start <= segment.index.last_position);
+            if total <= retain_bytes || pinned {
+                break;
+            }
+            total -= segment.len;
+            count += 1;
+        }
+        removed.extend(store.sealed.drain(..count));
+        let oldest = store.oldest();
+        store.tail.forget_before(oldest);
+    }
+    let mut failed = HashSet::new();
+    for segment in &removed {
+        for path in [
+            segment.path.clone(),
+            super::index::index_path(&segment.path),
+        ] {
+            if let Err(error) = std::fs::remove_file(&path)
+                && error.kind() != std::io::ErrorKind::NotFound
+                && failed.insert(error.kind())
+            {
+                tracing::warn!(
+                    "cannot remove {}: {error}; it comes back at the next start and is removed then",
+                    path.display()
+                );
+            }
+        }
+    }
+}
