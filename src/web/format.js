@@ -2,7 +2,7 @@
 
 export function duration(ms) {
   if (ms == null || !Number.isFinite(ms)) return "";
-  if (ms < 10) return `${ms.toFixed(ms < 1 && ms > 0 ? 1 : 0)} ms`;
+  if (ms < 1) return "< 1 ms";
   if (ms < 1000) return `${Math.round(ms)} ms`;
   if (ms < 60_000) return `${(ms / 1000).toFixed(ms < 10_000 ? 2 : 1)} s`;
   const minutes = Math.floor(ms / 60_000);

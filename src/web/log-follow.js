@@ -75,10 +75,21 @@ export class LogFeed {
       if (lastEventId) this.cursor = lastEventId;
       if (this.isNew(record)) this.later(record);
     };
+    stream.addEventListener("problem", ({ data }) => this.showProblem(data));
     stream.onerror = () => {
       // A lost connection is taken up again by the browser itself; a refused one is not.
       if (stream.readyState === EventSource.CLOSED) this.reopen = setTimeout(() => this.follow(this.following), REOPEN_MS);
     };
+  }
+
+  /** The server cannot follow any further and says why. */
+  showProblem(text) {
+    try {
+      const { message, cause, remediation } = JSON.parse(text);
+      this.problem.value = { title: message, reason: cause, remediation };
+    } catch {
+      this.problem.value = { title: "The logs cannot be followed now" };
+    }
   }
 
   isNew(record) {

@@ -52,16 +52,16 @@ function killLeftovers(dataDir) {
   }
 }
 
-/** Servers that `stop` has not ended: a run that is interrupted ends them, and leaves no folder behind. */
+/** Servers that `stop` has not ended yet: an interrupted run stops them too, and with them their sandboxes. */
 const unfinished = new Set();
 process.once("exit", () => {
-  for (const server of unfinished) {
-    server.child?.kill("SIGKILL");
-    killLeftovers(server.dataDir);
-    rmSync(server.dataDir, { recursive: true, force: true });
-  }
+  for (const server of unfinished) server.child?.kill("SIGTERM");
 });
-for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) process.once(signal, () => process.exit(1));
+for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) {
+  process.once(signal, () => {
+    Promise.allSettled([...unfinished].map((server) => server.stop())).finally(() => process.exit(1));
+  });
+}
 
 export class Server {
   static async create({ apiKey = `test-${randomBytes(24).toString("hex")}` } = {}) {
