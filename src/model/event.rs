@@ -104,11 +104,6 @@ pub enum Event {
         #[serde(skip_serializing_if = "Option::is_none", default)]
         duration_ms: Option<u64>,
     },
-    /// A run was handed to the sandbox; not streamed. After a restart it says what to re-attach.
-    RunStarted {
-        /// The run's number within the submission, from 0.
-        run: u32,
-    },
     /// The program wrote something.
     Output {
         /// Where to.
@@ -165,7 +160,6 @@ impl Event {
             | Event::Test(_)
             | Event::Reply(_) => true,
             Event::Received { .. }
-            | Event::RunStarted { .. }
             | Event::RunEnded { .. }
             | Event::ProgramOutput { .. }
             | Event::Repl { .. } => false,

@@ -1,10 +1,29 @@
 //! What happens next: admission → test → publish → release → reply.
 
-use std::sync::Arc;
+mod control;
+mod course;
+mod junit;
+mod plan;
+mod queue;
+mod text;
+mod verdict;
 
-use crate::journal::Journal;
-use crate::model::{FieldError, Limits, Problem, ReplId, Submission, SubmissionId, UserId};
-use crate::platform::{Platform, PlatformError, RunningRelease};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio_util::task::TaskTracker;
+
+use crate::journal::{Journal, JournalError, NewRecord};
+use crate::model::{Event, FieldError, Limits, Problem, ReplId, Submission, SubmissionId, UserId};
+use crate::platform::{Platform, PlatformError, RunningRelease, Sessions};
+use crate::storage::CodeStore;
+use control::Control;
+use course::{Course, History};
+use queue::FairQueue;
+
+/// Submissions that may wait for their turn, of all users together. At the slowest, one run a
+/// minute and place, the last of them would wait for hours: better to say so at once.
+const MAX_WAITING: usize = 10_000;
 
 /// What became of a submission that was sent in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +45,17 @@ pub enum Refusal {
     Unavailable(Problem),
 }
 
+/// How the pipeline is set up.
+#[derive(Debug, Clone)]
+pub struct PipelineOptions {
+    /// Runs at one time.
+    pub runs: usize,
+    /// Runs of one user at one time.
+    pub runs_per_user: usize,
+    /// The most a submission may ask for.
+    pub maximum: Limits,
+}
+
 /// Takes submissions to their one terminal status.
 #[derive(Debug, Clone)]
 pub struct Pipeline {
@@ -36,30 +66,112 @@ pub struct Pipeline {
 struct Inner {
     journal: Journal,
     platform: Arc<dyn Platform>,
+    store: Arc<dyn CodeStore>,
+    sessions: Sessions,
+    queue: FairQueue,
+    maximum: Limits,
+    under_way: Mutex<HashMap<SubmissionId, Arc<Control>>>,
+    tasks: TaskTracker,
 }
 
 impl Pipeline {
-    /// Takes it in. Its events and its reply are then in the journal.
-    pub async fn submit(&self, submission: Submission) -> Result<Admission, Refusal> {
-        let _ = submission;
-        unimplemented!()
+    /// A pipeline; call [`Pipeline::recover`] next.
+    pub fn new(
+        journal: Journal,
+        platform: Arc<dyn Platform>,
+        store: Arc<dyn CodeStore>,
+        options: &PipelineOptions,
+    ) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                sessions: Sessions::new(Arc::clone(&platform)),
+                queue: FairQueue::new(options.runs, options.runs_per_user),
+                maximum: options.maximum,
+                under_way: Mutex::default(),
+                tasks: TaskTracker::new(),
+                journal,
+                platform,
+                store,
+            }),
+        }
     }
 
-    /// Stops it; `false` when it is not running.
+    /// Takes up what an earlier server left unfinished, and follows released programs.
+    pub async fn recover(&self) -> Result<(), JournalError> {
+        for id in self.inner.journal.unfinished() {
+            let records = self.inner.journal.read_submission(id).await?;
+            match History::read(records) {
+                Some((submission, history)) => {
+                    tracing::info!(submission = %id, "taken up again after a restart");
+                    self.launch(submission, history);
+                }
+                None => tracing::error!(submission = %id, "its first record is missing"),
+            }
+        }
+        let this = self.clone();
+        self.inner.tasks.spawn(async move { this.follow_programs().await });
+        Ok(())
+    }
+
+    /// Takes it in. Its events and its reply are then in the journal.
+    pub async fn submit(&self, submission: Submission) -> Result<Admission, Refusal> {
+        let id = submission.id;
+        if let Some(known) = self.known(&submission)? {
+            return Ok(known);
+        }
+        if self.inner.queue.waiting() >= MAX_WAITING || !self.inner.journal.healthy() {
+            return Err(Refusal::Unavailable(self.overload()));
+        }
+        self.check_repl(&submission).await?;
+        let received = NewRecord {
+            user_id: submission.user_id.clone(),
+            submission_id: Some(id),
+            repl_id: submission.repl_id.clone(),
+            event: Event::Received {
+                submission: Box::new(submission.clone()),
+            },
+        };
+        match self.inner.journal.append(received).await {
+            Ok(_) => {}
+            // The same id came twice at once, and the other was first.
+            Err(JournalError::Duplicate { .. }) => {
+                return match self.known(&submission)? {
+                    Some(known) => Ok(known),
+                    None => Err(Refusal::Unavailable(self.overload())),
+                };
+            }
+            Err(error) => return Err(Refusal::Unavailable(journal_problem(&error))),
+        }
+        self.launch(submission, History::default());
+        Ok(Admission::Accepted(id))
+    }
+
+    /// Stops it; `false` when it is not running or past stopping.
     pub fn cancel(&self, id: SubmissionId) -> bool {
-        let _ = id;
-        unimplemented!()
+        self.control(id).is_some_and(|control| control.cancel())
     }
 
     /// Hands input to the running program.
-    pub async fn stdin(&self, id: SubmissionId, data: Vec<u8>, eof: bool) -> Result<(), Problem> {
-        let _ = (id, data, eof);
-        unimplemented!()
+    pub fn stdin(&self, id: SubmissionId, data: Vec<u8>, eof: bool) -> Result<(), Problem> {
+        match self.control(id) {
+            Some(control) => control.input(data, eof),
+            None => Err(Problem::new(
+                "not_running",
+                "The input was not taken",
+                "the submission has ended",
+                "Send input while the program runs.",
+            )),
+        }
     }
 
     /// The most a submission may ask for.
     pub fn maximum_limits(&self) -> &Limits {
-        unimplemented!()
+        &self.inner.maximum
+    }
+
+    /// Submissions under way, and those of them that wait for their turn.
+    pub fn load(&self) -> (usize, usize) {
+        (self.under_way().len(), self.inner.queue.waiting())
     }
 
     /// Makes an earlier release of the user's repl serve again.
@@ -69,13 +181,146 @@ impl Pipeline {
         repl: &ReplId,
         release: Option<u64>,
     ) -> Result<RunningRelease, PlatformError> {
-        let _ = (user, repl, release);
-        unimplemented!()
+        let running = self.inner.platform.rollback(repl, release).await?;
+        let message = format!("Rolled back to release {}", running.release);
+        self.note(user, repl, "repl.rolled_back", message, Some(running.release)).await;
+        Ok(running)
     }
 
     /// Stops the user's repl.
     pub async fn stop(&self, user: &UserId, repl: &ReplId) -> Result<(), PlatformError> {
-        let _ = (user, repl);
-        unimplemented!()
+        let was_there = self.inner.platform.owner(repl).await?.is_some();
+        self.inner.platform.drop_repl(repl).await?;
+        if was_there {
+            self.note(user, repl, "repl.stopped", "Stopped".to_owned(), None).await;
+        }
+        Ok(())
     }
+
+    /// Waits until nothing of this server's is under way; no more may be submitted.
+    pub async fn drain(&self) {
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
+    }
+
+    /// Whether this id was sent before; another user's is as if reserved.
+    fn known(&self, submission: &Submission) -> Result<Option<Admission>, Refusal> {
+        match self.inner.journal.submission(submission.id) {
+            None => Ok(None),
+            Some(state) if state.user_id == submission.user_id => {
+                Ok(Some(Admission::Known(submission.id)))
+            }
+            Some(_) => Err(Refusal::Invalid(FieldError::new(
+                "submission_id",
+                "is not available; choose another or leave it out",
+            ))),
+        }
+    }
+
+    async fn check_repl(&self, submission: &Submission) -> Result<(), Refusal> {
+        let (repl, user) = (&submission.repl_id, &submission.user_id);
+        let platform = &self.inner.platform;
+        let owner = if submission.deploy {
+            platform.claim(repl, user).await.map(Some)
+        } else {
+            platform.owner(repl).await
+        };
+        match owner {
+            Ok(None) => Ok(()),
+            Ok(Some(owner)) if owner == *user => Ok(()),
+            Ok(Some(_)) => Err(Refusal::Invalid(FieldError::new(
+                "repl_id",
+                "is not available; choose another",
+            ))),
+            Err(PlatformError::Unavailable(problem) | PlatformError::NotReady(problem)) => {
+                Err(Refusal::Unavailable(problem))
+            }
+            Err(error @ PlatformError::NotFound(_)) => Err(Refusal::Unavailable(Problem::new(
+                "platform_unavailable",
+                "The repl's name could not be taken",
+                error.to_string(),
+                "Try again.",
+            ))),
+        }
+    }
+
+    fn launch(&self, submission: Submission, history: History) {
+        let id = submission.id;
+        let control = Arc::new(Control::default());
+        self.under_way().insert(id, Arc::clone(&control));
+        let course = Course::new(Arc::clone(&self.inner), submission, control, history);
+        let this = self.clone();
+        self.inner.tasks.spawn(async move {
+            course.run().await;
+            this.under_way().remove(&id);
+        });
+    }
+
+    async fn follow_programs(&self) {
+        while let Some(happened) = self.inner.platform.next_program_event().await {
+            let record = NewRecord {
+                user_id: happened.user_id,
+                submission_id: None,
+                repl_id: happened.repl_id,
+                event: happened.event,
+            };
+            if let Err(error) = self.inner.journal.append(record).await {
+                tracing::warn!(%error, "a program's output was not recorded");
+            }
+        }
+    }
+
+    async fn note(
+        &self,
+        user: &UserId,
+        repl: &ReplId,
+        action: &str,
+        message: String,
+        release: Option<u64>,
+    ) {
+        let record = NewRecord {
+            user_id: user.clone(),
+            submission_id: None,
+            repl_id: repl.clone(),
+            event: Event::Repl {
+                action: action.to_owned(),
+                message,
+                release,
+                error: None,
+            },
+        };
+        if let Err(error) = self.inner.journal.append(record).await {
+            tracing::warn!(%repl, %error, "what happened to a repl was not recorded");
+        }
+    }
+
+    fn overload(&self) -> Problem {
+        if self.inner.journal.healthy() {
+            Problem::new(
+                "queue_full",
+                "The submission was not taken",
+                format!("{MAX_WAITING} submissions are waiting already"),
+                "Try again in a while.",
+            )
+        } else {
+            journal_problem(&JournalError::Full)
+        }
+    }
+
+    fn control(&self, id: SubmissionId) -> Option<Arc<Control>> {
+        self.under_way().get(&id).cloned()
+    }
+
+    fn under_way(&self) -> std::sync::MutexGuard<'_, HashMap<SubmissionId, Arc<Control>>> {
+        self.inner.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn journal_problem(error: &JournalError) -> Problem {
+    Problem::new(
+        "journal_unavailable",
+        "The submission was not taken",
+        error.to_string(),
+        "The operator has to make room on the data folder's disk; it goes on by itself then.",
+    )
 }

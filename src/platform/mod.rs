@@ -4,6 +4,7 @@
 //! user's runner", "make this release serve", "drop it", "list", "dial". Everything above speaks
 //! the same frames to the same runner on both.
 
+pub mod conformance;
 pub mod local;
 mod sessions;
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, sleep, timeout};
 
 use super::wire::{
@@ -62,12 +62,14 @@ enum Command {
     Start(Box<Job>, mpsc::UnboundedSender<RunEvent>),
     Attach(JobId, u64, mpsc::UnboundedSender<RunEvent>),
     Send(ToRunner),
+    Connect(oneshot::Sender<Result<(), String>>),
 }
 
 /// A session. Cheap to clone; ends when the last clone is dropped.
 #[derive(Debug, Clone)]
 pub struct Session {
     commands: mpsc::UnboundedSender<Command>,
+    connected: watch::Receiver<bool>,
 }
 
 /// One run, as its owner sees it.
@@ -90,8 +92,22 @@ impl Session {
     /// A session over connections from `connect`; the first is made when the first run comes.
     pub fn open(connect: impl Connect) -> Session {
         let (commands, receiver) = mpsc::unbounded_channel();
-        tokio::spawn(keep(connect, receiver));
-        Session { commands }
+        let (connection, connected) = watch::channel(false);
+        tokio::spawn(keep(connect, receiver, connection));
+        Session {
+            commands,
+            connected,
+        }
+    }
+
+    /// Resolves when there is a connection to a living runner, or with the reason why there is none.
+    pub async fn ready(&self) -> Result<(), String> {
+        if *self.connected.borrow() {
+            return Ok(());
+        }
+        let (tell, told) = oneshot::channel();
+        self.command(Command::Connect(tell));
+        told.await.unwrap_or_else(|_| Err("the session has ended".to_owned()))
     }
 
     /// Starts a job; the same id again is the same run.
@@ -197,20 +213,35 @@ type Reader = FrameReader<Box<dyn ByteStream>>;
 type Writer = FrameWriter<Box<dyn ByteStream>>;
 
 /// Owns the connection for as long as anybody holds the session.
-async fn keep(connect: impl Connect, mut commands: mpsc::UnboundedReceiver<Command>) {
+async fn keep(
+    connect: impl Connect,
+    mut commands: mpsc::UnboundedReceiver<Command>,
+    connection: watch::Sender<bool>,
+) {
     let mut runs = Runs::new();
     let mut unsent = Vec::new();
+    let mut waiting: Vec<oneshot::Sender<Result<(), String>>> = Vec::new();
     loop {
-        if runs.is_empty() && unsent.is_empty() {
+        if runs.is_empty() {
             match commands.recv().await {
+                Some(Command::Connect(tell)) => waiting.push(tell),
                 Some(command) => unsent.extend(admit(command, &mut runs)),
                 None => return,
             }
         }
         let (reader, writer) = match reconnect(&connect).await {
-            Ok(connection) => connection,
+            Ok(streams) => {
+                connection.send_replace(true);
+                for waiting in waiting.drain(..) {
+                    let _ = waiting.send(Ok(()));
+                }
+                streams
+            }
             Err(why) => {
                 unsent.clear();
+                for waiting in waiting.drain(..) {
+                    let _ = waiting.send(Err(why.clone()));
+                }
                 for (_, run) in runs.drain() {
                     let _ = run.tell.send(RunEvent::Lost(why.clone()));
                 }
@@ -218,7 +249,9 @@ async fn keep(connect: impl Connect, mut commands: mpsc::UnboundedReceiver<Comma
             }
         };
         let frames = std::mem::take(&mut unsent);
-        match converse(reader, writer, frames, &mut commands, &mut runs).await {
+        let ended = converse(reader, writer, frames, &mut commands, &mut runs).await;
+        connection.send_replace(false);
+        match ended {
             Ok(()) => return,
             Err(error) => tracing::warn!(%error, runs = runs.len(), "a runner's connection ended"),
         }
@@ -229,6 +262,10 @@ async fn keep(connect: impl Connect, mut commands: mpsc::UnboundedReceiver<Comma
 fn admit(command: Command, runs: &mut Runs) -> Option<ToRunner> {
     let (id, active) = match command {
         Command::Send(frame) => return Some(frame),
+        Command::Connect(tell) => {
+            let _ = tell.send(Ok(()));
+            return None;
+        }
         Command::Start(job, tell) => {
             let active = Active {
                 starts: 0,
@@ -327,7 +364,7 @@ async fn converse(
                     let id = match &command {
                         Command::Start(job, _) => Some(job.id),
                         Command::Attach(id, ..) => Some(*id),
-                        Command::Send(_) => None,
+                        Command::Send(_) | Command::Connect(_) => None,
                     };
                     let frame = admit(command, runs);
                     let opening = id.and_then(|id| Some(runs.get_mut(&id)?.opening(id)));

@@ -122,7 +122,7 @@ pub struct Supervisor<'a> {
 }
 
 enum Happening {
-    Output(OutputStream, io::Result<usize>),
+    Output(OutputStream),
     Exited(Option<Exit>),
     Measure,
     OutOfTime,
@@ -161,10 +161,11 @@ impl<'a> Supervisor<'a> {
             // The select only says what happened; the match below acts on it.
             let happening = tokio::select! {
                 exit = &mut program.exit => Happening::Exited(exit.ok()),
-                result = readable(&program.stdout), if stdout_open =>
-                    Happening::Output(OutputStream::Stdout, result),
-                result = readable(&program.stderr), if stderr_open =>
-                    Happening::Output(OutputStream::Stderr, result),
+                // An error shows again, as an end, when the pipe is read.
+                _ = program.stdout.readable(), if stdout_open =>
+                    Happening::Output(OutputStream::Stdout),
+                _ = program.stderr.readable(), if stderr_open =>
+                    Happening::Output(OutputStream::Stderr),
                 command = commands.recv(), if told => Happening::Told(command),
                 () = input.feed(), if input.is_waiting() => continue,
                 _ = measure.tick() => Happening::Measure,
@@ -172,7 +173,7 @@ impl<'a> Supervisor<'a> {
             };
             match happening {
                 Happening::Exited(exit) => break exit,
-                Happening::Output(stream, _) => {
+                Happening::Output(stream) => {
                     let (pipe, open) = match stream {
                         OutputStream::Stdout => (&program.stdout, &mut stdout_open),
                         OutputStream::Stderr => (&program.stderr, &mut stderr_open),
@@ -308,10 +309,6 @@ fn measuring(started: Instant) -> Interval {
 
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
-async fn readable(pipe: &pipe::Receiver) -> io::Result<usize> {
-    pipe.readable().await.map(|()| 0)
 }
 
 /// Reads up to [`READ_BYTES`] without waiting. `false` when the pipe was closed.

@@ -364,6 +364,9 @@ fn build_root(spec: &SandboxSpec, owner: Option<u32>) -> anyhow::Result<()> {
         fs::create_dir_all(base.join(&placed.name))?;
         bind(&placed.from, &at, !placed.writable)?;
     }
+    // The kernel lets a user namespace mount its own /proc only where it can see a whole one
+    // already; this one is covered by it in [`furnish`].
+    bind(Path::new("/proc"), &root.join("proc"), false)?;
     rustix::process::chdir(root)?;
     rustix::process::pivot_root(".", ".").context("pivot_root")?;
     rustix::mount::unmount(".", UnmountFlags::DETACH).context("letting go of the old root")?;

@@ -221,18 +221,7 @@ impl Sandboxes {
         UnixStream::connect(short_path(&folder)).await
     }
 
-    /// The host's user id of a sandbox's first slot, for folders its program may write to.
-    pub fn host_uid(&self, sandbox_number: u32) -> Option<u32> {
-        match self.host.isolation {
-            Isolation::Full { .. } => {
-                Some(FIRST_HOST_UID + sandbox_number * IDS + FIRST_SLOT_UID)
-            }
-            Isolation::SingleUser | Isolation::None => None,
-        }
-    }
-
-    /// The number the next sandbox will get.
-    pub fn take_number(&self) -> u32 {
+    fn take_number(&self) -> u32 {
         let mut numbers = self.locked_numbers();
         let free = (0..).find(|n| !numbers.contains(n)).unwrap_or(0);
         numbers.insert(free);

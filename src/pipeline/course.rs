@@ -1,0 +1,431 @@
+//! One submission's way to its terminal status. Every decision is made from what the journal holds,
+//! so a server that starts again takes it up where the last one left it.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Instant;
+
+use jiff::Timestamp;
+
+use super::control::Control;
+use super::text::TextDecoder;
+use super::verdict::{FinishedRun, Verdict, decide, judge_case};
+use super::{Inner, plan};
+use crate::journal::{Appended, JournalError, NewRecord};
+use crate::model::{
+    Event, Outcome, OutputStream, Problem, Record, RunReport, Status, Step, StepState, Submission,
+    TestResult, Tests,
+};
+use crate::platform::{PlatformError, ReleaseSpec};
+use crate::runner::client::{Run, RunEvent};
+use crate::runner::wire::{Job, JobEvent, JobId};
+
+/// What an earlier server had recorded of the submission.
+#[derive(Debug, Default)]
+pub struct History {
+    steps: HashSet<(Step, StepState)>,
+    queued: bool,
+    tests: usize,
+    runs: Vec<RecordedRun>,
+    received: Option<Timestamp>,
+}
+
+#[derive(Debug, Default, Clone)]
+struct RecordedRun {
+    last_seq: u64,
+    report: Option<RunReport>,
+    stdout: String,
+    stderr: String,
+}
+
+impl History {
+    /// Reads it back. The first record carries the submission itself.
+    pub fn read(records: Vec<Record>) -> Option<(Submission, History)> {
+        let mut history = History::default();
+        let mut found = None;
+        for record in records {
+            match record.event {
+                Event::Received { submission } => {
+                    history.received = Some(record.time);
+                    found = Some(*submission);
+                }
+                Event::Queued => history.queued = true,
+                Event::Step { name, state, .. } => {
+                    history.steps.insert((name, state));
+                }
+                Event::Output {
+                    stream,
+                    data,
+                    run,
+                    run_seq,
+                } => {
+                    let run = history.run(run);
+                    run.last_seq = run_seq;
+                    match stream {
+                        OutputStream::Stdout => run.stdout.push_str(&data),
+                        OutputStream::Stderr => run.stderr.push_str(&data),
+                    }
+                }
+                Event::RunEnded { run, report } => history.run(run).report = Some(report),
+                Event::Test(_) => history.tests += 1,
+                Event::Reply(_) | Event::ProgramOutput { .. } | Event::Repl { .. } => {}
+            }
+        }
+        found.map(|submission| (submission, history))
+    }
+
+    fn run(&mut self, number: u32) -> &mut RecordedRun {
+        let index = number as usize;
+        if self.runs.len() <= index {
+            self.runs.resize(index + 1, RecordedRun::default());
+        }
+        &mut self.runs[index]
+    }
+}
+
+/// One submission under way.
+pub struct Course {
+    inner: Arc<Inner>,
+    submission: Submission,
+    control: Arc<Control>,
+    history: History,
+    started: Instant,
+    step_started: Instant,
+}
+
+impl Course {
+    /// Of a submission whose `Received` is in the journal.
+    pub fn new(
+        inner: Arc<Inner>,
+        submission: Submission,
+        control: Arc<Control>,
+        history: History,
+    ) -> Self {
+        Self {
+            inner,
+            submission,
+            control,
+            history,
+            started: Instant::now(),
+            step_started: Instant::now(),
+        }
+    }
+
+    /// Takes it to its end.
+    pub async fn run(mut self) {
+        let outcome = match self.steps().await {
+            Ok(outcome) => outcome,
+            // Without a journal there is nowhere to put a reply; the next start takes it up again.
+            Err(error) => {
+                tracing::error!(submission = %self.submission.id, %error, "a submission waits for the journal");
+                return;
+            }
+        };
+        let status = outcome.status;
+        if let Err(error) = self.append(Event::Reply(Box::new(outcome))).await {
+            tracing::error!(submission = %self.submission.id, %error, "a reply waits for the journal");
+            return;
+        }
+        metrics::counter!("gantry_submissions_total", "status" => status.as_str()).increment(1);
+        metrics::histogram!("gantry_submission_seconds").record(self.started.elapsed().as_secs_f64());
+    }
+
+    async fn steps(&mut self) -> Result<Outcome, JournalError> {
+        self.step(Step::Receive, StepState::Passed).await?;
+        if !self.history.queued {
+            self.append(Event::Queued).await?;
+        }
+        let inner = Arc::clone(&self.inner);
+        let permit = tokio::select! {
+            permit = inner.queue.turn(&self.submission.user_id) => permit,
+            () = self.control.cancelled() => return Ok(self.ended(Outcome::new(Status::Cancelled))),
+        };
+        let tested = self.test().await?;
+        drop(permit);
+        let (verdict, runs) = match tested {
+            Ok(tested) => tested,
+            Err(problem) => return Ok(self.unavailable(problem)),
+        };
+        let mut outcome = verdict.outcome(&runs);
+        if verdict.status == Status::TestsPassed && self.submission.deploy {
+            if self.control.is_cancelled() {
+                outcome.status = Status::Cancelled;
+            } else {
+                self.control.close();
+                self.deploy(&mut outcome).await?;
+            }
+        }
+        Ok(self.ended(outcome))
+    }
+
+    /// Runs what is to be run and decides. The inner error: Gantry's side failed.
+    async fn test(
+        &mut self,
+    ) -> Result<Result<(Verdict, Vec<FinishedRun>), Problem>, JournalError> {
+        self.step(Step::Sandbox, StepState::Started).await?;
+        let session = self.inner.sessions.of(&self.submission.user_id);
+        if let Err(why) = session.ready().await {
+            self.step(Step::Sandbox, StepState::Failed).await?;
+            return Ok(Err(Problem::new(
+                "sandbox_unavailable",
+                "The sandbox is not available",
+                why,
+                "Try again; if it lasts, the operator finds the reason in the server's log.",
+            )));
+        }
+        self.step(Step::Sandbox, StepState::Passed).await?;
+        self.step(Step::Test, StepState::Started).await?;
+        let mut runs = Vec::new();
+        let mut told = 0;
+        for (number, job) in (0..).zip(plan::jobs(&self.submission)) {
+            let run = self.one_run(&session, number, job).await?;
+            let undecided = run.report.is_none() || self.control.is_cancelled();
+            let result = match &self.submission.tests {
+                Tests::Cases(cases) => cases.get(number as usize).map(|case| judge_case(case, &run)),
+                Tests::ExitCode | Tests::Files(_) => None,
+            };
+            runs.push(run);
+            if let Some(result) = result {
+                self.tell_test(&mut told, result).await?;
+            }
+            if undecided {
+                break;
+            }
+        }
+        let verdict = decide(&self.submission, &runs);
+        if matches!(self.submission.tests, Tests::Files(_)) {
+            for result in verdict.tests.clone() {
+                self.tell_test(&mut told, result).await?;
+            }
+        }
+        let state = match verdict.status {
+            Status::TestsPassed => StepState::Passed,
+            _ => StepState::Failed,
+        };
+        self.step(Step::Test, state).await?;
+        Ok(Ok((verdict, runs)))
+    }
+
+    /// One run, from wherever it is to its end.
+    async fn one_run(
+        &self,
+        session: &crate::runner::client::Session,
+        number: u32,
+        job: Job,
+    ) -> Result<FinishedRun, JournalError> {
+        let before = self.history.runs.get(number as usize).cloned().unwrap_or_default();
+        let mut finished = FinishedRun {
+            report: before.report.clone(),
+            lost: None,
+            stdout: before.stdout,
+            stderr: before.stderr,
+        };
+        if before.report.is_some() {
+            return Ok(finished);
+        }
+        let id = job.id;
+        let mut run = if before.last_seq == 0 {
+            session.start(job)
+        } else {
+            session.attach(id, before.last_seq)
+        };
+        self.control.running(run.handle());
+        let result = self.follow(&mut run, &mut finished).await;
+        self.control.not_running();
+        let last = result?;
+        // The runner may forget the run when its end is on the disk; the reply need not wait for
+        // this, it waits for its own record.
+        let journal = self.inner.journal.clone();
+        tokio::spawn(async move {
+            if let Some((position, seq)) = last
+                && journal.durable(position).await.is_ok()
+            {
+                run.stored(seq);
+            }
+        });
+        Ok(finished)
+    }
+
+    /// Records what the run does. `Some` with the place of its end, when there was one.
+    async fn follow(
+        &self,
+        run: &mut Run,
+        finished: &mut FinishedRun,
+    ) -> Result<Option<(u64, u64)>, JournalError> {
+        let JobId { run: number, .. } = run.id();
+        let mut decoders = [TextDecoder::default(), TextDecoder::default()];
+        loop {
+            let (seq, event) = match run.next().await {
+                RunEvent::Event { seq, event } => (seq, event),
+                RunEvent::Lost(why) => {
+                    finished.lost = Some(why);
+                    return Ok(None);
+                }
+            };
+            match event {
+                JobEvent::Output { stream, data } => {
+                    let text = decoders[stream as usize].decode(&data);
+                    self.output(finished, stream, text, number, seq).await?;
+                }
+                JobEvent::Ended(report) => {
+                    for stream in [OutputStream::Stdout, OutputStream::Stderr] {
+                        let rest = decoders[stream as usize].finish();
+                        self.output(finished, stream, rest, number, seq - 1).await?;
+                    }
+                    finished.report = Some(report.clone());
+                    let ended = Event::RunEnded {
+                        run: number,
+                        report,
+                    };
+                    let Appended { position, .. } = self.append(ended).await?;
+                    return Ok(Some((position, seq)));
+                }
+            }
+        }
+    }
+
+    async fn output(
+        &self,
+        finished: &mut FinishedRun,
+        stream: OutputStream,
+        data: String,
+        run: u32,
+        run_seq: u64,
+    ) -> Result<(), JournalError> {
+        if data.is_empty() {
+            return Ok(());
+        }
+        match stream {
+            OutputStream::Stdout => finished.stdout.push_str(&data),
+            OutputStream::Stderr => finished.stderr.push_str(&data),
+        }
+        let output = Event::Output {
+            stream,
+            data,
+            run,
+            run_seq,
+        };
+        self.append(output).await.map(drop)
+    }
+
+    /// Publishes and releases what passed. Safe to do again: a release is found by its submission.
+    async fn deploy(&mut self, outcome: &mut Outcome) -> Result<(), JournalError> {
+        let submission = &self.submission;
+        let (repl, id) = (submission.repl_id.clone(), submission.id);
+        self.step(Step::Publish, StepState::Started).await?;
+        let published = self.inner.store.publish(&repl, id, &self.submission.files).await;
+        if let Err(problem) = published {
+            self.step(Step::Publish, StepState::Failed).await?;
+            return self.deploy_failed(outcome, problem);
+        }
+        self.step(Step::Publish, StepState::Passed).await?;
+        self.step(Step::Deploy, StepState::Started).await?;
+        let spec = ReleaseSpec {
+            user_id: self.submission.user_id.clone(),
+            repl_id: repl,
+            submission_id: id,
+            argv: plan::argv(&self.submission, &self.submission.args),
+            env: self.submission.env.clone(),
+            database: self.submission.database,
+        };
+        let released = self.inner.platform.ensure_release(&spec).await;
+        match released {
+            Ok(running) => {
+                self.step(Step::Deploy, StepState::Passed).await?;
+                self.step(Step::Ready, StepState::Passed).await?;
+                outcome.status = Status::Deployed;
+                outcome.release = Some(running.release);
+                outcome.url = Some(running.url);
+                Ok(())
+            }
+            Err(error) => {
+                let failed = match &error {
+                    PlatformError::NotReady(_) => Step::Ready,
+                    PlatformError::Unavailable(_) | PlatformError::NotFound(_) => Step::Deploy,
+                };
+                if failed == Step::Ready {
+                    self.step(Step::Deploy, StepState::Passed).await?;
+                }
+                self.step(failed, StepState::Failed).await?;
+                let problem = match error {
+                    PlatformError::NotReady(problem) | PlatformError::Unavailable(problem) => problem,
+                    PlatformError::NotFound(what) => Problem::new(
+                        "deploy_failed",
+                        "The release could not be made",
+                        format!("{what} does not exist"),
+                        "Submit it again.",
+                    ),
+                };
+                self.deploy_failed(outcome, problem)
+            }
+        }
+    }
+
+    fn deploy_failed(&self, outcome: &mut Outcome, problem: Problem) -> Result<(), JournalError> {
+        outcome.status = Status::DeployFailed;
+        outcome.error = Some(problem);
+        Ok(())
+    }
+
+    fn unavailable(&self, problem: Problem) -> Outcome {
+        let mut outcome = Outcome::new(Status::Unavailable);
+        outcome.error = Some(problem);
+        self.ended(outcome)
+    }
+
+    /// What every reply has.
+    fn ended(&self, mut outcome: Outcome) -> Outcome {
+        let elapsed = match self.history.received {
+            // Taken up after a restart: only the wall clock has seen all of it.
+            Some(received) => Timestamp::now().duration_since(received).unsigned_abs(),
+            None => self.started.elapsed(),
+        };
+        outcome.namespace = Some(self.submission.user_id.namespace());
+        outcome.submission_id = Some(self.submission.id);
+        outcome.repl_id = Some(self.submission.repl_id.clone());
+        outcome.duration_ms = Some(u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX));
+        outcome
+    }
+
+    async fn tell_test(&self, told: &mut usize, result: TestResult) -> Result<(), JournalError> {
+        *told += 1;
+        if *told > self.history.tests {
+            self.append(Event::Test(result)).await?;
+        }
+        Ok(())
+    }
+
+    /// Records a step, unless an earlier server did.
+    async fn step(&mut self, name: Step, state: StepState) -> Result<(), JournalError> {
+        let duration_ms = match state {
+            StepState::Started => {
+                self.step_started = Instant::now();
+                None
+            }
+            StepState::Passed | StepState::Failed => {
+                let elapsed = self.step_started.elapsed();
+                self.step_started = Instant::now();
+                Some(u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX))
+            }
+        };
+        if self.history.steps.contains(&(name, state)) {
+            return Ok(());
+        }
+        let step = Event::Step {
+            name,
+            state,
+            duration_ms,
+        };
+        self.append(step).await.map(drop)
+    }
+
+    async fn append(&self, event: Event) -> Result<Appended, JournalError> {
+        let record = NewRecord {
+            user_id: self.submission.user_id.clone(),
+            submission_id: Some(self.submission.id),
+            repl_id: self.submission.repl_id.clone(),
+            event,
+        };
+        self.inner.journal.append(record).await
+    }
+}

@@ -1,0 +1,306 @@
+//! What the runs of a submission mean. Pure: made from the runner's reports alone, so that it comes
+//! out the same after a restart.
+
+use crate::model::{
+    Case, Ending, Outcome, Problem, Reason, RunReport, Status, Submission, TestResult, Tests, Usage,
+};
+
+/// One run that is over: what the runner said and what the program wrote.
+#[derive(Debug, Clone, Default)]
+pub struct FinishedRun {
+    /// What the runner saw. `None`: the outcome is unknown.
+    pub report: Option<RunReport>,
+    /// Why it is unknown.
+    pub lost: Option<String>,
+    /// What it wrote to stdout.
+    pub stdout: String,
+    /// What it wrote to stderr.
+    pub stderr: String,
+}
+
+/// What was decided.
+#[derive(Debug, Clone)]
+pub struct Verdict {
+    /// [`Status::TestsPassed`], or how it ended instead.
+    pub status: Status,
+    /// How the program failed.
+    pub reason: Option<Reason>,
+    /// Every test's result.
+    pub tests: Vec<TestResult>,
+    /// For [`Status::Unavailable`].
+    pub error: Option<Problem>,
+    /// The run whose exit code and signal the reply shows.
+    shown: usize,
+}
+
+/// Decides. `runs` are in order, and stop after the one that ended the test.
+pub fn decide(submission: &Submission, runs: &[FinishedRun]) -> Verdict {
+    let mut verdict = Verdict {
+        status: Status::TestsPassed,
+        reason: None,
+        tests: Vec::new(),
+        error: None,
+        shown: runs.len().saturating_sub(1),
+    };
+    for (index, run) in runs.iter().enumerate() {
+        if let Some((status, error)) = not_decided(run) {
+            verdict.status = status;
+            verdict.error = error;
+            verdict.shown = index;
+            return verdict;
+        }
+    }
+    match (&submission.tests, runs) {
+        (Tests::Cases(cases), _) => judge_cases(cases, runs, &mut verdict),
+        (Tests::Files(_), [run, ..]) => judge_files(submission, run, &mut verdict),
+        (Tests::ExitCode, [run, ..]) => {
+            if let Some(reason) = run.report.as_ref().and_then(|r| reason_of(&r.ending)) {
+                verdict.status = Status::TestsFailed;
+                verdict.reason = Some(reason);
+            }
+        }
+        (_, []) => verdict.status = Status::Unavailable,
+    }
+    verdict
+}
+
+/// Endings that are not the program's: cancelled, never started, unknown.
+fn not_decided(run: &FinishedRun) -> Option<(Status, Option<Problem>)> {
+    let Some(report) = &run.report else {
+        let why = run.lost.clone().unwrap_or_else(|| "it was not started".to_owned());
+        let problem = Problem::new(
+            "outcome_unknown",
+            "The outcome of the run is unknown",
+            why,
+            "Submit it again under a new submission_id.",
+        );
+        return Some((Status::Unavailable, Some(problem)));
+    };
+    match &report.ending {
+        Ending::Cancelled => Some((Status::Cancelled, None)),
+        Ending::NotStarted(why) => {
+            let problem = Problem::new(
+                "run_not_started",
+                "The program could not be started",
+                why.clone(),
+                "Check that its interpreter is installed where the server runs, then submit again.",
+            );
+            Some((Status::Unavailable, Some(problem)))
+        }
+        _ => None,
+    }
+}
+
+fn reason_of(ending: &Ending) -> Option<Reason> {
+    match ending {
+        Ending::Exited(0) | Ending::Cancelled | Ending::NotStarted(_) => None,
+        Ending::Exited(_) => Some(Reason::ExitCode),
+        Ending::Signalled(_) => Some(Reason::Signal),
+        Ending::Limit(reason) => Some(*reason),
+    }
+}
+
+fn judge_cases(cases: &[Case], runs: &[FinishedRun], verdict: &mut Verdict) {
+    verdict.tests = cases.iter().zip(runs).map(|(case, run)| judge_case(case, run)).collect();
+    let failed = verdict.tests.iter().position(|test| !test.passed);
+    if let Some(index) = failed {
+        verdict.status = Status::TestsFailed;
+        verdict.shown = index;
+        let ending = runs.get(index).and_then(|run| run.report.as_ref()).map(|r| &r.ending);
+        // A limit says more than that a test did not hold.
+        verdict.reason = Some(match ending {
+            Some(Ending::Limit(reason)) => *reason,
+            _ => Reason::Tests,
+        });
+    }
+}
+
+/// One case's result.
+pub fn judge_case(case: &Case, run: &FinishedRun) -> TestResult {
+    let mut result = TestResult {
+        name: case.name.clone(),
+        passed: false,
+        duration_ms: run.report.as_ref().map_or(0, |report| report.duration_ms),
+        message: None,
+        expected: None,
+        actual: None,
+    };
+    let ending = run.report.as_ref().map(|report| &report.ending);
+    match ending {
+        Some(Ending::Exited(0)) => match &case.expected_stdout {
+            Some(expected) if *expected != run.stdout => {
+                result.message = Some("stdout is not as expected".to_owned());
+                result.expected = Some(expected.clone());
+                result.actual = Some(run.stdout.clone());
+            }
+            _ => result.passed = true,
+        },
+        Some(ending) => result.message = Some(in_words(ending)),
+        None => result.message = Some("its outcome is unknown".to_owned()),
+    }
+    result
+}
+
+fn in_words(ending: &Ending) -> String {
+    match ending {
+        Ending::Exited(code) => format!("ended with exit code {code}"),
+        Ending::Signalled(signal) => format!("was ended by {}", signal_name(*signal)),
+        Ending::Limit(reason) => format!("was stopped at its {} limit", reason.as_str()),
+        Ending::Cancelled => "was cancelled".to_owned(),
+        Ending::NotStarted(why) => format!("could not be started: {why}"),
+    }
+}
+
+fn judge_files(submission: &Submission, run: &FinishedRun, verdict: &mut Verdict) {
+    let Some(report) = &run.report else {
+        return;
+    };
+    let tests = report.test_report.as_deref().map(super::junit::parse);
+    if let Some(Ok(tests)) = &tests {
+        verdict.tests = tests.clone();
+    }
+    let all_passed = !verdict.tests.is_empty() && verdict.tests.iter().all(|test| test.passed);
+    match reason_of(&report.ending) {
+        None if all_passed => {}
+        // Exit code 0 without a whole report is a test run that was cut short from inside.
+        None => fail(verdict, Reason::Tests),
+        Some(Reason::ExitCode) if !verdict.tests.is_empty() => fail(verdict, Reason::Tests),
+        Some(Reason::ExitCode) if runner_is_missing(submission, run) => {
+            let runner = submission.language.test_runner;
+            let (name, install) = runner.map_or(("", ""), |runner| (runner.name, runner.install));
+            verdict.status = Status::Unavailable;
+            verdict.error = Some(Problem::new(
+                "test_runner_missing",
+                format!("{name} is not installed where the tests run"),
+                run.stderr.trim().to_owned(),
+                format!("Install it on the server ({install}), or send tests as cases."),
+            ));
+        }
+        Some(reason) => fail(verdict, reason),
+    }
+}
+
+fn fail(verdict: &mut Verdict, reason: Reason) {
+    verdict.status = Status::TestsFailed;
+    verdict.reason = Some(reason);
+}
+
+/// Python's own words when a module it was told to run is not there.
+fn runner_is_missing(submission: &Submission, run: &FinishedRun) -> bool {
+    let Some(runner) = submission.language.test_runner else {
+        return false;
+    };
+    run.stdout.is_empty() && run.stderr.trim_end().ends_with(&format!("No module named {}", runner.name))
+}
+
+impl Verdict {
+    /// The part of the reply that the test step decides.
+    pub fn outcome(&self, runs: &[FinishedRun]) -> Outcome {
+        let mut outcome = Outcome::new(self.status);
+        outcome.reason = self.reason;
+        outcome.tests.clone_from(&self.tests);
+        outcome.error.clone_from(&self.error);
+        let reports = || runs.iter().filter_map(|run| run.report.as_ref());
+        outcome.truncated = reports().any(|report| report.truncated);
+        if reports().next().is_some() {
+            outcome.stdout = Some(runs.iter().map(|run| run.stdout.as_str()).collect());
+            outcome.stderr = Some(runs.iter().map(|run| run.stderr.as_str()).collect());
+            outcome.usage = Some(Usage {
+                cpu_ms: reports().map(|report| report.usage.cpu_ms).sum(),
+                memory_bytes: reports().map(|report| report.usage.memory_bytes).max().unwrap_or(0),
+            });
+        }
+        let shown = runs.get(self.shown).and_then(|run| run.report.as_ref());
+        match shown.map(|report| &report.ending) {
+            Some(Ending::Exited(code)) => outcome.exit_code = Some(*code),
+            Some(Ending::Signalled(signal)) => outcome.signal = Some(signal_name(*signal)),
+            _ => {}
+        }
+        outcome
+    }
+}
+
+/// The name of a signal's number on Linux.
+pub fn signal_name(signal: i32) -> String {
+    let known = [
+        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2",
+        "PIPE", "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG",
+        "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
+    ];
+    let index = usize::try_from(signal - 1).ok();
+    match index.and_then(|index| known.get(index)) {
+        Some(name) => format!("SIG{name}"),
+        None => format!("SIGRT{signal}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::model::{Limits, SubmissionRequest};
+
+    fn submission(json: &str) -> Submission {
+        let request: SubmissionRequest = serde_json::from_str(json).unwrap();
+        request.validate(&Limits::MAXIMUM).unwrap()
+    }
+
+    fn run(ending: Ending, stdout: &str) -> FinishedRun {
+        FinishedRun {
+            report: Some(RunReport {
+                ending,
+                duration_ms: 1,
+                usage: Usage::default(),
+                truncated: false,
+                test_report: None,
+            }),
+            stdout: stdout.to_owned(),
+            ..FinishedRun::default()
+        }
+    }
+
+    #[test]
+    fn only_exit_code_0_passes() {
+        let s = submission(r#"{"user_id":"t","code":""}"#);
+        let decided = |ending| {
+            let verdict = decide(&s, &[run(ending, "")]);
+            (verdict.status, verdict.reason)
+        };
+        assert_eq!(decided(Ending::Exited(0)), (Status::TestsPassed, None));
+        assert_eq!(decided(Ending::Exited(137)), (Status::TestsFailed, Some(Reason::ExitCode)));
+        assert_eq!(decided(Ending::Signalled(11)), (Status::TestsFailed, Some(Reason::Signal)));
+        assert_eq!(
+            decided(Ending::Limit(Reason::Timeout)),
+            (Status::TestsFailed, Some(Reason::Timeout))
+        );
+        assert_eq!(decided(Ending::Cancelled), (Status::Cancelled, None));
+        assert_eq!(decided(Ending::NotStarted(String::new())), (Status::Unavailable, None));
+        assert_eq!(decide(&s, &[FinishedRun::default()]).status, Status::Unavailable);
+    }
+
+    #[test]
+    fn a_case_holds_to_the_byte() {
+        let s = submission(
+            r#"{"user_id":"t","code":"","tests":[{"name":"a","expected_stdout":"1\n"},{"name":"b"}]}"#,
+        );
+        let good = decide(&s, &[run(Ending::Exited(0), "1\n"), run(Ending::Exited(0), "?")]);
+        assert_eq!(good.status, Status::TestsPassed);
+        let bad = decide(&s, &[run(Ending::Exited(0), "1"), run(Ending::Exited(0), "?")]);
+        assert_eq!((bad.status, bad.reason), (Status::TestsFailed, Some(Reason::Tests)));
+        assert_eq!(bad.tests[0].actual.as_deref(), Some("1"));
+    }
+
+    #[test]
+    fn a_test_run_without_a_report_never_passes() {
+        let s = submission(r#"{"user_id":"t","code":"","tests":{"test_a.py":""}}"#);
+        let verdict = decide(&s, &[run(Ending::Exited(0), "")]);
+        assert_eq!(verdict.status, Status::TestsFailed);
+    }
+
+    #[test]
+    fn signals_have_their_names() {
+        for (number, name) in [(1, "SIGHUP"), (9, "SIGKILL"), (11, "SIGSEGV"), (15, "SIGTERM"), (24, "SIGXCPU"), (31, "SIGSYS"), (34, "SIGRT34")] {
+            assert_eq!(signal_name(number), name);
+        }
+    }
+}

@@ -1,0 +1,295 @@
+//! The suite that holds every platform to the contract on [`Platform`]. One list of promises; a
+//! backend's test calls [`all`] with a platform of its own.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+
+use super::{Platform, PlatformError, ReleaseSpec, RunningRelease, Sessions};
+use crate::model::{
+    Ending, Limits, Reason, RelativePath, ReleaseState, ReplId, ReplState, RunReport, SubmissionId,
+    UserId,
+};
+use crate::runner::client::{Run, RunEvent};
+use crate::runner::wire::{Job, JobEvent, JobId};
+use crate::storage::CodeStore;
+
+/// Longest wait for anything here: far above what the contract allows, so that a slow machine is
+/// not taken for a broken platform.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A platform under test, with the store its releases come from.
+#[derive(Debug, Clone)]
+pub struct Subject {
+    /// The platform.
+    pub platform: Arc<dyn Platform>,
+    /// Its code store.
+    pub store: Arc<dyn CodeStore>,
+}
+
+/// What a run came to.
+#[derive(Debug)]
+pub struct Ended {
+    /// How it ended.
+    pub report: RunReport,
+    /// What it wrote to stdout.
+    pub stdout: Vec<u8>,
+    /// What it wrote to stderr.
+    pub stderr: Vec<u8>,
+}
+
+/// A job that runs this Python program.
+pub fn python(code: &str) -> Job {
+    Job {
+        id: JobId {
+            submission: SubmissionId::new(),
+            run: 0,
+        },
+        files: vec![("main.py".to_owned(), code.to_owned())],
+        argv: vec!["python3".to_owned(), "main.py".to_owned()],
+        env: Vec::new(),
+        stdin: Vec::new(),
+        stdin_open: false,
+        limits: Limits::DEFAULT,
+        report: None,
+    }
+}
+
+/// Follows a run to its end.
+pub async fn finish(run: &mut Run) -> anyhow::Result<Ended> {
+    let (mut stdout, mut stderr, mut expected) = (Vec::new(), Vec::new(), None);
+    loop {
+        match timeout(PATIENCE, run.next()).await.context("a run did not end")? {
+            RunEvent::Lost(why) => anyhow::bail!("the run was lost: {why}"),
+            RunEvent::Event { seq, event } => {
+                ensure!(
+                    expected.is_none_or(|expected| expected == seq),
+                    "event {seq} where {expected:?} was due"
+                );
+                expected = Some(seq + 1);
+                match event {
+                    JobEvent::Output { stream, data } => match stream {
+                        crate::model::OutputStream::Stdout => stdout.extend(data),
+                        crate::model::OutputStream::Stderr => stderr.extend(data),
+                    },
+                    JobEvent::Ended(report) => {
+                        return Ok(Ended {
+                            report,
+                            stdout,
+                            stderr,
+                        });
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Every promise, one after the other.
+pub async fn all(subject: &Subject) -> anyhow::Result<()> {
+    let context = |promise: &'static str| move || format!("promise broken: {promise}");
+    a_run_ends_with_its_own_exit_code(subject)
+        .await
+        .with_context(context("a run ends with its own exit code"))?;
+    a_sandbox_is_kept_and_made_anew(subject)
+        .await
+        .with_context(context("a sandbox is kept, and made anew when it was dropped"))?;
+    users_cannot_see_each_other(subject)
+        .await
+        .with_context(context("users cannot see each other"))?;
+    a_cut_stream_loses_nothing(subject)
+        .await
+        .with_context(context("a cut stream loses nothing and runs nothing twice"))?;
+    a_cancelled_run_leaves_nothing_running(subject)
+        .await
+        .with_context(context("a cancelled run leaves nothing running"))?;
+    a_release_serves_and_takes_over(subject)
+        .await
+        .with_context(context("a release serves, and the next takes over only when it does"))?;
+    dropping_what_is_absent_is_no_error(subject)
+        .await
+        .with_context(context("dropping what is absent is no error"))
+}
+
+async fn a_run_ends_with_its_own_exit_code(subject: &Subject) -> anyhow::Result<()> {
+    let session = Sessions::new(Arc::clone(&subject.platform)).of(&user("conform-a"));
+    let job = python("import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)");
+    let ended = finish(&mut session.start(job)).await?;
+    ensure!(ended.report.ending == Ending::Exited(7), "{:?}", ended.report);
+    ensure!(ended.stdout == b"out\n" && ended.stderr == b"err\n", "{ended:?}");
+    let mut job = python("while True: pass");
+    job.limits.cpu_ms = 300;
+    let ended = finish(&mut session.start(job)).await?;
+    ensure!(ended.report.ending == Ending::Limit(Reason::Cpu), "{:?}", ended.report);
+    Ok(())
+}
+
+async fn a_sandbox_is_kept_and_made_anew(subject: &Subject) -> anyhow::Result<()> {
+    let user = user("conform-b");
+    let sessions = Sessions::new(Arc::clone(&subject.platform));
+    for _ in 0..2 {
+        let mut run = sessions.of(&user).start(python("print(1)"));
+        ensure!(finish(&mut run).await?.stdout == b"1\n");
+        subject.platform.drop_sandbox(&user).await?;
+    }
+    subject.platform.drop_sandbox(&user).await?;
+    Ok(())
+}
+
+async fn users_cannot_see_each_other(subject: &Subject) -> anyhow::Result<()> {
+    let sessions = Sessions::new(Arc::clone(&subject.platform));
+    let one = sessions.of(&user("conform-c"));
+    let sleeper = one.start(python("open('/tmp/mine', 'w').write('x'); import time; time.sleep(20)"));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let look = "import os; print(os.path.exists('/tmp/mine'), \
+                len([p for p in os.listdir('/proc') if p.isdigit() and int(p) != os.getpid()]))";
+    let mut other = sessions.of(&user("conform-d")).start(python(look));
+    let seen = finish(&mut other).await?;
+    sleeper.handle().cancel();
+    ensure!(seen.stdout == b"False 0\n", "it saw {}", String::from_utf8_lossy(&seen.stdout));
+    Ok(())
+}
+
+async fn a_cut_stream_loses_nothing(subject: &Subject) -> anyhow::Result<()> {
+    let user = user("conform-e");
+    let code = "import time\nfor i in range(20):\n    print(i, flush=True)\n    time.sleep(0.05)";
+    let job = python(code);
+    let id = job.id;
+    let again = job.clone();
+    let mut first = Sessions::new(Arc::clone(&subject.platform)).of(&user).start(job);
+    let (mut seen, mut last) = (Vec::new(), 0);
+    while seen.len() < 10 {
+        if let RunEvent::Event {
+            seq,
+            event: JobEvent::Output { data, .. },
+        } = first.next().await
+        {
+            seen.extend(data);
+            last = seq;
+        }
+    }
+    // The server forgets everything but the job's id and the last event it stored.
+    drop(first);
+    let session = Sessions::new(Arc::clone(&subject.platform)).of(&user);
+    let rest = finish(&mut session.attach(id, last)).await?;
+    seen.extend(&rest.stdout);
+    let whole: String = (0..20).map(|i| format!("{i}\n")).collect();
+    ensure!(seen == whole.as_bytes(), "{}", String::from_utf8_lossy(&seen));
+    let repeated = finish(&mut session.start(again)).await?;
+    ensure!(repeated.report == rest.report, "the same job ran a second time");
+    Ok(())
+}
+
+async fn a_cancelled_run_leaves_nothing_running(subject: &Subject) -> anyhow::Result<()> {
+    let user = user("conform-f");
+    let session = Sessions::new(Arc::clone(&subject.platform)).of(&user);
+    let code = "import os, time\nfor _ in range(5):\n    if os.fork() == 0:\n        os.setsid()\n        time.sleep(60)\nprint('up', flush=True)\ntime.sleep(60)";
+    let mut run = session.start(python(code));
+    run.next().await;
+    run.handle().cancel();
+    let ended = finish(&mut run).await?;
+    ensure!(ended.report.ending == Ending::Cancelled, "{:?}", ended.report);
+    let count = "import os; print(len([p for p in os.listdir('/proc') if p.isdigit()]))";
+    let left = finish(&mut session.start(python(count))).await?;
+    ensure!(left.stdout == b"1\n", "{} processes", String::from_utf8_lossy(&left.stdout));
+    Ok(())
+}
+
+const SERVER: &str = "
+import http.server, os
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = (VERSION + ' ' + str('DATABASE_URL' in os.environ)).encode()
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *args):
+        pass
+http.server.HTTPServer(('127.0.0.1', 3000), Handler).serve_forever()
+";
+
+async fn a_release_serves_and_takes_over(subject: &Subject) -> anyhow::Result<()> {
+    let repl: ReplId = "conform-repl".parse().map_err(anyhow::Error::msg)?;
+    let platform = &subject.platform;
+    let one = release(subject, &repl, &format!("VERSION = 'one'{SERVER}")).await??;
+    ensure!(fetch(platform, &repl).await?.ends_with("one True"));
+    let failed = release(subject, &repl, "import sys; sys.exit('no good')").await?;
+    let Err(PlatformError::NotReady(problem)) = failed else {
+        anyhow::bail!("a release that ends with exit code 1 came up: {failed:?}");
+    };
+    ensure!(problem.cause.contains("no good"), "the last lines are missing: {problem:?}");
+    ensure!(fetch(platform, &repl).await?.ends_with("one True"), "the previous release is gone");
+    let two = release(subject, &repl, &format!("VERSION = 'two'{SERVER}")).await??;
+    ensure!(two.release > one.release);
+    ensure!(fetch(platform, &repl).await?.ends_with("two True"));
+    platform.rollback(&repl, None).await?;
+    ensure!(fetch(platform, &repl).await?.ends_with("one True"), "not rolled back");
+    let releases = platform.releases(&repl).await?;
+    let state = |number| releases.iter().find(|r| r.release == number).map(|r| r.state);
+    ensure!(state(one.release) == Some(ReleaseState::Current), "{releases:?}");
+    ensure!(state(two.release) == Some(ReleaseState::Superseded), "{releases:?}");
+    let ended = release(subject, &repl, "print('Hello & <goodbye>')").await??;
+    let page = fetch(platform, &repl).await?;
+    ensure!(page.contains("200 OK") && page.contains("Hello &amp; &lt;goodbye&gt;"), "{page}");
+    let status = platform.repls().await?.into_iter().find(|r| r.repl_id == repl);
+    let status = status.context("the repl is not listed")?;
+    ensure!(status.state == ReplState::Exited(0), "{status:?}");
+    ensure!(status.release == Some(ended.release), "{status:?}");
+    platform.drop_repl(&repl).await?;
+    ensure!(platform.dial(&repl).await.is_err(), "a stopped repl can be reached");
+    Ok(())
+}
+
+async fn dropping_what_is_absent_is_no_error(subject: &Subject) -> anyhow::Result<()> {
+    let nobody: ReplId = "conform-nobody".parse().map_err(anyhow::Error::msg)?;
+    subject.platform.drop_repl(&nobody).await?;
+    subject.platform.drop_sandbox(&user("conform-nobody")).await?;
+    ensure!(subject.platform.owner(&nobody).await?.is_none());
+    ensure!(subject.platform.releases(&nobody).await.is_err());
+    Ok(())
+}
+
+async fn release(
+    subject: &Subject,
+    repl: &ReplId,
+    code: &str,
+) -> anyhow::Result<Result<RunningRelease, PlatformError>> {
+    let submission_id = SubmissionId::new();
+    let path = RelativePath::try_from("main.py".to_owned()).map_err(anyhow::Error::msg)?;
+    let files = BTreeMap::from([(path, code.to_owned())]);
+    subject.store.publish(repl, submission_id, &files).await?;
+    let spec = ReleaseSpec {
+        user_id: user("conform-g"),
+        repl_id: repl.clone(),
+        submission_id,
+        argv: vec!["python3".to_owned(), "main.py".to_owned()],
+        env: BTreeMap::new(),
+        database: true,
+    };
+    let released = subject.platform.ensure_release(&spec).await;
+    if let Ok(running) = &released {
+        let again = subject.platform.ensure_release(&spec).await?;
+        ensure!(again.release == running.release, "the same submission was released twice");
+    }
+    Ok(released)
+}
+
+async fn fetch(platform: &Arc<dyn Platform>, repl: &ReplId) -> anyhow::Result<String> {
+    let mut stream = platform.dial(repl).await?;
+    stream.write_all(b"GET / HTTP/1.0\r\nHost: x\r\nConnection: close\r\n\r\n").await?;
+    let mut answer = Vec::new();
+    timeout(PATIENCE, stream.read_to_end(&mut answer)).await??;
+    Ok(String::from_utf8_lossy(&answer).into_owned())
+}
+
+fn user(name: &str) -> UserId {
+    match name.parse() {
+        Ok(user) => user,
+        Err(_) => unreachable!("names in this file are labels"),
+    }
+}

@@ -1,0 +1,219 @@
+//! One released program: its sandbox, what it does, and the way to its port.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use jiff::Timestamp;
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, watch};
+
+use super::sandboxes::{Sandbox, Sandboxes};
+use crate::model::{Ending, Event, OutputStream, ReplId, ReplState, UserId};
+use crate::platform::ProgramEvent;
+use crate::runner::app::describe;
+use crate::runner::wire::{AppPort, FromApp, frames};
+
+/// Lines kept to say why a release did not come up.
+const LAST_LINES: usize = 20;
+
+/// Bytes kept of the lines; one line may be endless.
+const LAST_BYTES: usize = 8 << 10;
+
+/// What is known of the program now.
+#[derive(Debug, Clone)]
+pub struct Standing {
+    /// What it is doing.
+    pub state: ReplState,
+    /// Times it was started again.
+    pub restarts: u32,
+    /// The last thing that went wrong.
+    pub last_error: Option<String>,
+    /// Since when it has been in this state.
+    pub since: Timestamp,
+    /// It serves, or ended well: a release may switch to it.
+    pub ready: bool,
+    /// It will not be started again.
+    pub over: bool,
+}
+
+/// A released program that was started.
+#[derive(Debug)]
+pub struct Program {
+    /// Its release.
+    pub release: u64,
+    name: String,
+    sandbox: Sandbox,
+    sandboxes: Arc<Sandboxes>,
+    standing: watch::Receiver<Standing>,
+    output: Arc<Mutex<VecDeque<u8>>>,
+}
+
+/// Whose program it is.
+#[derive(Debug, Clone)]
+pub struct Owner {
+    /// The user.
+    pub user_id: UserId,
+    /// The repl.
+    pub repl_id: ReplId,
+}
+
+impl Program {
+    /// Begins to watch a sandbox whose program starts with the first watcher.
+    pub async fn watch(
+        name: String,
+        sandbox: Sandbox,
+        sandboxes: Arc<Sandboxes>,
+        owner: Owner,
+        release: u64,
+        tell: mpsc::Sender<ProgramEvent>,
+    ) -> anyhow::Result<Program> {
+        let (set, standing) = watch::channel(Standing {
+            state: ReplState::Starting,
+            restarts: 0,
+            last_error: None,
+            since: Timestamp::now(),
+            ready: false,
+            over: false,
+        });
+        let program = Program {
+            release,
+            name,
+            sandbox,
+            sandboxes,
+            standing,
+            output: Arc::default(),
+        };
+        let mut stream = program.sandboxes.dial(&program.name).await?;
+        stream.write_u8(AppPort::Control.byte()).await?;
+        let output = Arc::clone(&program.output);
+        tokio::spawn(follow(stream, set, output, owner, release, tell));
+        Ok(program)
+    }
+
+    /// What is known of it now, and news of it.
+    pub fn standing(&self) -> watch::Receiver<Standing> {
+        self.standing.clone()
+    }
+
+    /// A connection to its port, or to the page that stands in for it.
+    pub async fn dial(&self) -> std::io::Result<UnixStream> {
+        let mut stream = self.sandboxes.dial(&self.name).await?;
+        stream.write_u8(AppPort::Program.byte()).await?;
+        Ok(stream)
+    }
+
+    /// The last lines it wrote.
+    pub fn last_lines(&self) -> String {
+        let output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes: Vec<u8> = output.iter().copied().collect();
+        let text = String::from_utf8_lossy(&bytes);
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(LAST_LINES)..].join("\n")
+    }
+
+    /// Ends it and its sandbox.
+    pub fn stop(&self) {
+        self.sandboxes.forget(&self.name, self.sandbox);
+    }
+}
+
+async fn follow(
+    stream: UnixStream,
+    set: watch::Sender<Standing>,
+    output: Arc<Mutex<VecDeque<u8>>>,
+    owner: Owner,
+    release: u64,
+    tell: mpsc::Sender<ProgramEvent>,
+) {
+    // The write half stays open: closing it would tell the program that its server is gone.
+    let (mut reader, _writer) = frames(stream);
+    loop {
+        let Ok(frame) = reader.next::<FromApp>().await else {
+            set.send_modify(|standing| {
+                if !standing.over {
+                    standing.last_error.get_or_insert("its sandbox ended".to_owned());
+                    change(standing, ReplState::Crashed);
+                }
+                standing.over = true;
+            });
+            return;
+        };
+        let event = match frame {
+            FromApp::Started { restarts } => {
+                set.send_modify(|standing| {
+                    standing.restarts = restarts;
+                    change(standing, ReplState::Starting);
+                });
+                repl_event("repl.started", "The program was started", release)
+            }
+            FromApp::Serving => {
+                set.send_modify(|standing| {
+                    standing.ready = true;
+                    change(standing, ReplState::Running);
+                });
+                repl_event("repl.serving", "The program serves", release)
+            }
+            FromApp::Output { stream, data } => {
+                keep(&output, &data);
+                output_event(stream, &data, release)
+            }
+            FromApp::Ended { ending, again } => {
+                let words = format!("The program {}", describe(&ending));
+                set.send_modify(|standing| note_end(standing, &ending, again, &words));
+                repl_event("repl.exited", &words, release)
+            }
+        };
+        let event = ProgramEvent {
+            user_id: owner.user_id.clone(),
+            repl_id: owner.repl_id.clone(),
+            event,
+        };
+        if tell.send(event).await.is_err() {
+            return;
+        }
+    }
+}
+
+fn change(standing: &mut Standing, state: ReplState) {
+    standing.state = state;
+    standing.since = Timestamp::now();
+}
+
+fn note_end(standing: &mut Standing, ending: &Ending, again: bool, words: &str) {
+    standing.over = !again;
+    match ending {
+        Ending::Exited(code) if !again => {
+            standing.ready |= *code == 0;
+            change(standing, ReplState::Exited(*code));
+        }
+        _ => change(standing, ReplState::Crashed),
+    }
+    if *ending != Ending::Exited(0) {
+        standing.last_error = Some(words.to_owned());
+    }
+}
+
+fn keep(output: &Mutex<VecDeque<u8>>, data: &[u8]) {
+    let mut output = output.lock().unwrap_or_else(PoisonError::into_inner);
+    output.extend(data);
+    let excess = output.len().saturating_sub(LAST_BYTES);
+    output.drain(..excess);
+}
+
+fn repl_event(action: &str, message: &str, release: u64) -> Event {
+    Event::Repl {
+        action: action.to_owned(),
+        message: message.to_owned(),
+        release: Some(release),
+        error: None,
+    }
+}
+
+fn output_event(stream: OutputStream, data: &[u8], release: u64) -> Event {
+    Event::ProgramOutput {
+        release,
+        stream,
+        data: String::from_utf8_lossy(data).into_owned(),
+    }
+}

@@ -1,0 +1,578 @@
+//! Repls and their releases on this machine: a record per repl, a program per current release.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use super::program::{Owner, Program};
+use super::sandboxes::{Sandboxes, Tenant};
+use super::{DEPLOY_PATIENCE, LocalConfig, unavailable};
+use crate::model::{Limits, Problem, Release, ReleaseState, ReplId, ReplState, ReplStatus, UserId};
+use crate::platform::{ByteStream, PlatformError, ProgramEvent, ReleaseSpec, RunningRelease};
+use crate::runner::app::AppConfig;
+use crate::runner::sandbox::{Isolation, Placed, Role};
+use crate::storage::DirectoryStore;
+
+/// Releases remembered of one repl; older ones can no longer be rolled back to.
+const MAX_RELEASES: usize = 50;
+
+/// How long requests that the previous release is answering may take to finish.
+const DRAIN: Duration = Duration::from_secs(2);
+
+/// Where a program finds the folder that outlives its releases.
+const DATA: &str = "data";
+
+/// A repl as it is stored.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Record {
+    user_id: UserId,
+    /// Whether it should be serving.
+    wanted: bool,
+    releases: Vec<Stored>,
+    since: Timestamp,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Stored {
+    #[serde(flatten)]
+    release: Release,
+    argv: Vec<String>,
+    env: BTreeMap<String, String>,
+    database: bool,
+}
+
+#[derive(Debug)]
+struct Repl {
+    record: Record,
+    program: Option<Arc<Program>>,
+}
+
+/// Every repl of this machine.
+#[derive(Debug, Clone)]
+pub struct Releases {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    config: LocalConfig,
+    store: DirectoryStore,
+    sandboxes: Arc<Sandboxes>,
+    repls: Mutex<HashMap<ReplId, Repl>>,
+    /// One change of a repl at a time.
+    changing: Mutex<HashMap<ReplId, Arc<tokio::sync::Mutex<()>>>>,
+    tell: mpsc::Sender<ProgramEvent>,
+    events: tokio::sync::Mutex<mpsc::Receiver<ProgramEvent>>,
+    stopped: tokio_util::sync::CancellationToken,
+}
+
+impl Releases {
+    /// Reads what an earlier server stored.
+    pub fn open(
+        config: LocalConfig,
+        store: DirectoryStore,
+        sandboxes: Arc<Sandboxes>,
+        tell: mpsc::Sender<ProgramEvent>,
+        events: mpsc::Receiver<ProgramEvent>,
+    ) -> anyhow::Result<Self> {
+        let folder = config.data.join("repls");
+        fs::create_dir_all(&folder)?;
+        let mut repls = HashMap::new();
+        for entry in fs::read_dir(&folder)? {
+            let path = entry?.path();
+            let name = path.file_stem().unwrap_or_default().to_string_lossy();
+            let (Ok(repl), Some("json")) = (
+                name.parse::<ReplId>(),
+                path.extension().and_then(|e| e.to_str()),
+            ) else {
+                continue;
+            };
+            let record: Record = serde_json::from_slice(&fs::read(&path)?).map_err(|error| {
+                anyhow::anyhow!("{} is damaged: {error}. Remove it to forget this repl.", path.display())
+            })?;
+            let program = None;
+            repls.insert(repl, Repl { record, program });
+        }
+        Ok(Self {
+            inner: Arc::new(Inner {
+                config,
+                store,
+                sandboxes,
+                repls: Mutex::new(repls),
+                changing: Mutex::default(),
+                tell,
+                events: tokio::sync::Mutex::new(events),
+                stopped: tokio_util::sync::CancellationToken::new(),
+            }),
+        })
+    }
+
+    /// Starts the current release of every repl that should be serving, one after the other.
+    pub fn bring_back(&self) {
+        let this = self.clone();
+        tokio::spawn(async move {
+            for repl in this.wanted() {
+                let changing = this.changing(&repl);
+                let _one = changing.lock().await;
+                let Some(stored) = this.current(&repl) else {
+                    continue;
+                };
+                match this.start(&repl, &stored).await {
+                    Ok(program) => this.install(&repl, program),
+                    Err(error) => tracing::error!(%repl, %error, "a release did not come back"),
+                }
+            }
+        });
+    }
+
+    /// See [`Platform::ensure_release`](crate::platform::Platform::ensure_release).
+    pub async fn ensure(&self, spec: &ReleaseSpec) -> Result<RunningRelease, PlatformError> {
+        let changing = self.changing(&spec.repl_id);
+        let _one = changing.lock().await;
+        self.claim(&spec.repl_id, &spec.user_id).await?;
+        if let Some(done) = self.already(spec) {
+            return Ok(done);
+        }
+        let number = self.last_number(&spec.repl_id) + 1;
+        let stored = Stored {
+            release: Release {
+                release: number,
+                submission_id: spec.submission_id,
+                time: Timestamp::now(),
+                state: ReleaseState::Current,
+            },
+            argv: spec.argv.clone(),
+            env: spec.env.clone(),
+            database: spec.database,
+        };
+        self.switch(&spec.repl_id, stored).await
+    }
+
+    /// See [`Platform::rollback`](crate::platform::Platform::rollback).
+    pub async fn rollback(
+        &self,
+        repl: &ReplId,
+        release: Option<u64>,
+    ) -> Result<RunningRelease, PlatformError> {
+        let changing = self.changing(repl);
+        let _one = changing.lock().await;
+        let target = self.with(repl, |repl| {
+            let releases = &repl.record.releases;
+            let current = releases.iter().find(|s| s.release.state == ReleaseState::Current);
+            let before = current.map_or(u64::MAX, |s| s.release.release);
+            let served = |s: &&Stored| s.release.state != ReleaseState::Failed;
+            match release {
+                Some(number) => releases.iter().filter(served).find(|s| s.release.release == number),
+                None => releases.iter().rev().filter(served).find(|s| s.release.release < before),
+            }
+            .cloned()
+        });
+        let target = target.flatten().ok_or_else(|| {
+            PlatformError::NotFound(match release {
+                Some(number) => format!("release {number} of {repl} that served"),
+                None => format!("an earlier release of {repl}"),
+            })
+        })?;
+        self.switch(repl, target).await
+    }
+
+    /// Stops the repl. Its releases, code and database stay.
+    pub async fn stop(&self, repl: &ReplId) -> Result<(), PlatformError> {
+        let changing = self.changing(repl);
+        let _one = changing.lock().await;
+        let program = self.with(repl, |repl| {
+            repl.record.wanted = false;
+            repl.record.since = Timestamp::now();
+            for stored in &mut repl.record.releases {
+                if stored.release.state == ReleaseState::Current {
+                    stored.release.state = ReleaseState::Stopped;
+                }
+            }
+            repl.program.take()
+        });
+        if let Some(program) = program {
+            if let Some(program) = program {
+                program.stop();
+            }
+            self.save(repl)?;
+        }
+        Ok(())
+    }
+
+    /// Ends every program; they come back with the next server.
+    pub async fn stop_all(&self) {
+        let repls = self.locked().drain().collect::<Vec<_>>();
+        for (_, repl) in repls {
+            if let Some(program) = repl.program {
+                program.stop();
+            }
+        }
+        // Whoever waits in `next_event` holds the lock on the channel.
+        self.inner.stopped.cancel();
+    }
+
+    /// Whose it is.
+    pub fn owner(&self, repl: &ReplId) -> Option<UserId> {
+        self.with(repl, |repl| repl.record.user_id.clone())
+    }
+
+    /// Takes the name for the user unless it is taken; says whose it is now.
+    pub async fn claim(&self, repl: &ReplId, user: &UserId) -> Result<UserId, PlatformError> {
+        let owner = {
+            let mut repls = self.locked();
+            if let Some(known) = repls.get(repl) {
+                return Ok(known.record.user_id.clone());
+            }
+            let record = Record {
+                user_id: user.clone(),
+                wanted: false,
+                releases: Vec::new(),
+                since: Timestamp::now(),
+            };
+            let program = None;
+            repls.insert(repl.clone(), Repl { record, program });
+            user.clone()
+        };
+        self.save(repl)?;
+        Ok(owner)
+    }
+
+    /// Every repl that has or had a release.
+    pub fn statuses(&self) -> Vec<ReplStatus> {
+        let repls = self.locked();
+        let mut statuses: Vec<ReplStatus> = repls
+            .iter()
+            .filter(|(_, repl)| !repl.record.releases.is_empty())
+            .map(|(id, repl)| self.status(id, repl))
+            .collect();
+        statuses.sort_by(|a, b| a.repl_id.cmp(&b.repl_id));
+        statuses
+    }
+
+    /// Every release of the repl, newest first.
+    pub fn of(&self, repl: &ReplId) -> Result<Vec<Release>, PlatformError> {
+        self.with(repl, |repl| {
+            repl.record.releases.iter().rev().map(|s| s.release.clone()).collect()
+        })
+        .ok_or_else(|| PlatformError::NotFound(format!("the repl {repl}")))
+    }
+
+    /// A connection to the repl's program.
+    pub async fn dial(&self, repl: &ReplId) -> Result<Box<dyn ByteStream>, PlatformError> {
+        let program = self
+            .with(repl, |repl| repl.program.clone())
+            .flatten()
+            .ok_or_else(|| PlatformError::NotFound(format!("a running release of {repl}")))?;
+        match program.dial().await {
+            Ok(stream) => Ok(Box::new(stream)),
+            Err(error) => Err(unavailable(
+                "The program cannot be reached",
+                &error.into(),
+                "Look at its log; deploy it again if its sandbox ended.",
+            )),
+        }
+    }
+
+    /// See [`Platform::next_program_event`](crate::platform::Platform::next_program_event).
+    pub async fn next_event(&self) -> Option<ProgramEvent> {
+        let next = async { self.inner.events.lock().await.recv().await };
+        tokio::select! {
+            event = next => event,
+            () = self.inner.stopped.cancelled() => None,
+        }
+    }
+
+    /// Starts a release and, when it serves, lets it take over from the previous one.
+    async fn switch(&self, repl: &ReplId, stored: Stored) -> Result<RunningRelease, PlatformError> {
+        let number = stored.release.release;
+        let program = match self.start(repl, &stored).await {
+            Ok(program) => program,
+            Err(error) => {
+                let problem = Problem::new(
+                    "deploy_failed",
+                    "The release could not be started",
+                    format!("{error:#}"),
+                    "Look at the server's log; the previous release serves on.",
+                );
+                self.note_failure(repl, stored)?;
+                return Err(PlatformError::Unavailable(problem));
+            }
+        };
+        if let Err(problem) = wait_until_ready(&program).await {
+            program.stop();
+            self.note_failure(repl, stored)?;
+            return Err(PlatformError::NotReady(problem));
+        }
+        self.with(repl, |repl| {
+            let record = &mut repl.record;
+            record.wanted = true;
+            for other in &mut record.releases {
+                if other.release.state == ReleaseState::Current {
+                    other.release.state = ReleaseState::Superseded;
+                }
+            }
+            match record.releases.iter_mut().find(|s| s.release.release == number) {
+                Some(known) => known.release.state = ReleaseState::Current,
+                None => record.releases.push(stored),
+            }
+            let excess = record.releases.len().saturating_sub(MAX_RELEASES);
+            record.releases.drain(..excess);
+        });
+        self.save(repl)?;
+        self.install(repl, program);
+        Ok(RunningRelease {
+            release: number,
+            url: self.url(repl),
+        })
+    }
+
+    fn note_failure(&self, repl: &ReplId, mut stored: Stored) -> Result<(), PlatformError> {
+        let known = self.with(repl, |repl| {
+            let releases = &mut repl.record.releases;
+            // A rollback that failed leaves the release as good as it was.
+            if releases.iter().all(|s| s.release.release != stored.release.release) {
+                stored.release.state = ReleaseState::Failed;
+                releases.push(stored);
+            }
+        });
+        known.map_or(Ok(()), |()| self.save(repl))
+    }
+
+    /// Makes it the one that callers reach; the previous one finishes what it is answering.
+    fn install(&self, repl: &ReplId, program: Program) {
+        let replaced = self.with(repl, |repl| repl.program.replace(Arc::new(program)));
+        if let Some(Some(replaced)) = replaced {
+            tokio::spawn(async move {
+                tokio::time::sleep(DRAIN).await;
+                replaced.stop();
+            });
+        }
+    }
+
+    async fn start(&self, repl: &ReplId, stored: &Stored) -> anyhow::Result<Program> {
+        let inner = &self.inner;
+        let user_id = self
+            .owner(repl)
+            .ok_or_else(|| anyhow::anyhow!("the repl {repl} is gone"))?;
+        let name = format!("repl-{repl}-{}-{}", stored.release.release, nonce());
+        let release = inner.store.release(repl, stored.release.submission_id);
+        let mut placed = vec![Placed {
+            from: release,
+            name: "release".to_owned(),
+            writable: false,
+        }];
+        let mut env = stored.env.clone();
+        if stored.database {
+            let from = self.database(repl)?;
+            placed.push(Placed {
+                from,
+                name: DATA.to_owned(),
+                writable: true,
+            });
+        }
+        let memory_bytes = inner.config.maximum.memory_bytes;
+        let (release, data) = if inner.sandboxes.host().isolation == Isolation::None {
+            let folder = |index: usize| placed.get(index).map(|placed| placed.from.clone());
+            (folder(0).unwrap_or_default(), folder(1))
+        } else {
+            let data = stored.database.then(|| PathBuf::from("/").join(DATA));
+            (PathBuf::from("/release"), data)
+        };
+        if let Some(data) = &data {
+            let url = format!("sqlite:///{}/db.sqlite3", data.display());
+            env.entry("DATABASE_URL".to_owned()).or_insert(url);
+        }
+        let argv = stored.argv.clone();
+        let tenant = Tenant {
+            name: name.clone(),
+            placed,
+            slots: 1,
+            network: false,
+            slot_memory: memory_bytes,
+        };
+        let sandbox = inner
+            .sandboxes
+            .make(tenant, |sandbox| {
+                Role::App(AppConfig {
+                    argv,
+                    env: env.into_iter().collect(),
+                    release,
+                    data,
+                    memory_bytes,
+                    processes: Limits::MAXIMUM.processes,
+                    sandbox,
+                })
+            })
+            .await?;
+        let owner = Owner {
+            user_id,
+            repl_id: repl.clone(),
+        };
+        let sandboxes = Arc::clone(&inner.sandboxes);
+        let tell = inner.tell.clone();
+        Program::watch(name, sandbox, sandboxes, owner, stored.release.release, tell).await
+    }
+
+    /// The folder of the repl's database. Its owner changes with the sandbox, so all may write:
+    /// the folder above it is closed to everybody but the server.
+    fn database(&self, repl: &ReplId) -> anyhow::Result<PathBuf> {
+        use std::os::unix::fs::PermissionsExt;
+        let all = self.inner.config.data.join("databases");
+        fs::create_dir_all(&all)?;
+        fs::set_permissions(&all, fs::Permissions::from_mode(0o700))?;
+        let folder = all.join(repl.as_str());
+        fs::create_dir_all(&folder)?;
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o777))?;
+        for entry in fs::read_dir(&folder)?.flatten() {
+            if entry.file_type()?.is_file() {
+                fs::set_permissions(entry.path(), fs::Permissions::from_mode(0o666))?;
+            }
+        }
+        Ok(folder)
+    }
+
+    fn already(&self, spec: &ReleaseSpec) -> Option<RunningRelease> {
+        let number = self.with(&spec.repl_id, |repl| {
+            let same = |s: &&Stored| {
+                s.release.submission_id == spec.submission_id
+                    && s.release.state == ReleaseState::Current
+            };
+            let found = repl.record.releases.iter().find(same)?;
+            repl.program.is_some().then_some(found.release.release)
+        })??;
+        Some(RunningRelease {
+            release: number,
+            url: self.url(&spec.repl_id),
+        })
+    }
+
+    fn last_number(&self, repl: &ReplId) -> u64 {
+        self.with(repl, |repl| repl.record.releases.iter().map(|s| s.release.release).max())
+            .flatten()
+            .unwrap_or(0)
+    }
+
+    fn current(&self, repl: &ReplId) -> Option<Stored> {
+        self.with(repl, |repl| {
+            let current = |s: &&Stored| s.release.state == ReleaseState::Current;
+            repl.record.releases.iter().find(current).cloned()
+        })?
+    }
+
+    fn wanted(&self) -> Vec<ReplId> {
+        let repls = self.locked();
+        let wanted = repls.iter().filter(|(_, repl)| repl.record.wanted);
+        wanted.map(|(id, _)| id.clone()).collect()
+    }
+
+    fn status(&self, id: &ReplId, repl: &Repl) -> ReplStatus {
+        let standing = repl.program.as_ref().map(|p| p.standing().borrow().clone());
+        let (state, since) = match &standing {
+            Some(standing) => (standing.state, standing.since),
+            None if repl.record.wanted => (ReplState::Starting, repl.record.since),
+            None => (ReplState::Stopped, repl.record.since),
+        };
+        let wanted = u32::from(repl.record.wanted);
+        ReplStatus {
+            repl_id: id.clone(),
+            user_id: repl.record.user_id.clone(),
+            state,
+            ready: u32::from(matches!(state, ReplState::Running | ReplState::Exited(0))),
+            replicas: wanted,
+            restarts: standing.as_ref().map_or(0, |s| s.restarts),
+            url: self.url(id),
+            release: repl.program.as_ref().map(|program| program.release),
+            last_error: standing.and_then(|s| s.last_error),
+            since,
+        }
+    }
+
+    fn url(&self, repl: &ReplId) -> String {
+        format!("http://{repl}.{}/", self.inner.config.app_authority)
+    }
+
+    /// Stores the repl's record: whole or not at all, and on the disk when this returns.
+    fn save(&self, repl: &ReplId) -> Result<(), PlatformError> {
+        let Some(record) = self.with(repl, |repl| repl.record.clone()) else {
+            return Ok(());
+        };
+        let folder = self.inner.config.data.join("repls");
+        let write = || -> anyhow::Result<()> {
+            let staged = folder.join(format!("{repl}.new"));
+            // Its environment may hold secrets.
+            let mut file = fs::OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&staged)?;
+            file.write_all(&serde_json::to_vec_pretty(&record)?)?;
+            file.sync_data()?;
+            fs::rename(&staged, folder.join(format!("{repl}.json")))?;
+            File::open(&folder)?.sync_all()?;
+            Ok(())
+        };
+        write().map_err(|error| {
+            unavailable(
+                "The repl's record could not be stored",
+                &error,
+                "Check that the data folder is writable and has room.",
+            )
+        })
+    }
+
+    fn with<T>(&self, repl: &ReplId, act: impl FnOnce(&mut Repl) -> T) -> Option<T> {
+        self.locked().get_mut(repl).map(act)
+    }
+
+    fn locked(&self) -> std::sync::MutexGuard<'_, HashMap<ReplId, Repl>> {
+        self.inner.repls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn changing(&self, repl: &ReplId) -> Arc<tokio::sync::Mutex<()>> {
+        let mut changing = self.inner.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(changing.entry(repl.clone()).or_default())
+    }
+}
+
+/// Tells apart two starts of the same release, whose sandboxes may overlap.
+fn nonce() -> u32 {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+async fn wait_until_ready(program: &Program) -> Result<(), Problem> {
+    let mut standing = program.standing();
+    let settled = standing.wait_for(|standing| standing.ready || standing.over);
+    let cause = match timeout(DEPLOY_PATIENCE, settled).await {
+        Ok(Ok(standing)) if standing.ready => return Ok(()),
+        Ok(Ok(standing)) => standing
+            .last_error
+            .clone()
+            .unwrap_or_else(|| "the program ended".to_owned()),
+        Ok(Err(_)) => "its sandbox ended".to_owned(),
+        Err(_) => format!("it was not ready within {} s", DEPLOY_PATIENCE.as_secs()),
+    };
+    let lines = program.last_lines();
+    let cause = if lines.is_empty() {
+        cause
+    } else {
+        format!("{cause}. Its last lines:\n{lines}")
+    };
+    Err(Problem::new(
+        "deploy_failed",
+        "The release did not come up",
+        cause,
+        "Mend the program so that it listens on port 3000 or ends with exit code 0; the previous release serves on.",
+    ))
+}
