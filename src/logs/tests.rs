@@ -1,1 +1,830 @@
+//! The search's promises.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
+use std::path::PathBuf;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use jiff::{SignedDuration, Timestamp};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::query::Filter;
+use super::*;
+use crate::journal::{Journal, JournalOptions, NewRecord};
+use crate::model::{
+    Ending, Event, Limits, Outcome, OutputStream, Problem, Reason, Record, RunReport, Status, Step,
+    StepState, SubmissionId, SubmissionRequest, TestResult, Usage,
+};
+
+struct House {
+    dir: TempDir,
+    journal: Journal,
+    search: Search,
+    stop: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl House {
+    fn new() -> Self {
+        Self::on(TempDir::new().unwrap(), SearchOptions::default())
+    }
+
+    fn on(dir: TempDir, options: SearchOptions) -> Self {
+        let journal =
+            Journal::open(&dir.path().join("journal"), JournalOptions::default()).unwrap();
+        let path = dir.path().join("search.sqlite");
+        let search = Search::open_with(&path, journal.clone(), options).unwrap();
+        let stop = CancellationToken::new();
+        let task = tokio::spawn(search.clone().run(stop.clone()));
+        Self {
+            dir,
+            journal,
+            search,
+            stop,
+            task,
+        }
+    }
+
+    fn file(&self) -> PathBuf {
+        self.dir.path().join("search.sqlite")
+    }
+
+    async fn close(self) -> TempDir {
+        self.stop.cancel();
+        self.task.await.unwrap();
+        self.journal.close().await.unwrap();
+        self.dir
+    }
+
+    async fn restart(self, between: impl FnOnce(&std::path::Path)) -> Self {
+        let dir = self.close().await;
+        between(&dir.path().join("search.sqlite"));
+        Self::on(dir, SearchOptions::default())
+    }
+
+    /// Appends and waits until it is durable.
+    async fn add(&self, user: &str, id: SubmissionId, event: Event) -> u64 {
+        let record = NewRecord {
+            user_id: user.parse().unwrap(),
+            submission_id: Some(id),
+            repl_id: format!("{user}-prod").parse().unwrap(),
+            event,
+        };
+        let position = self.journal.append(record).await.unwrap().position;
+        self.journal.durable(position).await.unwrap();
+        position
+    }
+
+    /// Received, one line of output for each text, and a reply.
+    async fn submit(&self, user: &str, texts: &[&str], status: Status) -> SubmissionId {
+        let id = SubmissionId::new();
+        self.add(user, id, received(user, id)).await;
+        for text in texts {
+            self.add(user, id, output(text)).await;
+        }
+        self.add(user, id, Event::Reply(Box::new(Outcome::new(status))))
+            .await;
+        id
+    }
+
+    async fn find(&self, query: LogQuery) -> Vec<String> {
+        messages(&self.search.query(query).await.unwrap().records)
+    }
+
+    async fn find_words(&self, q: &str) -> Vec<String> {
+        self.find(LogQuery {
+            q: Some(q.to_owned()),
+            ..LogQuery::default()
+        })
+        .await
+    }
+}
+
+fn received(user: &str, id: SubmissionId) -> Event {
+    let json = json!({"user_id": user, "submission_id": id, "code": "print(1)"});
+    let request: SubmissionRequest = serde_json::from_value(json).unwrap();
+    Event::Received {
+        submission: Box::new(request.validate(&Limits::MAXIMUM).unwrap()),
+    }
+}
+
+fn output(text: &str) -> Event {
+    Event::Output {
+        stream: OutputStream::Stdout,
+        data: text.to_owned(),
+        run: 0,
+        run_seq: 1,
+    }
+}
+
+fn messages(records: &[LogRecord]) -> Vec<String> {
+    let message = |r: &LogRecord| r.fields["message"].as_str().unwrap().to_owned();
+    records.iter().map(message).collect()
+}
+
+fn shape(event: Event, seq: Option<u64>) -> Value {
+    Value::Object(ecs(&Record {
+        position: 7,
+        time: "2026-01-31T12:00:00.000123Z".parse().unwrap(),
+        user_id: "ada".parse().unwrap(),
+        submission_id: Some("0190b6b5-7f3c-7000-8000-000000000000".parse().unwrap()),
+        repl_id: "shop".parse().unwrap(),
+        seq,
+        event,
+    }))
+}
+
+#[test]
+fn a_step_has_every_field_of_the_contract() {
+    let step = Event::Step {
+        name: Step::Test,
+        state: StepState::Passed,
+        duration_ms: Some(12),
+    };
+    let expected = json!({
+        "@timestamp": "2026-01-31T12:00:00.000123Z",
+        "message": "Testing: passed",
+        "log.level": "info",
+        "event.action": "test.passed",
+        "event.outcome": "success",
+        "event.duration": 12_000_000,
+        "event.sequence": 3,
+        "user.id": "ada",
+        "service.name": "gantry",
+        "orchestrator.namespace": "user-ada",
+        "orchestrator.resource.name": "ada-test",
+        "gantry.submission_id": "0190b6b5-7f3c-7000-8000-000000000000",
+        "gantry.repl_id": "shop",
+        "gantry.step": "test",
+    });
+    assert_eq!(shape(step, Some(3)), expected);
+}
+
+#[test]
+fn actions_levels_and_outcomes_tell_whose_failure_it_is() {
+    let problem = Problem::new(
+        "not_ready",
+        "It did not come up",
+        "port 3000 is closed",
+        "Listen on it.",
+    );
+    let reply = |status, reason, error: Option<&Problem>| {
+        Event::Reply(Box::new(Outcome {
+            reason,
+            exit_code: Some(3),
+            release: Some(4),
+            error: error.cloned(),
+            ..Outcome::new(status)
+        }))
+    };
+    let step = |name, state| Event::Step {
+        name,
+        state,
+        duration_ms: None,
+    };
+    let run = |ending| Event::RunEnded {
+        run: 0,
+        report: RunReport {
+            ending,
+            duration_ms: 1,
+            usage: Usage::default(),
+            truncated: false,
+            test_report: None,
+        },
+    };
+    let test = |passed| {
+        Event::Test(TestResult {
+            name: "adds".to_owned(),
+            passed,
+            duration_ms: 2,
+            message: Some("1 is not 2".to_owned()),
+            expected: None,
+            actual: None,
+        })
+    };
+    let id = SubmissionId::new();
+    let exit = Some(Reason::ExitCode);
+    let cases = [
+        (
+            received("ada", id),
+            "submission.received",
+            "info",
+            "unknown",
+            "Submission received: python",
+        ),
+        (
+            Event::Queued,
+            "submission.queued",
+            "info",
+            "unknown",
+            "Waiting for its turn",
+        ),
+        (
+            step(Step::Test, StepState::Started),
+            "test.started",
+            "info",
+            "unknown",
+            "Testing: started",
+        ),
+        (
+            step(Step::Test, StepState::Failed),
+            "test.failed",
+            "warn",
+            "failure",
+            "Testing: failed",
+        ),
+        (
+            step(Step::Deploy, StepState::Failed),
+            "deploy.failed",
+            "error",
+            "failure",
+            "Deploying: failed",
+        ),
+        (
+            output("a\u{1b}[2J\n"),
+            "output.stdout",
+            "info",
+            "unknown",
+            "a\u{1b}[2J\n",
+        ),
+        (
+            run(Ending::Exited(0)),
+            "run.ended",
+            "info",
+            "success",
+            "Exited with code 0",
+        ),
+        (
+            run(Ending::Limit(Reason::Memory)),
+            "run.ended",
+            "warn",
+            "failure",
+            "Stopped at its limit: memory",
+        ),
+        (test(true), "test.result", "info", "success", "adds passed"),
+        (
+            test(false),
+            "test.result",
+            "warn",
+            "failure",
+            "adds failed: 1 is not 2",
+        ),
+        (
+            reply(Status::TestsPassed, None, None),
+            "submission.ended",
+            "info",
+            "success",
+            "Tests passed",
+        ),
+        (
+            reply(Status::TestsFailed, exit, None),
+            "submission.ended",
+            "warn",
+            "failure",
+            "Tests failed: exit code 3",
+        ),
+        (
+            reply(Status::DeployFailed, None, Some(&problem)),
+            "submission.ended",
+            "error",
+            "failure",
+            "Deploy failed: It did not come up",
+        ),
+        (
+            reply(Status::Unavailable, None, Some(&problem)),
+            "submission.ended",
+            "error",
+            "unknown",
+            "Unavailable: It did not come up",
+        ),
+        (
+            reply(Status::Cancelled, None, None),
+            "submission.ended",
+            "warn",
+            "unknown",
+            "Cancelled",
+        ),
+    ];
+    for (event, action, level, outcome, message) in cases {
+        let shape = shape(event, None);
+        assert_eq!(shape["event.action"], action);
+        assert_eq!(shape["log.level"], level, "{action}");
+        assert_eq!(shape["event.outcome"], outcome, "{action}");
+        assert_eq!(shape["message"], message, "{action}");
+    }
+    let failed = shape(reply(Status::DeployFailed, None, Some(&problem)), Some(9));
+    assert_eq!(failed["error.code"], "not_ready");
+    assert_eq!(
+        failed["error.message"],
+        "It did not come up: port 3000 is closed. Listen on it."
+    );
+    assert_eq!(failed["gantry.release"], 4);
+    assert_eq!(failed["orchestrator.resource.name"], "shop");
+    assert_eq!(
+        shape(reply(Status::TestsFailed, exit, None), None)["error.type"],
+        "exit_code"
+    );
+}
+
+#[tokio::test]
+async fn every_filter_narrows() {
+    let house = House::new();
+    let ada = house
+        .submit("ada", &["alpha", "beta gamma"], Status::TestsPassed)
+        .await;
+    let bob = house.submit("bob", &["alpha"], Status::TestsFailed).await;
+    let base = LogQuery::default;
+    assert_eq!(house.find(base()).await.len(), 7);
+    let users = LogQuery {
+        users: Some("ada".parse().unwrap()),
+        ..base()
+    };
+    assert_eq!(house.find(users.clone()).await.len(), 4);
+    let repl = LogQuery {
+        repl_id: Some("bob-prod".parse().unwrap()),
+        ..base()
+    };
+    assert_eq!(house.find(repl.clone()).await.len(), 3);
+    assert!(
+        house
+            .find(LogQuery {
+                users: users.users.clone(),
+                ..repl
+            })
+            .await
+            .is_empty()
+    );
+    let submission = LogQuery {
+        submission_id: Some(bob),
+        ..base()
+    };
+    assert_eq!(house.find(submission.clone()).await[1], "alpha");
+    assert!(
+        house
+            .find(LogQuery {
+                users: users.users.clone(),
+                ..submission
+            })
+            .await
+            .is_empty()
+    );
+    let step = LogQuery {
+        step: Some("test".into()),
+        ..base()
+    };
+    assert_eq!(house.find(step).await, ["alpha", "beta gamma", "alpha"]);
+    let level = LogQuery {
+        level: Some("warn".into()),
+        ..base()
+    };
+    assert_eq!(house.find(level).await, ["Tests failed"]);
+    let words = LogQuery {
+        q: Some("alpha".into()),
+        submission_id: Some(ada),
+        ..base()
+    };
+    assert_eq!(house.find(words).await, ["alpha"]);
+}
+
+#[tokio::test]
+async fn times_narrow() {
+    let house = House::new();
+    house.submit("ada", &["first"], Status::TestsPassed).await;
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let between = Timestamp::now();
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    house.submit("ada", &["second"], Status::TestsPassed).await;
+    for q in [
+        None,
+        Some("first second".split(' ').next().unwrap().to_owned()),
+    ] {
+        let until = LogQuery {
+            until: Some(between),
+            q,
+            ..LogQuery::default()
+        };
+        assert!(house.find(until).await.contains(&"first".to_owned()));
+    }
+    let since = LogQuery {
+        since: Some(between),
+        ..LogQuery::default()
+    };
+    assert_eq!(
+        house.find(since.clone()).await,
+        ["Submission received: python", "second", "Tests passed"]
+    );
+    assert!(
+        house
+            .find(LogQuery {
+                until: Some(between),
+                ..since
+            })
+            .await
+            .is_empty()
+    );
+    let future = LogQuery {
+        since: Some(Timestamp::now() + SignedDuration::from_hours(1)),
+        ..LogQuery::default()
+    };
+    assert!(house.find(future).await.is_empty());
+}
+
+#[tokio::test]
+async fn words_and_phrases_are_found_and_syntax_is_only_text() {
+    let house = House::new();
+    let texts = [
+        "the quick brown fox",
+        "quick: brown_dog NEAR(x)",
+        "Straße ÜBER 漢字",
+    ];
+    house.submit("ada", &texts, Status::TestsPassed).await;
+    assert_eq!(house.find_words("QUICK brown").await.len(), 2);
+    assert_eq!(house.find_words("\"brown fox\"").await, [texts[0]]);
+    assert_eq!(house.find_words("\"fox brown\"").await, [] as [&str; 0]);
+    assert_eq!(house.find_words("über straße").await, [texts[2]]);
+    assert_eq!(house.find_words("bro* fo*").await, [texts[0]]);
+    assert_eq!(house.find_words("brown_dog").await, [texts[1]]);
+    assert_eq!(house.find_words("\"quick brown").await.len(), 2);
+    for hostile in [
+        "NEAR(",
+        "text:quick AND",
+        "quick OR (",
+        "^quick + \"",
+        "a\"b\"c'--",
+        "-quick",
+        "{x} : ",
+        "\0quick",
+        "*quick",
+    ] {
+        let _ = house.find_words(hostile).await;
+    }
+    assert_eq!(house.find_words("NOT quick").await, [] as [&str; 0]);
+}
+
+#[tokio::test]
+async fn a_wrong_field_is_named() {
+    let house = House::new();
+    let base = LogQuery::default;
+    let cases = [
+        (
+            LogQuery {
+                step: Some("tset".into()),
+                ..base()
+            },
+            "step",
+        ),
+        (
+            LogQuery {
+                level: Some("loud".into()),
+                ..base()
+            },
+            "level",
+        ),
+        (
+            LogQuery {
+                after: Some("-1".into()),
+                ..base()
+            },
+            "after",
+        ),
+        (
+            LogQuery {
+                after: Some(u64::MAX.to_string()),
+                ..base()
+            },
+            "after",
+        ),
+        (
+            LogQuery {
+                q: Some("x".repeat(1025)),
+                ..base()
+            },
+            "q",
+        ),
+        (
+            LogQuery {
+                q: Some("!?".into()),
+                ..base()
+            },
+            "q",
+        ),
+    ];
+    for (query, field) in cases {
+        let Err(SearchError::Field(error)) = house.search.query(query.clone()).await else {
+            panic!()
+        };
+        assert_eq!(error.field, field);
+        let mut stream = Box::pin(house.search.follow(query));
+        assert!(matches!(
+            stream.next().await,
+            Some(Err(SearchError::Field(_)))
+        ));
+        assert!(stream.next().await.is_none());
+    }
+    let query = SubmissionQuery {
+        users: None,
+        repl_id: None,
+        status: Some("lost".into()),
+        limit: 1,
+        before: None,
+    };
+    let Err(SearchError::Field(error)) = house.search.submissions(query).await else {
+        panic!()
+    };
+    assert_eq!(error.field, "status");
+}
+
+#[tokio::test]
+async fn pages_go_forward_from_the_newest_and_from_any_cursor() {
+    let house = House::new();
+    let texts: Vec<String> = (0..25).map(|n| format!("line {n}")).collect();
+    let id = SubmissionId::new();
+    house.add("ada", id, received("ada", id)).await;
+    let mut first = 0;
+    for text in &texts {
+        let position = house.add("ada", id, output(text)).await;
+        first = if first == 0 { position } else { first };
+    }
+    let newest = house
+        .search
+        .query(LogQuery {
+            limit: 5,
+            ..LogQuery::default()
+        })
+        .await
+        .unwrap();
+    assert_eq!(messages(&newest.records), texts[20..]);
+    let query = LogQuery {
+        after: newest.next.clone(),
+        ..LogQuery::default()
+    };
+    let nothing = house.search.query(query.clone()).await.unwrap();
+    assert!(nothing.records.is_empty() && nothing.next == newest.next);
+    house.add("ada", id, output("more")).await;
+    assert_eq!(house.find(query).await, ["more"]);
+    for q in [None, Some("line".to_owned())] {
+        let mut seen = Vec::new();
+        let mut after = Some((first - 1).to_string());
+        loop {
+            let query = LogQuery {
+                limit: 4,
+                after,
+                q: q.clone(),
+                ..LogQuery::default()
+            };
+            let page = house.search.query(query).await.unwrap();
+            if page.records.is_empty() {
+                break;
+            }
+            seen.extend(messages(&page.records));
+            after = page.next;
+        }
+        assert_eq!(seen[..25], texts);
+    }
+}
+
+#[tokio::test]
+async fn a_client_reads_its_own_writes() {
+    let house = House::new();
+    for n in 0..30 {
+        let id = house
+            .submit("ada", &[&format!("unique{n}")], Status::TestsPassed)
+            .await;
+        let query = LogQuery {
+            submission_id: Some(id),
+            q: Some(format!("unique{n}")),
+            ..LogQuery::default()
+        };
+        assert_eq!(house.find(query).await.len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn submissions_are_listed_newest_first_with_their_state() {
+    let house = House::new();
+    let mut ids = Vec::new();
+    for n in 0..6 {
+        let user = if n % 2 == 0 { "ada" } else { "bob" };
+        let status = if n < 3 {
+            Status::TestsPassed
+        } else {
+            Status::TestsFailed
+        };
+        ids.push(house.submit(user, &[], status).await);
+    }
+    let open = SubmissionId::new();
+    house.add("ada", open, received("ada", open)).await;
+    ids.push(open);
+    ids.reverse();
+    let base = || SubmissionQuery {
+        users: None,
+        repl_id: None,
+        status: None,
+        limit: 50,
+        before: None,
+    };
+    let list = async |query: SubmissionQuery| {
+        let page = house.search.submissions(query).await.unwrap();
+        let ids: Vec<_> = page.submissions.iter().map(|s| s.submission_id).collect();
+        (ids, page)
+    };
+    let (all, page) = list(base()).await;
+    assert_eq!(all, ids);
+    assert_eq!(page.next, None);
+    assert_eq!(page.submissions[0].status, None);
+    assert_eq!(page.submissions[1].status, Some(Status::TestsFailed));
+    assert_eq!(page.submissions[1].language, "python");
+    let (first, page) = list(SubmissionQuery { limit: 4, ..base() }).await;
+    let (second, end) = list(SubmissionQuery {
+        limit: 4,
+        before: page.next,
+        ..base()
+    })
+    .await;
+    assert_eq!([first, second].concat(), ids);
+    assert_eq!(end.next, None);
+    assert_eq!(
+        list(SubmissionQuery {
+            users: Some("bob".parse().unwrap()),
+            ..base()
+        })
+        .await
+        .0
+        .len(),
+        3
+    );
+    assert_eq!(
+        list(SubmissionQuery {
+            repl_id: Some("ada-prod".parse().unwrap()),
+            ..base()
+        })
+        .await
+        .0
+        .len(),
+        4
+    );
+    assert_eq!(
+        list(SubmissionQuery {
+            status: Some("tests_passed".into()),
+            ..base()
+        })
+        .await
+        .0
+        .len(),
+        3
+    );
+    assert_eq!(
+        list(SubmissionQuery {
+            status: Some("running".into()),
+            ..base()
+        })
+        .await
+        .0,
+        [open]
+    );
+}
+
+#[tokio::test]
+async fn every_record_is_indexed_once_over_restarts_and_rebuilds() {
+    let mut house = House::new();
+    house.submit("ada", &["before"], Status::TestsPassed).await;
+    let expected = house.find(LogQuery::default()).await;
+    let damages: [fn(&std::path::Path); 4] = [
+        |_| {},
+        |file| std::fs::remove_file(file).unwrap(),
+        |file| std::fs::write(file, vec![7; 9000]).unwrap(),
+        |file| {
+            let connection = rusqlite::Connection::open(file).unwrap();
+            connection.pragma_update(None, "user_version", 99).unwrap();
+        },
+    ];
+    for damage in damages {
+        house = house.restart(damage).await;
+        assert_eq!(house.find(LogQuery::default()).await, expected);
+        assert_eq!(house.find_words("before").await, ["before"]);
+        assert!(house.file().exists());
+    }
+    // An index of another journal.
+    let dir = house.close().await;
+    std::fs::remove_dir_all(dir.path().join("journal")).unwrap();
+    let house = House::on(dir, SearchOptions::default());
+    assert!(house.find(LogQuery::default()).await.is_empty());
+    house.submit("ada", &["after"], Status::TestsPassed).await;
+    assert_eq!(house.find_words("after").await, ["after"]);
+}
+
+#[tokio::test]
+async fn old_records_leave_the_index() {
+    let dir = TempDir::new().unwrap();
+    let options = SearchOptions {
+        max_bytes: 1 << 30,
+        max_age: Duration::from_millis(300),
+    };
+    let house = House::on(dir, options);
+    house.submit("ada", &["ancient"], Status::TestsPassed).await;
+    assert_eq!(house.find_words("ancient").await.len(), 1);
+    tokio::time::sleep(Duration::from_millis(350)).await;
+    house.submit("ada", &["recent"], Status::TestsPassed).await;
+    house.submit("ada", &["newest"], Status::TestsPassed).await;
+    assert!(house.find_words("ancient").await.is_empty());
+    assert_eq!(house.find_words("newest").await.len(), 1);
+    assert!(house.find(LogQuery::default()).await.len() <= 6);
+
+    let options = SearchOptions {
+        max_bytes: 1,
+        max_age: Duration::from_secs(3600),
+    };
+    let small = House::on(house.close().await, options);
+    small.submit("ada", &["one"], Status::TestsPassed).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(small.find(LogQuery::default()).await.len() <= 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn followers_see_every_match_once_from_wherever_they_begin() {
+    let house = House::new();
+    let id = SubmissionId::new();
+    house.add("ada", id, received("ada", id)).await;
+    let begin = house.add("ada", id, output("begin marker")).await;
+    let mut followers = Vec::new();
+    for n in 0..300 {
+        if n % 15 == 0 {
+            let after = (n % 2 == 0).then(|| begin.to_string());
+            let query = LogQuery {
+                q: Some("marker".into()),
+                limit: 7,
+                after,
+                ..LogQuery::default()
+            };
+            let stream = house.search.follow(query);
+            followers.push(tokio::spawn(async move {
+                let texts = stream.map(|r| messages(&[r.unwrap()]).remove(0));
+                let until = texts.take_while(|text| std::future::ready(text != "end marker"));
+                until.collect::<Vec<_>>().await
+            }));
+        }
+        let text = if n % 3 == 0 {
+            format!("marker {n}")
+        } else {
+            format!("other {n}")
+        };
+        house
+            .journal
+            .append(NewRecord {
+                user_id: "ada".parse().unwrap(),
+                submission_id: Some(id),
+                repl_id: "ada-prod".parse().unwrap(),
+                event: output(&text),
+            })
+            .await
+            .unwrap();
+        if n % 10 == 0 {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+    house.add("ada", id, output("end marker")).await;
+    let expected: Vec<String> = (0..300).step_by(3).map(|n| format!("marker {n}")).collect();
+    for (index, follower) in followers.into_iter().enumerate() {
+        let seen = follower.await.unwrap();
+        if index % 2 == 0 {
+            assert_eq!(seen, expected);
+        } else {
+            // From the newest few on, without a gap.
+            let tail = seen.iter().filter(|text| *text != "begin marker").count();
+            assert_eq!(seen[seen.len() - tail..], expected[expected.len() - tail..]);
+            assert!(!seen.is_empty());
+        }
+    }
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(200))]
+    /// What a follower lets through is what the index finds.
+    #[test]
+    fn live_and_indexed_search_agree(text in "[a-c \"*_.-]{0,12}", q in "[a-c \"*_.-]{1,6}") {
+        let record = Record {
+            position: 1,
+            time: Timestamp::UNIX_EPOCH,
+            user_id: "ada".parse().unwrap(),
+            submission_id: None,
+            repl_id: "shop".parse().unwrap(),
+            seq: None,
+            event: output(&text),
+        };
+        let query = LogQuery { q: Some(q.clone()), ..LogQuery::default() };
+        if let Ok(filter) = Filter::try_from(query) {
+            let live = filter.accept(&record).is_some();
+            let connection = rusqlite::Connection::open_in_memory().unwrap();
+            connection.execute_batch("CREATE VIRTUAL TABLE words USING fts5 (text, tokenize = 'unicode61 remove_diacritics 0')").unwrap();
+            connection.execute("INSERT INTO words VALUES (?1)", [&text]).unwrap();
+            let indexed = match filter.full_text() {
+                Some(words) => connection.query_row("SELECT count(*) FROM words WHERE words MATCH ?1", [words], |r| r.get::<_, i64>(0)).unwrap() == 1,
+                None => true,
+            };
+            assert_eq!(live, indexed, "{text:?} {q:?}");
+        }
+    }
+}
