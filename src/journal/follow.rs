@@ -6,8 +6,9 @@ use std::sync::Arc;
 use futures_util::{Stream, stream};
 use tokio::sync::watch;
 
+use super::front::Shared;
 use super::store::{self, lock};
-use super::{JournalError, Shared, blocking};
+use super::{JournalError, blocking};
 use crate::model::{Event, Record, SubmissionId};
 
 /// Records taken from memory at once: they are shared, so this bounds what a slow reader keeps alive.

@@ -193,7 +193,7 @@ impl<'f> Scan<'f> {
             .ok_or_else(|| damage("a frame is cut short"))?;
         let len = u32::from_le_bytes(fixed(prefix, 0)) as usize;
         let crc = u32::from_le_bytes(fixed(prefix, 4));
-        if len < MARK_BODY || len > MAX_FRAME {
+        if !(MARK_BODY..=MAX_FRAME).contains(&len) {
             return Err(damage("a frame has an impossible length"));
         }
         let total = PREFIX + len;

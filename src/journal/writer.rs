@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use super::disk::{Disk, Sink, sync_folder};
 use super::frame::{self, HEADER, MARK};
+use super::front::{Batch, Ill, Shared};
 use super::index::SealedIndex;
 use super::segment::{Active, Sealed, segment_path};
 use super::store::{self, lock};
-use super::{Batch, Ill, Shared};
 
 /// Pause between attempts while the disk refuses. Short enough that nobody waits long once there is
 /// room, long enough that a full disk is not hammered.

@@ -77,6 +77,13 @@ impl Default for LogQuery {
     }
 }
 
+impl LogQuery {
+    /// Says which field is wrong, if one is, before anything is searched.
+    pub fn check(&self) -> Result<(), FieldError> {
+        Filter::try_from(self.clone()).map(|_| ())
+    }
+}
+
 /// One record found.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LogRecord {

@@ -147,7 +147,7 @@ fn log_query(caller: &Caller, params: LogParams) -> Result<Option<LogQuery>, Htt
     if !(1..=MAX_LIMIT).contains(&limit) {
         return Err(wrong("limit", "must be a number from 1 to 1000"));
     }
-    Ok(Some(LogQuery {
+    let query = LogQuery {
         users: user,
         repl_id: parse("repl_id", params.repl_id, "a repl's name")?,
         submission_id: parse("submission_id", params.submission_id, "a submission's id")?,
@@ -158,7 +158,11 @@ fn log_query(caller: &Caller, params: LogParams) -> Result<Option<LogQuery>, Htt
         until: parse::<Timestamp>("until", params.until, "a time such as 2026-01-31T12:00:00Z")?,
         limit,
         after: given(params.after),
-    }))
+    };
+    query
+        .check()
+        .map_err(|error| wrong(&error.field, &error.reason))?;
+    Ok(Some(query))
 }
 
 /// Whose things to look through: `Some(None)` is everybody's, `None` is nothing at all.
@@ -202,6 +206,9 @@ fn failed(error: &SearchError) -> Problem {
 
 /// How a search that failed is told.
 pub fn search_problem(error: SearchError) -> HttpProblem {
+    if let SearchError::Field(error) = &error {
+        return wrong(&error.field, &error.reason);
+    }
     tracing::error!(%error, "a search failed");
     HttpProblem::unavailable(failed(&error))
 }
