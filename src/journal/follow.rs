@@ -2,9 +2,11 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::{Stream, stream};
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use super::front::Shared;
 use super::store::{self, lock};
@@ -15,6 +17,9 @@ use crate::model::{Event, Record, SubmissionId};
 const MEMORY_CHUNK: usize = 64;
 /// Bytes read from disk at once.
 const DISK_CHUNK: usize = 256 << 10;
+
+/// A second look after this long. A commit takes milliseconds; this is for the disk that hangs.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 pub(super) fn follow(
     shared: Arc<Shared>,
@@ -98,6 +103,8 @@ impl Follower {
         match self.look() {
             Next::Here(records) => self.waiting.extend(records),
             Next::OnDisk => self.read().await?,
+            // Received a moment ago: not durable yet, and not worth asking the disk for.
+            Next::Past if live => self.wait_a_while().await?,
             Next::Past => {
                 let (shared, id) = (Arc::clone(&self.shared), self.id);
                 let entry = blocking(move || store::lookup(&shared.store, id)).await?;
@@ -105,13 +112,23 @@ impl Follower {
                     // Received a moment ago: not durable yet.
                     None if live => self.wait().await?,
                     None => return Err(JournalError::Unknown),
-                    Some(entry) if entry.known.last_seq <= self.last => return Ok(false),
+                    // Not ended: it became durable between the look and the lookup. Look again.
+                    Some(entry) if entry.known.last_seq <= self.last => return Ok(!entry.ended),
                     Some(_) => self.read().await?,
                 }
             }
             Next::NotYet => self.wait().await?,
         }
         Ok(true)
+    }
+
+    /// Waits for news, and looks again after a while without: between the two looks the submission
+    /// may have ended and its last record have left memory.
+    async fn wait_a_while(&mut self) -> Result<(), JournalError> {
+        match timeout(LOOK_AGAIN, self.wait()).await {
+            Ok(result) => result,
+            Err(_) => Ok(()),
+        }
     }
 
     async fn wait(&mut self) -> Result<(), JournalError> {
