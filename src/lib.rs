@@ -21,6 +21,17 @@
 //! `transport → pipeline → platform → runner/client` and `pipeline → journal → logs`. [`model`]
 //! imports nothing of ours; everyone may import it. `tests/house.rs` fails on any other edge.
 
+pub mod app;
+pub mod auth;
+pub mod client;
+pub mod config;
+pub mod journal;
+pub mod logs;
 pub mod model;
-pub mod platform;
 pub mod pipeline;
+pub mod platform;
+pub mod runner;
+pub mod shutdown;
+pub mod storage;
+pub mod telemetry;
+pub mod transport;

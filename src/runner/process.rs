@@ -178,8 +178,25 @@ fn kill_all_of(uid: u32) -> io::Result<()> {
             }
             libc::_exit(0)
         },
-        // The agent's reaper collects it.
-        _ => Ok(()),
+        // Waited for: one that is late would kill whatever the slot's next job has started by then.
+        killer => wait_for(killer),
+    }
+}
+
+/// Waits for the end of this child, which is at hand.
+fn wait_for(pid: i32) -> io::Result<()> {
+    loop {
+        // SAFETY: no status is asked for.
+        if unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) } == pid {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        match error.raw_os_error() {
+            Some(libc::EINTR) => {}
+            // Collected by somebody else: gone is gone.
+            Some(libc::ECHILD) => return Ok(()),
+            _ => return Err(error),
+        }
     }
 }
 
