@@ -12,21 +12,28 @@ import { ProblemNote, Time, useLoaded } from "./ui.js";
 /** A submission that still runs is looked at again this often. */
 const RUNNING_POLL_MS = 1_500;
 
+/** `[path, text]` of every file; a submission sent as `code` has one. */
+function filesOf(submission) {
+  return submission.files
+    ? Object.entries(submission.files).map(([path, text]) => [path, String(text)])
+    : [[submission.entrypoint ?? "code", submission.code ?? ""]];
+}
+
 function openInEditor(submission) {
   const name = submission.language ?? "python";
-  setCode(submission.code, name);
+  setCode(filesOf(submission)[0][1], name);
   language.value = name;
   location.hash = href("run");
 }
 
 function Code({ submission }) {
-  const files = submission.files ? Object.entries(submission.files) : [[submission.entrypoint ?? "code", submission.code ?? ""]];
+  const files = filesOf(submission);
   return html`
     <section class="record-code">
       ${files.map(([path, text]) => html`
         <details key=${path} open=${files.length === 1}>
           <summary class="mono">${path}</summary>
-          <pre tabindex="0" class="code-text">${String(text)}</pre>
+          <pre tabindex="0" class="code-text">${text}</pre>
         </details>`)}
     </section>
   `;
@@ -41,7 +48,7 @@ function Body({ data }) {
       <p class="muted">${data.user_id} · ${data.repl_id} · ${submission.language ?? "python"} · <${Time} value=${data.time} /></p>
       <p class="record-links">
         <a href=${href("logs", null, { submission_id: data.submission_id })}>Its log records</a>
-        ${typeof submission.code === "string" && html`<button type="button" class="small" onClick=${() => openInEditor(submission)}>Open in the editor</button>`}
+        ${filesOf(submission).length === 1 && html`<button type="button" class="small" onClick=${() => openInEditor(submission)}>Open in the editor</button>`}
       </p>
     </header>
     <${Stages} stages=${record.stages.value} />

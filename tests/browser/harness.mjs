@@ -54,17 +54,20 @@ function killLeftovers(dataDir) {
 
 /** Servers that `stop` has not ended yet: an interrupted run stops them too, and with them their sandboxes. */
 const unfinished = new Set();
+let interrupted = false;
 process.once("exit", () => {
   for (const server of unfinished) server.child?.kill("SIGTERM");
 });
 for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) {
   process.once(signal, () => {
+    interrupted = true;
     Promise.allSettled([...unfinished].map((server) => server.stop())).finally(() => process.exit(1));
   });
 }
 
 export class Server {
   static async create({ apiKey = `test-${randomBytes(24).toString("hex")}` } = {}) {
+    assert.ok(!interrupted, "the tests were interrupted");
     const binary = resolve(process.env.GANTRY_BIN ?? "target/debug/gantry");
     assert.ok(existsSync(binary), `no gantry at ${binary}; build it, or set GANTRY_BIN`);
     const server = new Server();

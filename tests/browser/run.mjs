@@ -228,6 +228,17 @@ async function listChecks() {
     await page.waitForFunction((gone) => !document.querySelector(`[data-submission="${gone}"]`), id);
     assert.ok((await byId("submissions").locator("li").count()) >= 1);
   });
+  await checks.check("a stored submission opens in the editor", async () => {
+    const row = page.locator(".row").first();
+    const id = await row.getAttribute("data-submission");
+    await row.click();
+    await byId("record").getByRole("heading", { name: id }).waitFor();
+    const code = await byId("record").locator(".code-text").textContent();
+    await page.getByRole("button", { name: "Open in the editor" }).click();
+    await page.waitForFunction(
+      (text) => [...document.querySelectorAll(".cm-line")].map((line) => line.textContent).join("\n") === text, code);
+    assert.match(page.url(), /#\/run$/);
+  });
   await checks.check("the deployed repl and its releases are listed", async () => {
     await openTab("repls");
     await page.locator(".row", { hasText: "dev-prod" }).click();
