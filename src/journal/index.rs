@@ -266,7 +266,7 @@ pub(super) struct SealedIndex {
 
 /// 32 bits of an id's SHA-256: ids are chosen by clients, who must not be able to choose many that
 /// share a fingerprint.
-fn fingerprint(id: SubmissionId) -> u32 {
+pub(super) fn fingerprint(id: SubmissionId) -> u32 {
     let digest = Sha256::digest(id.as_bytes());
     u32::from_le_bytes([digest[0], digest[1], digest[2], digest[3]])
 }
@@ -384,9 +384,9 @@ impl SealedIndex {
         (index, resident.unfinished.into_iter().collect())
     }
 
-    /// Whether the submission may be here; wrong once in billions, and only towards yes.
-    pub(super) fn may_hold(&self, id: SubmissionId) -> bool {
-        let wanted = fingerprint(id);
+    /// Whether a submission with this fingerprint may be here; wrong once in billions, and only
+    /// towards yes.
+    pub(super) fn may_hold(&self, wanted: u32) -> bool {
         let at = self.slots.partition_point(|(found, _)| *found < wanted);
         self.slots
             .get(at)

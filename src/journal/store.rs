@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::JournalError;
 use super::frame::HEADER;
-use super::index::{Entry, Extent, Indexed, Unfinished};
+use super::index::{Entry, Extent, Indexed, Unfinished, fingerprint};
 use super::segment::{self, Active, Sealed};
 use super::tail::Tail;
 use crate::model::{Event, Record, SubmissionId};
@@ -67,7 +67,9 @@ impl Store {
     /// The submission's newest entry in memory, and the sealed segments that may hold an older one,
     /// newest first.
     fn candidates(&self, id: SubmissionId) -> (Option<Entry>, Vec<Arc<Sealed>>) {
-        let sealed = self.sealed.iter().rev().filter(|s| s.index.may_hold(id));
+        let wanted = fingerprint(id);
+        let sealed = self.sealed.iter().rev();
+        let sealed = sealed.filter(|s| s.index.may_hold(wanted));
         (
             self.active.index.entry(id).cloned(),
             sealed.cloned().collect(),

@@ -409,7 +409,8 @@ fn conditions(
         "r.position"
     };
     all.add_if("words MATCH ?", full_text);
-    all.add(&format!("{place} <= ?"), indexed as i64);
+    // SQLite uses one bound on each side: the narrowest is chosen here.
+    let mut last = indexed as i64;
     let mut first = filter.after.map(|after| after as i64 + 1);
     if let Some(since) = filter.since {
         let found: Option<i64> = transaction
@@ -424,15 +425,16 @@ fn conditions(
     all.add_if(&format!("{place} >= ?"), first);
     if let Some(until) = filter.until {
         let until = until.as_microsecond();
-        let last: Option<i64> = transaction
+        let later: Option<i64> = transaction
             .prepare_cached(
                 "SELECT position FROM records WHERE clock > ?1 ORDER BY clock, position LIMIT 1",
             )?
             .query_row([until.saturating_add(CLOCK_SLACK_US)], |row| row.get(0))
             .optional()?;
-        all.add_if(&format!("{place} < ?"), last);
+        last = later.map_or(last, |later| last.min(later - 1));
         all.add("r.time <= ?", until);
     }
+    all.add(&format!("{place} <= ?"), last);
     let submission = filter.submission.map(|id| id.as_bytes().to_vec());
     let text = |value: &str| value.to_owned();
     let by_submission = submission.is_some() && !searched;
