@@ -129,7 +129,7 @@ async fn latest(
     let mut after: Option<String> = None;
     loop {
         let limit = if after.is_none() { wanted } else { MAX_PAGE };
-        let mut query = filters(args);
+        let mut query = filters(args)?;
         query.push(("limit", limit.to_string()));
         query.extend(after.clone().map(|cursor| ("after", cursor)));
         let page: Page = api.get("/logs", &query).await?;
@@ -144,12 +144,9 @@ async fn latest(
     }
 }
 
-fn filters(args: &LogsArgs) -> Vec<(&'static str, String)> {
+fn filters(args: &LogsArgs) -> Result<Vec<(&'static str, String)>, Failure> {
     let fields = [
-        (
-            "user_id",
-            args.server.user.as_ref().map(ToString::to_string),
-        ),
+        ("user_id", args.server.user()?.map(String::from)),
         ("repl_id", args.repl.as_ref().map(ToString::to_string)),
         ("submission_id", args.submission.map(|id| id.to_string())),
         ("step", args.step.clone()),
@@ -158,10 +155,10 @@ fn filters(args: &LogsArgs) -> Vec<(&'static str, String)> {
         ("since", args.since.map(|time| time.to_string())),
         ("until", args.until.map(|time| time.to_string())),
     ];
-    fields
+    Ok(fields
         .into_iter()
         .filter_map(|(name, value)| Some((name, value?)))
-        .collect()
+        .collect())
 }
 
 /// Prints what happens, over as many connections as it takes; ends when nobody reads any more.
@@ -210,7 +207,7 @@ async fn follow_once(
     args: &LogsArgs,
     last: &mut Option<String>,
 ) -> Result<Reader, Failure> {
-    let mut query = filters(args);
+    let mut query = filters(args)?;
     query.extend(last.clone().map(|cursor| ("after", cursor)));
     let response = api.event_stream("/logs", &query, last.as_deref()).await?;
     let mut pieces = response.bytes_stream();

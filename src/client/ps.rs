@@ -34,9 +34,10 @@ struct Repls {
 
 pub(super) async fn run(args: PsArgs) -> Result<Exit, Failure> {
     let api = args.server.api()?;
+    let named = args.server.user()?;
     let Repls { mut repls } = api.get("/repls", &[]).await?;
-    if let Some(user) = &args.server.user {
-        repls.retain(|repl| repl.user_id == *user);
+    if let Some(user) = named {
+        repls.retain(|repl| repl.user_id == user);
     }
     let text = match args.output {
         Format::Json => serde_json::json!(repls).to_string(),

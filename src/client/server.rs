@@ -12,8 +12,10 @@ use serde::Deserialize;
 use super::collect;
 use super::failure::Failure;
 use super::http::Api;
-use crate::model::UserId;
+use crate::model::{IdError, UserId};
 
+/// Where a server listens that nobody configured.
+const DEFAULT_ADDRESS: &str = "http://127.0.0.1:8000";
 /// Longest key file read; a key is under 100 bytes.
 const MAX_KEY_BYTES: u64 = 4 << 10;
 /// Longest user name made from a login name: room for `-prod`, the default repl's suffix, within
@@ -25,30 +27,52 @@ const MAX_LOGIN_LABEL: usize = 45;
 /// There is no `--key`: what stands on a command line can be read by every user of the machine
 /// (`ps`, `/proc/*/cmdline`) and stays in the shell's history.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Server")]
 pub struct ServerArgs {
-    /// The server's address
+    /// The server's address [default: http://127.0.0.1:8000]
     #[arg(
         long,
         env = "GANTRY_SERVER",
-        default_value = "http://127.0.0.1:8000",
-        value_name = "URL",
-        value_parser = parse_address
+        hide_env_values = true,
+        value_name = "URL"
     )]
-    server: Url,
+    server: Option<String>,
 
     /// File that holds the key; without it the key is taken from the variable API_KEY
     #[arg(long, value_name = "FILE")]
     key_file: Option<PathBuf>,
 
     /// The user to act for; default: the key's own user, or your login name for an admin key
-    #[arg(long, env = "GANTRY_USER", value_name = "NAME")]
-    pub(super) user: Option<UserId>,
+    #[arg(long, env = "GANTRY_USER", hide_env_values = true, value_name = "NAME")]
+    user: Option<String>,
 }
 
 impl ServerArgs {
     /// The server, ready to be asked.
     pub(super) fn api(&self) -> Result<Api, Failure> {
-        Api::new(self.server.clone(), self.key()?)
+        let text = given(self.server.as_deref()).unwrap_or(DEFAULT_ADDRESS);
+        let address = parse_address(text).map_err(|cause| {
+            Failure::usage(
+                format!("{text:?} is not the address of a server"),
+                cause,
+                "Correct --server or GANTRY_SERVER.",
+            )
+        })?;
+        Api::new(address, self.key()?)
+    }
+
+    /// The user that was named, if one was.
+    pub(super) fn user(&self) -> Result<Option<UserId>, Failure> {
+        let parse = |name: &str| {
+            name.parse().map_err(|error: IdError| {
+                Failure::usage(
+                    format!("{name:?} is not a user's name"),
+                    error.to_string(),
+                    "Correct --user or GANTRY_USER.",
+                )
+            })
+        };
+        given(self.user.as_deref()).map(parse).transpose()
     }
 
     fn key(&self) -> Result<SecretString, Failure> {
@@ -83,8 +107,8 @@ impl ServerArgs {
         struct Session {
             user_id: Option<UserId>,
         }
-        if let Some(user) = &self.user {
-            return Ok(user.clone());
+        if let Some(user) = self.user()? {
+            return Ok(user);
         }
         let session: Session = api.get("/session", &[]).await?;
         if let Some(user) = session.user_id {
@@ -98,6 +122,11 @@ impl ServerArgs {
             )
         })
     }
+}
+
+/// An empty variable is one that is not set: compose files pass them that way.
+fn given(value: Option<&str>) -> Option<&str> {
+    value.map(str::trim).filter(|value| !value.is_empty())
 }
 
 fn parse_address(text: &str) -> Result<Url, String> {
@@ -191,7 +220,7 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let path = temp.path().join("key");
         let args = ServerArgs {
-            server: parse_address("http://127.0.0.1:1").unwrap(),
+            server: None,
             key_file: Some(path.clone()),
             user: None,
         };
@@ -205,5 +234,18 @@ mod tests {
             fs::write(&path, text).unwrap();
             assert_eq!(args.key().is_ok(), good, "{text:?}");
         }
+    }
+
+    #[test]
+    fn an_empty_variable_is_one_that_is_not_set() {
+        let args = |text: &str| ServerArgs {
+            server: Some(text.to_owned()),
+            key_file: None,
+            user: Some(text.to_owned()),
+        };
+        assert_eq!(args(" ").user().unwrap(), None);
+        assert_eq!(args("ada").user().unwrap().unwrap().as_str(), "ada");
+        assert_eq!(args("Ada").user().unwrap_err().exit, Exit::Usage);
+        assert!(given(args("").server.as_deref()).is_none());
     }
 }

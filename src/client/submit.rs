@@ -63,12 +63,12 @@ pub struct SubmitArgs {
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_variable)]
     pub(super) env: Vec<(String, String)>,
 
-    #[command(flatten)]
-    pub(super) limits: LimitArgs,
-
     /// Print event frames and the reply as JSON lines, and nothing else, on standard output
     #[arg(long)]
     pub(super) json: bool,
+
+    #[command(flatten)]
+    pub(super) limits: LimitArgs,
 
     #[command(flatten)]
     pub(super) server: ServerArgs,
