@@ -68,7 +68,7 @@ pub struct ServeArgs {
     /// Most bytes of output a submission may ask for
     #[arg(long, env = "GANTRY_MAX_OUTPUT_BYTES", value_name = "NUMBER")]
     max_output_bytes: Option<String>,
-    /// The gantry-runner program [default: beside this program]
+    /// The program that runs inside sandboxes [default: this one]
     #[arg(long, env = "GANTRY_RUNNER", value_name = "FILE")]
     runner: Option<PathBuf>,
     /// What to log, such as info or gantry=debug [default: info]
@@ -337,16 +337,15 @@ fn maximum_limits(args: &ServeArgs) -> Result<Limits, ConfigError> {
 }
 
 fn runner(named: Option<PathBuf>) -> Result<PathBuf, ConfigError> {
-    let path = match named.filter(|path| !path.as_os_str().is_empty()) {
-        Some(path) => path,
-        None => std::env::current_exe()
-            .unwrap_or_default()
-            .with_file_name("gantry-runner"),
+    let Some(path) = named.filter(|path| !path.as_os_str().is_empty()) else {
+        // This very program, even when its file was replaced by a newer build in the meantime:
+        // server and runner always speak the same frames.
+        return Ok(PathBuf::from("/proc/self/exe"));
     };
     if path.is_file() {
         return Ok(path);
     }
-    let expected = "the gantry-runner program (cargo build makes it beside gantry)";
+    let expected = "a gantry-runner program, or nothing for the one built into this program";
     Err(wrong("GANTRY_RUNNER", &path.display().to_string(), expected))
 }
 

@@ -99,6 +99,11 @@ enum Format {
 }
 
 fn main() -> ExitCode {
+    // The server starts itself as `gantry-runner` inside sandboxes; that must come before anything
+    // that starts a thread.
+    if std::env::args_os().next().is_some_and(|name| name == gantry::runner::PROGRAM) {
+        return gantry::runner::main(std::env::args().skip(1));
+    }
     let cli = Cli::parse_from(with_default_command(std::env::args_os().collect()));
     let done = match cli.command {
         Command::Serve(args) => serve(*args),

@@ -1,13 +1,5 @@
 //! `gantry-runner`: the program inside every sandbox.
 
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    match gantry::runner::main(std::env::args().skip(1)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("gantry-runner: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+fn main() -> std::process::ExitCode {
+    gantry::runner::main(std::env::args().skip(1))
 }

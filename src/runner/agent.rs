@@ -525,6 +525,7 @@ impl Agent {
             stdout: parent.stdout,
             stderr: parent.stderr,
             exit: self.exits.wait_for(pid),
+            cpu_before: Duration::ZERO,
         })
     }
 

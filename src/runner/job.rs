@@ -160,7 +160,10 @@ impl<'a> Supervisor<'a> {
         let exit = loop {
             // The select only says what happened; the match below acts on it.
             let happening = tokio::select! {
-                exit = &mut program.exit => Happening::Exited(exit.ok()),
+                exit = &mut program.exit => Happening::Exited(exit.ok().map(|exit| Exit {
+                    cpu: exit.cpu.saturating_sub(program.cpu_before),
+                    ..exit
+                })),
                 // An error shows again, as an end, when the pipe is read.
                 _ = program.stdout.readable(), if stdout_open =>
                     Happening::Output(OutputStream::Stdout),

@@ -13,8 +13,23 @@ mod slot;
 mod warm;
 pub mod wire;
 
+use std::process::ExitCode;
+
+/// The runner's name, by which the server's own program is told to be it.
+pub const PROGRAM: &str = "gantry-runner";
+
 /// `gantry-runner COMMAND`.
-pub fn main(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<()> {
+pub fn main(arguments: impl Iterator<Item = String>) -> ExitCode {
+    match run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{PROGRAM}: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<()> {
     match arguments.next().as_deref() {
         Some("sandbox") => sandbox::main(),
         other => anyhow::bail!(

@@ -150,6 +150,12 @@ fn real_uid(pid: i32) -> Option<u32> {
     line.split_whitespace().next()?.parse().ok()
 }
 
+/// Processor time of one process until now, finer than the ticks of its `stat`.
+pub fn processor_time(pid: i32) -> Option<Duration> {
+    let schedule = fs::read_to_string(format!("/proc/{pid}/schedstat")).ok()?;
+    Some(Duration::from_nanos(schedule.split(' ').next()?.parse().ok()?))
+}
+
 fn proportional_set(pid: i32) -> Option<u64> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
     let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;

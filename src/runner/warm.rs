@@ -22,7 +22,7 @@ use tokio::time::timeout;
 
 use super::agent::{AgentConfig, Exits};
 use super::confine::{Confinement, Identity};
-use super::process::{Exit, signal};
+use super::process::{Exit, processor_time, signal};
 use super::slot::Slot;
 use crate::model::Limits;
 
@@ -53,6 +53,8 @@ pub struct Program {
     pub stderr: pipe::Receiver,
     /// Resolves when it has ended.
     pub exit: oneshot::Receiver<Exit>,
+    /// Processor time it had used before it was given its run.
+    pub cpu_before: Duration,
 }
 
 /// The child's ends of a program's streams.
@@ -247,12 +249,14 @@ impl Interpreter {
                 stdout: parent.stdout,
                 stderr: parent.stderr,
                 exit: self.exits.wait_for(pid),
+                cpu_before: Duration::ZERO,
             },
             control,
         };
         drop((child, theirs));
         let mut ready = [0];
         timeout(FORK_PATIENCE, parked.control.read_exact(&mut ready)).await??;
+        parked.program.cpu_before = processor_time(pid).unwrap_or_default();
         Ok(parked)
     }
 

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Groups of one sandbox: one folder with the unified hierarchy, one per controller with the old.
 #[derive(Debug, Clone)]
@@ -51,12 +52,29 @@ impl Cgroup {
         self.folders.iter().map(|folder| folder.join("cgroup.procs")).collect()
     }
 
-    /// Removes the groups. They must be empty; one that is not yet stays for the next start.
-    pub fn remove(&self) {
-        for folder in &self.folders {
-            if let Err(error) = fs::remove_dir(folder) {
-                tracing::debug!(folder = %folder.display(), %error, "a control group stays behind");
+    /// Removes the groups of this name. Killed processes take a moment to leave; groups that are
+    /// still in use after [`LEAVING`] stay behind, empty soon, until their name is used again.
+    pub fn remove(name: &str) {
+        for parent in ["", "memory", "pids"] {
+            let folder = Path::new(ROOT).join(parent).join("gantry").join(name);
+            let mut waited = Duration::ZERO;
+            while let Err(error) = fs::remove_dir(&folder) {
+                if error.kind() == io::ErrorKind::NotFound {
+                    break;
+                }
+                if waited >= LEAVING {
+                    tracing::debug!(folder = %folder.display(), %error, "a control group stays behind");
+                    break;
+                }
+                std::thread::sleep(LOOK_AGAIN);
+                waited += LOOK_AGAIN;
             }
         }
     }
 }
+
+/// Longest wait for killed processes to leave their group: the second the contract gives them.
+const LEAVING: Duration = Duration::from_secs(1);
+
+/// Pause between two tries.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);

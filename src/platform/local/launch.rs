@@ -3,12 +3,14 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
+use crate::runner::PROGRAM;
 use crate::runner::sandbox::{Made, SandboxSpec, give_listener};
 
 /// A sandbox's first process. Killing it ends everything in the sandbox.
@@ -66,6 +68,7 @@ pub fn launch(
     std::fs::create_dir_all(&spec.folder)?;
     let mut command = Command::new(runner);
     command
+        .arg0(PROGRAM)
         .arg("sandbox")
         .env_clear()
         .stdin(Stdio::piped())

@@ -113,8 +113,8 @@ impl Program {
     }
 
     /// Ends it and its sandbox.
-    pub fn stop(&self) {
-        self.sandboxes.forget(&self.name, self.sandbox);
+    pub async fn stop(&self) {
+        self.sandboxes.forget(&self.name, self.sandbox).await;
     }
 }
 

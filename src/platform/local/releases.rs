@@ -201,7 +201,7 @@ impl Releases {
         });
         if let Some(program) = program {
             if let Some(program) = program {
-                program.stop();
+                program.stop().await;
             }
             self.save(repl)?;
         }
@@ -213,7 +213,7 @@ impl Releases {
         let repls = self.locked().drain().collect::<Vec<_>>();
         for (_, repl) in repls {
             if let Some(program) = repl.program {
-                program.stop();
+                program.stop().await;
             }
         }
         // Whoever waits in `next_event` holds the lock on the channel.
@@ -308,7 +308,7 @@ impl Releases {
             }
         };
         if let Err(problem) = wait_until_ready(&program).await {
-            program.stop();
+            program.stop().await;
             self.note_failure(repl, stored)?;
             return Err(PlatformError::NotReady(problem));
         }
@@ -353,7 +353,7 @@ impl Releases {
         if let Some(Some(replaced)) = replaced {
             tokio::spawn(async move {
                 tokio::time::sleep(DRAIN).await;
-                replaced.stop();
+                replaced.stop().await;
             });
         }
     }

@@ -118,7 +118,7 @@ impl Sandboxes {
             }
         }
         if let Some(dead) = sandbox.take() {
-            self.forget(&name, dead);
+            self.forget(&name, dead).await;
         }
         let slots = match self.host.isolation {
             Isolation::Full { .. } => self.config.runs_per_user + 2,
@@ -140,7 +140,7 @@ impl Sandboxes {
         let entry = self.entry(user);
         let taken = entry.lock().await.take();
         if let Some(sandbox) = taken {
-            self.forget(&format!("user-{user}"), sandbox);
+            self.forget(&format!("user-{user}"), sandbox).await;
         }
     }
 
@@ -172,7 +172,7 @@ impl Sandboxes {
             let slots = tenant.slots as u64;
             let memory = slots * tenant.slot_memory + RUNNER_MEMORY;
             let processes = slots * Limits::MAXIMUM.processes + 64;
-            Cgroup::create(&tenant.name, memory, processes)?.procs()
+            Cgroup::create(&self.group(&tenant.name), memory, processes)?.procs()
         } else {
             Vec::new()
         };
@@ -197,22 +197,25 @@ impl Sandboxes {
     }
 
     /// Ends a sandbox and removes what it left.
-    pub fn forget(&self, name: &str, sandbox: Sandbox) {
+    pub async fn forget(&self, name: &str, sandbox: Sandbox) {
         sandbox.process.kill();
-        self.return_number(sandbox.number);
         if self.host.cgroups {
-            let name = name.to_owned();
-            // Its processes take a moment to be gone, and a group with processes cannot be removed.
-            std::thread::spawn(move || {
-                std::thread::sleep(std::time::Duration::from_millis(200));
-                if let Ok(group) = Cgroup::create(&name, RUNNER_MEMORY, 64) {
-                    group.remove();
-                }
-            });
+            let group = self.group(name);
+            let removed = tokio::task::spawn_blocking(move || Cgroup::remove(&group)).await;
+            if let Err(error) = removed {
+                tracing::debug!(%name, %error, "its control groups stay behind");
+            }
         }
+        self.return_number(sandbox.number);
         if let Err(error) = fs::remove_dir_all(self.folder(name)) {
             tracing::debug!(%name, %error, "a sandbox's folder stays behind");
         }
+    }
+
+    /// The name of a sandbox's control groups: two servers on one machine have different folders.
+    fn group(&self, name: &str) -> String {
+        let server = crc32fast::hash(self.config.data.as_os_str().as_encoded_bytes());
+        format!("{server:08x}-{name}")
     }
 
     /// A connection to a sandbox's listening socket.
