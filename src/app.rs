@@ -61,7 +61,10 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         maximum: config.maximum_limits,
     };
     let pipeline = Pipeline::new(journal.clone(), Arc::clone(&platform), store, &options);
-    pipeline.recover().await.context("what an earlier server left cannot be taken up")?;
+    pipeline
+        .recover()
+        .await
+        .context("what an earlier server left cannot be taken up")?;
     let parts = Parts {
         keys: keys.clone(),
         sessions: Sessions::open(&config.data_dir)?,
@@ -81,7 +84,9 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     tracing::info!(%address, platform = platform.name(), "serving");
     let accepting = server.run(Arc::clone(&edge), router(Arc::clone(&edge)));
     let accepting = tokio::spawn(accepting);
-    let signal = Shutdown::signalled().await.context("cannot wait for signals")?;
+    let signal = Shutdown::signalled()
+        .await
+        .context("cannot wait for signals")?;
     tracing::info!(signal, "stopping");
     let (connections_ended, _) = tokio::join!(shutdown.drain(), runs_ended(&pipeline));
     if !connections_ended {
@@ -90,9 +95,17 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     accepting.abort();
     // Before the sandboxes end: what still runs stays unfinished on disk and is taken up at the next
     // start, instead of being recorded as a failure now.
-    journal.close().await.context("the journal could not be closed")?;
-    if tokio::time::timeout(PLATFORM_TIMEOUT, platform.shutdown()).await.is_err() {
-        tracing::warn!("the platform did not stop in time; what it left is taken up at the next start");
+    journal
+        .close()
+        .await
+        .context("the journal could not be closed")?;
+    if tokio::time::timeout(PLATFORM_TIMEOUT, platform.shutdown())
+        .await
+        .is_err()
+    {
+        tracing::warn!(
+            "the platform did not stop in time; what it left is taken up at the next start"
+        );
     }
     Ok(())
 }
@@ -161,21 +174,35 @@ fn require_sandbox(config: &Config, checks: &[Check]) -> anyhow::Result<()> {
 
 fn metrics() -> anyhow::Result<PrometheusHandle> {
     // Seconds, from a warm run to the longest one allowed; buckets keep memory bounded.
-    let buckets = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0];
-    let recorder = PrometheusBuilder::new().set_buckets(&buckets)?.build_recorder();
+    let buckets = [
+        0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0,
+    ];
+    let recorder = PrometheusBuilder::new()
+        .set_buckets(&buckets)?
+        .build_recorder();
     let handle = recorder.handle();
     metrics::set_global_recorder(recorder)
         .map_err(|_| anyhow::anyhow!("the metrics recorder was set twice"))?;
-    metrics::describe_counter!("gantry_submissions_total", "Submissions that ended, by status");
+    metrics::describe_counter!(
+        "gantry_submissions_total",
+        "Submissions that ended, by status"
+    );
     metrics::describe_histogram!(
         "gantry_submission_seconds",
         metrics::Unit::Seconds,
         "From the start of a submission to its reply"
     );
     metrics::describe_gauge!("gantry_websocket_connections", "WebSockets that are open");
-    metrics::describe_gauge!("gantry_submissions_under_way", "Submissions that have no reply yet");
+    metrics::describe_gauge!(
+        "gantry_submissions_under_way",
+        "Submissions that have no reply yet"
+    );
     metrics::describe_gauge!("gantry_runs_waiting", "Runs that wait for their turn");
-    metrics::describe_gauge!("gantry_journal_bytes", metrics::Unit::Bytes, "Size of the journal");
+    metrics::describe_gauge!(
+        "gantry_journal_bytes",
+        metrics::Unit::Bytes,
+        "Size of the journal"
+    );
     metrics::gauge!("gantry_websocket_connections").set(0.0);
     Ok(handle)
 }
@@ -207,7 +234,11 @@ fn banner(
         address.port(),
     );
     for check in checks.iter().filter(|check| check.finding != Finding::Good) {
-        let word = if check.finding == Finding::Weaker { "weaker" } else { "missing" };
+        let word = if check.finding == Finding::Weaker {
+            "weaker"
+        } else {
+            "missing"
+        };
         text.push_str(&format!("  {word:<9} {}: {}\n", check.name, check.detail));
     }
     if checks.iter().all(|check| check.finding == Finding::Good) {
@@ -225,7 +256,9 @@ fn banner(
         None => {
             let token = sign_in_token(edge)?;
             let token = token.expose_secret();
-            text.push_str(&format!("  sign in   {base}/#token={token} (once, within an hour)\n"));
+            text.push_str(&format!(
+                "  sign in   {base}/#token={token} (once, within an hour)\n"
+            ));
         }
     }
     let mut out = std::io::stdout().lock();
@@ -237,7 +270,10 @@ fn banner(
 }
 
 fn sign_in_token(edge: &Edge) -> anyhow::Result<SecretString> {
-    let admin = edge.keys.admin().context("there is no admin key to sign in with")?;
+    let admin = edge
+        .keys
+        .admin()
+        .context("there is no admin key to sign in with")?;
     Ok(edge.sign_ins.issue(&admin.key_id)?)
 }
 

@@ -148,7 +148,11 @@ impl fmt::Display for ConfigError {
         match &self.value {
             Some(value) => {
                 let value: String = value.chars().take(100).collect();
-                write!(f, "{} is {value:?}; expected {}", self.variable, self.expected)
+                write!(
+                    f,
+                    "{} is {value:?}; expected {}",
+                    self.variable, self.expected
+                )
             }
             None => write!(f, "{}: {}", self.variable, self.expected),
         }
@@ -169,7 +173,10 @@ impl DataArgs {
     /// The data folder, made if it is not there, for its owner only.
     pub fn folder(&self) -> Result<PathBuf, ConfigError> {
         use std::os::unix::fs::DirBuilderExt;
-        let named = self.data_dir.clone().filter(|path| !path.as_os_str().is_empty());
+        let named = self
+            .data_dir
+            .clone()
+            .filter(|path| !path.as_os_str().is_empty());
         let folder = match named {
             Some(folder) => folder,
             None => xdg_data_folder().ok_or_else(|| ConfigError {
@@ -186,7 +193,11 @@ impl DataArgs {
             .and_then(|()| folder.canonicalize());
         made.map_err(|error| {
             let shown = folder.display().to_string();
-            wrong("GANTRY_DATA_DIR", &shown, format!("a folder that can be made and written ({error})"))
+            wrong(
+                "GANTRY_DATA_DIR",
+                &shown,
+                format!("a folder that can be made and written ({error})"),
+            )
         })
     }
 }
@@ -223,11 +234,17 @@ impl Config {
         }
         let config = Self {
             listen: SocketAddr::new(
-                parse("HOST", &args.host, "an IP address such as 127.0.0.1 or 0.0.0.0")?
-                    .unwrap_or(IpAddr::from([127, 0, 0, 1])),
+                parse(
+                    "HOST",
+                    &args.host,
+                    "an IP address such as 127.0.0.1 or 0.0.0.0",
+                )?
+                .unwrap_or(IpAddr::from([127, 0, 0, 1])),
                 parse("PORT", &args.port, "a number from 0 to 65535")?.unwrap_or(8_000),
             ),
-            api_key: api_key.filter(|key| !key.is_empty()).map(SecretString::from),
+            api_key: api_key
+                .filter(|key| !key.is_empty())
+                .map(SecretString::from),
             domain: host_name("DOMAIN", &args.domain, "localhost")?,
             app_domain: host_name("APP_DOMAIN", &args.app_domain, "apps.localhost")?,
             cors_origins: origins(&args.cors_origins)?,
@@ -249,7 +266,10 @@ impl Config {
 
 /// An empty variable is one that is not set: compose files pass them that way.
 fn given(value: &Option<String>) -> Option<&str> {
-    value.as_deref().map(str::trim).filter(|value| !value.is_empty())
+    value
+        .as_deref()
+        .map(str::trim)
+        .filter(|value| !value.is_empty())
 }
 
 fn parse<T: FromStr>(
@@ -279,14 +299,20 @@ fn host_name(
     let name = text.to_ascii_lowercase();
     let label = |label: &str| {
         (1..=63).contains(&label.len())
-            && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+            && label
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b == b'-')
             && !label.starts_with('-')
             && !label.ends_with('-')
     };
     if name.len() <= 200 && name.split('.').all(label) {
         Ok(name)
     } else {
-        Err(wrong(variable, text, "a host name such as example.com, without scheme or port"))
+        Err(wrong(
+            variable,
+            text,
+            "a host name such as example.com, without scheme or port",
+        ))
     }
 }
 
@@ -297,7 +323,8 @@ fn origins(value: &Option<String>) -> Result<Vec<Origin>, ConfigError> {
         .filter(|text| !text.is_empty())
         .map(|text| {
             text.trim_end_matches('/').parse().map_err(|why: String| {
-                let expected = format!("origins such as https://example.com, separated by commas ({why})");
+                let expected =
+                    format!("origins such as https://example.com, separated by commas ({why})");
                 wrong("CORS_ORIGINS", text, expected)
             })
         })
@@ -310,7 +337,11 @@ fn max_runs(value: &Option<String>) -> Result<usize, ConfigError> {
     match runs {
         None => Ok((2 * cores).max(4)),
         Some(runs @ 1..=1_024) => Ok(runs),
-        Some(runs) => Err(wrong("GANTRY_MAX_RUNS", &runs.to_string(), "a number from 1 to 1024")),
+        Some(runs) => Err(wrong(
+            "GANTRY_MAX_RUNS",
+            &runs.to_string(),
+            "a number from 1 to 1024",
+        )),
     }
 }
 
@@ -329,10 +360,22 @@ fn maximum_limits(args: &ServeArgs) -> Result<Limits, ConfigError> {
     Ok(Limits {
         wall_ms: lower("GANTRY_MAX_WALL_MS", &args.max_wall_ms, max.wall_ms)?,
         cpu_ms: lower("GANTRY_MAX_CPU_MS", &args.max_cpu_ms, max.cpu_ms)?,
-        memory_bytes: lower("GANTRY_MAX_MEMORY_BYTES", &args.max_memory_bytes, max.memory_bytes)?,
+        memory_bytes: lower(
+            "GANTRY_MAX_MEMORY_BYTES",
+            &args.max_memory_bytes,
+            max.memory_bytes,
+        )?,
         processes: lower("GANTRY_MAX_PROCESSES", &args.max_processes, max.processes)?,
-        file_bytes: lower("GANTRY_MAX_FILE_BYTES", &args.max_file_bytes, max.file_bytes)?,
-        output_bytes: lower("GANTRY_MAX_OUTPUT_BYTES", &args.max_output_bytes, max.output_bytes)?,
+        file_bytes: lower(
+            "GANTRY_MAX_FILE_BYTES",
+            &args.max_file_bytes,
+            max.file_bytes,
+        )?,
+        output_bytes: lower(
+            "GANTRY_MAX_OUTPUT_BYTES",
+            &args.max_output_bytes,
+            max.output_bytes,
+        )?,
     })
 }
 
@@ -346,7 +389,11 @@ fn runner(named: Option<PathBuf>) -> Result<PathBuf, ConfigError> {
         return Ok(path);
     }
     let expected = "a gantry-runner program, or nothing for the one built into this program";
-    Err(wrong("GANTRY_RUNNER", &path.display().to_string(), expected))
+    Err(wrong(
+        "GANTRY_RUNNER",
+        &path.display().to_string(),
+        expected,
+    ))
 }
 
 #[cfg(test)]
@@ -391,7 +438,11 @@ mod tests {
             ("DOMAIN", |a, v| a.domain = v, "http://x"),
             ("APP_DOMAIN", |a, v| a.app_domain = v, "localhost"),
             ("CORS_ORIGINS", |a, v| a.cors_origins = v, "*"),
-            ("GANTRY_REQUIRE_SANDBOX", |a, v| a.require_sandbox = v, "maybe"),
+            (
+                "GANTRY_REQUIRE_SANDBOX",
+                |a, v| a.require_sandbox = v,
+                "maybe",
+            ),
             ("GANTRY_MAX_RUNS", |a, v| a.max_runs = v, "0"),
             ("GANTRY_MAX_WALL_MS", |a, v| a.max_wall_ms = v, "60001"),
             ("GANTRY_LOG", |a, v| a.log = v, "gantry=loud"),
@@ -420,7 +471,14 @@ mod tests {
         let origin: Origin = "https://Example.com:8443".parse().unwrap();
         assert_eq!(origin.text, "https://example.com:8443");
         assert_eq!(origin.authority, "example.com:8443");
-        for bad in ["example.com", "ftp://a", "http://a/b", "http://*.a", "http://u@a", "null"] {
+        for bad in [
+            "example.com",
+            "ftp://a",
+            "http://a/b",
+            "http://*.a",
+            "http://u@a",
+            "null",
+        ] {
             assert!(bad.parse::<Origin>().is_err(), "{bad}");
         }
     }

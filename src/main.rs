@@ -101,7 +101,10 @@ enum Format {
 fn main() -> ExitCode {
     // The server starts itself as `gantry-runner` inside sandboxes; that must come before anything
     // that starts a thread.
-    if std::env::args_os().next().is_some_and(|name| name == gantry::runner::PROGRAM) {
+    if std::env::args_os()
+        .next()
+        .is_some_and(|name| name == gantry::runner::PROGRAM)
+    {
         return gantry::runner::main(std::env::args().skip(1));
     }
     let cli = Cli::parse_from(with_default_command(std::env::args_os().collect()));
@@ -161,7 +164,10 @@ fn key(command: KeyCommand) -> anyhow::Result<ExitCode> {
                 }
                 Format::Table => {
                     writeln!(out, "{text}")?;
-                    eprintln!("This is key {}. It is not stored and cannot be shown again.", key.id);
+                    eprintln!(
+                        "This is key {}. It is not stored and cannot be shown again.",
+                        key.id
+                    );
                 }
             }
         }
@@ -174,7 +180,8 @@ fn key(command: KeyCommand) -> anyhow::Result<ExitCode> {
                     table.load_preset(presets::NOTHING);
                     table.set_header(["ID", "ROLE", "USER", "CREATED", "REVOKED"]);
                     for key in keys {
-                        let time = |t: jiff::Timestamp| t.strftime("%Y-%m-%d %H:%M:%SZ").to_string();
+                        let time =
+                            |t: jiff::Timestamp| t.strftime("%Y-%m-%d %H:%M:%SZ").to_string();
                         table.add_row([
                             key.id,
                             key.role.to_owned(),
@@ -189,7 +196,10 @@ fn key(command: KeyCommand) -> anyhow::Result<ExitCode> {
         }
         KeyCommand::Revoke(args) => {
             Keys::open(&args.data.folder()?, None)?.revoke(&args.id)?;
-            eprintln!("Key {} is revoked; a running server closes what it opened.", args.id);
+            eprintln!(
+                "Key {} is revoked; a running server closes what it opened.",
+                args.id
+            );
         }
     }
     Ok(ExitCode::SUCCESS)

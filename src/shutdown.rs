@@ -41,9 +41,7 @@ impl Shutdown {
     async fn drain_within(&self, limit: Duration) -> bool {
         self.token.cancel();
         self.tasks.close();
-        tokio::time::timeout(limit, self.tasks.wait())
-            .await
-            .is_ok()
+        tokio::time::timeout(limit, self.tasks.wait()).await.is_ok()
     }
 }
 

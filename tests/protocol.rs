@@ -39,16 +39,24 @@ async fn raw(server: &Server, request: &str) -> String {
 }
 
 fn status_of(head: &str) -> u16 {
-    head.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or(0)
+    head.split(' ')
+        .nth(1)
+        .and_then(|code| code.parse().ok())
+        .unwrap_or(0)
 }
 
 fn field_named(reply: &Value, field: &str) -> bool {
-    reply["error"]["message"].as_str().is_some_and(|message| message.contains(field))
+    reply["error"]["message"]
+        .as_str()
+        .is_some_and(|message| message.contains(field))
 }
 
 async fn assert_problem(response: reqwest::Response, status: u16) -> Value {
     assert_eq!(response.status().as_u16(), status);
-    assert_eq!(response.headers()["content-type"], "application/problem+json");
+    assert_eq!(
+        response.headers()["content-type"],
+        "application/problem+json"
+    );
     let body: Value = response.json().await.unwrap();
     for member in ["type", "title", "detail", "code", "cause", "remediation"] {
         assert!(body[member].is_string(), "{member} in {body}");
@@ -69,11 +77,23 @@ async fn only_a_known_key_in_a_header_opens_the_socket() {
             Socket::open(server, path, &headers).await.err()
         }
     };
-    assert_eq!(open("/ws/code", vec![("x-api-key", admin.clone())]).await, None);
-    assert_eq!(open("/ws/code", vec![("authorization", bearer)]).await, None);
+    assert_eq!(
+        open("/ws/code", vec![("x-api-key", admin.clone())]).await,
+        None
+    );
+    assert_eq!(
+        open("/ws/code", vec![("authorization", bearer)]).await,
+        None
+    );
     assert_eq!(open("/ws/code", vec![]).await, Some(401));
-    assert_eq!(open("/ws/code", vec![("x-api-key", "gtk_wrong".into())]).await, Some(401));
-    assert_eq!(open("/ws/code", vec![("authorization", "Basic eDp5".into())]).await, Some(401));
+    assert_eq!(
+        open("/ws/code", vec![("x-api-key", "gtk_wrong".into())]).await,
+        Some(401)
+    );
+    assert_eq!(
+        open("/ws/code", vec![("authorization", "Basic eDp5".into())]).await,
+        Some(401)
+    );
     assert_eq!(open("/ws/code?ticket=nope", vec![]).await, Some(401));
     let in_url = format!("/ws/code?api_key={admin}");
     assert_eq!(Socket::open(&server, &in_url, &[]).await.err(), Some(401));
@@ -84,9 +104,20 @@ async fn every_route_but_health_and_the_page_needs_a_key() {
     let server = Server::start();
     let open = ["/", "/healthz", "/readyz", "/openapi.json", "/docs/"];
     for path in open {
-        assert_eq!(server.get(path).send().await.unwrap().status(), 200, "{path}");
+        assert_eq!(
+            server.get(path).send().await.unwrap().status(),
+            200,
+            "{path}"
+        );
     }
-    let api: Value = server.get("/openapi.json").send().await.unwrap().json().await.unwrap();
+    let api: Value = server
+        .get("/openapi.json")
+        .send()
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
     let mut checked = 0;
     for (path, methods) in api["paths"].as_object().unwrap() {
         for method in methods.as_object().unwrap().keys() {
@@ -102,8 +133,20 @@ async fn every_route_but_health_and_the_page_needs_a_key() {
         }
     }
     assert!(checked >= 10, "only {checked} routes");
-    for path in ["/session", "/languages", "/repls", "/submissions", "/logs", "/metrics"] {
-        let answer = server.get(path).header("x-api-key", &server.admin).send().await.unwrap();
+    for path in [
+        "/session",
+        "/languages",
+        "/repls",
+        "/submissions",
+        "/logs",
+        "/metrics",
+    ] {
+        let answer = server
+            .get(path)
+            .header("x-api-key", &server.admin)
+            .send()
+            .await
+            .unwrap();
         assert_eq!(answer.status(), 200, "{path}");
     }
 }
@@ -121,14 +164,29 @@ async fn foreign_hosts_and_origins_are_refused() {
         (String::new(), 403),
         (format!("no-such-repl.apps.localhost:{port}"), 404),
     ] {
-        let head = raw(&server, &format!("GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n")).await;
+        let head = raw(
+            &server,
+            &format!("GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n"),
+        )
+        .await;
         assert_eq!(status_of(&head), status, "{host}: {head}");
     }
     let own = format!("http://{}", server.address);
     let headers = |origin| [("x-api-key", server.admin.as_str()), ("origin", origin)];
-    assert!(Socket::open(&server, "/ws/code", &headers(&own)).await.is_ok());
-    for foreign in ["http://evil.example", "null", "http://localhost:1", "http://a.apps.localhost"] {
-        let refused = Socket::open(&server, "/ws/code", &headers(foreign)).await.err();
+    assert!(
+        Socket::open(&server, "/ws/code", &headers(&own))
+            .await
+            .is_ok()
+    );
+    for foreign in [
+        "http://evil.example",
+        "null",
+        "http://localhost:1",
+        "http://a.apps.localhost",
+    ] {
+        let refused = Socket::open(&server, "/ws/code", &headers(foreign))
+            .await
+            .err();
         assert_eq!(refused, Some(403), "{foreign}");
         let answer = server.post("/stop").header("x-api-key", &server.admin);
         assert_problem(answer.header("origin", foreign).send().await.unwrap(), 403).await;
@@ -154,16 +212,29 @@ async fn a_key_in_a_url_is_refused_with_the_way_to_do_it() {
     let server = Server::start();
     for name in ["api_key", "key", "token"] {
         let path = format!("/languages?{name}={}", server.admin);
-        let answer = server.get(&path).header("x-api-key", &server.admin).send().await.unwrap();
+        let answer = server
+            .get(&path)
+            .header("x-api-key", &server.admin)
+            .send()
+            .await
+            .unwrap();
         let body = assert_problem(answer, 401).await;
-        assert!(body["cause"].as_str().unwrap().contains("X-API-Key"), "{body}");
+        assert!(
+            body["cause"].as_str().unwrap().contains("X-API-Key"),
+            "{body}"
+        );
     }
 }
 
 #[tokio::test]
 async fn a_ticket_opens_one_socket() {
     let server = Server::start();
-    let made = server.post("/ws/ticket").header("x-api-key", &server.admin).send().await.unwrap();
+    let made = server
+        .post("/ws/ticket")
+        .header("x-api-key", &server.admin)
+        .send()
+        .await
+        .unwrap();
     let made: Value = made.json().await.unwrap();
     let path = format!("/ws/code?ticket={}", made["ticket"].as_str().unwrap());
     let mut socket = Socket::open(&server, &path, &[]).await.unwrap();
@@ -192,12 +263,24 @@ async fn a_sign_in_link_works_once_and_its_session_survives_a_restart() {
     let cookie = cookie_of(&signed_in);
     assert_problem(sign_in(&server, token).await, 401).await;
     server.restart();
-    let session = server.get("/session").header("cookie", &cookie).send().await.unwrap();
+    let session = server
+        .get("/session")
+        .header("cookie", &cookie)
+        .send()
+        .await
+        .unwrap();
     assert_eq!(session.status(), 200);
     assert_eq!(session.json::<Value>().await.unwrap()["role"], "admin");
-    let signed_out = client().delete(server.url("/session")).header("cookie", &cookie);
+    let signed_out = client()
+        .delete(server.url("/session"))
+        .header("cookie", &cookie);
     assert_eq!(signed_out.send().await.unwrap().status(), 204);
-    let session = server.get("/session").header("cookie", &cookie).send().await.unwrap();
+    let session = server
+        .get("/session")
+        .header("cookie", &cookie)
+        .send()
+        .await
+        .unwrap();
     assert_problem(session, 401).await;
 }
 
@@ -208,7 +291,12 @@ async fn revoking_a_key_ends_its_sockets_sessions_and_tickets_within_five_second
     let mut socket = server.connect(&key).await;
     let mut other = server.connect(&server.admin).await;
     let cookie = cookie_of(&sign_in(&server, json!({ "key": key })).await);
-    let ticket = server.post("/ws/ticket").header("cookie", &cookie).send().await.unwrap();
+    let ticket = server
+        .post("/ws/ticket")
+        .header("cookie", &cookie)
+        .send()
+        .await
+        .unwrap();
     let ticket: Value = ticket.json().await.unwrap();
     assert!(server.key_command(&["revoke", &id]).status.success());
     let revoked = Instant::now();
@@ -217,8 +305,18 @@ async fn revoking_a_key_ends_its_sockets_sessions_and_tickets_within_five_second
     assert!(revoked.elapsed() < Duration::from_secs(5));
     let path = format!("/ws/code?ticket={}", ticket["ticket"].as_str().unwrap());
     assert_eq!(Socket::open(&server, &path, &[]).await.err(), Some(401));
-    assert_eq!(Socket::open(&server, "/ws/code", &[("x-api-key", &key)]).await.err(), Some(401));
-    let session = server.get("/session").header("cookie", &cookie).send().await.unwrap();
+    assert_eq!(
+        Socket::open(&server, "/ws/code", &[("x-api-key", &key)])
+            .await
+            .err(),
+        Some(401)
+    );
+    let session = server
+        .get("/session")
+        .header("cookie", &cookie)
+        .send()
+        .await
+        .unwrap();
     assert_problem(session, 401).await;
     assert_eq!(other.ask("{}").await["status"], "invalid");
 }
@@ -238,12 +336,24 @@ async fn a_wrong_message_is_invalid_by_field_and_the_connection_stays() {
         (r#"{"user_id":"t","code":"","bogus":1}"#, "bogus"),
         (r#"{"user_id":"t","code":"a","code":"b"}"#, "code"),
         (r#"{"user_id":"t","files":{"a":"1","a":"2"}}"#, "files.a"),
-        (r#"{"user_id":"t","code":"","language":"cobol"}"#, "language"),
+        (
+            r#"{"user_id":"t","code":"","language":"cobol"}"#,
+            "language",
+        ),
         (r#"{"user_id":"t","files":{"../x":""}}"#, "files"),
         (r#"{"user_id":"t","files":{"/etc/x":""}}"#, "files"),
-        (r#"{"user_id":"t","code":"","limits":{"wall_ms":600000}}"#, "limits.wall_ms"),
-        (r#"{"user_id":"t","code":"","submission_id":"7"}"#, "submission_id"),
-        (r#"{"user_id":"t","code":"","repl_id":"a: b\n---"}"#, "repl_id"),
+        (
+            r#"{"user_id":"t","code":"","limits":{"wall_ms":600000}}"#,
+            "limits.wall_ms",
+        ),
+        (
+            r#"{"user_id":"t","code":"","submission_id":"7"}"#,
+            "submission_id",
+        ),
+        (
+            r#"{"user_id":"t","code":"","repl_id":"a: b\n---"}"#,
+            "repl_id",
+        ),
         (deep.as_str(), "recursion"),
     ] {
         let reply = socket.ask(message).await;
@@ -285,12 +395,15 @@ async fn a_million_fragments_of_one_byte_cost_no_memory() {
     let server = Server::start();
     let mut socket = server.connect(&server.admin).await;
     let before = resident_kib(server.pid());
-    let fragment = |opcode, last| {
-        Message::Frame(Frame::message(vec![b' '], OpCode::Data(opcode), last))
-    };
+    let fragment =
+        |opcode, last| Message::Frame(Frame::message(vec![b' '], OpCode::Data(opcode), last));
     socket.0.feed(fragment(Data::Text, false)).await.unwrap();
     for sent in 1..1_000_000 {
-        socket.0.feed(fragment(Data::Continue, false)).await.unwrap();
+        socket
+            .0
+            .feed(fragment(Data::Continue, false))
+            .await
+            .unwrap();
         if sent % 10_000 == 0 {
             socket.0.flush().await.unwrap();
         }
@@ -305,7 +418,9 @@ async fn a_million_fragments_of_one_byte_cost_no_memory() {
 async fn a_client_that_sends_its_headers_slowly_is_dropped() {
     let server = Server::start();
     let mut slow = TcpStream::connect(server.address).await.unwrap();
-    slow.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n").await.unwrap();
+    slow.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n")
+        .await
+        .unwrap();
     let begun = Instant::now();
     let mut answer = Vec::new();
     let dripped = async {
@@ -320,7 +435,9 @@ async fn a_client_that_sends_its_headers_slowly_is_dropped() {
             }
         }
     };
-    tokio::time::timeout(Duration::from_secs(20), dripped).await.expect("it was kept");
+    tokio::time::timeout(Duration::from_secs(20), dripped)
+        .await
+        .expect("it was kept");
     assert!(begun.elapsed() > Duration::from_secs(5));
     assert_eq!(server.get("/healthz").send().await.unwrap().status(), 200);
 }
@@ -344,7 +461,9 @@ async fn things_of_another_user_do_not_exist() {
         assert_eq!(theirs["error"]["code"], "not_found", "{theirs}");
         assert_eq!(theirs.to_string().replace(id, unknown), nobodys.to_string());
     }
-    let own = of_ann.ask(format!(r#"{{"resume":"{id}","after":999}}"#)).await;
+    let own = of_ann
+        .ask(format!(r#"{{"resume":"{id}","after":999}}"#))
+        .await;
     assert_eq!(own["status"], "tests_passed");
     let taken = format!(r#"{{"user_id":"bob","code":"","submission_id":"{id}"}}"#);
     assert!(field_named(&of_bob.ask(taken).await, "submission_id"));
@@ -361,7 +480,10 @@ async fn things_of_another_user_do_not_exist() {
     assert_eq!(body(server.admin.clone(), path.clone()).await.0, 200);
     let theirs = body(bob.clone(), path).await;
     assert_eq!(theirs.0, 404);
-    assert_eq!(theirs, body(bob.clone(), format!("/submissions/{unknown}")).await);
+    assert_eq!(
+        theirs,
+        body(bob.clone(), format!("/submissions/{unknown}")).await
+    );
     for path in ["/repls/ann-prod", "/repls/ann-prod/releases"] {
         let nobodys = path.replace("ann", "nobody");
         let theirs = body(bob.clone(), path.to_owned()).await;
@@ -408,7 +530,9 @@ async fn a_submission_can_be_resumed_after_the_server_was_killed() {
     server.restart();
     let mut socket = server.connect(&server.admin).await;
     let id = done["submission_id"].as_str().unwrap();
-    let mut last = socket.ask(format!(r#"{{"resume":"{id}","after":0}}"#)).await;
+    let mut last = socket
+        .ask(format!(r#"{{"resume":"{id}","after":0}}"#))
+        .await;
     let mut seq = 0;
     while last.get("status").is_none() {
         seq += 1;
@@ -444,19 +568,35 @@ async fn errors_are_problems_with_cause_and_remedy() {
     assert_eq!(wrong_method.headers()["allow"], "GET,HEAD");
     assert_problem(wrong_method, 405).await;
     let post = |path: &str, body: String| {
-        let request = server.post(path).header("x-api-key", &server.admin).body(body);
+        let request = server
+            .post(path)
+            .header("x-api-key", &server.admin)
+            .body(body);
         async move { request.send().await.unwrap() }
     };
     assert_problem(post("/stop", "x".repeat(100 << 10)).await, 413).await;
-    for body in ["nonsense", "{}", r#"{"replId":"A/B"}"#, r#"{"replId":"a","replId":"b"}"#] {
+    for body in [
+        "nonsense",
+        "{}",
+        r#"{"replId":"A/B"}"#,
+        r#"{"replId":"a","replId":"b"}"#,
+    ] {
         let problem = assert_problem(post("/stop", body.to_owned()).await, 400).await;
         assert_eq!(problem["success"], false);
         assert!(problem["message"].is_string(), "{problem}");
     }
     let fine = post("/stop", r#"{"replId":"nothing-there"}"#.to_owned()).await;
     assert_eq!(fine.status(), 200);
-    assert_eq!(fine.json::<Value>().await.unwrap(), json!({ "success": true }));
-    let upgrade = server.get("/ws/code").header("x-api-key", &server.admin).send().await.unwrap();
+    assert_eq!(
+        fine.json::<Value>().await.unwrap(),
+        json!({ "success": true })
+    );
+    let upgrade = server
+        .get("/ws/code")
+        .header("x-api-key", &server.admin)
+        .send()
+        .await
+        .unwrap();
     assert_problem(upgrade, 426).await;
 }
 
@@ -467,13 +607,29 @@ async fn answers_carry_the_headers_that_keep_a_browser_safe() {
     let header = |name: &str| page.headers()[name].to_str().unwrap().to_owned();
     assert!(header("content-type").starts_with("text/html"));
     assert_eq!(header("x-content-type-options"), "nosniff");
-    for rule in ["default-src 'self'", "frame-ancestors 'none'", "http://*.apps.localhost:*"] {
+    for rule in [
+        "default-src 'self'",
+        "frame-ancestors 'none'",
+        "http://*.apps.localhost:*",
+    ] {
         assert!(header("content-security-policy").contains(rule), "{rule}");
     }
-    let again = server.get("/").header("if-none-match", header("etag")).send().await.unwrap();
+    let again = server
+        .get("/")
+        .header("if-none-match", header("etag"))
+        .send()
+        .await
+        .unwrap();
     assert_eq!(again.status(), 304);
-    assert_eq!(server.get("/assets/main.js").send().await.unwrap().status(), 200);
-    for outside in ["/assets/../Cargo.toml", "/assets/%2e%2e/%2e%2e/Cargo.toml", "/assets/nope"] {
+    assert_eq!(
+        server.get("/assets/main.js").send().await.unwrap().status(),
+        200
+    );
+    for outside in [
+        "/assets/../Cargo.toml",
+        "/assets/%2e%2e/%2e%2e/Cargo.toml",
+        "/assets/nope",
+    ] {
         let request = format!("GET {outside} HTTP/1.1\r\nHost: localhost\r\n\r\n");
         assert_eq!(status_of(&raw(&server, &request).await), 404, "{outside}");
     }
@@ -514,13 +670,18 @@ async fn pings_are_answered_and_many_sockets_live_side_by_side() {
         socket.0.send(Message::Ping("x".into())).await.unwrap();
     }
     for socket in &mut sockets {
-        let answer = tokio::time::timeout(PATIENCE, socket.0.next()).await.unwrap();
+        let answer = tokio::time::timeout(PATIENCE, socket.0.next())
+            .await
+            .unwrap();
         assert_eq!(answer.unwrap().unwrap(), Message::Pong("x".into()));
     }
 }
 
 fn resident_kib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmRSS:"))
+        .unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }

@@ -212,7 +212,11 @@ impl Keys {
         let state = self.state();
         let info = |key: &StoredKey| KeyInfo {
             id: key.id.clone(),
-            role: if key.user_id.is_none() { "admin" } else { "user" },
+            role: if key.user_id.is_none() {
+                "admin"
+            } else {
+                "user"
+            },
             user_id: key.user_id.clone(),
             created: key.created,
             revoked: key.revoked,
@@ -376,7 +380,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let keys = Keys::open(dir.path(), None).unwrap();
         let key = keys.create(Role::Admin).unwrap();
-        let secret = key.text.expose_secret().split('_').nth(2).unwrap().to_owned();
+        let secret = key
+            .text
+            .expose_secret()
+            .split('_')
+            .nth(2)
+            .unwrap()
+            .to_owned();
         let stored = std::fs::read_to_string(dir.path().join("keys.json")).unwrap();
         assert!(stored.contains(&key.id) && !stored.contains(&secret));
         assert!(!format!("{key:?}").contains(&secret));

@@ -87,7 +87,10 @@ mod tests {
         let tickets = OneTime::new(Duration::from_secs(30), 10);
         let ticket = tickets.issue("k1").unwrap();
         assert_eq!(tickets.redeem("something else"), None);
-        assert_eq!(tickets.redeem(ticket.expose_secret()).as_deref(), Some("k1"));
+        assert_eq!(
+            tickets.redeem(ticket.expose_secret()).as_deref(),
+            Some("k1")
+        );
         assert_eq!(tickets.redeem(ticket.expose_secret()), None);
     }
 

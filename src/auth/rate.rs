@@ -87,7 +87,9 @@ mod tests {
     fn one_address_that_guesses_does_not_slow_another() {
         let limits = RateLimits::default();
         let guesser = IpAddr::from([10, 0, 0, 1]);
-        let refused = (0..500).filter(|_| limits.failure(guesser).is_err()).count();
+        let refused = (0..500)
+            .filter(|_| limits.failure(guesser).is_err())
+            .count();
         assert!(refused > 350, "{refused}");
         assert!(limits.failure(IpAddr::from([10, 0, 0, 2])).is_ok());
     }

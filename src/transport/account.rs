@@ -85,7 +85,10 @@ pub async fn sign_in(
             .ok_or("the key is unknown, revoked or mistyped"),
         _ => {
             let cause = "the body needs either token or key";
-            return Err(HttpProblem::bad_request("What to sign in with is missing", cause));
+            return Err(HttpProblem::bad_request(
+                "What to sign in with is missing",
+                cause,
+            ));
         }
     };
     let key_id = key_id.map_err(|cause| caller::failed(&edge, &parts, cause))?;

@@ -39,14 +39,21 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
     type Rejection = HttpProblem;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, HttpProblem> {
-        let bytes = Bytes::from_request(request, state).await.map_err(body_refused)?;
+        let bytes = Bytes::from_request(request, state)
+            .await
+            .map_err(body_refused)?;
         // An empty body is an object without fields: most fields have defaults.
-        let bytes = if bytes.is_empty() { Bytes::from_static(b"{}") } else { bytes };
-        let text = std::str::from_utf8(&bytes)
-            .map_err(|error| HttpProblem::bad_request("The body is not UTF-8", error.to_string()))?;
-        wire::fields(text).map(Json).map_err(|error| {
-            HttpProblem::new(StatusCode::BAD_REQUEST, wire::field_problem(&error))
-        })
+        let bytes = if bytes.is_empty() {
+            Bytes::from_static(b"{}")
+        } else {
+            bytes
+        };
+        let text = std::str::from_utf8(&bytes).map_err(|error| {
+            HttpProblem::bad_request("The body is not UTF-8", error.to_string())
+        })?;
+        wire::fields(text)
+            .map(Json)
+            .map_err(|error| HttpProblem::new(StatusCode::BAD_REQUEST, wire::field_problem(&error)))
     }
 }
 

@@ -56,7 +56,11 @@ pub fn by_key(edge: &Edge, parts: &Parts) -> Result<Option<Caller>, HttpProblem>
     };
     match edge.keys.authenticate(key) {
         Some(caller) => Ok(Some(caller)),
-        None => Err(failed(edge, parts, "the key is unknown, revoked or mistyped")),
+        None => Err(failed(
+            edge,
+            parts,
+            "the key is unknown, revoked or mistyped",
+        )),
     }
 }
 
@@ -76,9 +80,16 @@ fn header_key(headers: &HeaderMap) -> Option<&str> {
         // Not text: no key, but one was sent; it must not fall back to the cookie.
         return Some(key.to_str().unwrap_or_default());
     }
-    let value = headers.get(header::AUTHORIZATION)?.to_str().unwrap_or_default();
+    let value = headers
+        .get(header::AUTHORIZATION)?
+        .to_str()
+        .unwrap_or_default();
     let (scheme, key) = value.split_once(' ').unwrap_or((value, ""));
-    Some(if scheme.eq_ignore_ascii_case("bearer") { key.trim() } else { "" })
+    Some(if scheme.eq_ignore_ascii_case("bearer") {
+        key.trim()
+    } else {
+        ""
+    })
 }
 
 fn by_cookie(edge: &Edge, headers: &HeaderMap) -> Option<Caller> {

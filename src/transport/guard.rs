@@ -10,7 +10,15 @@ use crate::model::{Problem, ReplId};
 
 /// Query names that people put keys into. A URL ends up in histories, logs and `Referer` headers.
 const SECRET_NAMES: &[&str] = &[
-    "api_key", "apikey", "api-key", "x-api-key", "key", "token", "access_token", "bearer", "secret",
+    "api_key",
+    "apikey",
+    "api-key",
+    "x-api-key",
+    "key",
+    "token",
+    "access_token",
+    "bearer",
+    "secret",
     "password",
 ];
 
@@ -76,8 +84,11 @@ impl Guard {
         if name_fits && port_fits {
             return true;
         }
-        let authority = |origin: &Origin| split_port(&origin.authority).map(|(host, _)| host == name);
-        self.cors_origins.iter().any(|origin| authority(origin) == Some(true))
+        let authority =
+            |origin: &Origin| split_port(&origin.authority).map(|(host, _)| host == name);
+        self.cors_origins
+            .iter()
+            .any(|origin| authority(origin) == Some(true))
     }
 
     /// Refuses requests that another page's script sends.
@@ -86,7 +97,9 @@ impl Guard {
         let Some(origin) = origins.next() else {
             return Ok(());
         };
-        let host = request_host(uri, headers).unwrap_or_default().to_ascii_lowercase();
+        let host = request_host(uri, headers)
+            .unwrap_or_default()
+            .to_ascii_lowercase();
         let allowed = origins.next().is_none()
             && origin
                 .to_str()
@@ -96,7 +109,10 @@ impl Guard {
         if allowed {
             return Ok(());
         }
-        let shown: String = String::from_utf8_lossy(origin.as_bytes()).chars().take(100).collect();
+        let shown: String = String::from_utf8_lossy(origin.as_bytes())
+            .chars()
+            .take(100)
+            .collect();
         Err(HttpProblem::new(
             StatusCode::FORBIDDEN,
             Problem::new(
@@ -128,7 +144,9 @@ pub fn is_preflight(method: &Method, headers: &HeaderMap) -> bool {
 /// Refuses a key in the URL, so that nobody gets used to it.
 pub fn check_query(uri: &Uri) -> Result<(), HttpProblem> {
     let query = uri.query().unwrap_or_default();
-    let names = query.split('&').map(|pair| pair.split('=').next().unwrap_or_default());
+    let names = query
+        .split('&')
+        .map(|pair| pair.split('=').next().unwrap_or_default());
     for name in names {
         let name = name.to_ascii_lowercase();
         if SECRET_NAMES.contains(&name.as_str()) {
@@ -200,21 +218,36 @@ mod tests {
     }
 
     fn target(guard: &Guard, host: &str) -> Option<Target> {
-        guard.target(&Uri::from_static("/"), &headers(host, None)).ok()
+        guard
+            .target(&Uri::from_static("/"), &headers(host, None))
+            .ok()
     }
 
     #[test]
     fn only_own_names_are_answered() {
         let guard = guard("127.0.0.1:8000");
         for own in [
-            "127.0.0.1:8000", "localhost:8000", "LOCALHOST:8000", "[::1]:8000", "localhost",
-            "gantry.example", "gantry.example:443", "ide.example:8443",
+            "127.0.0.1:8000",
+            "localhost:8000",
+            "LOCALHOST:8000",
+            "[::1]:8000",
+            "localhost",
+            "gantry.example",
+            "gantry.example:443",
+            "ide.example:8443",
         ] {
             assert_eq!(target(&guard, own), Some(Target::Api), "{own}");
         }
         for foreign in [
-            "evil.example", "localhost:9000", "127.0.0.1.evil.example:8000", "10.0.0.1:8000", "",
-            "localhost.evil.example", "x.localhost:8000", "localhost:x", "apps.localhost:8000",
+            "evil.example",
+            "localhost:9000",
+            "127.0.0.1.evil.example:8000",
+            "10.0.0.1:8000",
+            "",
+            "localhost.evil.example",
+            "x.localhost:8000",
+            "localhost:x",
+            "apps.localhost:8000",
         ] {
             assert_eq!(target(&guard, foreign), None, "{foreign}");
         }
@@ -228,8 +261,14 @@ mod tests {
             target(&guard, "Test-Prod.apps.localhost:8000"),
             Some(Target::Program(Some(repl)))
         );
-        assert_eq!(target(&guard, "a.b.apps.localhost"), Some(Target::Program(None)));
-        assert_eq!(target(&guard, ".apps.localhost"), Some(Target::Program(None)));
+        assert_eq!(
+            target(&guard, "a.b.apps.localhost"),
+            Some(Target::Program(None))
+        );
+        assert_eq!(
+            target(&guard, ".apps.localhost"),
+            Some(Target::Program(None))
+        );
     }
 
     #[test]
@@ -251,8 +290,13 @@ mod tests {
         assert!(ok("localhost:8000", Some("http://localhost:8000")));
         assert!(ok("localhost:8000", Some("https://ide.example:8443")));
         for foreign in [
-            "http://evil.example", "null", "http://localhost:9000", "http://ide.example:8443",
-            "http://test-prod.apps.localhost:8000", "file://", "",
+            "http://evil.example",
+            "null",
+            "http://localhost:9000",
+            "http://ide.example:8443",
+            "http://test-prod.apps.localhost:8000",
+            "file://",
+            "",
         ] {
             assert!(!ok("localhost:8000", Some(foreign)), "{foreign}");
         }
@@ -268,10 +312,21 @@ mod tests {
 
     #[test]
     fn a_key_in_the_url_is_refused_and_words_like_it_are_not() {
-        for bad in ["/x?api_key=a", "/x?q=1&KEY=a", "/x?token=", "/x?access_token"] {
+        for bad in [
+            "/x?api_key=a",
+            "/x?q=1&KEY=a",
+            "/x?token=",
+            "/x?access_token",
+        ] {
             assert!(check_query(&bad.parse().unwrap()).is_err(), "{bad}");
         }
-        for good in ["/x", "/x?q=key", "/x?ticket=1", "/x?monkey=1", "/keys?q=api_key"] {
+        for good in [
+            "/x",
+            "/x?q=key",
+            "/x?ticket=1",
+            "/x?monkey=1",
+            "/keys?q=api_key",
+        ] {
             assert!(check_query(&good.parse().unwrap()).is_ok(), "{good}");
         }
     }

@@ -41,7 +41,10 @@ pub async fn ready(State(edge): State<Arc<Edge>>) -> Result<axum::Json<Health>, 
         causes.push("the journal cannot be written: its disk is full or failing".to_owned());
     }
     if let Err(error) = edge.platform.repls().await {
-        causes.push(format!("the {} platform does not answer: {error}", edge.platform.name()));
+        causes.push(format!(
+            "the {} platform does not answer: {error}",
+            edge.platform.name()
+        ));
     }
     if causes.is_empty() {
         Ok(axum::Json(Health { status: "ok" }))

@@ -82,18 +82,27 @@ pub async fn search(
         .filter_map(|value| value.to_str().ok())
         .any(|value| value.contains("text/event-stream"));
     let Some(mut query) = log_query(&caller, params)? else {
-        let nothing = LogsFound { records: Vec::new(), next: None };
+        let nothing = LogsFound {
+            records: Vec::new(),
+            next: None,
+        };
         return Ok(axum::Json(nothing).into_response());
     };
     if follows {
         // A browser that reconnects says how far it came.
-        let last = headers.get("last-event-id").and_then(|value| value.to_str().ok());
+        let last = headers
+            .get("last-event-id")
+            .and_then(|value| value.to_str().ok());
         query.after = last.map(str::to_owned).or(query.after);
         return Ok(follow(&edge, &caller, query).into_response());
     }
     let page = edge.search.query(query).await.map_err(search_problem)?;
     let found = LogsFound {
-        records: page.records.into_iter().map(|record| record.fields).collect(),
+        records: page
+            .records
+            .into_iter()
+            .map(|record| record.fields)
+            .collect(),
         next: page.next,
     };
     Ok(axum::Json(found).into_response())
@@ -132,7 +141,9 @@ fn stream_event(record: Result<LogRecord, SearchError>) -> Event {
         },
         Err(error) => {
             tracing::error!(%error, "logs cannot be followed");
-            Event::default().event("problem").data(super::wire::text(&failed(&error)))
+            Event::default()
+                .event("problem")
+                .data(super::wire::text(&failed(&error)))
         }
     }
 }
@@ -186,7 +197,10 @@ pub fn parse<T: std::str::FromStr>(
     expected: &str,
 ) -> Result<Option<T>, HttpProblem> {
     given(value)
-        .map(|text| text.parse().map_err(|_| wrong(name, &format!("must be {expected}"))))
+        .map(|text| {
+            text.parse()
+                .map_err(|_| wrong(name, &format!("must be {expected}")))
+        })
         .transpose()
 }
 

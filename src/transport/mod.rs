@@ -207,12 +207,17 @@ impl Edge {
     fn finish(&self, cors: Option<&str>, mut response: Response) -> Response {
         let headers = response.headers_mut();
         let mut set = |name: HeaderName, value: &'static str| {
-            headers.entry(name).or_insert(HeaderValue::from_static(value));
+            headers
+                .entry(name)
+                .or_insert(HeaderValue::from_static(value));
         };
         set(header::X_CONTENT_TYPE_OPTIONS, "nosniff");
         set(header::X_FRAME_OPTIONS, "DENY");
         set(header::REFERRER_POLICY, "no-referrer");
-        set(HeaderName::from_static("cross-origin-opener-policy"), "same-origin");
+        set(
+            HeaderName::from_static("cross-origin-opener-policy"),
+            "same-origin",
+        );
         set(header::CACHE_CONTROL, "no-store");
         headers.insert(header::CONTENT_SECURITY_POLICY, self.policy.clone());
         if let Some(Ok(origin)) = cors.map(HeaderValue::from_str) {
@@ -239,7 +244,10 @@ fn allow_origin(headers: &mut HeaderMap, origin: HeaderValue) {
         header::ACCESS_CONTROL_ALLOW_HEADERS,
         HeaderValue::from_static("authorization, content-type, last-event-id, x-api-key"),
     );
-    headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
+    headers.insert(
+        header::ACCESS_CONTROL_MAX_AGE,
+        HeaderValue::from_static("600"),
+    );
 }
 
 fn content_security_policy(app_domain: &str) -> anyhow::Result<HeaderValue> {
@@ -302,7 +310,11 @@ pub fn router(edge: Arc<Edge>) -> Router {
     let (routes, api) = OpenApiRouter::with_openapi(Api::openapi())
         .routes(routes!(ws::code))
         .routes(routes!(ws::ticket))
-        .routes(routes!(account::session, account::sign_in, account::sign_out))
+        .routes(routes!(
+            account::session,
+            account::sign_in,
+            account::sign_out
+        ))
         .routes(routes!(account::languages))
         .routes(routes!(submissions::list))
         .routes(routes!(submissions::one))

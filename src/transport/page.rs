@@ -38,7 +38,11 @@ fn serve(path: &str, headers: &HeaderMap) -> Response {
     };
     let headers = response.headers_mut();
     let mime = metadata.mimetype();
-    let charset = if mime.starts_with("text/") { "; charset=utf-8" } else { "" };
+    let charset = if mime.starts_with("text/") {
+        "; charset=utf-8"
+    } else {
+        ""
+    };
     if let Ok(value) = HeaderValue::from_str(&format!("{mime}{charset}")) {
         headers.insert(header::CONTENT_TYPE, value);
     }
@@ -51,6 +55,10 @@ fn serve(path: &str, headers: &HeaderMap) -> Response {
 }
 
 fn etag(hash: &[u8]) -> String {
-    let digits: String = hash.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+    let digits: String = hash
+        .iter()
+        .take(16)
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     format!("\"{digits}\"")
 }

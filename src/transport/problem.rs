@@ -12,7 +12,10 @@ pub const CONTENT_TYPE: &str = "application/problem+json";
 
 /// An error as it is sent.
 #[derive(Debug)]
-pub struct HttpProblem {
+pub struct HttpProblem(Box<Inner>);
+
+#[derive(Debug)]
+struct Inner {
     status: StatusCode,
     problem: Problem,
     /// Members that a route's contract adds.
@@ -23,33 +26,33 @@ pub struct HttpProblem {
 impl HttpProblem {
     /// A problem with its HTTP status.
     pub fn new(status: StatusCode, problem: Problem) -> Self {
-        Self {
+        Self(Box::new(Inner {
             status,
             problem,
             extra: Map::new(),
             retry_after: None,
-        }
+        }))
     }
 
     /// The problem itself.
     pub fn problem(&self) -> &Problem {
-        &self.problem
+        &self.0.problem
     }
 
     /// The HTTP status.
     pub fn status(&self) -> StatusCode {
-        self.status
+        self.0.status
     }
 
     /// Adds a member.
     pub fn with(mut self, name: &str, value: Value) -> Self {
-        self.extra.insert(name.to_owned(), value);
+        self.0.extra.insert(name.to_owned(), value);
         self
     }
 
     /// Says when to ask again.
     pub fn retry_after(mut self, seconds: u64) -> Self {
-        self.retry_after = Some(seconds);
+        self.0.retry_after = Some(seconds);
         self
     }
 
@@ -114,27 +117,36 @@ impl HttpProblem {
 
 impl IntoResponse for HttpProblem {
     fn into_response(self) -> Response {
+        let Inner {
+            status,
+            problem,
+            extra,
+            retry_after,
+        } = *self.0;
         let mut body = Map::new();
-        body.insert("type".into(), json!(format!("urn:gantry:problem:{}", self.problem.code)));
-        body.insert("title".into(), json!(self.status.canonical_reason().unwrap_or("Error")));
-        body.insert("status".into(), json!(self.status.as_u16()));
-        body.insert("detail".into(), json!(self.problem.message));
-        body.insert("code".into(), json!(self.problem.code));
-        body.insert("cause".into(), json!(self.problem.cause));
-        body.insert("remediation".into(), json!(self.problem.remediation));
-        body.extend(self.extra);
-        let mut response = Response::new(Body::from(Value::Object(body).to_string()));
-        *response.status_mut() = self.status;
-        let headers = response.headers_mut();
-        headers.insert(
-            header::CONTENT_TYPE,
-            HeaderValue::from_static(CONTENT_TYPE),
+        body.insert(
+            "type".into(),
+            json!(format!("urn:gantry:problem:{}", problem.code)),
         );
+        body.insert(
+            "title".into(),
+            json!(status.canonical_reason().unwrap_or("Error")),
+        );
+        body.insert("status".into(), json!(status.as_u16()));
+        body.insert("detail".into(), json!(problem.message));
+        body.insert("code".into(), json!(problem.code));
+        body.insert("cause".into(), json!(problem.cause));
+        body.insert("remediation".into(), json!(problem.remediation));
+        body.extend(extra);
+        let mut response = Response::new(Body::from(Value::Object(body).to_string()));
+        *response.status_mut() = status;
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(CONTENT_TYPE));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        if self.status == StatusCode::UNAUTHORIZED {
+        if status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
-        if let Some(seconds) = self.retry_after {
+        if let Some(seconds) = retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }
         response

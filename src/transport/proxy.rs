@@ -41,7 +41,11 @@ const HOP_BY_HOP: [HeaderName; 8] = [
 /// Passes a request on to the repl's program and its answer back.
 pub async fn forward(edge: &Arc<Edge>, repl: Option<ReplId>, request: Request) -> Response {
     let Some(repl) = repl else {
-        return error_page(StatusCode::NOT_FOUND, "There is no program here", "This name cannot be a repl's.");
+        return error_page(
+            StatusCode::NOT_FOUND,
+            "There is no program here",
+            "This name cannot be a repl's.",
+        );
     };
     let stream = match tokio::time::timeout(DIAL_TIMEOUT, edge.platform.dial(&repl)).await {
         Ok(Ok(stream)) => stream,
@@ -54,23 +58,45 @@ pub async fn forward(edge: &Arc<Edge>, repl: Option<ReplId>, request: Request) -
         }
         Ok(Err(PlatformError::Unavailable(problem) | PlatformError::NotReady(problem))) => {
             let cause = format!("{}: {}", problem.message, problem.cause);
-            return error_page(StatusCode::SERVICE_UNAVAILABLE, "The program does not serve now", &cause);
+            return error_page(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "The program does not serve now",
+                &cause,
+            );
         }
         Err(_) => {
-            let cause = format!("{repl} did not take the connection within {} s.", DIAL_TIMEOUT.as_secs());
-            return error_page(StatusCode::GATEWAY_TIMEOUT, "The program does not answer", &cause);
+            let cause = format!(
+                "{repl} did not take the connection within {} s.",
+                DIAL_TIMEOUT.as_secs()
+            );
+            return error_page(
+                StatusCode::GATEWAY_TIMEOUT,
+                "The program does not answer",
+                &cause,
+            );
         }
     };
     match exchange(edge, request, stream).await {
         Ok(response) => response,
         Err(Failure::Late) => {
-            let cause = format!("{repl} sent no answer within {} s.", ANSWER_TIMEOUT.as_secs());
-            error_page(StatusCode::GATEWAY_TIMEOUT, "The program does not answer", &cause)
+            let cause = format!(
+                "{repl} sent no answer within {} s.",
+                ANSWER_TIMEOUT.as_secs()
+            );
+            error_page(
+                StatusCode::GATEWAY_TIMEOUT,
+                "The program does not answer",
+                &cause,
+            )
         }
         Err(Failure::Broken(error)) => {
             tracing::debug!(repl_id = %repl, %error, "a proxied request failed");
             let cause = format!("{repl} closed the connection or did not speak HTTP ({error}).");
-            error_page(StatusCode::BAD_GATEWAY, "The program's answer cannot be passed on", &cause)
+            error_page(
+                StatusCode::BAD_GATEWAY,
+                "The program's answer cannot be passed on",
+                &cause,
+            )
         }
     }
 }
@@ -123,7 +149,9 @@ fn join(edge: &Arc<Edge>, client: OnUpgrade, program: OnUpgrade, peer: Option<Pe
         let copied = async {
             let (client, program) = tokio::try_join!(client, program).ok()?;
             let (mut client, mut program) = (TokioIo::new(client), TokioIo::new(program));
-            tokio::io::copy_bidirectional(&mut client, &mut program).await.ok()
+            tokio::io::copy_bidirectional(&mut client, &mut program)
+                .await
+                .ok()
         };
         stop.run_until_cancelled(copied).await;
         drop(peer);
@@ -140,7 +168,10 @@ fn upgrade_wanted(headers: &HeaderMap) -> Option<HeaderValue> {
 
 fn connection_tokens(headers: &HeaderMap) -> impl Iterator<Item = &str> {
     let values = headers.get_all(header::CONNECTION).iter();
-    values.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(',')).map(str::trim)
+    values
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(str::trim)
 }
 
 fn put_upgrade(headers: &mut HeaderMap, protocol: Option<&HeaderValue>) {
@@ -151,8 +182,9 @@ fn put_upgrade(headers: &mut HeaderMap, protocol: Option<&HeaderValue>) {
 }
 
 fn remove_hop_by_hop(headers: &mut HeaderMap) {
-    let named: Vec<HeaderName> =
-        connection_tokens(headers).filter_map(|token| token.parse().ok()).collect();
+    let named: Vec<HeaderName> = connection_tokens(headers)
+        .filter_map(|token| token.parse().ok())
+        .collect();
     for name in named.iter().chain(&HOP_BY_HOP) {
         headers.remove(name);
     }
@@ -193,12 +225,23 @@ fn strip_session_cookie(headers: &mut HeaderMap) {
         .filter_map(|value| {
             let Ok(text) = value.to_str() else {
                 // Not text, so it cannot be read by us either: only bytes that spell our name matter.
-                let spelled = value.as_bytes().windows(COOKIE.len()).any(|w| w == COOKIE.as_bytes());
+                let spelled = value
+                    .as_bytes()
+                    .windows(COOKIE.len())
+                    .any(|w| w == COOKIE.as_bytes());
                 return (!spelled).then(|| value.clone());
             };
-            let pairs: Vec<&str> = text.split(';').map(str::trim).filter(|pair| !ours(pair)).collect();
+            let pairs: Vec<&str> = text
+                .split(';')
+                .map(str::trim)
+                .filter(|pair| !ours(pair))
+                .collect();
             let text = pairs.join("; ");
-            if text.is_empty() { None } else { HeaderValue::from_str(&text).ok() }
+            if text.is_empty() {
+                None
+            } else {
+                HeaderValue::from_str(&text).ok()
+            }
         })
         .collect();
     headers.remove(header::COOKIE);
@@ -227,7 +270,10 @@ fn keep_session_cookie_ours(headers: &mut HeaderMap) {
 
 fn error_page(status: StatusCode, title: &str, cause: &str) -> Response {
     let escape = |text: &str| {
-        text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+        text.replace('&', "&amp;")
+            .replace('<', "&lt;")
+            .replace('>', "&gt;")
+            .replace('"', "&quot;")
     };
     let (title, cause) = (escape(title), escape(cause));
     let page = format!(
@@ -242,7 +288,10 @@ fn error_page(status: StatusCode, title: &str, cause: &str) -> Response {
     let headers = [
         (header::CONTENT_TYPE, "text/html; charset=utf-8"),
         (header::CACHE_CONTROL, "no-store"),
-        (header::CONTENT_SECURITY_POLICY, "default-src 'none'; style-src 'unsafe-inline'"),
+        (
+            header::CONTENT_SECURITY_POLICY,
+            "default-src 'none'; style-src 'unsafe-inline'",
+        ),
     ];
     (status, headers, page).into_response()
 }
@@ -296,7 +345,13 @@ mod tests {
         ]);
         prepare_request(&mut request, None, None);
         let headers = request.headers();
-        for gone in ["connection", "x-secret-hop", "te", "transfer-encoding", "x-forwarded-for"] {
+        for gone in [
+            "connection",
+            "x-secret-hop",
+            "te",
+            "transfer-encoding",
+            "x-forwarded-for",
+        ] {
             assert!(!headers.contains_key(gone), "{gone}");
         }
         assert_eq!(headers["accept"], "*/*");
@@ -317,7 +372,8 @@ mod tests {
     #[test]
     fn an_error_page_cannot_be_made_to_carry_markup() {
         let page = error_page(StatusCode::BAD_GATEWAY, "t", "<script>alert(1)</script>");
-        let body = futures_util::FutureExt::now_or_never(axum::body::to_bytes(page.into_body(), 9_999));
+        let body =
+            futures_util::FutureExt::now_or_never(axum::body::to_bytes(page.into_body(), 9_999));
         let body = body.unwrap().unwrap();
         assert!(!String::from_utf8_lossy(&body).contains("<script"));
     }

@@ -68,7 +68,11 @@ pub async fn releases(
     Path(id): Path<String>,
 ) -> Result<axum::Json<Releases>, HttpProblem> {
     let (repl, _) = owned(&edge, &caller, &id).await?;
-    let releases = edge.platform.releases(&repl).await.map_err(platform_problem)?;
+    let releases = edge
+        .platform
+        .releases(&repl)
+        .await
+        .map_err(platform_problem)?;
     Ok(axum::Json(Releases { releases }))
 }
 
@@ -173,7 +177,9 @@ pub async fn stop(
 /// The members that `/stop` promises with every error.
 fn unsuccessful(problem: HttpProblem) -> HttpProblem {
     let message = problem.problem().message.clone();
-    problem.with("success", Value::Bool(false)).with("message", Value::String(message))
+    problem
+        .with("success", Value::Bool(false))
+        .with("message", Value::String(message))
 }
 
 /// The repl of this name and its owner, if it exists for the caller.
@@ -181,7 +187,9 @@ async fn owned(edge: &Edge, caller: &Caller, id: &str) -> Result<(ReplId, UserId
     let not_found = || HttpProblem::not_found("repl");
     let repl: ReplId = id.parse().map_err(|_| not_found())?;
     let owner = edge.platform.owner(&repl).await.map_err(platform_problem)?;
-    let user = owner.filter(|user| caller.sees(user)).ok_or_else(not_found)?;
+    let user = owner
+        .filter(|user| caller.sees(user))
+        .ok_or_else(not_found)?;
     Ok((repl, user))
 }
 

@@ -205,8 +205,7 @@ async fn write(
             }
         };
         let length = message.len();
-        let allowed =
-            WRITE_STALL + Duration::from_secs((length / SLOWEST_BYTES_PER_SECOND) as u64);
+        let allowed = WRITE_STALL + Duration::from_secs((length / SLOWEST_BYTES_PER_SECOND) as u64);
         match timeout(allowed, sink.send(message)).await {
             Ok(Ok(())) => {}
             Ok(Err(_)) => return End::Gone,
@@ -265,7 +264,11 @@ impl Reader<'_> {
                 None => self.reply(&wire::not_found(resume.id)).await,
                 Some(known) => {
                     // A client that has it all still gets the reply: it may have missed it.
-                    let last = if known.ended { known.last_seq.saturating_sub(1) } else { known.last_seq };
+                    let last = if known.ended {
+                        known.last_seq.saturating_sub(1)
+                    } else {
+                        known.last_seq
+                    };
                     self.follow(resume.id, resume.after.min(last), true).await
                 }
             },
@@ -302,7 +305,9 @@ impl Reader<'_> {
         if let Some(known) = id.and_then(|id| self.edge.journal.submission(id))
             && known.user_id != user
         {
-            return self.reply(&refuse("submission_id", "is reserved; choose another")).await;
+            return self
+                .reply(&refuse("submission_id", "is reserved; choose another"))
+                .await;
         }
         let submission = match request.validate(self.edge.pipeline.maximum_limits()) {
             Ok(submission) => submission,
@@ -332,7 +337,11 @@ impl Reader<'_> {
         if known.ended {
             return Ok(());
         }
-        match self.edge.pipeline.stdin(stdin.id, stdin.data.into_bytes(), stdin.eof) {
+        match self
+            .edge
+            .pipeline
+            .stdin(stdin.id, stdin.data.into_bytes(), stdin.eof)
+        {
             Ok(()) => Ok(()),
             Err(problem) => self.send(wire::stdin_refused(stdin.id, &problem)).await,
         }
@@ -357,7 +366,10 @@ impl Reader<'_> {
         let frames = records
             .filter_map(move |record| future::ready(outgoing(id, record, events)))
             .boxed();
-        self.commands.send(Command::Follow(frames)).await.map_err(|_| Gone)
+        self.commands
+            .send(Command::Follow(frames))
+            .await
+            .map_err(|_| Gone)
     }
 
     async fn reply(&mut self, outcome: &Outcome) -> Result<(), Gone> {
@@ -365,7 +377,10 @@ impl Reader<'_> {
     }
 
     async fn send(&mut self, text: String) -> Result<(), Gone> {
-        self.commands.send(Command::Send(text.into())).await.map_err(|_| Gone)
+        self.commands
+            .send(Command::Send(text.into()))
+            .await
+            .map_err(|_| Gone)
     }
 }
 

@@ -59,7 +59,10 @@ pub async fn list(
 ) -> Result<axum::Json<Submissions>, HttpProblem> {
     let named: Option<UserId> = parse("user_id", params.user_id, "a user's name")?;
     let Some(users) = visible_user(&caller, named) else {
-        let nothing = Submissions { submissions: Vec::new(), next: None };
+        let nothing = Submissions {
+            submissions: Vec::new(),
+            next: None,
+        };
         return Ok(axum::Json(nothing));
     };
     let limit = parse("limit", params.limit, "a number from 1 to 500")?.unwrap_or(DEFAULT_LIMIT);
@@ -70,7 +73,11 @@ pub async fn list(
         limit: limit.clamp(1, MAX_LIMIT),
         before: given(params.before),
     };
-    let page = edge.search.submissions(query).await.map_err(search_problem)?;
+    let page = edge
+        .search
+        .submissions(query)
+        .await
+        .map_err(search_problem)?;
     Ok(axum::Json(Submissions {
         submissions: page.submissions,
         next: page.next,

@@ -120,9 +120,14 @@ fn field_error(path: String, message: &str) -> FieldError {
         };
         let (name, rest) = rest.split_once('`').unwrap_or((rest, ""));
         let name: String = name.chars().take(80).collect();
-        let known = rest.strip_prefix(", expected ").map_or_else(String::new, |known| {
-            format!("; known are {}", known.trim_start_matches("one of ").replace('`', ""))
-        });
+        let known = rest
+            .strip_prefix(", expected ")
+            .map_or_else(String::new, |known| {
+                format!(
+                    "; known are {}",
+                    known.trim_start_matches("one of ").replace('`', "")
+                )
+            });
         let path = match path.as_str() {
             path if path.is_empty() || path == name => name,
             path if path.ends_with(&format!(".{name}")) => path.to_owned(),
@@ -381,7 +386,10 @@ pub fn field_problem(error: &FieldError) -> Problem {
         "field_invalid",
         format!("{} {}", error.field, error.reason),
         format!("the field {} {}", error.field, error.reason),
-        format!("Correct {} and send the message again; nothing ran", error.field),
+        format!(
+            "Correct {} and send the message again; nothing ran",
+            error.field
+        ),
     )
 }
 
@@ -446,13 +454,22 @@ mod tests {
     #[test]
     fn every_kind_of_frame_is_told_apart() {
         let is = |text: &str| parse(text).unwrap();
-        assert!(matches!(is(r#"{"user_id":"t","code":""}"#), Frame::Submission(_)));
+        assert!(matches!(
+            is(r#"{"user_id":"t","code":""}"#),
+            Frame::Submission(_)
+        ));
         assert!(matches!(
             is(r#"{"user_id":"t","code":"","stdin":"x"}"#),
             Frame::Submission(_)
         ));
-        assert!(matches!(is(&format!(r#"{{"resume":"{ID}"}}"#)), Frame::Resume(_)));
-        assert!(matches!(is(&format!(r#"{{"cancel":"{ID}"}}"#)), Frame::Cancel(_)));
+        assert!(matches!(
+            is(&format!(r#"{{"resume":"{ID}"}}"#)),
+            Frame::Resume(_)
+        ));
+        assert!(matches!(
+            is(&format!(r#"{{"cancel":"{ID}"}}"#)),
+            Frame::Cancel(_)
+        ));
         let Frame::Stdin(stdin) = is(&format!(r#"{{"stdin":"{ID}","data":"a","eof":true}}"#))
         else {
             panic!("not stdin");
@@ -474,10 +491,16 @@ mod tests {
             (r#"{"user_id":"t","user_id":"t"}"#, "user_id"),
             (r#"{"user_id":"t","files":{"a":"1","a":"2"}}"#, "files.a"),
             (r#"{"user_id":"t","env":{"A":"1","B":"","A":"2"}}"#, "env.A"),
-            (r#"{"user_id":"t","tests":[{"name":"a"},{"name":"b","name":"c"}]}"#, "tests[1].name"),
+            (
+                r#"{"user_id":"t","tests":[{"name":"a"},{"name":"b","name":"c"}]}"#,
+                "tests[1].name",
+            ),
             (r#"{"user_id":"t","code":1}"#, "code"),
             (r#"{"user_id":"t","limits":{"wall":1}}"#, "limits.wall"),
-            (r#"{"user_id":"t","limits":{"wall_ms":-1}}"#, "limits.wall_ms"),
+            (
+                r#"{"user_id":"t","limits":{"wall_ms":-1}}"#,
+                "limits.wall_ms",
+            ),
             (r#"{"user_id":"t","args":["a",1]}"#, "args[1]"),
             (r#"{"user_id":"t","tests":5}"#, "tests"),
             (r#"{"user_id":"t","submission_id":"x"}"#, "submission_id"),
@@ -493,7 +516,10 @@ mod tests {
         for bracket in ["[", "{\"a\":"] {
             let deep = format!("{{\"user_id\":\"t\",\"code\":{}", bracket.repeat(100_000));
             let refused = parse(&deep).unwrap_err();
-            assert!(refused.error.reason.contains("recursion limit"), "{refused:?}");
+            assert!(
+                refused.error.reason.contains("recursion limit"),
+                "{refused:?}"
+            );
         }
         let fine = format!("{{\"a\":{}{}}}", "[".repeat(50), "]".repeat(50));
         assert_eq!(refused_field(&fine), "a");
@@ -503,7 +529,8 @@ mod tests {
     fn a_refusal_keeps_the_ids_it_could_read() {
         let text = format!(r#"{{"submission_id":"{ID}","user_id":"ann","bogus":1}}"#);
         let refused = parse(&text).unwrap_err();
-        let frame: serde_json::Value = serde_json::from_str(&super::text(&invalid(&refused))).unwrap();
+        let frame: serde_json::Value =
+            serde_json::from_str(&super::text(&invalid(&refused))).unwrap();
         assert_eq!(frame["submission_id"], ID);
         assert_eq!(frame["namespace"], "user-ann");
         assert_eq!(frame["status"], "invalid");
@@ -576,7 +603,10 @@ mod tests {
 
     #[test]
     fn the_reply_carries_its_place_in_the_stream() {
-        let outcome = reply(record(Event::Reply(Box::new(Outcome::new(Status::Deployed))))).unwrap();
+        let outcome = reply(record(Event::Reply(Box::new(Outcome::new(
+            Status::Deployed,
+        )))))
+        .unwrap();
         assert_eq!(outcome.seq, Some(3));
         assert!(reply(record(Event::Queued)).is_none());
     }

@@ -99,7 +99,9 @@ fn caller_of(
         return Ok(caller);
     }
     let Some(ticket) = ticket else {
-        return Err(HttpProblem::unauthorized("the request carries no key and no ticket"));
+        return Err(HttpProblem::unauthorized(
+            "the request carries no key and no ticket",
+        ));
     };
     edge.tickets
         .redeem(&ticket)
@@ -121,7 +123,9 @@ fn accept_key(headers: &HeaderMap) -> Result<HeaderValue, HttpProblem> {
             .any(|value| value.trim().eq_ignore_ascii_case(token))
     };
     if !has(header::CONNECTION, "upgrade") || !has(header::UPGRADE, "websocket") {
-        return Err(needs_upgrade("the request asks for no upgrade to websocket"));
+        return Err(needs_upgrade(
+            "the request asks for no upgrade to websocket",
+        ));
     }
     if !has(header::SEC_WEBSOCKET_VERSION, "13") {
         return Err(needs_upgrade("the WebSocket version is not 13"));

@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::{SinkExt, StreamExt};
 use serde_json::Value;
@@ -27,10 +27,20 @@ pub struct Server {
 
 fn gantry(data: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_gantry"));
-    for name in ["API_KEY", "HOST", "PORT", "DOMAIN", "APP_DOMAIN", "CORS_ORIGINS", "GANTRY_PLATFORM"] {
+    for name in [
+        "API_KEY",
+        "HOST",
+        "PORT",
+        "DOMAIN",
+        "APP_DOMAIN",
+        "CORS_ORIGINS",
+        "GANTRY_PLATFORM",
+    ] {
         command.env_remove(name);
     }
-    command.env("GANTRY_DATA_DIR", data).env("GANTRY_LOG", "warn");
+    command
+        .env("GANTRY_DATA_DIR", data)
+        .env("GANTRY_LOG", "warn");
     command
 }
 
@@ -54,7 +64,12 @@ fn start(data: &Path, port: u16) -> (Child, SocketAddr, Option<String>, String) 
             break;
         }
     }
-    (child, address.expect("no address"), admin, sign_in.expect("no sign-in link"))
+    (
+        child,
+        address.expect("no address"),
+        admin,
+        sign_in.expect("no sign-in link"),
+    )
 }
 
 impl Server {
@@ -62,7 +77,13 @@ impl Server {
         let data = tempfile::tempdir().unwrap();
         let (child, address, admin, sign_in) = start(data.path(), 0);
         let admin = admin.expect("the first start prints a key");
-        Self { child, data, address, admin, sign_in }
+        Self {
+            child,
+            data,
+            address,
+            admin,
+            sign_in,
+        }
     }
 
     /// Ends it as a power cut would, and starts it again on the same port and data.
@@ -76,10 +97,14 @@ impl Server {
         self.sign_in = sign_in;
     }
 
-    pub fn terminate(&mut self) -> std::process::ExitStatus {
+    fn ask_to_end(&self) {
         let id = i32::try_from(self.child.id()).unwrap();
         let pid = rustix::process::Pid::from_raw(id).unwrap();
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    }
+
+    pub fn terminate(&mut self) -> std::process::ExitStatus {
+        self.ask_to_end();
         self.child.wait().unwrap()
     }
 
@@ -88,7 +113,11 @@ impl Server {
     }
 
     pub fn key_command(&self, args: &[&str]) -> Output {
-        gantry(self.data.path()).arg("key").args(args).output().unwrap()
+        gantry(self.data.path())
+            .arg("key")
+            .args(args)
+            .output()
+            .unwrap()
     }
 
     pub fn user_key(&self, user: &str) -> (String, String) {
@@ -103,7 +132,15 @@ impl Server {
     pub async fn user(&self, user: &str) -> (String, String) {
         let (id, key) = self.user_key(user);
         for _ in 0..50 {
-            if self.get("/session").header("x-api-key", &key).send().await.unwrap().status() == 200 {
+            if self
+                .get("/session")
+                .header("x-api-key", &key)
+                .send()
+                .await
+                .unwrap()
+                .status()
+                == 200
+            {
                 return (id, key);
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
@@ -124,15 +161,28 @@ impl Server {
     }
 
     pub async fn connect(&self, key: &str) -> Socket {
-        Socket::open(self, "/ws/code", &[("x-api-key", key)]).await.unwrap()
+        Socket::open(self, "/ws/code", &[("x-api-key", key)])
+            .await
+            .unwrap()
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // It may have ended already, which is as good.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        if matches!(self.child.try_wait(), Ok(Some(_))) {
+            return;
+        }
+        // Asked, not killed: sandboxes outlive a server that is killed.
+        self.ask_to_end();
+        let asked = Instant::now();
+        while matches!(self.child.try_wait(), Ok(None)) {
+            if asked.elapsed() > PATIENCE {
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }
 
@@ -169,7 +219,10 @@ impl Socket {
     /// The next frame as JSON.
     pub async fn next(&mut self) -> Value {
         loop {
-            match tokio::time::timeout(PATIENCE, self.0.next()).await.expect("no frame") {
+            match tokio::time::timeout(PATIENCE, self.0.next())
+                .await
+                .expect("no frame")
+            {
                 Some(Ok(Message::Text(text))) => return serde_json::from_str(&text).unwrap(),
                 Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
                 other => panic!("no frame but {other:?}"),
@@ -193,7 +246,9 @@ impl Socket {
                 }
             }
         };
-        tokio::time::timeout(within, closing).await.expect("it was not closed")
+        tokio::time::timeout(within, closing)
+            .await
+            .expect("it was not closed")
     }
 }
 
