@@ -540,24 +540,102 @@ async fn a_submission_can_be_resumed_after_the_server_was_killed() {
         last = socket.next().await;
     }
     assert_eq!(last, done);
+    assert_eq!(socket.ask(hello("t")).await["status"], "tests_passed");
 }
 
 #[tokio::test]
 async fn a_client_that_never_reads_costs_no_memory_and_stops_nobody() {
     let server = Server::start();
     let mut deaf = server.connect(&server.admin).await;
-    // 40,000 replies of several hundred bytes each, none of them read, until writing blocks.
-    let flood = async {
-        for _ in 0..40_000 {
-            deaf.0.feed(Message::text("{}")).await.unwrap();
-        }
-        deaf.0.flush().await.unwrap();
-    };
-    let _ = tokio::time::timeout(Duration::from_secs(10), flood).await;
-    let resident = resident_kib(server.pid());
-    assert!(resident < 100 << 10, "{resident} KiB");
+    let before = resident_kib(server.pid());
+    // A hundred times 1 MB of output, streamed and replied: 200 MB for this connection.
+    for _ in 0..100 {
+        deaf.send(
+            r#"{"user_id":"deaf","stream":true,"deploy":false,
+                "code":"import sys\nsys.stdout.write('x'*1000000)"}"#,
+        )
+        .await;
+    }
     let mut other = server.connect(&server.admin).await;
-    assert_eq!(other.ask("{}").await["status"], "invalid");
+    assert_eq!(other.ask(hello("other")).await["status"], "tests_passed");
+    // They all end although nobody reads them.
+    for _ in 0..600 {
+        let path = "/submissions?user_id=deaf&status=tests_passed&limit=200";
+        let page = server
+            .get(path)
+            .header("x-api-key", &server.admin)
+            .send()
+            .await
+            .unwrap();
+        let page: Value = page.json().await.unwrap();
+        if page["submissions"].as_array().unwrap().len() == 100 {
+            let grown = resident_kib(server.pid()).saturating_sub(before);
+            assert!(grown < 64 << 10, "{grown} KiB more");
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    panic!("the submissions of a client that does not read did not end");
+}
+
+#[tokio::test]
+async fn a_deployed_program_is_served_at_its_own_host_without_gantrys_cookie() {
+    const PROGRAM: &str = r#"
+import http.server, os
+class Echo(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers['content-length']))
+        text = f"{self.path}|{self.headers['host']}|{self.headers['cookie']}|{body.decode()}"
+        self.send_response(200)
+        self.send_header('set-cookie', 'gantry_session=stolen')
+        self.send_header('set-cookie', 'mine=1')
+        self.send_header('content-length', str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+port = int(os.environ.get('PORT', '3000'))
+if os.environ.get('PORT'):
+    http.server.HTTPServer(('127.0.0.1', port), Echo).serve_forever()
+"#;
+    let server = Server::start();
+    let mut socket = server.connect(&server.admin).await;
+    let message = json!({ "user_id": "web", "code": PROGRAM, "limits": { "wall_ms": 60000 } });
+    let reply = socket.ask(message.to_string()).await;
+    assert_eq!(reply["status"], "deployed", "{reply}");
+    let host = format!("web-prod.apps.localhost:{}", server.address.port());
+    assert_eq!(reply["url"], format!("http://{host}/"));
+    let request = server
+        .post("/a?b=c&key=its-own")
+        .header("host", &host)
+        .header("origin", "http://elsewhere.example")
+        .header("cookie", "gantry_session=secret; own=1")
+        .body("hello");
+    let answer = request.send().await.unwrap();
+    assert_eq!(answer.status(), 200);
+    let cookies: Vec<_> = answer
+        .headers()
+        .get_all("set-cookie")
+        .iter()
+        .cloned()
+        .collect();
+    assert_eq!(cookies, ["mine=1"]);
+    assert!(!answer.headers().contains_key("content-security-policy"));
+    assert_eq!(
+        answer.text().await.unwrap(),
+        format!("/a?b=c&key=its-own|{host}|own=1|hello")
+    );
+    let stopped = server.post("/stop").header("x-api-key", &server.admin);
+    let stopped = stopped
+        .body(r#"{"replId":"web-prod"}"#)
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(stopped.status(), 200);
+    let gone = server.get("/").header("host", &host).send().await.unwrap();
+    assert!(
+        [404, 503].contains(&gone.status().as_u16()),
+        "{}",
+        gone.status()
+    );
 }
 
 #[tokio::test]
