@@ -26,6 +26,7 @@ def _serve():
     import gc
 
     here = os.path.dirname(__file__)
+    searched = set(sys.path_importer_cache) - {here}
     workspace = posix.getcwd()
     control = _socket.socket(fileno=int(os.environ["GANTRY_WARM_FD"]))
 
@@ -35,10 +36,13 @@ def _serve():
         prctl = ctypes.CDLL(None).prctl
         prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
         keep_alive = ctypes.pythonapi.Py_IncRef
-        keep_alive.argtypes = [ctypes.py_object]
+        track, untrack = ctypes.pythonapi.PyObject_GC_Track, ctypes.pythonapi.PyObject_GC_UnTrack
+        for function in (keep_alive, track, untrack):
+            function.argtypes = [ctypes.py_object]
+            function.restype = None
     except (ImportError, OSError, AttributeError):
         # Without ctypes runs are slower at their end, and /proc/self is root's; else they are right.
-        prctl = keep_alive = None
+        prctl = keep_alive = track = untrack = None
 
     def forget_known():
         """At the end of a run, after all that the program registered: what was here before the
@@ -48,8 +52,10 @@ def _serve():
         that a `__del__` in a cycle still finds every module."""
         if gc.isenabled():
             gc.collect()
-        for name in known:
-            sys.modules[name] = None
+        # One operation, at whose end no other thread gets its turn: a daemon thread must not meet
+        # the gaps.
+        modules = known_modules
+        modules |= nothing
 
     def collect(signum=None, frame=None):
         while True:
@@ -96,15 +102,26 @@ def _serve():
         sys.argv[:] = arguments[1:]
         sys.orig_argv[:] = arguments
         os.environ.clear()
-        for text in texts[1 + count :]:
-            name, mark, value = text.partition(b"=")
-            if mark:
-                os.environb[name] = value
+        # In the order in which a program that is started gets them; the last of a name counts.
+        pairs = {name: value for name, mark, value in map(split, texts[1 + count :]) if mark}
+        for name in sorted(pairs):
+            os.environb[name] = pairs[name]
+
+    def split(text):
+        return text.partition(b"=")
 
     def leave():
         """In the child: undo what bringing this file in has changed."""
+        for thing in own:
+            if not gc.is_tracked(thing):
+                track(thing)
         sys.path[:] = [entry for entry in sys.path if entry != here]
-        sys.path_importer_cache.pop(here, None)
+        for entry in set(sys.path_importer_cache) - searched:
+            del sys.path_importer_cache[entry]
+        threading = sys.modules.get("threading")
+        if threading is not None:
+            # Python itself leaves the forking process's number there, before 3.13.
+            threading.main_thread()._set_native_id()
         for name in set(sys.modules) - before:
             del sys.modules[name]
         # The system's own sitecustomize, if it has one, comes to its turn.
@@ -120,13 +137,16 @@ def _serve():
 
     import resource  # wait4 needs it; brought in once, here
 
-    known = [name for name in before if name not in ("sys", "builtins", "__main__")]
+    main = sys.modules["__main__"]
+    known_modules = sys.modules
+    nothing = dict.fromkeys(before - {"sys", "builtins", "__main__"})
     if keep_alive is not None:
         import atexit
 
         for module in list(sys.modules.values()):
-            keep_alive(module)
-            keep_alive(getattr(module, "__dict__", module))
+            if module is not main:
+                keep_alive(module)
+                keep_alive(getattr(module, "__dict__", module))
         # Registered first, called last.
         atexit.register(forget_known)
     for name in set(sys.modules) - before:
@@ -134,6 +154,10 @@ def _serve():
     _signal.signal(_signal.SIGCHLD, collect)
     gc.collect()
     # What is here already is never garbage: collections in a run need not touch it.
+    # The program's own module is not: what hangs on it must be found when it ends.
+    own = (main, main.__dict__) if track is not None else ()
+    for thing in filter(gc.is_tracked, own):
+        untrack(thing)
     gc.freeze()
     while True:
         message, ancillary, _, _ = control.recvmsg(64, _socket.CMSG_SPACE(5 * 4))

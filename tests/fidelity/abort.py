@@ -1,0 +1,6 @@
+import os
+import sys
+
+print("before", flush=True)
+sys.stderr.write("err")
+os.abort()

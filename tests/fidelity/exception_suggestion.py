@@ -1,0 +1,10 @@
+import sys
+
+variable = 1
+try:
+    print(sys.versoin)
+except AttributeError:
+    import traceback
+
+    traceback.print_exc()
+print(varaible)

@@ -1,0 +1,3 @@
+#: bare
+def f():
+pass

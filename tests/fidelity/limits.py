@@ -1,0 +1,5 @@
+#: sandbox the sandbox sets the limits
+import resource
+
+for name in sorted(n for n in dir(resource) if n.startswith("RLIMIT_")):
+    print(name, resource.getrlimit(getattr(resource, name)))

@@ -1,0 +1,18 @@
+import sys
+
+depth = 0
+
+
+def down():
+    global depth
+    depth += 1
+    down()
+
+
+try:
+    down()
+except RecursionError as error:
+    print(depth, error)
+print(sys.getrecursionlimit())
+depth = 0
+down()

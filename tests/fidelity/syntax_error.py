@@ -1,0 +1,4 @@
+#: bare
+print("never")
+if True
+    pass
