@@ -32,7 +32,11 @@ pub struct History {
 
 #[derive(Debug, Default, Clone)]
 struct RecordedRun {
+    /// Up to here everything the program wrote is in the texts.
     last_seq: u64,
+    /// Bytes of stdout's and stderr's text that came after it: a character was cut in two there, and
+    /// its other half is not in the journal. They come again and are passed over.
+    beyond: [usize; 2],
     report: Option<RunReport>,
     stdout: String,
     stderr: String,
@@ -60,7 +64,12 @@ impl History {
                     run_seq,
                 } => {
                     let run = history.run(run);
-                    run.last_seq = run_seq;
+                    if run_seq > run.last_seq {
+                        run.last_seq = run_seq;
+                        run.beyond = [0; 2];
+                    } else {
+                        run.beyond[stream as usize] += data.len();
+                    }
                     match stream {
                         OutputStream::Stdout => run.stdout.push_str(&data),
                         OutputStream::Stderr => run.stderr.push_str(&data),
@@ -224,13 +233,13 @@ impl Course {
             return Ok(finished);
         }
         let id = job.id;
-        let mut run = if before.last_seq == 0 {
+        let mut run = if before.last_seq == 0 && before.beyond == [0; 2] {
             session.start(job)
         } else {
             session.attach(id, before.last_seq)
         };
         self.control.running(run.handle());
-        let result = self.follow(&mut run, &mut finished).await;
+        let result = self.follow(&mut run, &mut finished, before.last_seq, before.beyond).await;
         self.control.not_running();
         let last = result?;
         // The runner may forget the run when its end is on the disk; the reply need not wait for
@@ -246,11 +255,14 @@ impl Course {
         Ok(finished)
     }
 
-    /// Records what the run does. `Some` with the place of its end, when there was one.
+    /// Records what the run does from after `covered` on, but for the first bytes of text that are
+    /// recorded already. `Some` with the place of its end, when there was one.
     async fn follow(
         &self,
         run: &mut Run,
         finished: &mut FinishedRun,
+        mut covered: u64,
+        mut recorded: [usize; 2],
     ) -> Result<Option<(u64, u64)>, JournalError> {
         let JobId { run: number, .. } = run.id();
         let mut decoders = [TextDecoder::default(), TextDecoder::default()];
@@ -265,12 +277,18 @@ impl Course {
             match event {
                 JobEvent::Output { stream, data } => {
                     let text = decoders[stream as usize].decode(&data);
-                    self.output(finished, stream, text, number, seq).await?;
+                    let text = pass_over(text, &mut recorded[stream as usize]);
+                    // Whoever reads it back takes the first record of a new place for the place's own.
+                    if !text.is_empty() && decoders.iter().all(TextDecoder::is_empty) {
+                        covered = seq;
+                    }
+                    self.output(finished, stream, text, number, covered).await?;
                 }
                 JobEvent::Ended(report) => {
                     for stream in [OutputStream::Stdout, OutputStream::Stderr] {
                         let rest = decoders[stream as usize].finish();
-                        self.output(finished, stream, rest, number, seq - 1).await?;
+                        let rest = pass_over(rest, &mut recorded[stream as usize]);
+                        self.output(finished, stream, rest, number, covered).await?;
                     }
                     finished.report = Some(report.clone());
                     let ended = Event::RunEnded {
@@ -427,5 +445,59 @@ impl Course {
             event,
         };
         self.inner.journal.append(record).await
+    }
+}
+
+/// What is left of the text when as much of it as is `recorded` already is taken away.
+fn pass_over(text: String, recorded: &mut usize) -> String {
+    let passed = text.len().min(*recorded);
+    *recorded -= passed;
+    // The same events give the same text, so this is where a character begins.
+    text.get(passed..).unwrap_or_default().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::model::{Limits, SubmissionId, SubmissionRequest};
+
+    fn records(outputs: &[(OutputStream, &str, u64)]) -> Vec<Record> {
+        let request = r#"{"user_id":"t","code":""}"#;
+        let request: SubmissionRequest = serde_json::from_str(request).unwrap();
+        let submission = request.validate(&Limits::MAXIMUM).unwrap();
+        let received = Event::Received { submission: Box::new(submission.clone()) };
+        let outputs = outputs.iter().map(|(stream, data, run_seq)| Event::Output {
+            stream: *stream,
+            data: (*data).to_owned(),
+            run: 0,
+            run_seq: *run_seq,
+        });
+        (1..)
+            .zip(std::iter::once(received).chain(outputs))
+            .map(|(seq, event)| Record {
+                position: seq,
+                seq: Some(seq),
+                time: Timestamp::now(),
+                user_id: submission.user_id.clone(),
+                submission_id: Some(SubmissionId::new()),
+                repl_id: submission.repl_id.clone(),
+                event,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_character_cut_in_two_is_taken_up_where_it_began() {
+        use OutputStream::{Stderr, Stdout};
+        let cut = [(Stdout, "ab", 4), (Stdout, "c", 4), (Stderr, "xyz", 4), (Stdout, "d", 4)];
+        let (_, history) = History::read(records(&cut)).unwrap();
+        assert_eq!((history.runs[0].last_seq, history.runs[0].beyond), (4, [2, 3]));
+        let whole = [&cut[..], &[(Stdout, "e", 9)]].concat();
+        let (_, history) = History::read(records(&whole)).unwrap();
+        assert_eq!((history.runs[0].last_seq, history.runs[0].beyond), (9, [0, 0]));
+        let mut recorded = 3;
+        assert_eq!(pass_over("ab".to_owned(), &mut recorded), "");
+        assert_eq!(pass_over("cü".to_owned(), &mut recorded), "ü");
     }
 }

@@ -20,6 +20,11 @@ impl TextDecoder {
         }
     }
 
+    /// Whether everything it was given has come out.
+    pub fn is_empty(&self) -> bool {
+        self.rest.is_empty()
+    }
+
     /// What is left when nothing follows.
     pub fn finish(&mut self) -> String {
         String::from_utf8_lossy(&std::mem::take(&mut self.rest)).into_owned()
