@@ -24,7 +24,7 @@ use tokio::time::{Instant, timeout};
 
 use super::confine::{Confinement, Identity, Reach, set_limits};
 use super::job::{Command, JobLog, KILL_PATIENCE, Supervisor};
-use super::process::{Exit, reap};
+use super::process::{Exit, die_first, reap};
 use super::slot::Slot;
 use super::warm::{HOOK_FOLDER, Interpreter, Parked, Program, needs_cold_start, pipes};
 use super::wire::{FromRunner, Job, JobEvent, JobId, ToRunner, VERSION, frames};
@@ -116,6 +116,8 @@ struct Waiting {
     waiting: HashMap<i32, oneshot::Sender<Exit>>,
     /// Ends that came before anybody asked: a fork's end can overtake the news of the fork.
     early: VecDeque<(i32, Exit)>,
+    /// Processor time of ended orphans, by user id: one entry for each slot.
+    orphans: HashMap<u32, Duration>,
 }
 
 /// A fork has at most a few siblings whose news can overtake it.
@@ -155,10 +157,41 @@ impl Exits {
         }
     }
 
-    fn tell_if_awaited(&self, pid: i32, exit: Exit) {
+    /// A child of the runner's own has ended: one that is waited for, or an orphan of a job.
+    fn collected(&self, pid: i32, uid: u32, exit: Exit) {
         if self.0.borrow().waiting.contains_key(&pid) {
             self.tell(pid, exit);
+        } else {
+            *self.0.borrow_mut().orphans.entry(uid).or_default() += exit.cpu;
         }
+    }
+
+    /// The orphans of a job that is about to start under this user id.
+    fn orphans(&self, uid: u32) -> Orphans {
+        let mut orphans = Orphans {
+            exits: self.clone(),
+            uid,
+            before: Duration::ZERO,
+        };
+        orphans.before = orphans.cpu();
+        orphans
+    }
+}
+
+/// What the orphans of one job have used: nobody in the job waits for them, so their processor time
+/// is in nobody's sum, and a chain of them could use any amount.
+#[derive(Debug)]
+pub struct Orphans {
+    exits: Exits,
+    uid: u32,
+    before: Duration,
+}
+
+impl Orphans {
+    /// Processor time of those that have ended.
+    pub fn cpu(&self) -> Duration {
+        let all = self.exits.0.borrow().orphans.get(&self.uid).copied().unwrap_or_default();
+        all.saturating_sub(self.before)
     }
 }
 
@@ -229,8 +262,8 @@ fn collect_children(exits: Exits) -> io::Result<impl Future<Output = ()>> {
     let mut ended = signal(SignalKind::child())?;
     Ok(async move {
         loop {
-            while let Some((pid, exit)) = reap() {
-                exits.tell_if_awaited(pid, exit);
+            while let Some((pid, uid, exit)) = reap() {
+                exits.collected(pid, uid, exit);
             }
             if ended.recv().await.is_none() {
                 return;
@@ -300,8 +333,10 @@ impl Agent {
             return Ok(None);
         };
         let parked = ready.park(slot).await;
-        if parked.is_err() {
-            *interpreter = None;
+        if parked.is_err()
+            && let Some(broken) = interpreter.take()
+        {
+            broken.kill();
         }
         parked.map(Some)
     }
@@ -450,11 +485,12 @@ impl Agent {
             }
         };
         let known = |pid: i32| vec![self.interpreter_pid.get(), pid];
+        let orphans = self.exits.orphans(slot.uid.unwrap_or(0));
         let report = match self.launch(&job, &slot, parked).await {
             Ok(program) => {
                 // Where all share one user id, only the job's own process tree is its own.
                 let tree = slot.tree(known(0));
-                let supervisor = Supervisor::new(&job, &slot, tree, &log);
+                let supervisor = Supervisor::new(&job, &slot, tree, orphans, &log);
                 let mut report = supervisor.watch(program, &mut commands).await;
                 if let Some(name) = &job.report {
                     // Nothing may write to the report while it is read.
@@ -519,6 +555,7 @@ impl Agent {
             .spawn()
             .map_err(|error| anyhow::anyhow!("{name} could not be started: {error}"))?;
         let pid = i32::try_from(started.id())?;
+        die_first(pid);
         Ok(Program {
             pid,
             stdin: parent.stdin,

@@ -350,7 +350,7 @@ async fn serves() {
 
 fn collect(wanted: i32) -> Option<Exit> {
     let mut found = None;
-    while let Some((pid, exit)) = reap() {
+    while let Some((pid, _, exit)) = reap() {
         if pid == wanted {
             found = Some(exit);
         }

@@ -15,7 +15,7 @@ use landlock::{
 };
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
+    SeccompRule, TargetArch, sock_filter,
 };
 
 use crate::model::Limits;
@@ -47,7 +47,7 @@ pub struct Reach {
 /// The confinement of one sandbox, worked out once; applying it is a few system calls.
 #[derive(Debug, Clone)]
 pub struct Confinement {
-    filters: Arc<[BpfProgram; 2]>,
+    filters: Arc<[BpfProgram; 3]>,
     landlock: Option<Arc<OwnedFd>>,
 }
 
@@ -69,7 +69,7 @@ impl Confinement {
     /// of its own may make them, since they lead nowhere.
     pub fn new(reach: &[Reach], network: bool) -> anyhow::Result<Self> {
         Ok(Self {
-            filters: Arc::new([denied(network)?, absent()?]),
+            filters: Arc::new([denied(network)?, absent()?, other_numbers()?]),
             landlock: domain(reach)?.map(Arc::new),
         })
     }
@@ -264,11 +264,43 @@ fn denied(network: bool) -> anyhow::Result<BpfProgram> {
     compile(rules, eperm)
 }
 
-/// The filter that answers "no such call": `clone3` hides its flags behind a pointer, and every
-/// libc goes back to `clone` when it is absent.
+/// System calls that a kernel may lack, so that programs have another way.
+const ABSENT: &[libc::c_long] = &[
+    // It hides its flags behind a pointer; every libc goes back to `clone`.
+    libc::SYS_clone3,
+    // Memory that is no process's own: the supervisor would not see it.
+    libc::SYS_memfd_create,
+    libc::SYS_memfd_secret,
+    // Objects that outlive the job: memory nobody gives back, and a way to leave word for the
+    // next. POSIX shared memory and semaphores are files in /dev/shm and go with the slot.
+    libc::SYS_shmget,
+    libc::SYS_semget,
+    libc::SYS_msgget,
+    libc::SYS_mq_open,
+];
+
+/// The filter that answers "no such call".
 fn absent() -> anyhow::Result<BpfProgram> {
-    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    let rules = ABSENT.iter().map(|call| (*call, Vec::new())).collect();
     compile(rules, SeccompAction::Errno(u32::try_from(libc::ENOSYS)?))
+}
+
+/// Answers "no such call" to numbers with bit 30 set. Kernels with the x32 dialect know every call
+/// under a second number there, which the other filters would let through.
+fn other_numbers() -> anyhow::Result<BpfProgram> {
+    const X32_BIT: u32 = 0x4000_0000;
+    let statement = |code: u32, jt, jf, k| -> anyhow::Result<sock_filter> {
+        let code = u16::try_from(code)?;
+        Ok(sock_filter { code, jt, jf, k })
+    };
+    let absent = libc::SECCOMP_RET_ERRNO | u32::try_from(libc::ENOSYS)?;
+    Ok(vec![
+        // The number is the first field of `struct seccomp_data`.
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0)?,
+        statement(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, 0, 1, X32_BIT)?,
+        statement(libc::BPF_RET | libc::BPF_K, 0, 0, absent)?,
+        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW)?,
+    ])
 }
 
 fn compile(rules: Rules, action: SeccompAction) -> anyhow::Result<BpfProgram> {

@@ -11,15 +11,16 @@ use tokio::net::unix::pipe;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 
+use super::agent::Orphans;
 use super::process::{Exit, Tree};
 use super::slot::Slot;
 use super::warm::Program;
 use super::wire::{Job, JobEvent, JobId};
 use crate::model::{Ending, Limits, OutputStream, Reason, RunReport, Usage};
 
-/// How often a running job is measured. Memory can grow by some 20 MB in this time, which the
+/// How often a running job is measured. Memory can grow by some 40 MB in this time, which the
 /// sandbox's own bound has room for; a run that ends sooner is not measured at all.
-const MEASURE_EVERY: Duration = Duration::from_millis(10);
+const MEASURE_EVERY: Duration = Duration::from_millis(20);
 
 /// Bytes taken from a pipe at once: what a pipe holds.
 const READ_BYTES: usize = 64 << 10;
@@ -113,12 +114,15 @@ pub struct Supervisor<'a> {
     job: &'a Job,
     slot: &'a Slot,
     tree: Tree,
+    orphans: Orphans,
     log: &'a Rc<JobLog>,
     started: Instant,
     output_bytes: u64,
     truncated: bool,
     peak: u64,
     stopped: Option<Ending>,
+    /// Since when none of its processes was seen.
+    gone_since: Option<Instant>,
 }
 
 enum Happening {
@@ -131,17 +135,25 @@ enum Happening {
 
 impl<'a> Supervisor<'a> {
     /// For a job that is about to be started in `slot`.
-    pub fn new(job: &'a Job, slot: &'a Slot, tree: Tree, log: &'a Rc<JobLog>) -> Self {
+    pub fn new(
+        job: &'a Job,
+        slot: &'a Slot,
+        tree: Tree,
+        orphans: Orphans,
+        log: &'a Rc<JobLog>,
+    ) -> Self {
         Self {
             job,
             slot,
             tree,
+            orphans,
             log,
             started: Instant::now(),
             output_bytes: 0,
             truncated: false,
             peak: 0,
             stopped: None,
+            gone_since: None,
         }
     }
 
@@ -156,7 +168,7 @@ impl<'a> Supervisor<'a> {
         let deadline = tokio::time::sleep(limits.wall());
         tokio::pin!(deadline);
         let mut measure = measuring(self.started);
-        let (mut stdout_open, mut stderr_open, mut told) = (true, true, true);
+        let (mut stdout_open, mut stderr_open, mut told, mut ending) = (true, true, true, false);
         let exit = loop {
             // The select only says what happened; the match below acts on it.
             let happening = tokio::select! {
@@ -172,7 +184,7 @@ impl<'a> Supervisor<'a> {
                 command = commands.recv(), if told => Happening::Told(command),
                 () = input.feed(), if input.is_waiting() => continue,
                 _ = measure.tick() => Happening::Measure,
-                () = &mut deadline, if self.stopped.is_none() => Happening::OutOfTime,
+                () = &mut deadline => Happening::OutOfTime,
             };
             match happening {
                 Happening::Exited(exit) => break exit,
@@ -183,11 +195,22 @@ impl<'a> Supervisor<'a> {
                     };
                     *open = self.collect(stream, pipe).await;
                 }
-                Happening::Measure => self.measure().await,
+                Happening::Measure => {
+                    self.measure().await;
+                    if self.gone_since.is_some_and(|since| since.elapsed() > EXIT_NEWS) {
+                        break None;
+                    }
+                }
+                // Killed long ago, and its end was never told: the reason is known all the same.
+                Happening::OutOfTime if self.stopped.is_some() => break None,
                 Happening::OutOfTime => self.stop(Ending::Limit(Reason::Timeout)).await,
                 Happening::Told(Some(Command::Stdin { data, eof })) => input.add(&data, eof),
                 Happening::Told(Some(Command::Cancel)) => self.stop(Ending::Cancelled).await,
                 Happening::Told(None) => told = false,
+            }
+            if self.stopped.is_some() && !ending {
+                ending = true;
+                deadline.as_mut().reset(Instant::now() + END_PATIENCE);
             }
         };
         // What it wrote before it ended is in the pipes already.
@@ -233,6 +256,7 @@ impl<'a> Supervisor<'a> {
             ..
         } = self.job.limits;
         let mut usage = self.tree.usage();
+        usage.cpu += self.orphans.cpu();
         if usage.resident > memory_bytes {
             // Pages that its processes share were counted once for each; look closer.
             usage.resident = self.tree.proportional_memory();
@@ -260,6 +284,10 @@ impl<'a> Supervisor<'a> {
     fn report(&self, exit: Option<Exit>) -> RunReport {
         let limits = self.job.limits;
         let peak = self.peak.max(exit.map_or(0, |exit| exit.peak));
+        let exit = exit.map(|exit| Exit {
+            cpu: exit.cpu + self.orphans.cpu(),
+            ..exit
+        });
         let cpu = exit.map_or(Duration::ZERO, |exit| exit.cpu);
         let ending = match (&self.stopped, exit) {
             (Some(ending), _) => ending.clone(),
@@ -303,6 +331,14 @@ impl<'a> Supervisor<'a> {
 
 /// Longest wait for killed processes to be gone. The contract allows one second.
 pub const KILL_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Longest wait for the news that a killed program has ended. It comes at once; a report without its
+/// usage is better than none.
+const END_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Longest wait for the news of an end after the last process has gone. The news takes
+/// microseconds; it is lost only with the waiting interpreter that had to bring it.
+const EXIT_NEWS: Duration = Duration::from_secs(2);
 
 fn measuring(started: Instant) -> Interval {
     let mut interval = interval_at(started + MEASURE_EVERY, MEASURE_EVERY);

@@ -121,6 +121,7 @@ enum Fork {
 }
 
 fn make(spec: &SandboxSpec) -> anyhow::Result<Fork> {
+    close_inherited().context("closing what the server left open")?;
     for procs in &spec.cgroups {
         fs::write(procs, "0").with_context(|| format!("joining {}", procs.display()))?;
     }
@@ -146,6 +147,17 @@ fn make(spec: &SandboxSpec) -> anyhow::Result<Fork> {
             fork_into(0, &host_proc, &null, &Maps::none(), || Ok(()))
         }
     }
+}
+
+/// Closes every descriptor but the standard ones and the listener. Whatever started the server may
+/// have left it some that survive an exec, and through the sandbox they would reach user code.
+fn close_inherited() -> io::Result<()> {
+    // SAFETY: integer arguments only; this program has opened nothing yet.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, LISTENER_FD + 1, i32::MAX, 0) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 fn namespaces(spec: &SandboxSpec) -> i32 {

@@ -1,7 +1,6 @@
 //! A slot: the place where one job at a time runs. Its own user id where the machine allows, its own
 //! root, and scratch space that is empty at the start of every job.
 
-use std::collections::VecDeque;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -171,29 +170,16 @@ impl Slot {
 
     /// What the job has left behind, to be asked before [`Slot::wipe`].
     pub fn footprint(&self) -> Footprint {
-        let mut largest_file = 0;
-        let mut seen = 0;
-        let mut folders: VecDeque<PathBuf> =
-            SCRATCH.iter().map(|(folder, _)| self.scratch.join(folder)).collect();
-        while let Some(folder) = folders.pop_front() {
-            let Ok(entries) = fs::read_dir(&folder) else {
-                continue;
-            };
-            for entry in entries.flatten() {
-                seen += 1;
-                if seen > MAX_SCAN_ENTRIES {
-                    break;
-                }
-                match entry.metadata() {
-                    Ok(about) if about.is_file() => largest_file = largest_file.max(about.len()),
-                    Ok(about) if about.is_dir() => folders.push_back(entry.path()),
-                    _ => {}
-                }
-            }
+        let mut scan = Scan::default();
+        for (folder, _) in SCRATCH {
+            let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let opened = rustix::fs::open(self.scratch.join(folder), flags, Mode::empty());
+            // What cannot be read has no files to count.
+            let _ = opened.and_then(|top| scan.walk(top));
         }
         Footprint {
             full: self.is_full(),
-            largest_file,
+            largest_file: scan.largest_file,
         }
     }
 
@@ -338,6 +324,78 @@ fn empty(top: BorrowedFd<'_>) -> io::Result<()> {
             }
             rustix::fs::unlinkat(top, &name, AtFlags::REMOVEDIR)?;
         }
+    }
+}
+
+/// A look at every file below a folder, however deep, holding one folder open at a time.
+#[derive(Debug, Default)]
+struct Scan {
+    largest_file: u64,
+    seen: usize,
+}
+
+/// A folder on the way down: its inode number, and the folders in it that are still to be seen.
+struct Level {
+    inode: u64,
+    folders: Vec<std::ffi::CString>,
+}
+
+impl Scan {
+    fn walk(&mut self, top: OwnedFd) -> rustix::io::Result<()> {
+        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mut levels = vec![self.level(&top)?];
+        let mut at = top;
+        while let Some(level) = levels.last_mut() {
+            if let Some(name) = level.folders.pop() {
+                // One that vanished or may not be entered is passed over.
+                if let Ok(inner) = rustix::fs::openat(&at, &name, flags, Mode::empty()) {
+                    levels.push(self.level(&inner)?);
+                    at = inner;
+                }
+                continue;
+            }
+            levels.pop();
+            let Some(parent) = levels.last() else {
+                break;
+            };
+            at = rustix::fs::openat(&at, "..", flags, Mode::empty())?;
+            // Moved by a process of the job that is still there: the way back leads elsewhere.
+            if rustix::fs::fstat(&at)?.st_ino != parent.inode {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks at the entries of one folder.
+    fn level(&mut self, folder: &OwnedFd) -> rustix::io::Result<Level> {
+        let mut level = Level {
+            inode: rustix::fs::fstat(folder)?.st_ino,
+            folders: Vec::new(),
+        };
+        for entry in Dir::read_from(folder)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            if matches!(name.to_bytes(), b"." | b"..") {
+                continue;
+            }
+            self.seen += 1;
+            if self.seen > MAX_SCAN_ENTRIES {
+                return Err(rustix::io::Errno::OVERFLOW);
+            }
+            let Ok(about) = rustix::fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) else {
+                continue;
+            };
+            match FileType::from_raw_mode(about.st_mode) {
+                FileType::RegularFile => {
+                    let size = u64::try_from(about.st_size).unwrap_or(0);
+                    self.largest_file = self.largest_file.max(size);
+                }
+                FileType::Directory => level.folders.push(name.to_owned()),
+                _ => {}
+            }
+        }
+        Ok(level)
     }
 }
 

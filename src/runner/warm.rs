@@ -22,7 +22,7 @@ use tokio::time::timeout;
 
 use super::agent::{AgentConfig, Exits};
 use super::confine::{Confinement, Identity};
-use super::process::{Exit, processor_time, signal};
+use super::process::{Exit, die_first, processor_time, signal};
 use super::slot::Slot;
 use crate::model::Limits;
 
@@ -154,6 +154,8 @@ pub struct Interpreter {
     forked: mpsc::UnboundedReceiver<i32>,
     exits: Exits,
     forks: u32,
+    /// Awaited, so that its end is not taken for a job's orphan's.
+    _end: oneshot::Receiver<Exit>,
     /// Held open so that its standard streams stay pipes, as a run's are.
     _streams: ParentEnds,
 }
@@ -203,6 +205,7 @@ impl Interpreter {
             pid,
             control,
             forked,
+            _end: exits.wait_for(pid),
             exits,
             forks: 0,
             _streams: parent,
@@ -242,6 +245,7 @@ impl Interpreter {
         let pid = timeout(FORK_PATIENCE, self.forked.recv())
             .await?
             .ok_or_else(|| anyhow::anyhow!("the waiting interpreter has ended"))?;
+        die_first(pid);
         let mut parked = Parked {
             program: Program {
                 pid,
@@ -282,10 +286,18 @@ impl Interpreter {
     }
 }
 
+impl Interpreter {
+    /// Ends it at once: it does not do what it should.
+    pub fn kill(self) {
+        signal(self.pid, libc::SIGKILL);
+    }
+}
+
 impl Drop for Interpreter {
     fn drop(&mut self) {
-        // Its running children go on; the runner, as their new parent, collects them.
-        signal(self.pid, libc::SIGKILL);
+        // It forks no more, and ends when it has told the end of its last child: the news of an end
+        // must not be lost with it.
+        let _ = rustix::net::shutdown(self.control.get_ref(), rustix::net::Shutdown::Write);
     }
 }
 

@@ -57,7 +57,7 @@ def _serve():
         modules = known_modules
         modules |= nothing
 
-    def collect(signum=None, frame=None):
+    def collect():
         while True:
             try:
                 pid, status, usage = posix.wait4(-1, posix.WNOHANG)
@@ -136,6 +136,7 @@ def _serve():
         spec.loader.exec_module(module)
 
     import resource  # wait4 needs it; brought in once, here
+    import select
 
     main = sys.modules["__main__"]
     known_modules = sys.modules
@@ -151,7 +152,15 @@ def _serve():
         atexit.register(forget_known)
     for name in set(sys.modules) - before:
         del sys.modules[name]
-    _signal.signal(_signal.SIGCHLD, collect)
+    # A handler alone would come too late for a child that ends just before the wait begins: only
+    # what is readable ends a wait for sure.
+    woken, wake = posix.pipe()
+    posix.set_blocking(wake, False)
+    _signal.signal(_signal.SIGCHLD, lambda signum, frame: None)
+    _signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    waiting = select.poll()
+    waiting.register(woken, select.POLLIN)
+    waiting.register(control, select.POLLIN)
     gc.collect()
     # What is here already is never garbage: collections in a run need not touch it.
     # The program's own module is not: what hangs on it must be found when it ends.
@@ -160,8 +169,17 @@ def _serve():
         untrack(thing)
     gc.freeze()
     while True:
+        ready = [fd for fd, _ in waiting.poll()]
+        if woken in ready:
+            posix.read(woken, 512)
+            collect()
+        if control.fileno() not in ready:
+            continue
         message, ancillary, _, _ = control.recvmsg(64, _socket.CMSG_SPACE(5 * 4))
         if not message:
+            # The runner has a new interpreter. This one stays until its last child has ended.
+            _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
+            collect(options=0)
             posix._exit(0)
         fds = []
         for _, _, data in ancillary:
@@ -170,7 +188,10 @@ def _serve():
             fds.insert(0, -1)
         pid = posix.fork()
         if pid == 0:
+            _signal.set_wakeup_fd(-1)
             _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
+            posix.close(woken)
+            posix.close(wake)
             control.close()
             be_parked(int(message.split()[1]), fds)
             return leave()

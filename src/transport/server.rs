@@ -91,7 +91,7 @@ impl Server {
         Ok(Self {
             listener,
             // A proxied request holds a second one.
-            connections: (files / 2).clamp(64, MAX_CONNECTIONS),
+            connections: (files / 3 * 2).clamp(64, MAX_CONNECTIONS),
         })
     }
 

@@ -397,7 +397,7 @@ impl Releases {
             placed,
             slots: 1,
             network: false,
-            slot_memory: memory_bytes,
+            memory: memory_bytes,
         };
         let sandbox = inner
             .sandboxes

@@ -60,8 +60,8 @@ pub struct Tenant {
     pub slots: usize,
     /// Whether internet sockets may be made.
     pub network: bool,
-    /// Bytes of memory of one slot at most.
-    pub slot_memory: u64,
+    /// Bytes of memory that all that runs in it may use.
+    pub memory: u64,
 }
 
 impl Sandboxes {
@@ -121,7 +121,9 @@ impl Sandboxes {
             self.forget(&name, dead).await;
         }
         let slots = match self.host.isolation {
-            Isolation::Full { .. } => self.config.runs_per_user + 2,
+            // While one job runs, the slot of the one before is emptied and made ready: with as many
+            // again, runs that follow each other closely never wait for it.
+            Isolation::Full { .. } => 2 * self.config.runs_per_user,
             Isolation::SingleUser | Isolation::None => 1,
         };
         let tenant = Tenant {
@@ -129,7 +131,7 @@ impl Sandboxes {
             placed: Vec::new(),
             slots,
             network: self.config.network,
-            slot_memory: self.config.maximum.memory_bytes,
+            memory: self.config.runs_per_user as u64 * self.config.maximum.memory_bytes,
         };
         *sandbox = Some(self.make(tenant, Role::Agent).await?);
         self.dial(&name).await.context("the new sandbox does not answer")
@@ -169,9 +171,8 @@ impl Sandboxes {
         let folder = self.folder(&tenant.name);
         fs::create_dir_all(folder.join("root"))?;
         let cgroups = if self.host.cgroups {
-            let slots = tenant.slots as u64;
-            let memory = slots * tenant.slot_memory + RUNNER_MEMORY;
-            let processes = slots * Limits::MAXIMUM.processes + 64;
+            let memory = tenant.memory + RUNNER_MEMORY;
+            let processes = tenant.slots as u64 * Limits::MAXIMUM.processes + 64;
             Cgroup::create(&self.group(&tenant.name), memory, processes)?.procs()
         } else {
             Vec::new()
