@@ -42,6 +42,9 @@ const FULL_REPEATS: usize = 20;
 /// Longest wait for a control on the machine itself.
 const CONTROL_SECONDS: &str = "20";
 
+/// A run is over this long after its wall-clock limit at the latest.
+const KILLED_WITHIN_MS: u64 = 1_000;
+
 /// Pieces that standard input is sent in.
 const INPUT_PIECE: usize = 1 << 20;
 
@@ -204,6 +207,11 @@ impl Lanes {
                 *first.get_or_insert(ended.report.ending.clone()) == ended.report.ending,
                 "run {repeat} ended with {:?} and not with {first:?}",
                 ended.report.ending
+            );
+            let late = ended.report.duration_ms.saturating_sub(case.limits.wall_ms);
+            ensure!(
+                late <= KILLED_WITHIN_MS,
+                "run {repeat} was ended {late} ms late"
             );
             if let Some(output) = case.output {
                 output(&ended.stdout, &ended.stderr)

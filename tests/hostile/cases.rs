@@ -126,7 +126,7 @@ pub fn all(full: bool, surroundings: &code::Surroundings) -> Vec<Case> {
     cases.extend(endings(full));
     cases.extend(time());
     cases.extend(memory());
-    cases.extend(disk());
+    cases.extend(disk(full));
     cases.extend(output());
     cases.extend(reports());
     cases.extend(escape(surroundings));
@@ -336,11 +336,16 @@ fn memory() -> Vec<Case> {
             }),
         case("memory in sockets", code::SOCKET_BUFFERS)
             .limits(wall(3_000))
-            .ends(vec![Ending::Exited(0), Ending::Exited(1)]),
+            .ends(vec![
+                Ending::Exited(0),
+                Ending::Exited(1),
+                Ending::Limit(Reason::Timeout),
+                Ending::Limit(Reason::Memory),
+            ]),
     ]
 }
 
-fn disk() -> Vec<Case> {
+fn disk(full: bool) -> Vec<Case> {
     vec![
         case(
             "sparse file of 1 TB",
@@ -361,8 +366,17 @@ fn disk() -> Vec<Case> {
             .at(Reason::Disk),
         case("all the descriptors it can have", code::DESCRIPTORS)
             .writes(|stdout, _| says("done\n", stdout)),
-        case("10,000 nested folders", code::NESTED).writes(|stdout, _| says("done\n", stdout)),
-        case("large file below 3,000 folders", code::NESTED_FILE).at(Reason::Disk),
+        case(
+            "nested folders",
+            code::nested(if full { 10_000 } else { 2_000 }),
+        )
+        .limits(Limits {
+            cpu_ms: 30_000,
+            wall_ms: 60_000,
+            ..D
+        })
+        .writes(|stdout, _| says("done\n", stdout)),
+        case("large file below 500 folders", code::NESTED_FILE).at(Reason::Disk),
         case("names that are not text", code::ODD_NAMES).writes(|stdout, _| says("done\n", stdout)),
         case("folders that may not be entered", code::CLOSED_FOLDERS)
             .writes(|stdout, _| says("done\n", stdout)),
@@ -446,8 +460,8 @@ fn reports() -> Vec<Case> {
         report("too large", "open(R, 'w').write('x' * (2 << 20))", None),
         report(
             "written on after the end",
-            "if os.fork() == 0:\n    while True: open(R, 'w').write('x' * (2 << 20))\nimport time; time.sleep(0.2); os.unlink(R); os.mkfifo(R)",
-            None,
+            "import time\nf = open(R, 'a')\nf.write('one')\nf.flush()\nif os.fork() == 0:\n    while True: f.truncate(3); time.sleep(0.001)",
+            Some("one"),
         ),
     ]
 }

@@ -61,11 +61,11 @@ except RuntimeError:
     os._exit(1)
 ";
 
-/// As many zombies as there may be processes, then ones that nobody but the runner collects.
+/// As many zombies as there may be processes, and as many again that nobody but the runner collects.
 pub const ZOMBIES: &str = "
 import os
 children = 0
-for _ in range(2000):
+for _ in range(500):
     try:
         if os.fork() == 0:
             if os.fork() == 0:
@@ -272,19 +272,25 @@ except OSError:
     print('done')
 ";
 
-pub const NESTED: &str = "
+/// Folders in each other. Looking up the way from each takes the kernel longer with each.
+pub fn nested(depth: u32) -> String {
+    format!(
+        "
 import os
-for _ in range(10000):
+for _ in range({depth}):
     os.mkdir('d')
     os.chdir('d')
 print('done')
-";
+"
+    )
+}
 
+/// Too far down for a path: a path may have 4,096 bytes.
 pub const NESTED_FILE: &str = "
 import os
-for _ in range(3000):
-    os.mkdir('d')
-    os.chdir('d')
+for _ in range(500):
+    os.mkdir('d' * 20)
+    os.chdir('d' * 20)
 with open('large', 'wb') as file:
     file.truncate(1 << 30)
 ";
