@@ -37,7 +37,8 @@ const BETWEEN_RUNS: Duration = Duration::from_millis(30);
 const TRIES: usize = 5;
 
 /// Writes down when its process began, as the kernel knows it.
-const PROOF: &str = "with open('/proc/self/stat', 'rb', 0) as f, open('PLACE', 'wb', 0) as g: g.write(f.read())";
+const PROOF: &str =
+    "with open('/proc/self/stat', 'rb', 0) as f, open('PLACE', 'wb', 0) as g: g.write(f.read())";
 
 /// Tells a cold start apart from a warm one without meaning anything to Python.
 const COLD: (&str, &str) = ("PYTHON_COLD", "1");
@@ -77,15 +78,29 @@ fn scripts() -> Vec<Script> {
 
 /// The files beside every script, by their path in the workspace.
 fn companions() -> BTreeMap<String, String> {
-    ["sibling.py", "broken.py", "package/__init__.py", "package/inner.py"]
-        .map(|name| (name.to_owned(), std::fs::read_to_string(folder().join("lib").join(name)).unwrap()))
-        .into()
+    [
+        "sibling.py",
+        "broken.py",
+        "package/__init__.py",
+        "package/inner.py",
+    ]
+    .map(|name| {
+        (
+            name.to_owned(),
+            std::fs::read_to_string(folder().join("lib").join(name)).unwrap(),
+        )
+    })
+    .into()
 }
 
 impl Script {
     fn read(path: &Path) -> Self {
         let name = path.file_stem().unwrap().to_string_lossy().into_owned();
-        let mut script = Script { name, text: std::fs::read_to_string(path).unwrap(), ..Self::default() };
+        let mut script = Script {
+            name,
+            text: std::fs::read_to_string(path).unwrap(),
+            ..Self::default()
+        };
         let text = script.text.clone();
         for line in text.lines().map_while(|line| line.strip_prefix("#: ")) {
             let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
@@ -126,7 +141,10 @@ impl Script {
 
     fn argv(&self) -> Vec<String> {
         let command = ["python3", "main.py"].map(str::to_owned);
-        command.into_iter().chain(self.args.iter().cloned()).collect()
+        command
+            .into_iter()
+            .chain(self.args.iter().cloned())
+            .collect()
     }
 
     /// In the sandbox. `true`: by an interpreter that was there before it was asked for.
@@ -140,13 +158,21 @@ impl Script {
         }
         job.stdin.clone_from(&self.stdin);
         job.report = Some("proof".to_owned());
-        job.limits = Limits { memory_bytes: 512 << 20, output_bytes: 4 << 20, ..Limits::DEFAULT };
+        job.limits = Limits {
+            memory_bytes: 512 << 20,
+            output_bytes: 4 << 20,
+            ..Limits::DEFAULT
+        };
         tokio::time::sleep(BETWEEN_RUNS).await;
         let asked = ticks_since_boot();
         let ended = finish(&mut session.start(job)).await.unwrap();
         let began = ended.report.test_report.as_deref().map(start_of);
         if !self.bare {
-            assert!(began.is_some(), "{}: no proof of its start: {ended:?}", self.name);
+            assert!(
+                began.is_some(),
+                "{}: no proof of its start: {ended:?}",
+                self.name
+            );
         }
         let seen = Seen {
             stdout: text_of(&ended.stdout),
@@ -159,7 +185,12 @@ impl Script {
     async fn run_warm(&self, session: &Session) -> Seen {
         if self.cold {
             let (seen, waited) = self.run(session, false).await;
-            assert_eq!(waited, Some(false), "{}: its variables came too late", self.name);
+            assert_eq!(
+                waited,
+                Some(false),
+                "{}: its variables came too late",
+                self.name
+            );
             return seen;
         }
         for _ in 0..TRIES {
@@ -173,7 +204,13 @@ impl Script {
 
     async fn run_cold(&self, session: &Session) -> Seen {
         let (seen, waited) = self.run(session, true).await;
-        assert_ne!(waited, Some(true), "{}: {} did not start it cold", self.name, COLD.0);
+        assert_ne!(
+            waited,
+            Some(true),
+            "{}: {} did not start it cold",
+            self.name,
+            COLD.0
+        );
         seen
     }
 
@@ -186,7 +223,11 @@ impl Script {
             std::fs::create_dir_all(folder).unwrap();
         }
         let place = temporary.join("proof");
-        std::fs::write(workspace.join("main.py"), self.text_with_proof(place.to_str().unwrap())).unwrap();
+        std::fs::write(
+            workspace.join("main.py"),
+            self.text_with_proof(place.to_str().unwrap()),
+        )
+        .unwrap();
         for (path, text) in companions() {
             std::fs::write(workspace.join(path), text).unwrap();
         }
@@ -210,7 +251,8 @@ impl Script {
         // A script may end without reading.
         let _ = child.stdin.take().unwrap().write_all(&self.stdin);
         let output = child.wait_with_output().unwrap();
-        let normal = |bytes: &[u8]| text_of(bytes).replace(workspace.to_str().unwrap(), "/workspace");
+        let normal =
+            |bytes: &[u8]| text_of(bytes).replace(workspace.to_str().unwrap(), "/workspace");
         Seen {
             stdout: normal(&output.stdout),
             stderr: normal(&output.stderr),
@@ -233,7 +275,10 @@ fn words(text: &str) -> Vec<String> {
 }
 
 fn unescape(text: &str) -> Vec<u8> {
-    text.replace("\\n", "\n").replace("\\r", "\r").replace("\\x00", "\0").into_bytes()
+    text.replace("\\n", "\n")
+        .replace("\\r", "\r")
+        .replace("\\x00", "\0")
+        .into_bytes()
 }
 
 /// With the addresses of objects, which no two processes share, taken out.
@@ -245,7 +290,11 @@ fn text_of(bytes: &[u8]) -> String {
         let rest = part.trim_start_matches(|c: char| c.is_ascii_hexdigit());
         let address = part.len() - rest.len() >= 8;
         normal.push_str("0x");
-        normal.push_str(if address { "…" } else { &part[..part.len() - rest.len()] });
+        normal.push_str(if address {
+            "…"
+        } else {
+            &part[..part.len() - rest.len()]
+        });
         normal.push_str(rest);
     }
     normal
@@ -272,14 +321,20 @@ fn compare(name: &str, what: &str, warm: &Seen, other: &Seen) -> Option<String> 
     if warm.ending != other.ending {
         said += &format!("ending: {:?}, {what}: {:?}\n", warm.ending, other.ending);
     }
-    for (stream, ours, theirs) in
-        [("stdout", &warm.stdout, &other.stdout), ("stderr", &warm.stderr, &other.stderr)]
-    {
-        let (ours, theirs): (Vec<_>, Vec<_>) = (ours.split('\n').collect(), theirs.split('\n').collect());
-        let differing = (0..ours.len().max(theirs.len())).filter(|n| ours.get(*n) != theirs.get(*n));
+    for (stream, ours, theirs) in [
+        ("stdout", &warm.stdout, &other.stdout),
+        ("stderr", &warm.stderr, &other.stderr),
+    ] {
+        let (ours, theirs): (Vec<_>, Vec<_>) =
+            (ours.split('\n').collect(), theirs.split('\n').collect());
+        let differing =
+            (0..ours.len().max(theirs.len())).filter(|n| ours.get(*n) != theirs.get(*n));
         for line in differing.take(8) {
             let (ours, theirs) = (ours.get(line), theirs.get(line));
-            said += &format!("{stream} {}\n  warm  {ours:.1500?}\n  other {theirs:.1500?}\n", line + 1);
+            said += &format!(
+                "{stream} {}\n  warm  {ours:.1500?}\n  other {theirs:.1500?}\n",
+                line + 1
+            );
         }
     }
     Some(said)
@@ -297,9 +352,16 @@ fn the_interpreter() -> PathBuf {
 async fn a_warm_run_looks_like_a_cold_one() {
     let only = std::env::var("GANTRY_TEST_ONLY").ok();
     let scripts = scripts();
-    assert!(scripts.len() >= FEWEST_SCRIPTS, "only {} scripts", scripts.len());
+    assert!(
+        scripts.len() >= FEWEST_SCRIPTS,
+        "only {} scripts",
+        scripts.len()
+    );
     let bare = scripts.iter().filter(|script| script.bare).count();
-    assert!(bare <= MOST_BARE, "{bare} scripts without proof of a warm start");
+    assert!(
+        bare <= MOST_BARE,
+        "{bare} scripts without proof of a warm start"
+    );
     let data = tempfile::tempdir().unwrap();
     let store = DirectoryStore::open(data.path().join("store")).unwrap();
     let config = LocalConfig {
@@ -319,7 +381,10 @@ async fn a_warm_run_looks_like_a_cold_one() {
     tokio::time::sleep(Duration::from_secs(1)).await;
     let python = the_interpreter();
     let (mut differences, mut direct) = (Vec::new(), 0);
-    for script in scripts.iter().filter(|s| only.as_ref().is_none_or(|only| s.name.contains(only))) {
+    for script in scripts
+        .iter()
+        .filter(|s| only.as_ref().is_none_or(|only| s.name.contains(only)))
+    {
         let warm = script.run_warm(&session).await;
         let cold = script.run_cold(&session).await;
         differences.extend(compare(&script.name, "cold", &warm, &cold));
@@ -330,6 +395,9 @@ async fn a_warm_run_looks_like_a_cold_one() {
         }
     }
     platform.shutdown().await;
-    println!("{} scripts warm and cold, {direct} of them directly too", scripts.len());
+    println!(
+        "{} scripts warm and cold, {direct} of them directly too",
+        scripts.len()
+    );
     assert!(differences.is_empty(), "{}", differences.join("\n"));
 }

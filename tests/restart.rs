@@ -2,7 +2,10 @@
 //! every client the same as if nothing had happened.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-#[allow(dead_code, reason = "shared with the tests of the protocol, which use all of it")]
+#[allow(
+    dead_code,
+    reason = "shared with the tests of the protocol, which use all of it"
+)]
 #[path = "protocol/server.rs"]
 mod server;
 
@@ -42,14 +45,21 @@ type WebSocket =
 
 impl Way {
     fn to(server: &Server) -> Self {
-        Self { address: server.address, key: server.admin.clone() }
+        Self {
+            address: server.address,
+            key: server.admin.clone(),
+        }
     }
 
     async fn connect(&self) -> WebSocket {
         let asked = Instant::now();
         loop {
-            let mut request = format!("ws://{}/ws/code", self.address).into_client_request().unwrap();
-            request.headers_mut().insert("x-api-key", self.key.parse().unwrap());
+            let mut request = format!("ws://{}/ws/code", self.address)
+                .into_client_request()
+                .unwrap();
+            request
+                .headers_mut()
+                .insert("x-api-key", self.key.parse().unwrap());
             if let Ok((socket, _)) = tokio_tungstenite::connect_async(request).await {
                 return socket;
             }
@@ -69,7 +79,10 @@ impl Way {
 /// The next frame; `None` when the connection ended.
 async fn frame(socket: &mut WebSocket) -> Option<Value> {
     loop {
-        match tokio::time::timeout(PATIENCE, socket.next()).await.expect("no frame") {
+        match tokio::time::timeout(PATIENCE, socket.next())
+            .await
+            .expect("no frame")
+        {
             Some(Ok(Message::Text(text))) => return Some(serde_json::from_str(&text).unwrap()),
             Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
             _ => return None,
@@ -90,7 +103,13 @@ impl Told {
     fn new(mut message: Value) -> Self {
         let id = uuid::Uuid::now_v7().to_string();
         message["submission_id"] = json!(id);
-        Self { id, message, events: BTreeMap::new(), reply: None, connections: 0 }
+        Self {
+            id,
+            message,
+            events: BTreeMap::new(),
+            reply: None,
+            connections: 0,
+        }
     }
 
     fn last(&self) -> u64 {
@@ -101,7 +120,11 @@ impl Told {
     fn take(&mut self, frame: Value) {
         assert_eq!(frame["submission_id"], self.id.as_str(), "{frame}");
         if frame.get("status").is_some() {
-            assert!(self.reply.replace(frame).is_none(), "{}: a second reply", self.id);
+            assert!(
+                self.reply.replace(frame).is_none(),
+                "{}: a second reply",
+                self.id
+            );
             return;
         }
         let seq = frame["seq"].as_u64().unwrap();
@@ -127,7 +150,11 @@ impl Told {
                 self.message.clone()
             };
             loop {
-                if socket.send(Message::text(request.to_string())).await.is_err() {
+                if socket
+                    .send(Message::text(request.to_string()))
+                    .await
+                    .is_err()
+                {
                     break;
                 }
                 let unknown = loop {
@@ -153,8 +180,13 @@ impl Told {
     }
 
     fn text(&self) -> String {
-        let outputs = self.events.values().filter(|event| event["stream"] == "stdout");
-        outputs.map(|event| event["data"].as_str().unwrap()).collect()
+        let outputs = self
+            .events
+            .values()
+            .filter(|event| event["stream"] == "stdout");
+        outputs
+            .map(|event| event["data"].as_str().unwrap())
+            .collect()
     }
 
     /// Holds what was told against the journal and against itself.
@@ -169,21 +201,35 @@ impl Told {
             .map(|event| (event["seq"].as_u64().unwrap(), event))
             .collect();
         let last = reply["seq"].as_u64().unwrap();
-        assert!(events.keys().copied().eq(1..last), "{}: {:?}", self.id, events.keys());
+        assert!(
+            events.keys().copied().eq(1..last),
+            "{}: {:?}",
+            self.id,
+            events.keys()
+        );
         for (seq, event) in &self.events {
             assert_eq!(events[seq], event, "{}: event {seq}", self.id);
         }
         assert_eq!(&stored["reply"]["stdout"], &reply["stdout"], "{}", self.id);
         assert_eq!(&stored["reply"]["status"], &reply["status"], "{}", self.id);
         let outputs = events.values().filter(|event| event["stream"] == "stdout");
-        let streamed: String = outputs.map(|event| event["data"].as_str().unwrap()).collect();
-        assert_eq!(reply["stdout"], streamed, "{}: streamed and replied differ", self.id);
+        let streamed: String = outputs
+            .map(|event| event["data"].as_str().unwrap())
+            .collect();
+        assert_eq!(
+            reply["stdout"], streamed,
+            "{}: streamed and replied differ",
+            self.id
+        );
     }
 
     /// The number that a run draws once: the same everywhere, or it ran twice.
     fn nonce(&self) -> String {
         let stdout = self.reply.as_ref().unwrap()["stdout"].as_str().unwrap();
-        let drawn: Vec<&str> = stdout.lines().filter_map(|line| line.strip_prefix("nonce ")).collect();
+        let drawn: Vec<&str> = stdout
+            .lines()
+            .filter_map(|line| line.strip_prefix("nonce "))
+            .collect();
         assert_eq!(drawn.len(), 1, "{}: {stdout}", self.id);
         drawn[0].to_owned()
     }
@@ -212,7 +258,10 @@ async fn a_program_that_prints_while_the_server_is_killed_is_heard_in_full() {
     let message = json!({ "user_id": "talk", "code": code, "deploy": false, "stream": true });
     let mut told = Told::new(message);
     let mut socket = way.connect().await;
-    socket.send(Message::text(told.message.to_string())).await.unwrap();
+    socket
+        .send(Message::text(told.message.to_string()))
+        .await
+        .unwrap();
     let mut kills = 0;
     while told.reply.is_none() {
         let Some(next) = frame(&mut socket).await else {
@@ -225,7 +274,10 @@ async fn a_program_that_prints_while_the_server_is_killed_is_heard_in_full() {
             server = restart(server).await;
             socket = way.connect().await;
             let resume = json!({ "resume": told.id, "after": told.last() });
-            socket.send(Message::text(resume.to_string())).await.unwrap();
+            socket
+                .send(Message::text(resume.to_string()))
+                .await
+                .unwrap();
         }
     }
     assert_eq!(kills, 3);
@@ -290,7 +342,12 @@ async fn kills_under_load_lose_nothing_and_run_nothing_twice() {
     enough.store(true, Ordering::Relaxed);
     let mut told = Vec::new();
     for client in clients {
-        told.extend(tokio::time::timeout(REPLY_PATIENCE, client).await.unwrap().unwrap());
+        told.extend(
+            tokio::time::timeout(REPLY_PATIENCE, client)
+                .await
+                .unwrap()
+                .unwrap(),
+        );
     }
     let mut nonces = HashSet::new();
     let (mut events, mut deployed) = (0, BTreeMap::new());
@@ -300,24 +357,44 @@ async fn kills_under_load_lose_nothing_and_run_nothing_twice() {
         let status = if deploys { "deployed" } else { "tests_passed" };
         assert_eq!(reply["status"], status, "{reply}");
         told.check(&way).await;
-        assert!(nonces.insert(told.nonce()), "{}: a number was drawn twice", told.id);
+        assert!(
+            nonces.insert(told.nonce()),
+            "{}: a number was drawn twice",
+            told.id
+        );
         events += told.events.len();
         if deploys {
             let release = reply["release"].as_u64().unwrap();
-            let latest = deployed.entry(told.message["repl_id"].as_str().unwrap()).or_insert(release);
+            let latest = deployed
+                .entry(told.message["repl_id"].as_str().unwrap())
+                .or_insert(release);
             *latest = release.max(*latest);
         }
     }
-    assert!(told.len() >= CLIENTS && deployed.len() == 2, "{} submissions", told.len());
+    assert!(
+        told.len() >= CLIENTS && deployed.len() == 2,
+        "{} submissions",
+        told.len()
+    );
     for (repl, latest) in &deployed {
         let status = running(&way, repl).await;
         assert_eq!(status["release"], *latest, "{status}");
         let releases = way.get(&format!("/repls/{repl}/releases")).await;
         let releases = releases["releases"].as_array().unwrap();
-        let current: Vec<_> = releases.iter().filter(|r| r["state"] == "current").collect();
+        let current: Vec<_> = releases
+            .iter()
+            .filter(|r| r["state"] == "current")
+            .collect();
         assert_eq!(current.len(), 1, "{releases:?}");
-        let ids: HashSet<_> = releases.iter().map(|r| r["submission_id"].as_str()).collect();
-        assert_eq!(ids.len(), releases.len(), "a submission was released twice: {releases:?}");
+        let ids: HashSet<_> = releases
+            .iter()
+            .map(|r| r["submission_id"].as_str())
+            .collect();
+        assert_eq!(
+            ids.len(),
+            releases.len(),
+            "a submission was released twice: {releases:?}"
+        );
     }
     let reconnected: u32 = told.iter().map(|told| told.connections - 1).sum();
     println!(
@@ -375,7 +452,10 @@ fn last_segment(server: &Server) -> PathBuf {
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(folder).unwrap().flatten() {
             let path = entry.path();
-            if path.extension().is_some_and(|extension| extension == "journal") {
+            if path
+                .extension()
+                .is_some_and(|extension| extension == "journal")
+            {
                 files.push(path);
             } else if path.is_dir() {
                 folders.push(path);
