@@ -1,11 +1,11 @@
 //! The local platform, held to the contract of every platform.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::sync::Arc;
 
 use gantry::model::Limits;
-use gantry::platform::conformance::{Subject, all};
 use gantry::platform::Platform;
+use gantry::platform::conformance::{Subject, all};
 use gantry::platform::local::{LocalConfig, LocalPlatform};
 use gantry::storage::DirectoryStore;
 
@@ -19,7 +19,10 @@ async fn platform(data: &std::path::Path) -> (Arc<LocalPlatform>, DirectoryStore
         network: false,
         app_authority: "apps.localhost:8000".to_owned(),
     };
-    (Arc::new(LocalPlatform::start(config, store.clone()).await.unwrap()), store)
+    (
+        Arc::new(LocalPlatform::start(config, store.clone()).await.unwrap()),
+        store,
+    )
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -35,7 +38,10 @@ async fn the_local_platform_keeps_the_contract() {
     };
     let result = all(&subject).await;
     if result.is_err() {
-        for entry in std::fs::read_dir(data.path().join("sandboxes")).unwrap().flatten() {
+        for entry in std::fs::read_dir(data.path().join("sandboxes"))
+            .unwrap()
+            .flatten()
+        {
             let log = std::fs::read_to_string(entry.path().join("runner.log")).unwrap_or_default();
             println!("--- {:?}\n{log}", entry.path());
         }

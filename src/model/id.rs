@@ -150,7 +150,17 @@ mod tests {
         for good in ["a", "test", "a-b", "0", &"x".repeat(50)] {
             assert!(good.parse::<UserId>().is_ok(), "{good}");
         }
-        for bad in ["", "-a", "a-", "A", "a_b", "a.b", "é", "a\n", &"x".repeat(51)] {
+        for bad in [
+            "",
+            "-a",
+            "a-",
+            "A",
+            "a_b",
+            "a.b",
+            "é",
+            "a\n",
+            &"x".repeat(51),
+        ] {
             assert!(bad.parse::<UserId>().is_err(), "{bad}");
         }
     }

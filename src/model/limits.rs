@@ -98,7 +98,12 @@ impl LimitsRequest {
                 d.memory_bytes,
                 maximum.memory_bytes,
             )?,
-            processes: pick("limits.processes", self.processes, d.processes, maximum.processes)?,
+            processes: pick(
+                "limits.processes",
+                self.processes,
+                d.processes,
+                maximum.processes,
+            )?,
             file_bytes: pick(
                 "limits.file_bytes",
                 self.file_bytes,

@@ -71,7 +71,10 @@ impl TryFrom<String> for RelativePath {
         if text.starts_with('/') || text.contains('\\') {
             return refuse("is not a relative path with '/' between its parts");
         }
-        if text.split('/').any(|part| part.is_empty() || part == "." || part == ".." || part.len() > 255) {
+        if text
+            .split('/')
+            .any(|part| part.is_empty() || part == "." || part == ".." || part.len() > 255)
+        {
             return refuse("has an empty, '.', '..' or overlong part");
         }
         Ok(Self(text))
@@ -277,7 +280,10 @@ fn collect_files(
 ) -> Result<Files, FieldError> {
     let files: Files = match (code, files) {
         (Some(_), Some(_)) => {
-            return Err(FieldError::new("files", "cannot be sent together with code"));
+            return Err(FieldError::new(
+                "files",
+                "cannot be sent together with code",
+            ));
         }
         (None, None) => return Err(FieldError::new("code", "or files is required")),
         (Some(code), None) => {
@@ -292,8 +298,8 @@ fn collect_files(
             files
                 .into_iter()
                 .map(|(path, text)| {
-                    let path = RelativePath::try_from(path)
-                        .map_err(|e| FieldError::new("files", e))?;
+                    let path =
+                        RelativePath::try_from(path).map_err(|e| FieldError::new("files", e))?;
                     Ok((path, text))
                 })
                 .collect::<Result<_, FieldError>>()?
@@ -303,10 +309,10 @@ fn collect_files(
 }
 
 fn default_entrypoint(language: &Language, files: &Files) -> Result<RelativePath, FieldError> {
-    if files.len() == 1 {
-        if let Some(only) = files.keys().next() {
-            return Ok(only.clone());
-        }
+    if files.len() == 1
+        && let Some(only) = files.keys().next()
+    {
+        return Ok(only.clone());
     }
     RelativePath::try_from(language.entrypoint.to_owned())
         .map_err(|e| FieldError::new("entrypoint", e))
@@ -317,7 +323,10 @@ fn check_tree(files: &Files) -> Result<(), FieldError> {
     if files.len() > MAX_FILES {
         return Err(FieldError::new(
             "files",
-            format!("{} files are more than the {MAX_FILES} allowed", files.len()),
+            format!(
+                "{} files are more than the {MAX_FILES} allowed",
+                files.len()
+            ),
         ));
     }
     let bytes: usize = files.values().map(String::len).sum();
@@ -356,7 +365,10 @@ fn check_args(field: &str, args: &[String]) -> Result<(), FieldError> {
 }
 
 fn check_env(env: &BTreeMap<String, String>) -> Result<(), FieldError> {
-    let bytes: usize = env.iter().map(|(name, value)| name.len() + value.len()).sum();
+    let bytes: usize = env
+        .iter()
+        .map(|(name, value)| name.len() + value.len())
+        .sum();
     if env.len() > MAX_ARGS || bytes > MAX_ARG_BYTES {
         return Err(FieldError::new(
             "env",
@@ -369,10 +381,16 @@ fn check_env(env: &BTreeMap<String, String>) -> Result<(), FieldError> {
             && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
         if !good_name {
             let shown: String = name.chars().take(40).collect();
-            return Err(FieldError::new("env", format!("{shown:?} is not a variable name")));
+            return Err(FieldError::new(
+                "env",
+                format!("{shown:?} is not a variable name"),
+            ));
         }
         if value.contains('\0') {
-            return Err(FieldError::new(format!("env.{name}"), "contains a NUL byte"));
+            return Err(FieldError::new(
+                format!("env.{name}"),
+                "contains a NUL byte",
+            ));
         }
     }
     Ok(())
@@ -392,8 +410,7 @@ fn collect_tests(
         Some(TestsRequest::Files(texts)) => {
             let names = texts.keys().cloned().collect();
             for (path, text) in texts {
-                let path =
-                    RelativePath::try_from(path).map_err(|e| FieldError::new("tests", e))?;
+                let path = RelativePath::try_from(path).map_err(|e| FieldError::new("tests", e))?;
                 if files.contains_key(&path) {
                     return Err(FieldError::new(
                         "tests",
@@ -412,7 +429,10 @@ fn collect_tests(
         ));
     }
     if named.is_empty() || named.len() > MAX_TESTS {
-        return Err(FieldError::new("tests", format!("must name 1 to {MAX_TESTS} files")));
+        return Err(FieldError::new(
+            "tests",
+            format!("must name 1 to {MAX_TESTS} files"),
+        ));
     }
     let paths = named
         .into_iter()
@@ -423,7 +443,10 @@ fn collect_tests(
             if files.contains_key(&path) {
                 Ok(path)
             } else {
-                Err(FieldError::new(field, format!("{path} is not one of the files")))
+                Err(FieldError::new(
+                    field,
+                    format!("{path} is not one of the files"),
+                ))
             }
         })
         .collect::<Result<Vec<_>, _>>()?;
@@ -434,7 +457,10 @@ fn check_cases(cases: Vec<Case>, maximum: &Limits) -> Result<Tests, FieldError> 
     if cases.len() > MAX_TESTS {
         return Err(FieldError::new(
             "tests",
-            format!("{} cases are more than the {MAX_TESTS} allowed", cases.len()),
+            format!(
+                "{} cases are more than the {MAX_TESTS} allowed",
+                cases.len()
+            ),
         ));
     }
     for (index, case) in cases.iter().enumerate() {
@@ -445,7 +471,10 @@ fn check_cases(cases: Vec<Case>, maximum: &Limits) -> Result<Tests, FieldError> 
             ));
         }
         check_args(&format!("tests[{index}].args"), &case.args)?;
-        if case.timeout_ms.is_some_and(|ms| ms == 0 || ms > maximum.wall_ms) {
+        if case
+            .timeout_ms
+            .is_some_and(|ms| ms == 0 || ms > maximum.wall_ms)
+        {
             return Err(FieldError::new(
                 format!("tests[{index}].timeout_ms"),
                 format!("must be 1 to {}", maximum.wall_ms),
@@ -476,7 +505,9 @@ mod tests {
 
     #[test]
     fn paths_stay_inside() {
-        for bad in ["../x", "/x", "a/../b", "a//b", "./a", "a/", "", "a\u{0}b", "a\\b"] {
+        for bad in [
+            "../x", "/x", "a/../b", "a//b", "./a", "a/", "", "a\u{0}b", "a\\b",
+        ] {
             assert!(RelativePath::try_from(bad.to_owned()).is_err(), "{bad:?}");
         }
         for good in ["a", "a/b.py", "..a/b", "ü/ñ"] {
@@ -490,13 +521,28 @@ mod tests {
             (r#"{"user_id":"t"}"#, "code"),
             (r#"{"user_id":"t","code":"","files":{"a":""}}"#, "files"),
             (r#"{"user_id":"t","files":{"../a":""}}"#, "files"),
-            (r#"{"user_id":"t","files":{"a":"","a/b":""},"entrypoint":"a"}"#, "files"),
-            (r#"{"user_id":"t","code":"","language":"cobol"}"#, "language"),
-            (r#"{"user_id":"t","code":"","entrypoint":"x.py"}"#, "entrypoint"),
-            (r#"{"user_id":"t","code":"","limits":{"wall_ms":60001}}"#, "limits.wall_ms"),
+            (
+                r#"{"user_id":"t","files":{"a":"","a/b":""},"entrypoint":"a"}"#,
+                "files",
+            ),
+            (
+                r#"{"user_id":"t","code":"","language":"cobol"}"#,
+                "language",
+            ),
+            (
+                r#"{"user_id":"t","code":"","entrypoint":"x.py"}"#,
+                "entrypoint",
+            ),
+            (
+                r#"{"user_id":"t","code":"","limits":{"wall_ms":60001}}"#,
+                "limits.wall_ms",
+            ),
             (r#"{"user_id":"t","code":"","env":{"A=B":""}}"#, "env"),
             (r#"{"user_id":"t","code":"","tests":["t.py"]}"#, "tests[0]"),
-            (r#"{"user_id":"t","code":"","tests":[{"name":""}]}"#, "tests[0].name"),
+            (
+                r#"{"user_id":"t","code":"","tests":[{"name":""}]}"#,
+                "tests[0].name",
+            ),
         ];
         for (json, field) in cases {
             assert_eq!(parse(json).unwrap_err().field, field, "{json}");

@@ -17,7 +17,9 @@ pub fn parse(text: &str) -> Result<Vec<TestResult>, roxmltree::Error> {
         nodes_limit: 100_000,
     };
     let document = roxmltree::Document::parse_with_options(text, options)?;
-    let cases = document.descendants().filter(|node| node.has_tag_name("testcase"));
+    let cases = document
+        .descendants()
+        .filter(|node| node.has_tag_name("testcase"));
     Ok(cases.take(MAX_TESTS).map(|case| test(&case)).collect())
 }
 
@@ -43,8 +45,9 @@ fn test(case: &roxmltree::Node<'_, '_>) -> TestResult {
     TestResult {
         name,
         passed: trouble.is_none(),
-        duration_ms: std::time::Duration::try_from_secs_f64(seconds)
-            .map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
+        duration_ms: std::time::Duration::try_from_secs_f64(seconds).map_or(0, |time| {
+            u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+        }),
         message,
         expected: None,
         actual: None,

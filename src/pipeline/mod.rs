@@ -134,7 +134,7 @@ impl Pipeline {
         match self.inner.journal.append(received).await {
             Ok(_) => {}
             // The same id came twice at once, and the other was first.
-            Err(JournalError::Duplicate { .. }) => {
+            Err(JournalError::Duplicate) => {
                 return match self.known(&submission)? {
                     Some(known) => Ok(known),
                     None => Err(Refusal::Unavailable(self.overload())),

@@ -8,7 +8,11 @@ const REPORT: &str = "gantry-report.xml";
 
 /// The command that runs the program with these arguments.
 pub fn argv(submission: &Submission, args: &[String]) -> Vec<String> {
-    let command = submission.language.argv.iter().map(|part| (*part).to_owned());
+    let command = submission
+        .language
+        .argv
+        .iter()
+        .map(|part| (*part).to_owned());
     command
         .chain([submission.entrypoint.to_string()])
         .chain(args.iter().cloned())
@@ -27,20 +31,21 @@ pub fn jobs(submission: &Submission) -> Box<dyn Iterator<Item = Job> + Send + '_
             }
             job
         })),
-        Tests::Files(files) => Box::new(
-            submission
-                .language
-                .test_runner
-                .into_iter()
-                .map(|runner| {
-                    let report = format!("/tmp/{REPORT}");
-                    let command = runner.argv.iter().map(|part| part.replace("{report}", &report));
-                    let argv = command.chain(files.iter().map(ToString::to_string)).collect();
-                    let mut job = base(submission, 0, argv);
-                    job.report = Some(REPORT.to_owned());
-                    job
-                }),
-        ),
+        Tests::Files(files) => {
+            Box::new(submission.language.test_runner.into_iter().map(|runner| {
+                let report = format!("/tmp/{REPORT}");
+                let command = runner
+                    .argv
+                    .iter()
+                    .map(|part| part.replace("{report}", &report));
+                let argv = command
+                    .chain(files.iter().map(ToString::to_string))
+                    .collect();
+                let mut job = base(submission, 0, argv);
+                job.report = Some(REPORT.to_owned());
+                job
+            }))
+        }
     }
 }
 
@@ -62,9 +67,13 @@ fn base(submission: &Submission, run: u32, argv: Vec<String>) -> Job {
             submission: submission.id,
             run,
         },
-        files: files.map(|(path, text)| (path.to_string(), text.clone())).collect(),
+        files: files
+            .map(|(path, text)| (path.to_string(), text.clone()))
+            .collect(),
         argv,
-        env: env.map(|(name, value)| (name.clone(), value.clone())).collect(),
+        env: env
+            .map(|(name, value)| (name.clone(), value.clone()))
+            .collect(),
         stdin: Vec::new(),
         stdin_open: false,
         limits: submission.limits,

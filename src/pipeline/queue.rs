@@ -117,7 +117,10 @@ impl FairQueue {
             return None;
         }
         let may_run = |user: &UserId| {
-            state.users.get(user).is_some_and(|line| line.running < state.per_user)
+            state
+                .users
+                .get(user)
+                .is_some_and(|line| line.running < state.per_user)
         };
         let turn = state.turns.iter().position(may_run)?;
         let user = state.turns.remove(turn)?;
@@ -176,7 +179,11 @@ mod tests {
         let (a, b): (UserId, UserId) = ("a".parse().unwrap(), "b".parse().unwrap());
         let _first = queue.turn(&a).await;
         let _second = queue.turn(&a).await;
-        assert!(tokio::time::timeout(Duration::from_millis(20), queue.turn(&a)).await.is_err());
+        assert!(
+            tokio::time::timeout(Duration::from_millis(20), queue.turn(&a))
+                .await
+                .is_err()
+        );
         let _other = queue.turn(&b).await;
     }
 
@@ -185,7 +192,11 @@ mod tests {
         let queue = FairQueue::new(1, 1);
         let a: UserId = "a".parse().unwrap();
         let first = queue.turn(&a).await;
-        assert!(tokio::time::timeout(Duration::from_millis(5), queue.turn(&a)).await.is_err());
+        assert!(
+            tokio::time::timeout(Duration::from_millis(5), queue.turn(&a))
+                .await
+                .is_err()
+        );
         drop(first);
         let _next = queue.turn(&a).await;
     }

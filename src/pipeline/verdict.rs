@@ -67,7 +67,10 @@ pub fn decide(submission: &Submission, runs: &[FinishedRun]) -> Verdict {
 /// Endings that are not the program's: cancelled, never started, unknown.
 fn not_decided(run: &FinishedRun) -> Option<(Status, Option<Problem>)> {
     let Some(report) = &run.report else {
-        let why = run.lost.clone().unwrap_or_else(|| "it was not started".to_owned());
+        let why = run
+            .lost
+            .clone()
+            .unwrap_or_else(|| "it was not started".to_owned());
         let problem = Problem::new(
             "outcome_unknown",
             "The outcome of the run is unknown",
@@ -101,12 +104,19 @@ fn reason_of(ending: &Ending) -> Option<Reason> {
 }
 
 fn judge_cases(cases: &[Case], runs: &[FinishedRun], verdict: &mut Verdict) {
-    verdict.tests = cases.iter().zip(runs).map(|(case, run)| judge_case(case, run)).collect();
+    verdict.tests = cases
+        .iter()
+        .zip(runs)
+        .map(|(case, run)| judge_case(case, run))
+        .collect();
     let failed = verdict.tests.iter().position(|test| !test.passed);
     if let Some(index) = failed {
         verdict.status = Status::TestsFailed;
         verdict.shown = index;
-        let ending = runs.get(index).and_then(|run| run.report.as_ref()).map(|r| &r.ending);
+        let ending = runs
+            .get(index)
+            .and_then(|run| run.report.as_ref())
+            .map(|r| &r.ending);
         // A limit says more than that a test did not hold.
         verdict.reason = Some(match ending {
             Some(Ending::Limit(reason)) => *reason,
@@ -190,7 +200,11 @@ fn runner_is_missing(submission: &Submission, run: &FinishedRun) -> bool {
     let Some(runner) = submission.language.test_runner else {
         return false;
     };
-    run.stdout.is_empty() && run.stderr.trim_end().ends_with(&format!("No module named {}", runner.name))
+    run.stdout.is_empty()
+        && run
+            .stderr
+            .trim_end()
+            .ends_with(&format!("No module named {}", runner.name))
 }
 
 impl Verdict {
@@ -207,7 +221,10 @@ impl Verdict {
             outcome.stderr = Some(runs.iter().map(|run| run.stderr.as_str()).collect());
             outcome.usage = Some(Usage {
                 cpu_ms: reports().map(|report| report.usage.cpu_ms).sum(),
-                memory_bytes: reports().map(|report| report.usage.memory_bytes).max().unwrap_or(0),
+                memory_bytes: reports()
+                    .map(|report| report.usage.memory_bytes)
+                    .max()
+                    .unwrap_or(0),
             });
         }
         let shown = runs.get(self.shown).and_then(|run| run.report.as_ref());
@@ -267,15 +284,27 @@ mod tests {
             (verdict.status, verdict.reason)
         };
         assert_eq!(decided(Ending::Exited(0)), (Status::TestsPassed, None));
-        assert_eq!(decided(Ending::Exited(137)), (Status::TestsFailed, Some(Reason::ExitCode)));
-        assert_eq!(decided(Ending::Signalled(11)), (Status::TestsFailed, Some(Reason::Signal)));
+        assert_eq!(
+            decided(Ending::Exited(137)),
+            (Status::TestsFailed, Some(Reason::ExitCode))
+        );
+        assert_eq!(
+            decided(Ending::Signalled(11)),
+            (Status::TestsFailed, Some(Reason::Signal))
+        );
         assert_eq!(
             decided(Ending::Limit(Reason::Timeout)),
             (Status::TestsFailed, Some(Reason::Timeout))
         );
         assert_eq!(decided(Ending::Cancelled), (Status::Cancelled, None));
-        assert_eq!(decided(Ending::NotStarted(String::new())), (Status::Unavailable, None));
-        assert_eq!(decide(&s, &[FinishedRun::default()]).status, Status::Unavailable);
+        assert_eq!(
+            decided(Ending::NotStarted(String::new())),
+            (Status::Unavailable, None)
+        );
+        assert_eq!(
+            decide(&s, &[FinishedRun::default()]).status,
+            Status::Unavailable
+        );
     }
 
     #[test]
@@ -283,10 +312,19 @@ mod tests {
         let s = submission(
             r#"{"user_id":"t","code":"","tests":[{"name":"a","expected_stdout":"1\n"},{"name":"b"}]}"#,
         );
-        let good = decide(&s, &[run(Ending::Exited(0), "1\n"), run(Ending::Exited(0), "?")]);
+        let good = decide(
+            &s,
+            &[run(Ending::Exited(0), "1\n"), run(Ending::Exited(0), "?")],
+        );
         assert_eq!(good.status, Status::TestsPassed);
-        let bad = decide(&s, &[run(Ending::Exited(0), "1"), run(Ending::Exited(0), "?")]);
-        assert_eq!((bad.status, bad.reason), (Status::TestsFailed, Some(Reason::Tests)));
+        let bad = decide(
+            &s,
+            &[run(Ending::Exited(0), "1"), run(Ending::Exited(0), "?")],
+        );
+        assert_eq!(
+            (bad.status, bad.reason),
+            (Status::TestsFailed, Some(Reason::Tests))
+        );
         assert_eq!(bad.tests[0].actual.as_deref(), Some("1"));
     }
 
@@ -299,7 +337,15 @@ mod tests {
 
     #[test]
     fn signals_have_their_names() {
-        for (number, name) in [(1, "SIGHUP"), (9, "SIGKILL"), (11, "SIGSEGV"), (15, "SIGTERM"), (24, "SIGXCPU"), (31, "SIGSYS"), (34, "SIGRT34")] {
+        for (number, name) in [
+            (1, "SIGHUP"),
+            (9, "SIGKILL"),
+            (11, "SIGSEGV"),
+            (15, "SIGTERM"),
+            (24, "SIGXCPU"),
+            (31, "SIGSYS"),
+            (34, "SIGRT34"),
+        ] {
             assert_eq!(signal_name(number), name);
         }
     }

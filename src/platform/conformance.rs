@@ -63,7 +63,10 @@ pub fn python(code: &str) -> Job {
 pub async fn finish(run: &mut Run) -> anyhow::Result<Ended> {
     let (mut stdout, mut stderr, mut expected) = (Vec::new(), Vec::new(), None);
     loop {
-        match timeout(PATIENCE, run.next()).await.context("a run did not end")? {
+        match timeout(PATIENCE, run.next())
+            .await
+            .context("a run did not end")?
+        {
             RunEvent::Lost(why) => anyhow::bail!("the run was lost: {why}"),
             RunEvent::Event { seq, event } => {
                 ensure!(
@@ -97,7 +100,9 @@ pub async fn all(subject: &Subject) -> anyhow::Result<()> {
         .with_context(context("a run ends with its own exit code"))?;
     a_sandbox_is_kept_and_made_anew(subject)
         .await
-        .with_context(context("a sandbox is kept, and made anew when it was dropped"))?;
+        .with_context(context(
+            "a sandbox is kept, and made anew when it was dropped",
+        ))?;
     users_cannot_see_each_other(subject)
         .await
         .with_context(context("users cannot see each other"))?;
@@ -109,7 +114,9 @@ pub async fn all(subject: &Subject) -> anyhow::Result<()> {
         .with_context(context("a cancelled run leaves nothing running"))?;
     a_release_serves_and_takes_over(subject)
         .await
-        .with_context(context("a release serves, and the next takes over only when it does"))?;
+        .with_context(context(
+            "a release serves, and the next takes over only when it does",
+        ))?;
     dropping_what_is_absent_is_no_error(subject)
         .await
         .with_context(context("dropping what is absent is no error"))
@@ -119,12 +126,23 @@ async fn a_run_ends_with_its_own_exit_code(subject: &Subject) -> anyhow::Result<
     let session = Sessions::new(Arc::clone(&subject.platform)).of(&user("conform-a"));
     let job = python("import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)");
     let ended = finish(&mut session.start(job)).await?;
-    ensure!(ended.report.ending == Ending::Exited(7), "{:?}", ended.report);
-    ensure!(ended.stdout == b"out\n" && ended.stderr == b"err\n", "{ended:?}");
+    ensure!(
+        ended.report.ending == Ending::Exited(7),
+        "{:?}",
+        ended.report
+    );
+    ensure!(
+        ended.stdout == b"out\n" && ended.stderr == b"err\n",
+        "{ended:?}"
+    );
     let mut job = python("while True: pass");
     job.limits.cpu_ms = 300;
     let ended = finish(&mut session.start(job)).await?;
-    ensure!(ended.report.ending == Ending::Limit(Reason::Cpu), "{:?}", ended.report);
+    ensure!(
+        ended.report.ending == Ending::Limit(Reason::Cpu),
+        "{:?}",
+        ended.report
+    );
     Ok(())
 }
 
@@ -143,14 +161,30 @@ async fn a_sandbox_is_kept_and_made_anew(subject: &Subject) -> anyhow::Result<()
 async fn users_cannot_see_each_other(subject: &Subject) -> anyhow::Result<()> {
     let sessions = Sessions::new(Arc::clone(&subject.platform));
     let one = sessions.of(&user("conform-c"));
-    let sleeper = one.start(python("open('/tmp/mine', 'w').write('x'); import time; time.sleep(20)"));
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    let look = "import os; print(os.path.exists('/tmp/mine'), \
-                len([p for p in os.listdir('/proc') if p.isdigit() and int(p) != os.getpid()]))";
+    let code = "import os, time\n\
+                open('/tmp/mine', 'w').write('x')\n\
+                print(os.readlink('/proc/self/ns/pid'), flush=True)\n\
+                time.sleep(20)";
+    let mut sleeper = one.start(python(code));
+    let RunEvent::Event {
+        event: JobEvent::Output { data: theirs, .. },
+        ..
+    } = sleeper.next().await
+    else {
+        anyhow::bail!("the first user's program did not start");
+    };
+    let look =
+        "import os; print(os.readlink('/proc/self/ns/pid')); print(os.path.exists('/tmp/mine'))";
     let mut other = sessions.of(&user("conform-d")).start(python(look));
     let seen = finish(&mut other).await?;
     sleeper.handle().cancel();
-    ensure!(seen.stdout == b"False 0\n", "it saw {}", String::from_utf8_lossy(&seen.stdout));
+    let seen = String::from_utf8_lossy(&seen.stdout).into_owned();
+    let theirs = String::from_utf8_lossy(&theirs).into_owned();
+    ensure!(seen.ends_with("False\n"), "it saw the other's file");
+    ensure!(
+        !seen.starts_with(&theirs),
+        "both are in the process namespace {theirs}"
+    );
     Ok(())
 }
 
@@ -160,7 +194,9 @@ async fn a_cut_stream_loses_nothing(subject: &Subject) -> anyhow::Result<()> {
     let job = python(code);
     let id = job.id;
     let again = job.clone();
-    let mut first = Sessions::new(Arc::clone(&subject.platform)).of(&user).start(job);
+    let mut first = Sessions::new(Arc::clone(&subject.platform))
+        .of(&user)
+        .start(job);
     let (mut seen, mut last) = (Vec::new(), 0);
     while seen.len() < 10 {
         if let RunEvent::Event {
@@ -178,9 +214,16 @@ async fn a_cut_stream_loses_nothing(subject: &Subject) -> anyhow::Result<()> {
     let rest = finish(&mut session.attach(id, last)).await?;
     seen.extend(&rest.stdout);
     let whole: String = (0..20).map(|i| format!("{i}\n")).collect();
-    ensure!(seen == whole.as_bytes(), "{}", String::from_utf8_lossy(&seen));
+    ensure!(
+        seen == whole.as_bytes(),
+        "{}",
+        String::from_utf8_lossy(&seen)
+    );
     let repeated = finish(&mut session.start(again)).await?;
-    ensure!(repeated.report == rest.report, "the same job ran a second time");
+    ensure!(
+        repeated.report == rest.report,
+        "the same job ran a second time"
+    );
     Ok(())
 }
 
@@ -192,10 +235,18 @@ async fn a_cancelled_run_leaves_nothing_running(subject: &Subject) -> anyhow::Re
     run.next().await;
     run.handle().cancel();
     let ended = finish(&mut run).await?;
-    ensure!(ended.report.ending == Ending::Cancelled, "{:?}", ended.report);
+    ensure!(
+        ended.report.ending == Ending::Cancelled,
+        "{:?}",
+        ended.report
+    );
     let count = "import os; print(len([p for p in os.listdir('/proc') if p.isdigit()]))";
     let left = finish(&mut session.start(python(count))).await?;
-    ensure!(left.stdout == b"1\n", "{} processes", String::from_utf8_lossy(&left.stdout));
+    ensure!(
+        left.stdout == b"1\n",
+        "{} processes",
+        String::from_utf8_lossy(&left.stdout)
+    );
     Ok(())
 }
 
@@ -222,33 +273,66 @@ async fn a_release_serves_and_takes_over(subject: &Subject) -> anyhow::Result<()
     let Err(PlatformError::NotReady(problem)) = failed else {
         anyhow::bail!("a release that ends with exit code 1 came up: {failed:?}");
     };
-    ensure!(problem.cause.contains("no good"), "the last lines are missing: {problem:?}");
-    ensure!(fetch(platform, &repl).await?.ends_with("one True"), "the previous release is gone");
+    ensure!(
+        problem.cause.contains("no good"),
+        "the last lines are missing: {problem:?}"
+    );
+    ensure!(
+        fetch(platform, &repl).await?.ends_with("one True"),
+        "the previous release is gone"
+    );
     let two = release(subject, &repl, &format!("VERSION = 'two'{SERVER}")).await??;
     ensure!(two.release > one.release);
     ensure!(fetch(platform, &repl).await?.ends_with("two True"));
     platform.rollback(&repl, None).await?;
-    ensure!(fetch(platform, &repl).await?.ends_with("one True"), "not rolled back");
+    ensure!(
+        fetch(platform, &repl).await?.ends_with("one True"),
+        "not rolled back"
+    );
     let releases = platform.releases(&repl).await?;
-    let state = |number| releases.iter().find(|r| r.release == number).map(|r| r.state);
-    ensure!(state(one.release) == Some(ReleaseState::Current), "{releases:?}");
-    ensure!(state(two.release) == Some(ReleaseState::Superseded), "{releases:?}");
+    let state = |number| {
+        releases
+            .iter()
+            .find(|r| r.release == number)
+            .map(|r| r.state)
+    };
+    ensure!(
+        state(one.release) == Some(ReleaseState::Current),
+        "{releases:?}"
+    );
+    ensure!(
+        state(two.release) == Some(ReleaseState::Superseded),
+        "{releases:?}"
+    );
     let ended = release(subject, &repl, "print('Hello & <goodbye>')").await??;
     let page = fetch(platform, &repl).await?;
-    ensure!(page.contains("200 OK") && page.contains("Hello &amp; &lt;goodbye&gt;"), "{page}");
-    let status = platform.repls().await?.into_iter().find(|r| r.repl_id == repl);
+    ensure!(
+        page.contains("200 OK") && page.contains("Hello &amp; &lt;goodbye&gt;"),
+        "{page}"
+    );
+    let status = platform
+        .repls()
+        .await?
+        .into_iter()
+        .find(|r| r.repl_id == repl);
     let status = status.context("the repl is not listed")?;
     ensure!(status.state == ReplState::Exited(0), "{status:?}");
     ensure!(status.release == Some(ended.release), "{status:?}");
     platform.drop_repl(&repl).await?;
-    ensure!(platform.dial(&repl).await.is_err(), "a stopped repl can be reached");
+    ensure!(
+        platform.dial(&repl).await.is_err(),
+        "a stopped repl can be reached"
+    );
     Ok(())
 }
 
 async fn dropping_what_is_absent_is_no_error(subject: &Subject) -> anyhow::Result<()> {
     let nobody: ReplId = "conform-nobody".parse().map_err(anyhow::Error::msg)?;
     subject.platform.drop_repl(&nobody).await?;
-    subject.platform.drop_sandbox(&user("conform-nobody")).await?;
+    subject
+        .platform
+        .drop_sandbox(&user("conform-nobody"))
+        .await?;
     ensure!(subject.platform.owner(&nobody).await?.is_none());
     ensure!(subject.platform.releases(&nobody).await.is_err());
     Ok(())
@@ -274,14 +358,19 @@ async fn release(
     let released = subject.platform.ensure_release(&spec).await;
     if let Ok(running) = &released {
         let again = subject.platform.ensure_release(&spec).await?;
-        ensure!(again.release == running.release, "the same submission was released twice");
+        ensure!(
+            again.release == running.release,
+            "the same submission was released twice"
+        );
     }
     Ok(released)
 }
 
 async fn fetch(platform: &Arc<dyn Platform>, repl: &ReplId) -> anyhow::Result<String> {
     let mut stream = platform.dial(repl).await?;
-    stream.write_all(b"GET / HTTP/1.0\r\nHost: x\r\nConnection: close\r\n\r\n").await?;
+    stream
+        .write_all(b"GET / HTTP/1.0\r\nHost: x\r\nConnection: close\r\n\r\n")
+        .await?;
     let mut answer = Vec::new();
     timeout(PATIENCE, stream.read_to_end(&mut answer)).await??;
     Ok(String::from_utf8_lossy(&answer).into_owned())

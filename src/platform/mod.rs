@@ -160,4 +160,3 @@ pub trait Platform: Send + Sync + fmt::Debug {
 
 /// Longest wait for a sandbox: twice what making one takes on a slow, busy machine.
 pub const CONNECT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(30);
-

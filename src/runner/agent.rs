@@ -461,10 +461,10 @@ impl Agent {
             return false;
         }
         remembered.order.push_back(id);
-        if remembered.order.len() > MAX_REMEMBERED_JOBS {
-            if let Some(oldest) = remembered.order.pop_front() {
-                remembered.ids.remove(&oldest);
-            }
+        if remembered.order.len() > MAX_REMEMBERED_JOBS
+            && let Some(oldest) = remembered.order.pop_front()
+        {
+            remembered.ids.remove(&oldest);
         }
         true
     }

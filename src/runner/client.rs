@@ -107,7 +107,8 @@ impl Session {
         }
         let (tell, told) = oneshot::channel();
         self.command(Command::Connect(tell));
-        told.await.unwrap_or_else(|_| Err("the session has ended".to_owned()))
+        told.await
+            .unwrap_or_else(|_| Err("the session has ended".to_owned()))
     }
 
     /// Starts a job; the same id again is the same run.
@@ -166,7 +167,9 @@ impl Run {
     /// Everything up to `seq` is stored; the runner may forget it.
     pub fn stored(&self, seq: u64) {
         let job = self.id;
-        self.handle.session.command(Command::Send(ToRunner::Ack { job, seq }));
+        self.handle
+            .session
+            .command(Command::Send(ToRunner::Ack { job, seq }));
     }
 }
 
@@ -174,13 +177,15 @@ impl RunHandle {
     /// More input; `eof`: nothing follows.
     pub fn stdin(&self, data: Vec<u8>, eof: bool) {
         let job = self.id;
-        self.session.command(Command::Send(ToRunner::Stdin { job, data, eof }));
+        self.session
+            .command(Command::Send(ToRunner::Stdin { job, data, eof }));
     }
 
     /// Kills the run's whole process tree.
     pub fn cancel(&self) {
         let job = self.id;
-        self.session.command(Command::Send(ToRunner::Cancel { job }));
+        self.session
+            .command(Command::Send(ToRunner::Cancel { job }));
     }
 }
 
@@ -329,7 +334,9 @@ async fn greet(stream: Box<dyn ByteStream>) -> Result<(Reader, Writer), WireErro
 
 /// Sends a frame; a runner that does not read is as dead as one that does not speak.
 async fn say(writer: &mut Writer, frame: &ToRunner) -> Result<(), WireError> {
-    timeout(SILENCE, writer.send(frame)).await.map_err(|_| silent())?
+    timeout(SILENCE, writer.send(frame))
+        .await
+        .map_err(|_| silent())?
 }
 
 fn silent() -> WireError {

@@ -186,6 +186,7 @@ fn kill_all_of(uid: u32) -> io::Result<()> {
     // async-signal-safe; it takes no lock and allocates nothing.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
+        // SAFETY: as above.
         0 => unsafe {
             // Raw calls: libc's wrappers would synchronise ids across threads.
             if libc::syscall(libc::SYS_setresuid, uid, uid, uid) == 0 {

@@ -93,7 +93,10 @@ fn write_whole(folder: &Path, files: &BTreeMap<RelativePath, String>) -> io::Res
 }
 
 fn file_name(path: &Path) -> String {
-    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    path.file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
 }
 
 fn remove(folder: &Path) -> io::Result<()> {
@@ -110,7 +113,10 @@ mod tests {
 
     fn files(text: &str) -> BTreeMap<RelativePath, String> {
         let path = |p: &str| RelativePath::try_from(p.to_owned()).unwrap();
-        BTreeMap::from([(path("main.py"), text.to_owned()), (path("a/b.txt"), "b".to_owned())])
+        BTreeMap::from([
+            (path("main.py"), text.to_owned()),
+            (path("a/b.txt"), "b".to_owned()),
+        ])
     }
 
     #[tokio::test]

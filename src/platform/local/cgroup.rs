@@ -23,7 +23,10 @@ impl Cgroup {
             }
             let parent = Path::new(ROOT).join("gantry");
             // Usually on already; a failure shows at the next write.
-            let _ = fs::write(Path::new(ROOT).join("cgroup.subtree_control"), "+memory +pids");
+            let _ = fs::write(
+                Path::new(ROOT).join("cgroup.subtree_control"),
+                "+memory +pids",
+            );
             fs::create_dir_all(&parent)?;
             fs::write(parent.join("cgroup.subtree_control"), "+memory +pids")?;
             let folder = parent.join(name);
@@ -49,7 +52,10 @@ impl Cgroup {
 
     /// The files that a process joins by writing to.
     pub fn procs(&self) -> Vec<PathBuf> {
-        self.folders.iter().map(|folder| folder.join("cgroup.procs")).collect()
+        self.folders
+            .iter()
+            .map(|folder| folder.join("cgroup.procs"))
+            .collect()
     }
 
     /// Removes the groups of this name. Killed processes take a moment to leave; groups that are

@@ -134,7 +134,12 @@ fn probe_isolation(runner: &Path, folder: &Path, checks: &mut Vec<Check>) -> Iso
 fn probe_landlock() -> Check {
     // SAFETY: asks for the version only (flag 1); no pointer is read.
     let version = unsafe {
-        libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0, 1)
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<u8>(),
+            0,
+            1,
+        )
     };
     if version > 0 {
         Check {
@@ -146,7 +151,8 @@ fn probe_landlock() -> Check {
         Check {
             name: "landlock",
             finding: Finding::Weaker,
-            detail: "this kernel has no Landlock; mounts and user ids alone confine files".to_owned(),
+            detail: "this kernel has no Landlock; mounts and user ids alone confine files"
+                .to_owned(),
         }
     }
 }
@@ -156,7 +162,9 @@ fn probe_cgroups(isolation: Isolation, checks: &mut Vec<Check>) -> bool {
         let name = format!("trial-{}", std::process::id());
         Cgroup::create(&name, 64 << 20, 16).map(|_| Cgroup::remove(&name))
     } else {
-        Err(std::io::Error::other("only root can make control groups here"))
+        Err(std::io::Error::other(
+            "only root can make control groups here",
+        ))
     };
     let (finding, detail) = match &made {
         Ok(()) => (
@@ -165,7 +173,9 @@ fn probe_cgroups(isolation: Isolation, checks: &mut Vec<Check>) -> bool {
         ),
         Err(error) => (
             Finding::Weaker,
-            format!("no control groups ({error}): the supervisor alone bounds memory, by measuring"),
+            format!(
+                "no control groups ({error}): the supervisor alone bounds memory, by measuring"
+            ),
         ),
     };
     checks.push(Check {
@@ -195,11 +205,11 @@ impl Interpreters {
                 continue;
             }
             // PREFIX/bin/COMMAND: libraries are below PREFIX.
-            if let (Some(bin), Some(prefix)) = (real.parent(), real.ancestors().nth(2)) {
-                if prefix != Path::new("/") {
-                    shown.insert(prefix.to_owned());
-                    folders.push(bin.to_owned());
-                }
+            if let (Some(bin), Some(prefix)) = (real.parent(), real.ancestors().nth(2))
+                && prefix != Path::new("/")
+            {
+                shown.insert(prefix.to_owned());
+                folders.push(bin.to_owned());
             }
         }
         shown.extend(python_settings());

@@ -108,7 +108,11 @@ fn prefer(pid: i32) {
     // SAFETY: a pointer to a live sched_param, and integer arguments. Only root may; without it the
     // process has the same turn as all others.
     unsafe {
-        libc::sched_setscheduler(pid, libc::SCHED_OTHER | libc::SCHED_RESET_ON_FORK, &priority);
+        libc::sched_setscheduler(
+            pid,
+            libc::SCHED_OTHER | libc::SCHED_RESET_ON_FORK,
+            &priority,
+        );
         libc::setpriority(libc::PRIO_PROCESS, pid.unsigned_abs(), NICE);
     }
     // Where the kernel shares the processor among sessions first, what counts is the session's.

@@ -54,7 +54,10 @@ const MAX_WAITING_EVENTS: usize = 1_024;
 
 impl LocalPlatform {
     /// Looks at the machine, finds what an earlier server left, brings its releases back.
-    pub async fn start(config: LocalConfig, store: DirectoryStore) -> anyhow::Result<LocalPlatform> {
+    pub async fn start(
+        config: LocalConfig,
+        store: DirectoryStore,
+    ) -> anyhow::Result<LocalPlatform> {
         let (runner, trial) = (config.runner.clone(), config.data.join("trial"));
         let host = tokio::task::spawn_blocking(move || Host::probe(&runner, &trial)).await?;
         let sandboxes = Arc::new(Sandboxes::new(config.clone(), host)?);
@@ -93,7 +96,8 @@ impl Platform for LocalPlatform {
 
     async fn connect(&self, user: &UserId) -> Result<Box<dyn ByteStream>, PlatformError> {
         let made = timeout(CONNECT_TIMEOUT, self.sandboxes.connect(user)).await;
-        let result = made.unwrap_or_else(|_| Err(anyhow::anyhow!("it took longer than {CONNECT_TIMEOUT:?}")));
+        let result = made
+            .unwrap_or_else(|_| Err(anyhow::anyhow!("it took longer than {CONNECT_TIMEOUT:?}")));
         match result {
             Ok(stream) => Ok(Box::new(stream)),
             Err(error) => Err(unavailable(

@@ -132,7 +132,9 @@ async fn follow(
         let Ok(frame) = reader.next::<FromApp>().await else {
             set.send_modify(|standing| {
                 if !standing.over {
-                    standing.last_error.get_or_insert("its sandbox ended".to_owned());
+                    standing
+                        .last_error
+                        .get_or_insert("its sandbox ended".to_owned());
                     change(standing, ReplState::Crashed);
                 }
                 standing.over = true;

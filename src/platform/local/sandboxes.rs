@@ -112,10 +112,10 @@ impl Sandboxes {
         let entry = self.entry(user);
         let mut sandbox = entry.lock().await;
         let name = format!("user-{user}");
-        if sandbox.is_some_and(|found| found.process.is_alive()) {
-            if let Ok(stream) = self.dial(&name).await {
-                return Ok(stream);
-            }
+        if sandbox.is_some_and(|found| found.process.is_alive())
+            && let Ok(stream) = self.dial(&name).await
+        {
+            return Ok(stream);
         }
         if let Some(dead) = sandbox.take() {
             self.forget(&name, dead).await;
@@ -264,7 +264,7 @@ impl Sandboxes {
                 path: scratch.clone(),
                 writable: true,
             });
-            reach.extend(["/dev", "/proc"].map(|path| reach_of(path)));
+            reach.extend(["/dev", "/proc"].map(reach_of));
             reach
         };
         AgentConfig {
