@@ -90,8 +90,8 @@ impl Server {
             usize::try_from(open_files.saturating_sub(RESERVED_FILES)).unwrap_or(usize::MAX);
         Ok(Self {
             listener,
-            // A proxied request holds a second one.
-            connections: (files / 3 * 2).clamp(64, MAX_CONNECTIONS),
+            // A proxied request holds a second one: a quarter is kept for those.
+            connections: (files / 4 * 3).clamp(64, MAX_CONNECTIONS),
         })
     }
 
