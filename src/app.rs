@@ -30,9 +30,6 @@ const JOURNAL: JournalOptions = JournalOptions {
 /// Between two clean-ups of the numbers behind `/metrics`: what is asked for every 15 s or so.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
-/// How often the runs under way are counted while stopping: far below what a person notices.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
-
 /// An admin key in the environment that is shorter can be guessed.
 const SHORT_KEY: usize = 16;
 
@@ -88,20 +85,22 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         .await
         .context("cannot wait for signals")?;
     tracing::info!(signal, "stopping");
-    let (connections_ended, _) = tokio::join!(shutdown.drain(), runs_ended(&pipeline));
+    let (connections_ended, all_ended) = tokio::join!(shutdown.drain(), runs_ended(&pipeline));
     if !connections_ended {
         tracing::warn!("some connections did not end in time and are dropped");
     }
     accepting.abort();
-    // Before the sandboxes end: what still runs stays unfinished on disk and is taken up at the next
-    // start, instead of being recorded as a failure now.
+    // What still runs stays unfinished on disk and is taken up at the next start, instead of being
+    // recorded as a failure now.
     journal
         .close()
         .await
         .context("the journal could not be closed")?;
-    if tokio::time::timeout(PLATFORM_TIMEOUT, platform.shutdown())
-        .await
-        .is_err()
+    // While runs go on their sandboxes stay; released programs end with this process either way.
+    if all_ended
+        && tokio::time::timeout(PLATFORM_TIMEOUT, platform.shutdown())
+            .await
+            .is_err()
     {
         tracing::warn!(
             "the platform did not stop in time; what it left is taken up at the next start"
@@ -110,16 +109,16 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Lets short runs end; longer ones are taken up again at the next start.
-async fn runs_ended(pipeline: &Pipeline) {
-    let ended = async {
-        while pipeline.load().0 > 0 {
-            tokio::time::sleep(LOOK_EVERY).await;
-        }
-    };
-    if tokio::time::timeout(DRAIN_TIMEOUT, ended).await.is_err() {
-        tracing::info!(under_way = pipeline.load().0, "left for the next start");
+/// Lets short runs end; `false` when some are left for the next start.
+async fn runs_ended(pipeline: &Pipeline) -> bool {
+    let ended = tokio::time::timeout(DRAIN_TIMEOUT, pipeline.drain()).await;
+    if ended.is_err() {
+        tracing::info!(
+            under_way = pipeline.load().0,
+            "some submissions run on; the next start takes them up"
+        );
     }
+    ended.is_ok()
 }
 
 async fn open_journal(data_dir: &Path) -> anyhow::Result<Journal> {

@@ -71,7 +71,7 @@ struct Inner {
     queue: FairQueue,
     maximum: Limits,
     under_way: Mutex<HashMap<SubmissionId, Arc<Control>>>,
-    tasks: TaskTracker,
+    courses: TaskTracker,
 }
 
 impl Pipeline {
@@ -88,7 +88,7 @@ impl Pipeline {
                 queue: FairQueue::new(options.runs, options.runs_per_user),
                 maximum: options.maximum,
                 under_way: Mutex::default(),
-                tasks: TaskTracker::new(),
+                courses: TaskTracker::new(),
                 journal,
                 platform,
                 store,
@@ -109,7 +109,7 @@ impl Pipeline {
             }
         }
         let this = self.clone();
-        self.inner.tasks.spawn(async move { this.follow_programs().await });
+        tokio::spawn(async move { this.follow_programs().await });
         Ok(())
     }
 
@@ -183,7 +183,14 @@ impl Pipeline {
     ) -> Result<RunningRelease, PlatformError> {
         let running = self.inner.platform.rollback(repl, release).await?;
         let message = format!("Rolled back to release {}", running.release);
-        self.note(user, repl, "repl.rolled_back", message, Some(running.release)).await;
+        self.note(
+            user,
+            repl,
+            "repl.rolled_back",
+            message,
+            Some(running.release),
+        )
+        .await;
         Ok(running)
     }
 
@@ -192,15 +199,17 @@ impl Pipeline {
         let was_there = self.inner.platform.owner(repl).await?.is_some();
         self.inner.platform.drop_repl(repl).await?;
         if was_there {
-            self.note(user, repl, "repl.stopped", "Stopped".to_owned(), None).await;
+            self.note(user, repl, "repl.stopped", "Stopped".to_owned(), None)
+                .await;
         }
         Ok(())
     }
 
-    /// Waits until nothing of this server's is under way; no more may be submitted.
+    /// Waits until no submission is under way. What is left when the server ends all the same is
+    /// taken up by the next one.
     pub async fn drain(&self) {
-        self.inner.tasks.close();
-        self.inner.tasks.wait().await;
+        self.inner.courses.close();
+        self.inner.courses.wait().await;
     }
 
     /// Whether this id was sent before; another user's is as if reserved.
@@ -250,7 +259,7 @@ impl Pipeline {
         self.under_way().insert(id, Arc::clone(&control));
         let course = Course::new(Arc::clone(&self.inner), submission, control, history);
         let this = self.clone();
-        self.inner.tasks.spawn(async move {
+        self.inner.courses.spawn(async move {
             course.run().await;
             this.under_way().remove(&id);
         });
@@ -312,7 +321,10 @@ impl Pipeline {
     }
 
     fn under_way(&self) -> std::sync::MutexGuard<'_, HashMap<SubmissionId, Arc<Control>>> {
-        self.inner.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner
+            .under_way
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
