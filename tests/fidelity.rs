@@ -3,7 +3,8 @@
 //! all must write the same bytes and end the same way.
 //!
 //! What a script needs stands in its first lines: `#: args …`, `#: stdin …`, `#: env A=b …`,
-//! `#: sandbox WHY` when the machine itself would rightly answer otherwise, `#: cold` when its variables make it start cold, and `#: bare` when not
+//! `#: sandbox WHY` when the machine itself would rightly answer otherwise, `#: cold` when what it brings makes it start cold, `#: packages` when it has
+//! packages of its user's, and `#: bare` when not
 //! even the line that proves the warm start may be put before it.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -38,7 +39,7 @@ const TRIES: usize = 5;
 
 /// Writes down when its process began, as the kernel knows it.
 const PROOF: &str =
-    "with open('/proc/self/stat', 'rb', 0) as f, open('PLACE', 'wb', 0) as g: g.write(f.read())";
+    "with open('/proc/self/stat', 'rb', 0) as f, open('PLACE' if __name__ == '__main__' else '/dev/null', 'wb', 0) as g: g.write(f.read())";
 
 /// Tells a cold start apart from a warm one without meaning anything to Python.
 const COLD: (&str, &str) = ("PYTHON_COLD", "1");
@@ -53,6 +54,7 @@ struct Script {
     sandbox_only: bool,
     bare: bool,
     cold: bool,
+    packages: bool,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -117,6 +119,7 @@ impl Script {
                 }
                 "bare" => script.bare = true,
                 "cold" => script.cold = true,
+                "packages" => script.packages = true,
                 other => panic!("{}: {other} is not known", script.name),
             }
         }
@@ -139,6 +142,16 @@ impl Script {
         }
     }
 
+    fn companions(&self) -> BTreeMap<String, String> {
+        let mut files = companions();
+        if self.packages {
+            let text = "import sys\nWHERE = __file__\nprint('customized')\n".to_owned();
+            let folder = format!(".local/lib/{}/site-packages", python_version());
+            files.insert(format!("{folder}/usercustomize.py"), text);
+        }
+        files
+    }
+
     fn argv(&self) -> Vec<String> {
         let command = ["python3", "main.py"].map(str::to_owned);
         command
@@ -150,7 +163,7 @@ impl Script {
     /// In the sandbox. `true`: by an interpreter that was there before it was asked for.
     async fn run(&self, session: &Session, cold: bool) -> (Seen, Option<bool>) {
         let mut job = python(&self.text_with_proof("/tmp/proof"));
-        job.files.extend(companions());
+        job.files.extend(self.companions());
         job.argv = self.argv();
         job.env.clone_from(&self.env);
         if cold {
@@ -188,7 +201,7 @@ impl Script {
             assert_eq!(
                 waited,
                 Some(false),
-                "{}: its variables came too late",
+                "{}: what it brings came too late",
                 self.name
             );
             return seen;
@@ -219,7 +232,7 @@ impl Script {
         let data = tempfile::tempdir().unwrap();
         let data = data.path().canonicalize().unwrap();
         let (workspace, temporary) = (data.join("workspace"), data.join("tmp"));
-        for folder in [&workspace.join("package"), &temporary] {
+        for folder in [&workspace, &temporary] {
             std::fs::create_dir_all(folder).unwrap();
         }
         let place = temporary.join("proof");
@@ -228,8 +241,10 @@ impl Script {
             self.text_with_proof(place.to_str().unwrap()),
         )
         .unwrap();
-        for (path, text) in companions() {
-            std::fs::write(workspace.join(path), text).unwrap();
+        for (path, text) in self.companions() {
+            let path = workspace.join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
         }
         let argv = self.argv();
         let bin = python.parent().unwrap().display();
@@ -340,28 +355,22 @@ fn compare(name: &str, what: &str, warm: &Seen, other: &Seen) -> Option<String> 
     Some(said)
 }
 
-fn the_interpreter() -> PathBuf {
+/// What the machine's own Python answers.
+fn ask_python(question: &str) -> String {
     let answer = Command::new("python3")
-        .args(["-I", "-S", "-c", "import sys; print(sys.executable)"])
+        .args(["-I", "-S", "-c", &format!("import sys; print({question})")])
         .output()
         .expect("python3 is needed to compare with");
-    PathBuf::from(String::from_utf8(answer.stdout).unwrap().trim())
+    String::from_utf8(answer.stdout).unwrap().trim().to_owned()
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_warm_run_looks_like_a_cold_one() {
-    let only = std::env::var("GANTRY_TEST_ONLY").ok();
-    let scripts = scripts();
-    assert!(
-        scripts.len() >= FEWEST_SCRIPTS,
-        "only {} scripts",
-        scripts.len()
-    );
-    let bare = scripts.iter().filter(|script| script.bare).count();
-    assert!(
-        bare <= MOST_BARE,
-        "{bare} scripts without proof of a warm start"
-    );
+/// As its folders are named: `python3.11`.
+fn python_version() -> String {
+    ask_python("'python%d.%d' % sys.version_info[:2]")
+}
+
+/// A user's sandbox on a platform of its own, with interpreters waiting in its slots.
+async fn sandbox() -> (tempfile::TempDir, Arc<LocalPlatform>, Session) {
     let data = tempfile::tempdir().unwrap();
     let store = DirectoryStore::open(data.path().join("store")).unwrap();
     let config = LocalConfig {
@@ -379,7 +388,25 @@ async fn a_warm_run_looks_like_a_cold_one() {
     session.ready().await.unwrap();
     // Until both slots have an interpreter waiting.
     tokio::time::sleep(Duration::from_secs(1)).await;
-    let python = the_interpreter();
+    (data, platform, session)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_warm_run_looks_like_a_cold_one() {
+    let only = std::env::var("GANTRY_TEST_ONLY").ok();
+    let scripts = scripts();
+    assert!(
+        scripts.len() >= FEWEST_SCRIPTS,
+        "only {} scripts",
+        scripts.len()
+    );
+    let bare = scripts.iter().filter(|script| script.bare).count();
+    assert!(
+        bare <= MOST_BARE,
+        "{bare} scripts without proof of a warm start"
+    );
+    let (_data, platform, session) = sandbox().await;
+    let python = PathBuf::from(ask_python("sys.executable"));
     let (mut differences, mut direct) = (Vec::new(), 0);
     for script in scripts
         .iter()
@@ -400,4 +427,28 @@ async fn a_warm_run_looks_like_a_cold_one() {
         scripts.len()
     );
     assert!(differences.is_empty(), "{}", differences.join("\n"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn warm_runs_do_not_draw_the_same_numbers() {
+    let script = Script {
+        name: "luck".to_owned(),
+        text: "import random, secrets, tempfile, uuid, os, ssl\n\
+               print(random.random())\nprint(secrets.token_hex())\nprint(tempfile.mktemp())\n\
+               print(uuid.uuid4())\nprint(os.urandom(8))\nprint(ssl.RAND_bytes(8))\n\
+               print(random.SystemRandom().random())\nprint(uuid.uuid1())\n"
+            .to_owned(),
+        ..Script::default()
+    };
+    let (_data, platform, session) = sandbox().await;
+    let mut drawn = std::collections::HashSet::new();
+    for _ in 0..4 {
+        let seen = script.run_warm(&session).await;
+        assert_eq!(seen.ending, Ending::Exited(0), "{seen:?}");
+        for line in seen.stdout.lines() {
+            assert!(drawn.insert(line.to_owned()), "{line} came twice");
+        }
+    }
+    platform.shutdown().await;
+    assert_eq!(drawn.len(), 4 * 8);
 }

@@ -136,7 +136,8 @@ impl Course {
             return;
         }
         metrics::counter!("gantry_submissions_total", "status" => status.as_str()).increment(1);
-        metrics::histogram!("gantry_submission_seconds").record(self.started.elapsed().as_secs_f64());
+        metrics::histogram!("gantry_submission_seconds")
+            .record(self.started.elapsed().as_secs_f64());
     }
 
     async fn steps(&mut self) -> Result<Outcome, JournalError> {
@@ -168,9 +169,7 @@ impl Course {
     }
 
     /// Runs what is to be run and decides. The inner error: Gantry's side failed.
-    async fn test(
-        &mut self,
-    ) -> Result<Result<(Verdict, Vec<FinishedRun>), Problem>, JournalError> {
+    async fn test(&mut self) -> Result<Result<(Verdict, Vec<FinishedRun>), Problem>, JournalError> {
         self.step(Step::Sandbox, StepState::Started).await?;
         let session = self.inner.sessions.of(&self.submission.user_id);
         if let Err(why) = session.ready().await {
@@ -190,7 +189,9 @@ impl Course {
             let run = self.one_run(&session, number, job).await?;
             let undecided = run.report.is_none() || self.control.is_cancelled();
             let result = match &self.submission.tests {
-                Tests::Cases(cases) => cases.get(number as usize).map(|case| judge_case(case, &run)),
+                Tests::Cases(cases) => cases
+                    .get(number as usize)
+                    .map(|case| judge_case(case, &run)),
                 Tests::ExitCode | Tests::Files(_) => None,
             };
             runs.push(run);
@@ -222,7 +223,12 @@ impl Course {
         number: u32,
         job: Job,
     ) -> Result<FinishedRun, JournalError> {
-        let before = self.history.runs.get(number as usize).cloned().unwrap_or_default();
+        let before = self
+            .history
+            .runs
+            .get(number as usize)
+            .cloned()
+            .unwrap_or_default();
         let mut finished = FinishedRun {
             report: before.report.clone(),
             lost: None,
@@ -239,7 +245,9 @@ impl Course {
             session.attach(id, before.last_seq)
         };
         self.control.running(run.handle());
-        let result = self.follow(&mut run, &mut finished, before.last_seq, before.beyond).await;
+        let result = self
+            .follow(&mut run, &mut finished, before.last_seq, before.beyond)
+            .await;
         self.control.not_running();
         let last = result?;
         // The runner may forget the run when its end is on the disk; the reply need not wait for
@@ -331,7 +339,11 @@ impl Course {
         let submission = &self.submission;
         let (repl, id) = (submission.repl_id.clone(), submission.id);
         self.step(Step::Publish, StepState::Started).await?;
-        let published = self.inner.store.publish(&repl, id, &self.submission.files).await;
+        let published = self
+            .inner
+            .store
+            .publish(&repl, id, &self.submission.files)
+            .await;
         if let Err(problem) = published {
             self.step(Step::Publish, StepState::Failed).await?;
             return self.deploy_failed(outcome, problem);
@@ -366,7 +378,9 @@ impl Course {
                 }
                 self.step(failed, StepState::Failed).await?;
                 let problem = match error {
-                    PlatformError::NotReady(problem) | PlatformError::Unavailable(problem) => problem,
+                    PlatformError::NotReady(problem) | PlatformError::Unavailable(problem) => {
+                        problem
+                    }
                     PlatformError::NotFound(what) => Problem::new(
                         "deploy_failed",
                         "The release could not be made",
@@ -466,7 +480,9 @@ mod tests {
         let request = r#"{"user_id":"t","code":""}"#;
         let request: SubmissionRequest = serde_json::from_str(request).unwrap();
         let submission = request.validate(&Limits::MAXIMUM).unwrap();
-        let received = Event::Received { submission: Box::new(submission.clone()) };
+        let received = Event::Received {
+            submission: Box::new(submission.clone()),
+        };
         let outputs = outputs.iter().map(|(stream, data, run_seq)| Event::Output {
             stream: *stream,
             data: (*data).to_owned(),
@@ -490,12 +506,23 @@ mod tests {
     #[test]
     fn a_character_cut_in_two_is_taken_up_where_it_began() {
         use OutputStream::{Stderr, Stdout};
-        let cut = [(Stdout, "ab", 4), (Stdout, "c", 4), (Stderr, "xyz", 4), (Stdout, "d", 4)];
+        let cut = [
+            (Stdout, "ab", 4),
+            (Stdout, "c", 4),
+            (Stderr, "xyz", 4),
+            (Stdout, "d", 4),
+        ];
         let (_, history) = History::read(records(&cut)).unwrap();
-        assert_eq!((history.runs[0].last_seq, history.runs[0].beyond), (4, [2, 3]));
+        assert_eq!(
+            (history.runs[0].last_seq, history.runs[0].beyond),
+            (4, [2, 3])
+        );
         let whole = [&cut[..], &[(Stdout, "e", 9)]].concat();
         let (_, history) = History::read(records(&whole)).unwrap();
-        assert_eq!((history.runs[0].last_seq, history.runs[0].beyond), (9, [0, 0]));
+        assert_eq!(
+            (history.runs[0].last_seq, history.runs[0].beyond),
+            (9, [0, 0])
+        );
         let mut recorded = 3;
         assert_eq!(pass_over("ab".to_owned(), &mut recorded), "");
         assert_eq!(pass_over("cü".to_owned(), &mut recorded), "ü");

@@ -24,6 +24,7 @@ use super::agent::{AgentConfig, Exits};
 use super::confine::{Confinement, Identity};
 use super::process::{Exit, die_first, processor_time, signal};
 use super::slot::Slot;
+use super::wire::Job;
 use crate::model::Limits;
 
 /// The file that makes an interpreter wait; see its own words.
@@ -342,11 +343,14 @@ fn understand(text: &str, forked: &mpsc::UnboundedSender<i32>, exits: &Exits) ->
     }
 }
 
-/// Variables that an interpreter reads when it starts: a run that sets one of them starts cold.
-pub fn needs_cold_start(env: &[(String, String)]) -> bool {
+/// Whether the job brings something that an interpreter reads when it starts: variables, or packages
+/// of its user's (`~/.local`, which is in the workspace).
+pub fn needs_cold_start(job: &Job) -> bool {
     const NAMES: [&str; 5] = ["HOME", "LANG", "LANGUAGE", "PATH", "TZ"];
     const PREFIXES: [&str; 5] = ["PYTHON", "LC_", "LD_", "MALLOC_", "GLIBC_"];
-    env.iter().any(|(name, _)| {
-        NAMES.contains(&name.as_str()) || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
-    })
+    let read_at_start = |name: &str| {
+        NAMES.contains(&name) || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
+    };
+    job.env.iter().any(|(name, _)| read_at_start(name))
+        || job.files.iter().any(|(path, _)| path.starts_with(".local/"))
 }

@@ -1,3 +1,4 @@
+#: sandbox open files are handed down from whoever started the test
 import os
 
 kinds = []

@@ -1,0 +1,5 @@
+#: cold
+#: packages
+import sys
+
+print(sys.modules["usercustomize"].WHERE)
