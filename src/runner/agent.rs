@@ -24,11 +24,11 @@ use tokio::time::{Instant, timeout};
 
 use super::confine::{Confinement, Identity, Reach, set_limits};
 use super::job::{Command, JobLog, KILL_PATIENCE, Supervisor};
-use super::process::{Exit, die_first, reap};
+use super::process::{Exit, MemoryGroup, die_first, reap};
 use super::slot::Slot;
 use super::warm::{HOOK_FOLDER, Interpreter, Parked, Program, needs_cold_start, pipes};
 use super::wire::{FromRunner, Job, JobEvent, JobId, ToRunner, VERSION, frames};
-use crate::model::{Ending, RunReport, Usage};
+use crate::model::{Ending, Reason, RunReport, Usage};
 
 /// The server pings every 5 s; three missed ones mean that it is gone (design.md §7).
 const SERVER_SILENCE: Duration = Duration::from_secs(15);
@@ -203,6 +203,7 @@ struct FreeSlot {
 }
 
 struct Agent {
+    memory: MemoryGroup,
     config: AgentConfig,
     confinement: Confinement,
     exits: Exits,
@@ -225,9 +226,14 @@ struct Remembered {
 }
 
 /// Serves until told to shut down, or idle for longer than configured.
-pub async fn run(config: AgentConfig, listener: UnixListener) -> anyhow::Result<()> {
+pub async fn run(
+    config: AgentConfig,
+    listener: UnixListener,
+    memory: MemoryGroup,
+) -> anyhow::Result<()> {
     let confinement = Confinement::new(&config.reach, config.network)?;
     let agent = Rc::new(Agent {
+        memory,
         confinement,
         exits: Exits::default(),
         interpreter: tokio::sync::Mutex::new(None),
@@ -485,6 +491,7 @@ impl Agent {
             }
         };
         let known = |pid: i32| vec![self.interpreter_pid.get(), pid];
+        let kills = self.memory.kills();
         let orphans = self.exits.orphans(slot.uid.unwrap_or(0));
         let report = match self.launch(&job, &slot, parked).await {
             Ok(program) => {
@@ -492,6 +499,10 @@ impl Agent {
                 let tree = slot.tree(known(0));
                 let supervisor = Supervisor::new(&job, &slot, tree, orphans, &log);
                 let mut report = supervisor.watch(program, &mut commands).await;
+                // Nobody in a sandbox can make the kernel do this but by using up its memory.
+                if report.ending == Ending::Signalled(libc::SIGKILL) && self.memory.kills() > kills {
+                    report.ending = Ending::Limit(Reason::Memory);
+                }
                 if let Some(name) = &job.report {
                     // Nothing may write to the report while it is read.
                     let _ = slot.tree(known(0)).kill(KILL_PATIENCE).await;
@@ -527,7 +538,7 @@ impl Agent {
         let warm = job.argv.len() >= 2
             && job.argv[0] == "python3"
             && job.argv[1] == "main.py"
-            && !needs_cold_start(job);
+            && !needs_cold_start(&job.env);
         let mut env = self.config.environment(slot);
         env.extend(job.env.iter().cloned());
         if let Some(parked) = parked {

@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// What a set of processes uses.
@@ -161,6 +163,32 @@ fn proportional_set(pid: i32) -> Option<u64> {
     let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;
     let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
     Some(kib * 1024)
+}
+
+/// The sandbox's control group for memory, as far as it tells of processes that the kernel killed
+/// because memory had run out. Without it such an end looks like any `SIGKILL`.
+#[derive(Debug)]
+pub struct MemoryGroup(Option<fs::File>);
+
+impl MemoryGroup {
+    /// Opens it while its folder can still be reached. `joined` are the groups' `cgroup.procs`.
+    pub fn open(joined: &[PathBuf]) -> Self {
+        let files = joined.iter().flat_map(|procs| {
+            // The unified hierarchy's name, and the old one's.
+            ["memory.events", "memory.oom_control"].map(|name| procs.with_file_name(name))
+        });
+        Self(files.filter_map(|file| fs::File::open(file).ok()).next())
+    }
+
+    /// Processes killed until now.
+    pub fn kills(&self) -> u64 {
+        let mut text = [0; 512];
+        let read = self.0.as_ref().and_then(|file| file.read_at(&mut text, 0).ok());
+        String::from_utf8_lossy(&text[..read.unwrap_or(0)])
+            .lines()
+            .find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
+            .unwrap_or(0)
+    }
 }
 
 /// Makes the kernel take this process and its children first when the sandbox's memory runs out,

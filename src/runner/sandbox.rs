@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use super::agent::{self, AgentConfig};
 use super::app::{self, AppConfig};
+use super::process::MemoryGroup;
 use super::slot::{bind, set_read_only};
 use super::warm::{HOOK_FOLDER, PYTHON_HOOK};
 
@@ -102,9 +103,11 @@ pub fn main() -> anyhow::Result<()> {
     let mut text = String::new();
     io::stdin().read_to_string(&mut text)?;
     let spec: SandboxSpec = serde_json::from_str(&text).context("the sandbox's specification")?;
+    close_inherited().context("closing what the server left open")?;
+    let memory = MemoryGroup::open(&spec.cgroups);
     let made = match make(&spec) {
         Ok(Fork::Outside(pid)) => Made::Pid(pid),
-        Ok(Fork::Inside) => return live(spec.role),
+        Ok(Fork::Inside) => return live(spec.role, memory),
         Err(error) => Made::Failed(format!("{error:#}")),
     };
     let mut line = serde_json::to_string(&made)?;
@@ -121,7 +124,6 @@ enum Fork {
 }
 
 fn make(spec: &SandboxSpec) -> anyhow::Result<Fork> {
-    close_inherited().context("closing what the server left open")?;
     for procs in &spec.cgroups {
         fs::write(procs, "0").with_context(|| format!("joining {}", procs.display()))?;
     }
@@ -447,7 +449,7 @@ fn write_hook(folder: &Path) -> io::Result<()> {
 }
 
 /// The life of a sandbox's first process.
-fn live(role: Role) -> anyhow::Result<()> {
+fn live(role: Role, memory: MemoryGroup) -> anyhow::Result<()> {
     if matches!(role, Role::Trial) {
         return Ok(());
     }
@@ -466,7 +468,7 @@ fn live(role: Role) -> anyhow::Result<()> {
         listener.set_nonblocking(true)?;
         let listener = tokio::net::UnixListener::from_std(listener)?;
         match role {
-            Role::Agent(config) => agent::run(config, listener).await,
+            Role::Agent(config) => agent::run(config, listener, memory).await,
             Role::App(config) => app::run(config, listener).await,
             Role::Trial => Ok(()),
         }
