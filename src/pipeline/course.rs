@@ -3,9 +3,10 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use tokio::time::timeout;
 
 use super::control::Control;
 use super::text::TextDecoder;
@@ -19,6 +20,10 @@ use crate::model::{
 use crate::platform::{PlatformError, ReleaseSpec};
 use crate::runner::client::{Run, RunEvent};
 use crate::runner::wire::{Job, JobEvent, JobId};
+
+/// How much longer than its wall-clock limit a run may be silent. The runner stops it at the limit;
+/// a slot may have to be waited for, and a lost connection made anew, both within a minute.
+const RUNNER_GRACE: Duration = Duration::from_secs(60);
 
 /// What an earlier server had recorded of the submission.
 #[derive(Debug, Default)]
@@ -273,12 +278,21 @@ impl Course {
         mut recorded: [usize; 2],
     ) -> Result<Option<(u64, u64)>, JournalError> {
         let JobId { run: number, .. } = run.id();
+        let patience = self.submission.limits.wall() + RUNNER_GRACE;
         let mut decoders = [TextDecoder::default(), TextDecoder::default()];
         loop {
-            let (seq, event) = match run.next().await {
-                RunEvent::Event { seq, event } => (seq, event),
-                RunEvent::Lost(why) => {
+            let (seq, event) = match timeout(patience, run.next()).await {
+                Ok(RunEvent::Event { seq, event }) => (seq, event),
+                Ok(RunEvent::Lost(why)) => {
                     finished.lost = Some(why);
+                    return Ok(None);
+                }
+                Err(_) => {
+                    finished.lost = Some(format!(
+                        "the sandbox said nothing for {} s, which is longer than the run may last",
+                        patience.as_secs()
+                    ));
+                    run.handle().cancel();
                     return Ok(None);
                 }
             };
