@@ -8,99 +8,17 @@
 #[path = "protocol/server.rs"]
 mod server;
 
-use std::collections::HashMap;
+#[path = "pipeline/client.rs"]
+mod client;
+
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use client::{Client, message, with};
 use serde_json::{Value, json};
-use server::{PATIENCE, Server, Socket};
+use server::{PATIENCE, Server};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-
-/// A client with one connection and many submissions.
-struct Client {
-    socket: Socket,
-    frames: HashMap<String, Vec<Value>>,
-}
-
-impl Client {
-    async fn of(server: &Server) -> Self {
-        Self {
-            socket: server.connect(&server.admin).await,
-            frames: HashMap::new(),
-        }
-    }
-
-    /// Sends it under a new id, streaming.
-    async fn send(&mut self, mut message: Value) -> String {
-        let id = uuid::Uuid::now_v7().to_string();
-        message["submission_id"] = json!(id);
-        message["stream"] = json!(true);
-        self.socket.send(message.to_string()).await;
-        id
-    }
-
-    async fn tell(&mut self, frame: Value) {
-        self.socket.send(frame.to_string()).await;
-    }
-
-    /// The next frame of whichever submission, kept with the others of its own.
-    async fn next(&mut self) -> Value {
-        let frame = self.socket.next().await;
-        let id = frame["submission_id"]
-            .as_str()
-            .unwrap_or_default()
-            .to_owned();
-        self.frames.entry(id).or_default().push(frame.clone());
-        frame
-    }
-
-    /// Until there is a frame of this submission that fits.
-    async fn until(&mut self, id: &str, fits: impl Fn(&Value) -> bool) -> Value {
-        loop {
-            let frame = self.next().await;
-            if frame["submission_id"] == id && fits(&frame) {
-                return frame;
-            }
-            let ended = frame["submission_id"] == id && frame.get("status").is_some();
-            assert!(!ended, "it ended first: {frame}");
-        }
-    }
-
-    async fn reply(&mut self, id: &str) -> Value {
-        self.until(id, |frame| frame.get("status").is_some()).await
-    }
-
-    async fn ask(&mut self, message: Value) -> Value {
-        let id = self.send(message).await;
-        self.reply(&id).await
-    }
-
-    fn steps(&self, id: &str) -> Vec<String> {
-        let steps = self.frames[id]
-            .iter()
-            .filter(|frame| frame["event"] == "step");
-        steps
-            .map(|f| {
-                format!(
-                    "{} {}",
-                    f["name"].as_str().unwrap(),
-                    f["state"].as_str().unwrap()
-                )
-            })
-            .collect()
-    }
-}
-
-fn message(user: &str, code: &str) -> Value {
-    json!({ "user_id": user, "code": code, "deploy": false })
-}
-
-fn with(mut message: Value, more: Value) -> Value {
-    let more = more.as_object().unwrap().clone();
-    message.as_object_mut().unwrap().extend(more);
-    message
-}
 
 fn has(program: &str, args: &[&str]) -> bool {
     let there = Command::new(program)
