@@ -538,7 +538,7 @@ impl Agent {
         let warm = job.argv.len() >= 2
             && job.argv[0] == "python3"
             && job.argv[1] == "main.py"
-            && !needs_cold_start(&job.env);
+            && !needs_cold_start(job);
         let mut env = self.config.environment(slot);
         env.extend(job.env.iter().cloned());
         if let Some(parked) = parked {
