@@ -392,7 +392,7 @@ async fn a_user_with_many_submissions_does_not_keep_another_waiting() {
     let place = |id: &String| order.iter().position(|one| one == id).unwrap();
     let (first, second) = (place(&few[0]), place(&few[1]));
     println!(
-        "42 submissions, the other user's ended {first}th and {second}th of those still to come"
+        "42 submissions; the other user's, sent last, ended at places {first} and {second}"
     );
     // Sent last of all, ended among the first: at most two rounds of all places before them.
     assert!(

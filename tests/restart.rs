@@ -14,7 +14,7 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::{SinkExt, StreamExt};
@@ -32,6 +32,11 @@ const KILLS: u32 = 8;
 const KILLS_IN_FULL: u32 = 50;
 
 const CLIENTS: usize = 8;
+
+/// Submissions that end between two kills, so that all of them are not the first ones; and how long
+/// a kill waits for that at most.
+const ENDED_PER_KILL: usize = 4;
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How to reach a server that is not always there.
 #[derive(Clone)]
@@ -319,15 +324,17 @@ async fn kills_under_load_lose_nothing_and_run_nothing_twice() {
     let mut server = Server::start();
     let way = Way::to(&server);
     let enough = Arc::new(AtomicBool::new(false));
+    let ended = Arc::new(AtomicUsize::new(0));
     let clients: Vec<_> = (0..CLIENTS)
         .map(|number| {
-            let (way, enough) = (way.clone(), Arc::clone(&enough));
+            let (way, enough, ended) = (way.clone(), Arc::clone(&enough), Arc::clone(&ended));
             tokio::spawn(async move {
                 let mut done = Vec::new();
                 while !enough.load(Ordering::Relaxed) {
                     let mut told = Told::new(load(number, done.len()));
                     told.follow(&way).await;
                     done.push(told);
+                    ended.fetch_add(1, Ordering::Relaxed);
                 }
                 done
             })
@@ -335,6 +342,11 @@ async fn kills_under_load_lose_nothing_and_run_nothing_twice() {
         .collect();
     for kill in 0..kills {
         tokio::time::sleep(Duration::from_millis(400 + u64::from(kill * 137 % 600))).await;
+        let asked = Instant::now();
+        let due = kill as usize * ENDED_PER_KILL;
+        while ended.load(Ordering::Relaxed) < due && asked.elapsed() < KILL_PATIENCE {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
         server = restart(server).await;
     }
     // Work is done without kills too.
