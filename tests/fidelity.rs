@@ -7,6 +7,7 @@
 //! packages of its user's, and `#: bare` when not
 //! even the line that proves the warm start may be put before it.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::print_stdout, reason = "figures, shown with --nocapture")]
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -38,8 +39,7 @@ const BETWEEN_RUNS: Duration = Duration::from_millis(30);
 const TRIES: usize = 5;
 
 /// Writes down when its process began, as the kernel knows it.
-const PROOF: &str =
-    "with open('/proc/self/stat', 'rb', 0) as f, open('PLACE' if __name__ == '__main__' else '/dev/null', 'wb', 0) as g: g.write(f.read())";
+const PROOF: &str = "with open('/proc/self/stat', 'rb', 0) as f, open('PLACE' if __name__ == '__main__' else '/dev/null', 'wb', 0) as g: g.write(f.read())";
 
 /// Tells a cold start apart from a warm one without meaning anything to Python.
 const COLD: (&str, &str) = ("PYTHON_COLD", "1");

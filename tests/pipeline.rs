@@ -1,5 +1,6 @@
 //! What a submission comes to, through the real server: tests, limits, turns, releases.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::print_stdout, reason = "figures, shown with --nocapture")]
 
 #[allow(
     dead_code,
@@ -391,9 +392,7 @@ async fn a_user_with_many_submissions_does_not_keep_another_waiting() {
     }
     let place = |id: &String| order.iter().position(|one| one == id).unwrap();
     let (first, second) = (place(&few[0]), place(&few[1]));
-    println!(
-        "42 submissions; the other user's, sent last, ended at places {first} and {second}"
-    );
+    println!("42 submissions; the other user's, sent last, ended at places {first} and {second}");
     // Sent last of all, ended among the first: at most two rounds of all places before them.
     assert!(
         order.len() - first.max(second) > 15,

@@ -1,6 +1,7 @@
 //! Power cuts: the real server is killed while it works, started again on the same data, and owes
 //! every client the same as if nothing had happened.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::print_stdout, reason = "figures, shown with --nocapture")]
 
 #[allow(
     dead_code,
@@ -303,7 +304,7 @@ fn load(number: usize, turn: usize) -> Value {
         self.send_response(200); self.end_headers(); self.wfile.write(TURN)\n    \
         def log_message(self, *a): pass\n\
         http.server.HTTPServer(('127.0.0.1', 3000), H).serve_forever()\n";
-    if number < 2 && turn % 4 == 0 {
+    if number < 2 && turn.is_multiple_of(4) {
         let code = format!("{NONCE}TURN = b'{number}-{turn}'\n{serve}");
         return json!({
             "user_id": user, "repl_id": format!("load-{number}"), "code": code, "stream": true,
@@ -314,7 +315,7 @@ fn load(number: usize, turn: usize) -> Value {
         "{NONCE}import time\nfor i in range({}):\n    print(i, 'ü', flush=True)\n    time.sleep(0.02)\n",
         5 + (number + turn) % 20
     );
-    json!({ "user_id": user, "code": code, "deploy": false, "stream": turn % 3 != 0 })
+    json!({ "user_id": user, "code": code, "deploy": false, "stream": !turn.is_multiple_of(3) })
 }
 
 #[tokio::test(flavor = "multi_thread")]
