@@ -164,6 +164,7 @@ impl Lanes {
                 case.name
             );
             if let Err(error) = result {
+                println!("       {error:#}");
                 failures.push(format!("- {}: {error:#}", case.name));
             }
         }

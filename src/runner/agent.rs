@@ -41,6 +41,10 @@ const MAX_WAITING_JOBS: usize = 64;
 /// server answers `unavailable` for it.
 const MAX_UNTOLD_JOBS: usize = 256;
 
+/// Longest wait for an emptied slot. On a machine full of work killed processes die late, and a slot
+/// that is given up is lost for good.
+const SLOT_PATIENCE: Duration = Duration::from_secs(30);
+
 /// Job ids remembered after everything about them is stored, so that a repeated start is not a
 /// second run.
 const MAX_REMEMBERED_JOBS: usize = 16_384;
@@ -579,7 +583,7 @@ impl Agent {
 
     /// Ends what is left of a job and makes its slot ready for the next.
     async fn recycle(&self, slot: Arc<Slot>, known: Vec<i32>) {
-        if let Err(error) = slot.tree(known).kill(KILL_PATIENCE).await {
+        if let Err(error) = slot.tree(known).kill(SLOT_PATIENCE).await {
             // A slot with a living process in it is lost; the others go on.
             tracing::error!(slot = slot.index, %error, "the slot is given up");
             return;
