@@ -13,14 +13,19 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("storage", &["model"]),
     ("runner", &["model"]),
     ("platform", &["model", "runner", "storage"]),
-    ("pipeline", &["model", "platform", "runner", "journal", "storage"]),
+    (
+        "pipeline",
+        &["model", "platform", "runner", "journal", "storage"],
+    ),
     ("auth", &["model"]),
     ("config", &["model", "telemetry"]),
     ("telemetry", &[]),
     ("shutdown", &[]),
     (
         "transport",
-        &["model", "pipeline", "platform", "journal", "logs", "auth", "config", "shutdown"],
+        &[
+            "model", "pipeline", "platform", "journal", "logs", "auth", "config", "shutdown",
+        ],
     ),
     ("client", &["model"]),
 ];
@@ -45,7 +50,9 @@ fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
 /// `crate::room::inner…` as written in a source, group imports of `crate::{…}` included.
 fn edges(text: &str) -> Vec<(String, String)> {
     let word = |text: &str| -> String {
-        text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect()
+        text.chars()
+            .take_while(|c| c.is_alphanumeric() || *c == '_')
+            .collect()
     };
     let code: String = text
         .lines()
@@ -56,13 +63,21 @@ fn edges(text: &str) -> Vec<(String, String)> {
     for (at, _) in code.match_indices("crate::") {
         let rest = &code[at + "crate::".len()..];
         let paths: Vec<&str> = match rest.strip_prefix('{') {
-            Some(group) => group.split('}').next().unwrap_or_default().split(',').collect(),
+            Some(group) => group
+                .split('}')
+                .next()
+                .unwrap_or_default()
+                .split(',')
+                .collect(),
             None => vec![rest],
         };
         for path in paths {
             let path = path.trim();
             let room = word(path);
-            let inner = path.strip_prefix(&format!("{room}::")).map(word).unwrap_or_default();
+            let inner = path
+                .strip_prefix(&format!("{room}::"))
+                .map(word)
+                .unwrap_or_default();
             found.push((room, inner));
         }
     }
@@ -71,7 +86,13 @@ fn edges(text: &str) -> Vec<(String, String)> {
 
 fn room_of(path: &Path) -> String {
     let inside = path.strip_prefix("src").unwrap();
-    let first = inside.components().next().unwrap().as_os_str().to_string_lossy().into_owned();
+    let first = inside
+        .components()
+        .next()
+        .unwrap()
+        .as_os_str()
+        .to_string_lossy()
+        .into_owned();
     first.trim_end_matches(".rs").to_owned()
 }
 
@@ -106,13 +127,21 @@ fn no_room_uses_one_it_may_not() {
             }
         }
     }
-    assert!(seen > 100, "only {seen} edges were seen: the reading is broken");
-    assert!(broken.is_empty(), "forbidden:\n{}", broken.into_iter().collect::<Vec<_>>().join("\n"));
+    assert!(
+        seen > 100,
+        "only {seen} edges were seen: the reading is broken"
+    );
+    assert!(
+        broken.is_empty(),
+        "forbidden:\n{}",
+        broken.into_iter().collect::<Vec<_>>().join("\n")
+    );
 }
 
 #[test]
 fn a_forbidden_edge_is_seen() {
-    let text = "use crate::{journal::Journal, model};\nuse crate::runner::job::Job; // crate::logs\n";
+    let text =
+        "use crate::{journal::Journal, model};\nuse crate::runner::job::Job; // crate::logs\n";
     let found = edges(text);
     assert!(found.contains(&("journal".to_owned(), "Journal".to_owned())));
     assert!(found.contains(&("runner".to_owned(), "job".to_owned())));
@@ -122,12 +151,28 @@ fn a_forbidden_edge_is_seen() {
 #[test]
 fn only_the_house_stands_at_the_top() {
     let known = [
-        "Cargo.toml", "Cargo.lock", "src", "runner-image", "infrastructure", "scripts",
-        "compose.yaml", "tests", "README.md", "LICENSE", "target", "deny.toml", "clippy.toml",
-        "rustfmt.toml", "typos.toml", "rust-toolchain.toml",
+        "Cargo.toml",
+        "Cargo.lock",
+        "src",
+        "runner-image",
+        "infrastructure",
+        "scripts",
+        "compose.yaml",
+        "tests",
+        "README.md",
+        "LICENSE",
+        "target",
+        "deny.toml",
+        "clippy.toml",
+        "rustfmt.toml",
+        "typos.toml",
+        "rust-toolchain.toml",
     ];
     for entry in std::fs::read_dir(".").unwrap().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        assert!(name.starts_with('.') || known.contains(&name.as_str()), "{name}");
+        assert!(
+            name.starts_with('.') || known.contains(&name.as_str()),
+            "{name}"
+        );
     }
 }

@@ -194,7 +194,14 @@ pub struct Orphans {
 impl Orphans {
     /// Processor time of those that have ended.
     pub fn cpu(&self) -> Duration {
-        let all = self.exits.0.borrow().orphans.get(&self.uid).copied().unwrap_or_default();
+        let all = self
+            .exits
+            .0
+            .borrow()
+            .orphans
+            .get(&self.uid)
+            .copied()
+            .unwrap_or_default();
         all.saturating_sub(self.before)
     }
 }
@@ -453,10 +460,17 @@ impl Agent {
         // The server bounds the input of one job, and with it this channel.
         let (commands, receiver) = mpsc::unbounded_channel();
         let log = Rc::new(JobLog::new(id, commands));
-        let waiting = self.jobs.borrow().values().filter(|log| !log.has_ended()).count();
+        let waiting = self
+            .jobs
+            .borrow()
+            .values()
+            .filter(|log| !log.has_ended())
+            .count();
         self.jobs.borrow_mut().insert(id, Rc::clone(&log));
         if waiting >= self.config.slots + MAX_WAITING_JOBS {
-            log.push(JobEvent::Ended(not_started("the sandbox has too many jobs waiting")));
+            log.push(JobEvent::Ended(not_started(
+                "the sandbox has too many jobs waiting",
+            )));
         } else {
             let this = Rc::clone(self);
             let log = Rc::clone(&log);
@@ -504,7 +518,8 @@ impl Agent {
                 let supervisor = Supervisor::new(&job, &slot, tree, orphans, &log);
                 let mut report = supervisor.watch(program, &mut commands).await;
                 // Nobody in a sandbox can make the kernel do this but by using up its memory.
-                if report.ending == Ending::Signalled(libc::SIGKILL) && self.memory.kills() > kills {
+                if report.ending == Ending::Signalled(libc::SIGKILL) && self.memory.kills() > kills
+                {
                     report.ending = Ending::Limit(Reason::Memory);
                 }
                 if let Some(name) = &job.report {
@@ -551,7 +566,9 @@ impl Agent {
                 return Ok(parked.run(&job.argv, &env).await?);
             }
             drop(parked);
-            slot.tree(vec![self.interpreter_pid.get()]).kill(KILL_PATIENCE).await?;
+            slot.tree(vec![self.interpreter_pid.get()])
+                .kill(KILL_PATIENCE)
+                .await?;
         }
         self.spawn(job, slot, env)
     }
@@ -565,7 +582,13 @@ impl Agent {
         command.args(arguments).env_clear().envs(env);
         child.attach(&mut command);
         let identity = slot.uid.map_or(Identity::Own, Identity::User);
-        self.confinement.apply(&mut command, identity, slot.root(), slot.workspace(), &job.limits)?;
+        self.confinement.apply(
+            &mut command,
+            identity,
+            slot.root(),
+            slot.workspace(),
+            &job.limits,
+        )?;
         let started = command
             .spawn()
             .map_err(|error| anyhow::anyhow!("{name} could not be started: {error}"))?;
@@ -614,7 +637,11 @@ async fn cancelled(commands: &mut mpsc::UnboundedReceiver<Command>) {
 async fn forward(log: Rc<JobLog>, mut after: u64, tell: mpsc::Sender<FromRunner>) {
     while let Some((seq, event)) = log.after(after).await {
         let job = log.id;
-        if tell.send(FromRunner::Event { job, seq, event }).await.is_err() {
+        if tell
+            .send(FromRunner::Event { job, seq, event })
+            .await
+            .is_err()
+        {
             return;
         }
         after = seq;

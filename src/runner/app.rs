@@ -95,7 +95,11 @@ pub async fn run(config: AppConfig, listener: UnixListener) -> anyhow::Result<()
     copy_release(&config.release, &slot)?;
     if let (Some(data), true) = (&config.data, config.sandbox.private_roots) {
         let inside = config.sandbox.slots_folder.join("0");
-        bind(data, &inside.join(data.strip_prefix("/").unwrap_or(data)), false)?;
+        bind(
+            data,
+            &inside.join(data.strip_prefix("/").unwrap_or(data)),
+            false,
+        )?;
     }
     let app = Rc::new(App {
         confinement: Confinement::new(&config.sandbox.reach, config.sandbox.network)?,
@@ -174,22 +178,32 @@ impl App {
         let output: Vec<u8> = self.output.borrow().iter().copied().collect();
         let output = escape(&String::from_utf8_lossy(&output));
         let (status, title, refresh) = match &*self.state.borrow() {
-            State::Ended(Ending::Exited(0)) => {
-                (StatusCode::OK, "The program ended with exit code 0".to_owned(), false)
-            }
-            State::Ended(ending) => {
-                (StatusCode::BAD_GATEWAY, format!("The program {}", describe(ending)), false)
-            }
-            State::Starting => {
-                (StatusCode::SERVICE_UNAVAILABLE, "The program is starting".to_owned(), true)
-            }
+            State::Ended(Ending::Exited(0)) => (
+                StatusCode::OK,
+                "The program ended with exit code 0".to_owned(),
+                false,
+            ),
+            State::Ended(ending) => (
+                StatusCode::BAD_GATEWAY,
+                format!("The program {}", describe(ending)),
+                false,
+            ),
+            State::Starting => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "The program is starting".to_owned(),
+                true,
+            ),
             State::Serving => (
                 StatusCode::SERVICE_UNAVAILABLE,
                 format!("The program is running and does not listen on port {PROGRAM_PORT}"),
                 true,
             ),
         };
-        let refresh = if refresh { "<meta http-equiv=refresh content=1>" } else { "" };
+        let refresh = if refresh {
+            "<meta http-equiv=refresh content=1>"
+        } else {
+            ""
+        };
         let html = format!(
             "<!doctype html><html lang=en><meta charset=utf-8>{refresh}\
              <meta name=viewport content='width=device-width'><meta name=color-scheme content='light dark'>\
@@ -203,9 +217,10 @@ impl App {
             header::CONTENT_TYPE,
             header::HeaderValue::from_static("text/html; charset=utf-8"),
         );
-        response
-            .headers_mut()
-            .insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-store"));
+        response.headers_mut().insert(
+            header::CACHE_CONTROL,
+            header::HeaderValue::from_static("no-store"),
+        );
         response
     }
 
@@ -340,7 +355,10 @@ async fn serves() {
     let started = Instant::now();
     let mut pause = TRY_EVERY;
     while started.elapsed() < WORKER_AFTER {
-        if TcpStream::connect(("127.0.0.1", PROGRAM_PORT)).await.is_ok() {
+        if TcpStream::connect(("127.0.0.1", PROGRAM_PORT))
+            .await
+            .is_ok()
+        {
             return;
         }
         sleep(pause).await;
@@ -365,7 +383,12 @@ async fn read_all(
 ) {
     let mut buffer = vec![0; 8 << 10];
     while let Ok(length) = pipe.read(&mut buffer).await {
-        if length == 0 || tell.send((stream, buffer[..length].to_vec())).await.is_err() {
+        if length == 0
+            || tell
+                .send((stream, buffer[..length].to_vec()))
+                .await
+                .is_err()
+        {
             return;
         }
     }
@@ -406,5 +429,7 @@ pub fn describe(ending: &Ending) -> String {
 }
 
 fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
 }

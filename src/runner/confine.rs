@@ -105,8 +105,8 @@ impl Confinement {
 
     fn enter(&self, identity: Identity) -> io::Result<()> {
         for capability in 0..=LAST_CAPABILITY {
-            let kept = matches!(identity, Identity::Launcher)
-                && KEPT_CAPABILITIES.contains(&capability);
+            let kept =
+                matches!(identity, Identity::Launcher) && KEPT_CAPABILITIES.contains(&capability);
             if !kept {
                 // SAFETY: prctl with integer arguments only. An unknown capability is an error
                 // that means there is nothing to drop.
@@ -321,11 +321,21 @@ fn rule(conditions: &[(u8, SeccompCmpOp, u64)]) -> anyhow::Result<SeccompRule> {
 /// Only Unix, internet and routing sockets, and none of them raw.
 fn socket_rules(network: bool) -> anyhow::Result<Vec<SeccompRule>> {
     use SeccompCmpOp::{Eq, MaskedEq, Ne};
-    let [unix, inet, inet6, netlink] =
-        [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK].map(|f| f as u64);
+    let [unix, inet, inet6, netlink] = [
+        libc::AF_UNIX,
+        libc::AF_INET,
+        libc::AF_INET6,
+        libc::AF_NETLINK,
+    ]
+    .map(|f| f as u64);
     let raw = (1, MaskedEq(0xf), libc::SOCK_RAW as u64);
     let mut rules = vec![
-        rule(&[(0, Ne, unix), (0, Ne, inet), (0, Ne, inet6), (0, Ne, netlink)])?,
+        rule(&[
+            (0, Ne, unix),
+            (0, Ne, inet),
+            (0, Ne, inet6),
+            (0, Ne, netlink),
+        ])?,
         rule(&[(0, Eq, inet), raw.clone()])?,
         rule(&[(0, Eq, inet6), raw])?,
         rule(&[(0, Eq, netlink), (2, Ne, libc::NETLINK_ROUTE as u64)])?,

@@ -97,7 +97,11 @@ impl JobLog {
     /// Forgets what the server has stored. `true` when nothing is left to tell.
     pub fn stored(&self, seq: u64) -> bool {
         let mut events = self.events.borrow_mut();
-        while events.kept.front().is_some_and(|(number, _)| *number <= seq) {
+        while events
+            .kept
+            .front()
+            .is_some_and(|(number, _)| *number <= seq)
+        {
             events.kept.pop_front();
         }
         events.ended && events.kept.is_empty()
@@ -197,7 +201,10 @@ impl<'a> Supervisor<'a> {
                 }
                 Happening::Measure => {
                     self.measure().await;
-                    if self.gone_since.is_some_and(|since| since.elapsed() > EXIT_NEWS) {
+                    if self
+                        .gone_since
+                        .is_some_and(|since| since.elapsed() > EXIT_NEWS)
+                    {
                         break None;
                     }
                 }
@@ -227,7 +234,11 @@ impl<'a> Supervisor<'a> {
             if data.is_empty() {
                 return open;
             }
-            let room = self.job.limits.output_bytes.saturating_sub(self.output_bytes);
+            let room = self
+                .job
+                .limits
+                .output_bytes
+                .saturating_sub(self.output_bytes);
             let whole = data.len() as u64;
             if whole > room {
                 data.truncate(usize::try_from(room).unwrap_or(usize::MAX));

@@ -118,7 +118,12 @@ fn descendants() -> Vec<i32> {
     let mut found = vec![own];
     let mut next = 0;
     while let Some(parent) = found.get(next).copied() {
-        found.extend(parents.iter().filter(|(_, p)| *p == parent).map(|(pid, _)| *pid));
+        found.extend(
+            parents
+                .iter()
+                .filter(|(_, p)| *p == parent)
+                .map(|(pid, _)| *pid),
+        );
         next += 1;
     }
     found.split_off(1)
@@ -155,7 +160,9 @@ fn real_uid(pid: i32) -> Option<u32> {
 /// Processor time of one process until now, finer than the ticks of its `stat`.
 pub fn processor_time(pid: i32) -> Option<Duration> {
     let schedule = fs::read_to_string(format!("/proc/{pid}/schedstat")).ok()?;
-    Some(Duration::from_nanos(schedule.split(' ').next()?.parse().ok()?))
+    Some(Duration::from_nanos(
+        schedule.split(' ').next()?.parse().ok()?,
+    ))
 }
 
 fn proportional_set(pid: i32) -> Option<u64> {
@@ -183,7 +190,10 @@ impl MemoryGroup {
     /// Processes killed until now.
     pub fn kills(&self) -> u64 {
         let mut text = [0; 512];
-        let read = self.0.as_ref().and_then(|file| file.read_at(&mut text, 0).ok());
+        let read = self
+            .0
+            .as_ref()
+            .and_then(|file| file.read_at(&mut text, 0).ok());
         String::from_utf8_lossy(&text[..read.unwrap_or(0)])
             .lines()
             .find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())

@@ -132,7 +132,8 @@ fn make(spec: &SandboxSpec) -> anyhow::Result<Fork> {
     match spec.isolation {
         Isolation::Full { first_host_uid } => {
             // SAFETY: this process has one thread.
-            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.context("a mount namespace")?;
+            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }
+                .context("a mount namespace")?;
             build_root(spec, Some(first_host_uid)).context("the sandbox's root")?;
             let maps = Maps::range(first_host_uid);
             fork_into(namespaces(spec), &host_proc, &null, &maps, || Ok(()))
@@ -271,9 +272,9 @@ fn fork_into(
         };
     }
     drop((mapped_write, ready_read));
-    let prepared = enter(&mapped_read, namespaces != 0, null).and_then(|()| prepare()).and_then(|()| {
-        if namespaces != 0 { furnish() } else { Ok(()) }
-    });
+    let prepared = enter(&mapped_read, namespaces != 0, null)
+        .and_then(|()| prepare())
+        .and_then(|()| if namespaces != 0 { furnish() } else { Ok(()) });
     match prepared {
         Ok(()) => {
             rustix::io::write(&ready_write, b"ready")?;
@@ -296,8 +297,14 @@ fn enter(mapped: &OwnedFd, new_user: bool, null: &OwnedFd) -> anyhow::Result<()>
         // SAFETY: raw calls with integer arguments; a failing setgroups (denied maps) is harmless.
         unsafe {
             libc::syscall(libc::SYS_setgroups, 0, 0);
-            anyhow::ensure!(libc::syscall(libc::SYS_setresgid, 0, 0, 0) == 0, "becoming group 0");
-            anyhow::ensure!(libc::syscall(libc::SYS_setresuid, 0, 0, 0) == 0, "becoming user 0");
+            anyhow::ensure!(
+                libc::syscall(libc::SYS_setresgid, 0, 0, 0) == 0,
+                "becoming group 0"
+            );
+            anyhow::ensure!(
+                libc::syscall(libc::SYS_setresuid, 0, 0, 0) == 0,
+                "becoming user 0"
+            );
         }
     }
     rustix::process::setsid().context("a session of its own")?;
@@ -314,7 +321,8 @@ fn enter(mapped: &OwnedFd, new_user: bool, null: &OwnedFd) -> anyhow::Result<()>
 fn furnish() -> anyhow::Result<()> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     let none = CString::default();
-    rustix::mount::mount("proc", "/proc", "proc", flags, none.as_c_str()).context("mounting /proc")?;
+    rustix::mount::mount("proc", "/proc", "proc", flags, none.as_c_str())
+        .context("mounting /proc")?;
     // User code sees its own processes only.
     rustix::mount::mount("proc", "/base/proc", "proc", flags, c"hidepid=2")
         .context("mounting /proc for user code")?;
@@ -347,7 +355,10 @@ fn loopback_up() -> io::Result<()> {
 ///
 /// `/` is for the runner only; user code's world is `/base`, which slots show under roots of their own.
 fn build_root(spec: &SandboxSpec, owner: Option<u32>) -> anyhow::Result<()> {
-    rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+    rustix::mount::mount_change(
+        "/",
+        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+    )?;
     let root = &spec.folder;
     rustix::mount::mount(
         "tmpfs",
@@ -358,7 +369,15 @@ fn build_root(spec: &SandboxSpec, owner: Option<u32>) -> anyhow::Result<()> {
     )
     .context("mounting its file system")?;
     let base = root.join("base");
-    for folder in ["proc", "tmp", "workspace", "dev/shm", "etc", "run", "var/tmp"] {
+    for folder in [
+        "proc",
+        "tmp",
+        "workspace",
+        "dev/shm",
+        "etc",
+        "run",
+        "var/tmp",
+    ] {
         fs::create_dir_all(base.join(folder))?;
     }
     show_devices(&base)?;
@@ -437,7 +456,10 @@ fn describe_users(etc: &Path) -> io::Result<()> {
     }
     fs::write(etc.join("passwd"), passwd)?;
     fs::write(etc.join("group"), group)?;
-    fs::write(etc.join("hosts"), "127.0.0.1 localhost sandbox\n::1 localhost\n")?;
+    fs::write(
+        etc.join("hosts"),
+        "127.0.0.1 localhost sandbox\n::1 localhost\n",
+    )?;
     fs::write(etc.join("hostname"), "sandbox\n")
 }
 
@@ -457,7 +479,9 @@ fn live(role: Role, memory: MemoryGroup) -> anyhow::Result<()> {
         .with_writer(io::stderr)
         .with_ansi(false)
         .init();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async {
         // SAFETY: the platform passes its listening socket under this number, and nothing else in

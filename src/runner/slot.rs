@@ -14,7 +14,11 @@ use super::agent::AgentConfig;
 use super::process::Tree;
 
 /// Folders of a slot's scratch space, and where they appear in its root.
-const SCRATCH: [(&str, &str); 3] = [("workspace", "workspace"), ("tmp", "tmp"), ("shm", "dev/shm")];
+const SCRATCH: [(&str, &str); 3] = [
+    ("workspace", "workspace"),
+    ("tmp", "tmp"),
+    ("shm", "dev/shm"),
+];
 
 /// Largest report file read back from a job: 500 tests with their messages fit.
 const MAX_REPORT_BYTES: u64 = 1 << 20;

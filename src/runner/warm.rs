@@ -196,7 +196,13 @@ impl Interpreter {
             None => (Identity::Own, slot.root()),
         };
         let root = root.filter(|_| config.private_roots);
-        confinement.apply(&mut command, identity, root, slot.workspace(), &Limits::MAXIMUM)?;
+        confinement.apply(
+            &mut command,
+            identity,
+            root,
+            slot.workspace(),
+            &Limits::MAXIMUM,
+        )?;
         let pid = i32::try_from(command.spawn()?.id())?;
         // SAFETY: an OwnedFd names the same open descriptor for as long as it lives.
         let control = Rc::new(unsafe { AsyncFd::register(ours) }?);
@@ -352,5 +358,8 @@ pub fn needs_cold_start(job: &Job) -> bool {
         NAMES.contains(&name) || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
     };
     job.env.iter().any(|(name, _)| read_at_start(name))
-        || job.files.iter().any(|(path, _)| path.starts_with(".local/"))
+        || job
+            .files
+            .iter()
+            .any(|(path, _)| path.starts_with(".local/"))
 }

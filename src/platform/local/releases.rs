@@ -97,7 +97,10 @@ impl Releases {
                 continue;
             };
             let record: Record = serde_json::from_slice(&fs::read(&path)?).map_err(|error| {
-                anyhow::anyhow!("{} is damaged: {error}. Remove it to forget this repl.", path.display())
+                anyhow::anyhow!(
+                    "{} is damaged: {error}. Remove it to forget this repl.",
+                    path.display()
+                )
             })?;
             let program = None;
             repls.insert(repl, Repl { record, program });
@@ -167,12 +170,21 @@ impl Releases {
         let _one = changing.lock().await;
         let target = self.with(repl, |repl| {
             let releases = &repl.record.releases;
-            let current = releases.iter().find(|s| s.release.state == ReleaseState::Current);
+            let current = releases
+                .iter()
+                .find(|s| s.release.state == ReleaseState::Current);
             let before = current.map_or(u64::MAX, |s| s.release.release);
             let served = |s: &&Stored| s.release.state != ReleaseState::Failed;
             match release {
-                Some(number) => releases.iter().filter(served).find(|s| s.release.release == number),
-                None => releases.iter().rev().filter(served).find(|s| s.release.release < before),
+                Some(number) => releases
+                    .iter()
+                    .filter(served)
+                    .find(|s| s.release.release == number),
+                None => releases
+                    .iter()
+                    .rev()
+                    .filter(served)
+                    .find(|s| s.release.release < before),
             }
             .cloned()
         });
@@ -261,7 +273,12 @@ impl Releases {
     /// Every release of the repl, newest first.
     pub fn of(&self, repl: &ReplId) -> Result<Vec<Release>, PlatformError> {
         self.with(repl, |repl| {
-            repl.record.releases.iter().rev().map(|s| s.release.clone()).collect()
+            repl.record
+                .releases
+                .iter()
+                .rev()
+                .map(|s| s.release.clone())
+                .collect()
         })
         .ok_or_else(|| PlatformError::NotFound(format!("the repl {repl}")))
     }
@@ -320,7 +337,11 @@ impl Releases {
                     other.release.state = ReleaseState::Superseded;
                 }
             }
-            match record.releases.iter_mut().find(|s| s.release.release == number) {
+            match record
+                .releases
+                .iter_mut()
+                .find(|s| s.release.release == number)
+            {
                 Some(known) => known.release.state = ReleaseState::Current,
                 None => record.releases.push(stored),
             }
@@ -339,7 +360,10 @@ impl Releases {
         let known = self.with(repl, |repl| {
             let releases = &mut repl.record.releases;
             // A rollback that failed leaves the release as good as it was.
-            if releases.iter().all(|s| s.release.release != stored.release.release) {
+            if releases
+                .iter()
+                .all(|s| s.release.release != stored.release.release)
+            {
                 stored.release.state = ReleaseState::Failed;
                 releases.push(stored);
             }
@@ -419,7 +443,15 @@ impl Releases {
         };
         let sandboxes = Arc::clone(&inner.sandboxes);
         let tell = inner.tell.clone();
-        Program::watch(name, sandbox, sandboxes, owner, stored.release.release, tell).await
+        Program::watch(
+            name,
+            sandbox,
+            sandboxes,
+            owner,
+            stored.release.release,
+            tell,
+        )
+        .await
     }
 
     /// The folder of the repl's database. Its owner changes with the sandbox, so all may write:
@@ -456,9 +488,11 @@ impl Releases {
     }
 
     fn last_number(&self, repl: &ReplId) -> u64 {
-        self.with(repl, |repl| repl.record.releases.iter().map(|s| s.release.release).max())
-            .flatten()
-            .unwrap_or(0)
+        self.with(repl, |repl| {
+            repl.record.releases.iter().map(|s| s.release.release).max()
+        })
+        .flatten()
+        .unwrap_or(0)
     }
 
     fn current(&self, repl: &ReplId) -> Option<Stored> {
@@ -535,11 +569,18 @@ impl Releases {
     }
 
     fn locked(&self) -> std::sync::MutexGuard<'_, HashMap<ReplId, Repl>> {
-        self.inner.repls.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner
+            .repls
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn changing(&self, repl: &ReplId) -> Arc<tokio::sync::Mutex<()>> {
-        let mut changing = self.inner.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut changing = self
+            .inner
+            .changing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         Arc::clone(changing.entry(repl.clone()).or_default())
     }
 }

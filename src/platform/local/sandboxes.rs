@@ -78,13 +78,19 @@ impl Sandboxes {
         };
         for entry in fs::read_dir(&folder)?.flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
-            let Some(sandbox) = this.recorded(&name).filter(|found| found.process.is_alive()) else {
+            let Some(sandbox) = this
+                .recorded(&name)
+                .filter(|found| found.process.is_alive())
+            else {
                 continue;
             };
             match name.strip_prefix("user-").map(str::parse::<UserId>) {
                 Some(Ok(user)) => {
                     this.locked_numbers().insert(sandbox.number);
-                    this.entry(&user).try_lock().map(|mut s| *s = Some(sandbox)).ok();
+                    this.entry(&user)
+                        .try_lock()
+                        .map(|mut s| *s = Some(sandbox))
+                        .ok();
                 }
                 // A released program without the server that watched it ends by itself; be sure.
                 _ => sandbox.process.kill(),
@@ -134,7 +140,9 @@ impl Sandboxes {
             memory: self.config.runs_per_user as u64 * self.config.maximum.memory_bytes,
         };
         *sandbox = Some(self.make(tenant, Role::Agent).await?);
-        self.dial(&name).await.context("the new sandbox does not answer")
+        self.dial(&name)
+            .await
+            .context("the new sandbox does not answer")
     }
 
     /// Ends the user's sandbox.
@@ -191,7 +199,9 @@ impl Sandboxes {
         let runner = self.config.runner.clone();
         let launched =
             tokio::task::spawn_blocking(move || launch(&runner, &spec, Some(listener), Some(log)));
-        let process = launched.await?.inspect_err(|_| self.return_number(number))?;
+        let process = launched
+            .await?
+            .inspect_err(|_| self.return_number(number))?;
         let sandbox = Sandbox { process, number };
         fs::write(folder.join("process.json"), serde_json::to_vec(&sandbox)?)?;
         Ok(sandbox)
@@ -274,7 +284,11 @@ impl Sandboxes {
             private_roots: mounts,
             base: PathBuf::from(if mounts { "/base" } else { "/" }),
             slots_folder: PathBuf::from("/slots"),
-            scratch: if mounts { PathBuf::from("/scratch") } else { scratch },
+            scratch: if mounts {
+                PathBuf::from("/scratch")
+            } else {
+                scratch
+            },
             scratch_bytes: (4 * self.config.maximum.file_bytes).max(64 << 20),
             scratch_files: SCRATCH_FILES,
             reach,
