@@ -258,6 +258,9 @@ async fn keep(
         connection.send_replace(false);
         match ended {
             Ok(()) => return,
+            Err(error) if runs.is_empty() => {
+                tracing::debug!(%error, "an idle runner's connection ended");
+            }
             Err(error) => tracing::warn!(%error, runs = runs.len(), "a runner's connection ended"),
         }
     }

@@ -585,11 +585,10 @@ impl Releases {
     }
 }
 
-/// Tells apart two starts of the same release, whose sandboxes may overlap.
-fn nonce() -> u32 {
-    use std::sync::atomic::{AtomicU32, Ordering};
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    NEXT.fetch_add(1, Ordering::Relaxed)
+/// Tells apart two starts of the same release, whose sandboxes may overlap, also across servers:
+/// the microsecond of the start.
+fn nonce() -> String {
+    format!("{:x}", Timestamp::now().as_microsecond())
 }
 
 async fn wait_until_ready(program: &Program) -> Result<(), Problem> {

@@ -76,26 +76,33 @@ impl Sandboxes {
             numbers: Mutex::default(),
             users: Mutex::default(),
         };
+        let mut remains = Vec::new();
         for entry in fs::read_dir(&folder)?.flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
-            let Some(sandbox) = this
-                .recorded(&name)
-                .filter(|found| found.process.is_alive())
-            else {
-                continue;
-            };
-            match name.strip_prefix("user-").map(str::parse::<UserId>) {
-                Some(Ok(user)) => {
-                    this.locked_numbers().insert(sandbox.number);
-                    this.entry(&user)
-                        .try_lock()
-                        .map(|mut s| *s = Some(sandbox))
-                        .ok();
+            let recorded = this.recorded(&name);
+            let living = recorded.filter(|found| found.process.is_alive());
+            let user = name.strip_prefix("user-").map(str::parse::<UserId>);
+            if let (Some(sandbox), Some(Ok(user))) = (living, user) {
+                this.locked_numbers().insert(sandbox.number);
+                let entry = this.entry(&user);
+                if let Ok(mut known) = entry.try_lock() {
+                    *known = Some(sandbox);
                 }
+                continue;
+            }
+            let remain = (this.group(&name), entry.path());
+            match living {
                 // A released program without the server that watched it ends by itself; be sure.
-                _ => sandbox.process.kill(),
+                Some(sandbox) => {
+                    sandbox.process.kill();
+                    remains.push(remain);
+                }
+                None => clear(remain),
             }
         }
+        // Their processes take a moment to be gone; the start does not wait for that. Their names
+        // are not used again.
+        std::thread::spawn(move || remains.into_iter().for_each(clear));
         Ok(this)
     }
 
@@ -322,6 +329,14 @@ impl Sandboxes {
         }
         let opened = open_folder(&folder)?;
         Ok(OwnedFd::from(UnixListener::bind(short_path(&opened))?))
+    }
+}
+
+/// Removes what a dead sandbox left: its control groups and its folder.
+fn clear((group, folder): (String, PathBuf)) {
+    Cgroup::remove(&group);
+    if let Err(error) = fs::remove_dir_all(&folder) {
+        tracing::debug!(folder = %folder.display(), %error, "a sandbox's folder stays behind");
     }
 }
 
