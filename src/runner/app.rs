@@ -44,6 +44,9 @@ const WORKER_AFTER: Duration = Duration::from_secs(5);
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
+/// The server's first connection comes within milliseconds of the sandbox.
+const FIRST_CONTACT: Duration = Duration::from_secs(30);
+
 /// How often the port is tried while the program comes up.
 const TRY_EVERY: Duration = Duration::from_millis(2);
 
@@ -111,8 +114,15 @@ pub async fn run(config: AppConfig, listener: UnixListener) -> anyhow::Result<()
         config,
     });
     loop {
-        let (stream, _) = listener.accept().await?;
-        tokio::task::spawn_local(Rc::clone(&app).accept(stream));
+        match timeout(FIRST_CONTACT, listener.accept()).await {
+            Ok(accepted) => {
+                let (stream, _) = accepted?;
+                tokio::task::spawn_local(Rc::clone(&app).accept(stream));
+            }
+            // The server died between making this sandbox and watching it; nobody ever will.
+            Err(_) if !app.watched.get() => return Ok(()),
+            Err(_) => {}
+        }
     }
 }
 
