@@ -226,7 +226,7 @@ async function listChecks() {
     await shot("submission");
     await page.getByLabel("Status").selectOption("tests_failed");
     await page.waitForFunction((gone) => !document.querySelector(`[data-submission="${gone}"]`), id);
-    assert.ok((await byId("submissions").locator("li").count()) >= 1);
+    await byId("submissions").locator("li").first().waitFor();
   });
   await checks.check("a stored submission opens in the editor", async () => {
     const row = page.locator(".row").first();
