@@ -4,16 +4,18 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 
-use super::CodeStore;
+use super::{CodeStore, LANES, lane};
 use crate::model::{Problem, RelativePath, ReplId, SubmissionId};
 
 /// A folder with `releases/{repl}/{submission}/` (immutable) and `code/{repl}/` (current).
 #[derive(Debug, Clone)]
 pub struct DirectoryStore {
     root: PathBuf,
+    lanes: Arc<[Mutex<()>; LANES]>,
 }
 
 impl DirectoryStore {
@@ -21,7 +23,8 @@ impl DirectoryStore {
     pub fn open(root: PathBuf) -> io::Result<Self> {
         fs::create_dir_all(root.join("releases"))?;
         fs::create_dir_all(root.join("code"))?;
-        Ok(Self { root })
+        let lanes = Arc::new(std::array::from_fn(|_| Mutex::new(())));
+        Ok(Self { root, lanes })
     }
 
     /// Where a release's files are.
@@ -44,7 +47,9 @@ impl CodeStore for DirectoryStore {
         let release = self.release(repl, submission);
         let code = self.root.join("code").join(repl.as_str());
         let files = files.clone();
+        let (lanes, lane) = (Arc::clone(&self.lanes), lane(repl));
         let write = move || {
+            let _alone = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
             if !release.exists() {
                 write_whole(&release, &files)?;
             }
@@ -103,33 +108,5 @@ fn remove(folder: &Path) -> io::Result<()> {
     match fs::remove_dir_all(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-
-    fn files(text: &str) -> BTreeMap<RelativePath, String> {
-        let path = |p: &str| RelativePath::try_from(p.to_owned()).unwrap();
-        BTreeMap::from([
-            (path("main.py"), text.to_owned()),
-            (path("a/b.txt"), "b".to_owned()),
-        ])
-    }
-
-    #[tokio::test]
-    async fn a_release_is_immutable_and_current_code_is_replaced_whole() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = DirectoryStore::open(dir.path().to_owned()).unwrap();
-        let repl: ReplId = "r".parse().unwrap();
-        let id = SubmissionId::new();
-        store.publish(&repl, id, &files("1")).await.unwrap();
-        store.publish(&repl, id, &files("2")).await.unwrap();
-        let read = |p: PathBuf| fs::read_to_string(p).unwrap();
-        assert_eq!(read(store.release(&repl, id).join("main.py")), "1");
-        assert_eq!(read(dir.path().join("code/r/main.py")), "2");
-        assert_eq!(fs::read_dir(dir.path().join("code")).unwrap().count(), 1);
     }
 }

@@ -1,25 +1,41 @@
 //! The code store: what was tested, kept so that it can be released.
 
+pub mod conformance;
 mod directory;
+mod s3;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 
 use async_trait::async_trait;
 
 use crate::model::{Problem, RelativePath, ReplId, SubmissionId};
 
 pub use directory::DirectoryStore;
+pub use s3::{Manifest, Object, S3Config, S3Store, hexadecimal, release_prefix};
 
 /// Keeps releases and each repl's current files.
+///
+/// # Contract
+///
+/// `storage::conformance` holds every store to it.
 #[async_trait]
 pub trait CodeStore: Send + Sync + fmt::Debug {
     /// Stores a release's files, durably and whole or not at all. A release is immutable: storing
-    /// it again changes nothing.
+    /// it again changes nothing. Then they are the repl's current files, and no others.
     async fn publish(
         &self,
         repl: &ReplId,
         submission: SubmissionId,
         files: &BTreeMap<RelativePath, String>,
     ) -> Result<(), Problem>;
+}
+
+/// Changes of current code that may go on at one time in one server; one repl's never overlap.
+const LANES: usize = 64;
+
+/// Which of them is the repl's.
+fn lane(repl: &ReplId) -> usize {
+    BuildHasherDefault::<DefaultHasher>::default().hash_one(repl) as usize % LANES
 }
