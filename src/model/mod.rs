@@ -10,6 +10,7 @@ mod outcome;
 mod problem;
 mod release;
 mod submission;
+mod tested;
 
 pub use event::{Ending, Event, OutputStream, Record, RunReport, Step, StepState};
 pub use id::{IdError, ReplId, SubmissionId, UserId};
@@ -19,3 +20,4 @@ pub use outcome::{Outcome, Reason, Status, TestResult, Usage};
 pub use problem::Problem;
 pub use release::{Release, ReleaseState, ReplState, ReplStatus};
 pub use submission::{Case, FieldError, RelativePath, Submission, SubmissionRequest, Tests};
+pub use tested::Tested;

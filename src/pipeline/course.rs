@@ -15,7 +15,7 @@ use super::{Inner, plan};
 use crate::journal::{Appended, JournalError, NewRecord};
 use crate::model::{
     Event, Outcome, OutputStream, Problem, Record, RunReport, Status, Step, StepState, Submission,
-    TestResult, Tests,
+    TestResult, Tested, Tests,
 };
 use crate::platform::{PlatformError, ReleaseSpec};
 use crate::runner::client::{Run, RunEvent};
@@ -368,6 +368,7 @@ impl Course {
             user_id: self.submission.user_id.clone(),
             repl_id: repl,
             submission_id: id,
+            tested: Tested::of(&self.submission.files, &self.submission.tests),
             argv: plan::argv(&self.submission, &self.submission.args),
             env: self.submission.env.clone(),
             database: self.submission.database,

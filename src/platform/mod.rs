@@ -13,7 +13,7 @@ use std::fmt;
 
 use async_trait::async_trait;
 
-use crate::model::{Event, Problem, Release, ReplId, ReplStatus, SubmissionId, UserId};
+use crate::model::{Event, Problem, Release, ReplId, ReplStatus, SubmissionId, Tested, UserId};
 
 pub use crate::runner::client::ByteStream;
 pub use sessions::Sessions;
@@ -64,6 +64,8 @@ pub struct ReleaseSpec {
     pub repl_id: ReplId,
     /// The submission whose tests passed.
     pub submission_id: SubmissionId,
+    /// What those tests were about.
+    pub tested: Tested,
     /// Command, entrypoint and arguments.
     pub argv: Vec<String>,
     /// The program's own variables.
