@@ -5,6 +5,7 @@
 //! the same frames to the same runner on both.
 
 pub mod conformance;
+pub mod kubernetes;
 pub mod local;
 mod sessions;
 

@@ -1,0 +1,388 @@
+//! The one way to the API server: every request has a bound, every failure says what it means.
+
+use std::future::Future;
+use std::time::Duration;
+
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::core::{ApiResource, DynamicObject};
+use kube::{Api, Client, Config};
+use serde_json::Value;
+use tokio::time::timeout;
+
+use crate::model::Problem;
+use crate::platform::PlatformError;
+
+/// Field manager of everything Gantry applies (design.md §5).
+pub const FIELD_MANAGER: &str = "gantry";
+
+/// Longest wait for one answer of the API server, which gives a request 60 s itself but answers in
+/// milliseconds when it is well. Streams (watch, exec, port-forward) are not bound by it.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Longest wait for a connection to the API server; it is in the same network.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The code of a problem that only means: the API server does not answer now.
+pub const AWAY: &str = "cluster_unavailable";
+
+/// What kinds of objects Gantry makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    /// A user's namespace, or the server's own.
+    Namespace,
+    /// The bound on all of a user's objects.
+    ResourceQuota,
+    /// Bounds and defaults of each container.
+    LimitRange,
+    /// Who may speak to whom.
+    NetworkPolicy,
+    /// Pods' identity; without token.
+    ServiceAccount,
+    /// Credentials and variables.
+    Secret,
+    /// A repl's record.
+    ConfigMap,
+    /// A test pod.
+    Pod,
+    /// A name for pods.
+    Service,
+    /// A database.
+    StatefulSet,
+    /// A release.
+    Deployment,
+    /// A release's host names.
+    Ingress,
+}
+
+impl Kind {
+    /// Where the API server keeps it.
+    pub fn resource(self) -> ApiResource {
+        let (group, version, kind, plural) = match self {
+            Kind::Namespace => ("", "v1", "Namespace", "namespaces"),
+            Kind::ResourceQuota => ("", "v1", "ResourceQuota", "resourcequotas"),
+            Kind::LimitRange => ("", "v1", "LimitRange", "limitranges"),
+            Kind::NetworkPolicy => (
+                "networking.k8s.io",
+                "v1",
+                "NetworkPolicy",
+                "networkpolicies",
+            ),
+            Kind::ServiceAccount => ("", "v1", "ServiceAccount", "serviceaccounts"),
+            Kind::Secret => ("", "v1", "Secret", "secrets"),
+            Kind::ConfigMap => ("", "v1", "ConfigMap", "configmaps"),
+            Kind::Pod => ("", "v1", "Pod", "pods"),
+            Kind::Service => ("", "v1", "Service", "services"),
+            Kind::StatefulSet => ("apps", "v1", "StatefulSet", "statefulsets"),
+            Kind::Deployment => ("apps", "v1", "Deployment", "deployments"),
+            Kind::Ingress => ("networking.k8s.io", "v1", "Ingress", "ingresses"),
+        };
+        let api_version = if group.is_empty() {
+            version.to_owned()
+        } else {
+            format!("{group}/{version}")
+        };
+        ApiResource {
+            group: group.to_owned(),
+            version: version.to_owned(),
+            api_version,
+            kind: kind.to_owned(),
+            plural: plural.to_owned(),
+        }
+    }
+}
+
+/// A manifest and what it is a manifest of.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Manifest {
+    /// What.
+    pub kind: Kind,
+    /// All of it but `apiVersion` and `kind`.
+    pub body: Value,
+}
+
+impl Manifest {
+    /// A manifest; `apiVersion` and `kind` are filled in.
+    pub fn new(kind: Kind, mut body: Value) -> Self {
+        let resource = kind.resource();
+        if let Some(map) = body.as_object_mut() {
+            map.insert("apiVersion".to_owned(), resource.api_version.into());
+            map.insert("kind".to_owned(), resource.kind.into());
+        }
+        Self { kind, body }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        self.body["metadata"]["name"].as_str().unwrap_or_default()
+    }
+
+    /// Its namespace.
+    pub fn namespace(&self) -> Option<&str> {
+        self.body["metadata"]["namespace"].as_str()
+    }
+}
+
+/// The API server.
+#[derive(Clone)]
+pub struct Cluster {
+    /// For streams.
+    pub client: Client,
+}
+
+impl std::fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Cluster")
+    }
+}
+
+impl Cluster {
+    /// The cluster that `KUBECONFIG` or the pod this runs in names.
+    pub async fn infer() -> anyhow::Result<Self> {
+        let mut config = Config::infer().await.map_err(|error| {
+            anyhow::anyhow!(
+                "no cluster is configured: set KUBECONFIG, or run inside a cluster with a service account ({error})"
+            )
+        })?;
+        config.connect_timeout = Some(CONNECT_TIMEOUT);
+        // Streams are idle for as long as nobody submits; heartbeats tell whether they live.
+        config.read_timeout = None;
+        config.write_timeout = None;
+        Ok(Self {
+            client: Client::try_from(config)?,
+        })
+    }
+
+    /// One request, within its bound.
+    pub async fn call<T>(
+        &self,
+        what: &str,
+        request: impl Future<Output = kube::Result<T>>,
+    ) -> Result<T, Failure> {
+        match timeout(REQUEST_TIMEOUT, request).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(error)) => Err(Failure::new(what, error)),
+            Err(_) => Err(Failure::silent(what)),
+        }
+    }
+
+    /// Objects of a kind, in a namespace or cluster-wide.
+    pub fn api(&self, kind: Kind, namespace: Option<&str>) -> Api<DynamicObject> {
+        let resource = kind.resource();
+        match namespace {
+            Some(namespace) => Api::namespaced_with(self.client.clone(), namespace, &resource),
+            None => Api::all_with(self.client.clone(), &resource),
+        }
+    }
+
+    /// Makes the object be as the manifest says, whatever it was.
+    pub async fn apply(&self, manifest: &Manifest) -> Result<DynamicObject, Failure> {
+        self.patch(manifest, PatchParams::apply(FIELD_MANAGER).force())
+            .await
+    }
+
+    /// Whether the API server would take the manifest; nothing is stored.
+    pub async fn would_apply(&self, manifest: &Manifest) -> Result<DynamicObject, Failure> {
+        let params = PatchParams::apply(FIELD_MANAGER).force().dry_run();
+        self.patch(manifest, params).await
+    }
+
+    async fn patch(
+        &self,
+        manifest: &Manifest,
+        params: PatchParams,
+    ) -> Result<DynamicObject, Failure> {
+        let name = manifest.name();
+        let what = format!("apply the {:?} {name}", manifest.kind);
+        let api = self.api(manifest.kind, manifest.namespace());
+        let params = params.validation_strict();
+        self.call(
+            &what,
+            api.patch(name, &params, &Patch::Apply(&manifest.body)),
+        )
+        .await
+    }
+
+    /// Makes the object; a conflict when it is there.
+    pub async fn create(&self, manifest: &Manifest) -> Result<DynamicObject, Failure> {
+        let name = manifest.name();
+        let what = format!("create the {:?} {name}", manifest.kind);
+        let api = self.api(manifest.kind, manifest.namespace());
+        let object: DynamicObject = serde_json::from_value(manifest.body.clone())
+            .map_err(|error| Failure::new(&what, kube::Error::SerdeError(error)))?;
+        let params = PostParams {
+            field_manager: Some(FIELD_MANAGER.to_owned()),
+            ..PostParams::default()
+        };
+        self.call(&what, api.create(&params, &object)).await
+    }
+
+    /// The object, if it is there.
+    pub async fn get(
+        &self,
+        kind: Kind,
+        namespace: &str,
+        name: &str,
+    ) -> Result<Option<DynamicObject>, Failure> {
+        let api = self.api(kind, Some(namespace));
+        self.call(&format!("read the {kind:?} {name}"), api.get_opt(name))
+            .await
+    }
+
+    /// Puts the object in the place of the one with its `resourceVersion`; a conflict when that has
+    /// changed since.
+    pub async fn replace(&self, kind: Kind, object: &DynamicObject) -> Result<(), Failure> {
+        let name = object.metadata.name.clone().unwrap_or_default();
+        let api = self.api(kind, object.metadata.namespace.as_deref());
+        let params = PostParams {
+            field_manager: Some(FIELD_MANAGER.to_owned()),
+            ..PostParams::default()
+        };
+        let what = format!("update the {kind:?} {name}");
+        self.call(&what, api.replace(&name, &params, object))
+            .await
+            .map(drop)
+    }
+
+    /// Removes the object; absent is well. `grace`: seconds its processes get.
+    pub async fn delete(
+        &self,
+        kind: Kind,
+        namespace: &str,
+        name: &str,
+        grace: Option<u32>,
+    ) -> Result<(), Failure> {
+        let api = self.api(kind, Some(namespace));
+        let mut params = DeleteParams::background();
+        params.grace_period_seconds = grace;
+        let what = format!("delete the {kind:?} {name}");
+        match self.call(&what, api.delete(name, &params)).await {
+            Err(failure) if failure.is_not_found() => Ok(()),
+            result => result.map(drop),
+        }
+    }
+
+    /// Removes every object of a kind with these labels.
+    pub async fn delete_all(
+        &self,
+        kind: Kind,
+        namespace: &str,
+        labels: &str,
+    ) -> Result<(), Failure> {
+        let api = self.api(kind, Some(namespace));
+        let list = ListParams::default().labels(labels);
+        let what = format!("delete the {kind:?}s with {labels}");
+        let params = DeleteParams::background();
+        let deleted = self.call(&what, api.delete_collection(&params, &list));
+        match deleted.await {
+            Err(failure) if failure.is_not_found() => Ok(()),
+            result => result.map(drop),
+        }
+    }
+}
+
+/// Why the API server did not do what it was asked.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("could not {what}: {why}")]
+pub struct Failure {
+    what: String,
+    why: String,
+    /// The HTTP status, when it answered.
+    pub code: Option<u16>,
+}
+
+impl Failure {
+    /// What a failed request means.
+    pub fn new(what: &str, error: kube::Error) -> Self {
+        let (code, why) = match &error {
+            kube::Error::Api(status) => (Some(status.code), status.message.clone()),
+            other => (None, with_sources(other)),
+        };
+        Self {
+            what: what.to_owned(),
+            why,
+            code,
+        }
+    }
+
+    /// The first list of a kind did not come.
+    pub fn not_listed(kind: Kind, within: Duration) -> Self {
+        Self {
+            what: format!("list every {kind:?}"),
+            why: format!("the API server did not do so within {} s", within.as_secs()),
+            code: None,
+        }
+    }
+
+    fn silent(what: &str) -> Self {
+        let seconds = REQUEST_TIMEOUT.as_secs();
+        Self {
+            what: what.to_owned(),
+            why: format!("the API server did not answer within {seconds} s"),
+            code: None,
+        }
+    }
+
+    /// The object is not there.
+    pub fn is_not_found(&self) -> bool {
+        self.code == Some(404)
+    }
+
+    /// Somebody else made or changed it first.
+    pub fn is_conflict(&self) -> bool {
+        self.code == Some(409)
+    }
+
+    /// The namespace, or the object, is on its way out.
+    pub fn is_terminating(&self) -> bool {
+        self.code == Some(403) && self.why.contains("being terminated")
+    }
+
+    /// The API server cannot be reached or is not itself.
+    pub fn is_away(&self) -> bool {
+        self.code.is_none_or(|code| code == 429 || code >= 500)
+    }
+
+    /// What it means for who asked.
+    pub fn problem(&self, message: &str) -> Problem {
+        let (code, remediation) = match self.code {
+            _ if self.is_away() => (
+                AWAY,
+                "Look whether the API server runs and can be reached; Gantry tries again by itself.",
+            ),
+            Some(403) if self.why.contains("exceeded quota") => (
+                "quota_exceeded",
+                "Stop a repl that is not needed, or ask the operator for a larger quota.",
+            ),
+            Some(403) => (
+                "cluster_forbidden",
+                "Give Gantry's service account what the message names; infrastructure/ has the whole role.",
+            ),
+            Some(400 | 422) => (
+                "manifest_refused",
+                "Mend the manifest template, or Gantry's settings that the message names.",
+            ),
+            _ => ("cluster_refused", "Look at the server's log and try again."),
+        };
+        Problem::new(code, message, self.to_string(), remediation)
+    }
+
+    /// The same as a platform's error.
+    pub fn unavailable(&self, message: &str) -> PlatformError {
+        PlatformError::Unavailable(self.problem(message))
+    }
+}
+
+/// An error with all that caused it: hyper's own words say little.
+pub fn with_sources(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let cause = error.to_string();
+        if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+        source = error.source();
+    }
+    text
+}

@@ -1,0 +1,49 @@
+//! The names that Gantry's objects carry (design.md §5).
+
+use serde_json::{Value, json};
+
+use crate::model::{ReplId, UserId};
+
+/// On everything Gantry made.
+pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
+/// Its value, and the selector of all of it.
+pub const GANTRY: &str = "gantry";
+/// Everything Gantry made.
+pub const MANAGED: &str = "app.kubernetes.io/managed-by=gantry";
+/// Whose it is.
+pub const USER: &str = "gantry.dev/user";
+/// Which repl it belongs to.
+pub const REPL: &str = "gantry.dev/repl";
+/// What outlives a stop of its repl, and why: `database`.
+pub const KEEP: &str = "gantry.dev/keep";
+/// What a pod is: `test`; released pods have `app=prod`, databases `app=database`.
+pub const ROLE: &str = "gantry.dev/role";
+/// Released pods: `kubectl logs -l app=prod`.
+pub const APP: &str = "app";
+/// Value of [`APP`] on released pods.
+pub const PROD: &str = "prod";
+/// Value of [`APP`] on databases.
+pub const DATABASE: &str = "database";
+/// Value of [`ROLE`] on test pods.
+pub const TEST: &str = "test";
+
+/// Annotation: the submission whose tests passed.
+pub const SUBMISSION: &str = "gantry.dev/submission";
+/// Annotation: the release's number.
+pub const RELEASE: &str = "gantry.dev/release";
+/// Annotation: SHA-256 of the files that were tested.
+pub const CODE_DIGEST: &str = "gantry.dev/code-digest";
+/// Annotation: SHA-256 of the tests that passed.
+pub const TESTS_DIGEST: &str = "gantry.dev/tests-digest";
+/// Annotation: the image the tests ran in.
+pub const IMAGE: &str = "gantry.dev/image";
+
+/// Labels of something of a user's.
+pub fn of_user(user: &UserId) -> Value {
+    json!({ MANAGED_BY: GANTRY, USER: user.as_str() })
+}
+
+/// Labels of something of a repl's.
+pub fn of_repl(user: &UserId, repl: &ReplId) -> Value {
+    json!({ MANAGED_BY: GANTRY, USER: user.as_str(), REPL: repl.as_str() })
+}

@@ -1,0 +1,382 @@
+//! The Kubernetes platform: a persistent test pod per user over one kube exec, and releases made from a
+//! template. State lives in the cluster; this only watches it and asks for changes.
+
+mod cache;
+mod checks;
+mod cluster;
+mod exec;
+mod explain;
+mod labels;
+mod namespace;
+mod programs;
+mod record;
+mod release;
+mod releases;
+mod rollout;
+mod template;
+mod test_pod;
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::Context;
+use async_trait::async_trait;
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::Pod;
+use serde_json::json;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    ByteStream, CONNECT_TIMEOUT, Check, Finding, Platform, PlatformError, ProgramEvent,
+    ReleaseSpec, RunningRelease,
+};
+use crate::model::{Limits, Problem, Release, ReplId, ReplStatus, UserId};
+use cache::{Cache, Watched};
+use cluster::{Cluster, Kind, Manifest};
+use exec::{ExecError, ExecStream};
+use labels::{GANTRY, MANAGED, MANAGED_BY};
+use namespace::{Namespaces, Surroundings};
+use programs::Programs;
+use record::Records;
+use release::{Owner, ReleaseConfig};
+use releases::Releases;
+use rollout::Rollouts;
+use test_pod::{TestPodConfig, TestPods};
+
+pub use checks::{Permission, permissions};
+pub use template::{BUILT_IN as BUILT_IN_TEMPLATE, Template};
+
+/// Program output that may wait for the journal: when it cannot keep up, following waits.
+const MAX_WAITING_EVENTS: usize = 1_024;
+
+/// Longest wait for the runner's first byte. It greets at once; a pod that has just started may take
+/// a moment to listen, and `attach` waits for that.
+const GREETING: Duration = Duration::from_secs(3);
+
+/// Silent runners in a row before their pod is made anew. One may be a slow machine.
+const MAX_SILENT: u32 = 1;
+
+/// How the Kubernetes platform is set up.
+#[derive(Debug, Clone)]
+pub struct KubernetesConfig {
+    /// The server's own namespace, where records are kept.
+    pub namespace: String,
+    /// The template of releases.
+    pub template: Template,
+    /// The runner image.
+    pub runner_image: String,
+    /// The database image.
+    pub database_image: String,
+    /// The bucket with the releases.
+    pub bucket: String,
+    /// What pods need to read it, as variables.
+    pub store: BTreeMap<String, String>,
+    /// Where the bucket is, for network policies.
+    pub store_addresses: Vec<(IpAddr, u16)>,
+    /// `{repl}.{this}` is the terminal.
+    pub domain: String,
+    /// `{repl}.{this}` is the program.
+    pub app_domain: String,
+    /// The ingress controller's class.
+    pub ingress_class: String,
+    /// Runs of one user at one time.
+    pub runs_per_user: usize,
+    /// The most a run may ask for.
+    pub maximum: Limits,
+    /// Whether test runs may use the network.
+    pub network: bool,
+}
+
+/// The Kubernetes platform.
+#[derive(Debug)]
+pub struct KubernetesPlatform {
+    cluster: Cluster,
+    checks: Vec<Check>,
+    test_pods: TestPods,
+    releases: Releases,
+    programs: Programs,
+    /// Silent runners in a row, by user.
+    silent: Mutex<HashMap<UserId, u32>>,
+    events: tokio::sync::Mutex<mpsc::Receiver<ProgramEvent>>,
+    stop: CancellationToken,
+}
+
+impl KubernetesPlatform {
+    /// Looks at the cluster and begins to watch it; an error when Gantry cannot work there.
+    pub async fn start(config: KubernetesConfig) -> anyhow::Result<Self> {
+        let cluster = Cluster::infer().await?;
+        let checks = checks::look(&cluster, &config.namespace, &config.ingress_class).await;
+        for check in &checks {
+            tracing::info!(name = check.name, finding = ?check.finding, detail = %check.detail, "checked");
+        }
+        let missing: Vec<String> = checks
+            .iter()
+            .filter(|check| check.finding == Finding::Missing)
+            .map(|check| format!("{}: {}", check.name, check.detail))
+            .collect();
+        anyhow::ensure!(missing.is_empty(), "{}", missing.join("; "));
+        for kind in &config.template.unsupported {
+            tracing::warn!(%kind, "the manifest template has an object of a kind that Gantry does not apply; it is skipped");
+        }
+        make_own_namespace(&cluster, &config.namespace).await?;
+        try_template(&cluster, &config).await?;
+        let stop = CancellationToken::new();
+        let surroundings = Surroundings {
+            store: config.store_addresses.clone(),
+        };
+        let (tell_pods, pod_changes) = mpsc::unbounded_channel();
+        let watched = |kind| Watched {
+            kind,
+            namespace: None,
+            labels: MANAGED,
+        };
+        let pods: Cache<Pod> =
+            Cache::watch(&cluster, watched(Kind::Pod), Some(tell_pods), stop.clone());
+        let deployments: Cache<Deployment> =
+            Cache::watch(&cluster, watched(Kind::Deployment), None, stop.clone());
+        let namespaces = Namespaces::start(&cluster, surroundings, &stop);
+        let records = Records::start(&cluster, &config.namespace, &stop);
+        let synced = async {
+            pods.synced(Kind::Pod).await?;
+            deployments.synced(Kind::Deployment).await?;
+            namespaces.synced().await?;
+            records.synced().await
+        };
+        synced.await.context("the cluster cannot be watched")?;
+        let pod_config = TestPodConfig {
+            image: config.runner_image.clone(),
+            runs_per_user: config.runs_per_user,
+            maximum: config.maximum,
+            network: config.network,
+        };
+        let test_pods = TestPods::new(&cluster, &namespaces, &pods, pod_config);
+        let releases = Releases {
+            cluster: cluster.clone(),
+            namespaces,
+            records,
+            rollouts: Rollouts {
+                cluster: cluster.clone(),
+                deployments,
+                pods,
+            },
+            config: Arc::new(release_config(config)),
+            changing: Arc::default(),
+        };
+        let (tell, events) = mpsc::channel(MAX_WAITING_EVENTS);
+        let programs = Programs::start(&releases, tell, pod_changes, stop.clone());
+        Ok(Self {
+            cluster,
+            checks,
+            test_pods,
+            releases,
+            programs,
+            silent: Mutex::default(),
+            events: tokio::sync::Mutex::new(events),
+            stop,
+        })
+    }
+
+    /// A stream to the user's runner; a runner that does not greet is made anew.
+    async fn stream(&self, user: &UserId, deadline: Instant) -> Result<ExecStream, PlatformError> {
+        let (namespace, pod) = (user.namespace(), test_pod::name(user));
+        loop {
+            let life = self.test_pods.ensure(user, deadline).await?;
+            let now = self.test_pods.follow(user);
+            let client = &self.cluster.client;
+            let opened = ExecStream::open(client, &namespace, &pod, &life, now, GREETING).await;
+            let error = match opened {
+                Ok(stream) => {
+                    self.silent().remove(user);
+                    return Ok(stream);
+                }
+                Err(error) => error,
+            };
+            match &error {
+                ExecError::Hung => {
+                    let silent = {
+                        let mut all = self.silent();
+                        let silent = all.entry(user.clone()).or_default();
+                        *silent += 1;
+                        *silent
+                    };
+                    if silent >= MAX_SILENT {
+                        tracing::warn!(%user, "the runner in the test pod does not answer; the pod is made anew");
+                        let removed = self.test_pods.remove_life(user, &life).await;
+                        removed.map_err(|f| f.unavailable("The test pod could not be removed"))?;
+                        self.silent().remove(user);
+                    }
+                }
+                ExecError::Refused(why) => return Err(PlatformError::NotReady(exec_problem(why))),
+                ExecError::Gone(why) | ExecError::Failed(why) => {
+                    if Instant::now() + RETRY >= deadline {
+                        return Err(PlatformError::Unavailable(exec_problem(why)));
+                    }
+                    tracing::debug!(%user, %why, "the exec failed; trying again");
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+            if Instant::now() >= deadline {
+                let why = "the runner did not answer";
+                return Err(PlatformError::Unavailable(exec_problem(why)));
+            }
+        }
+    }
+
+    fn silent(&self) -> std::sync::MutexGuard<'_, HashMap<UserId, u32>> {
+        self.silent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks a repl's runner what its program does, so that `repls` knows.
+    async fn ask(&self, user: &UserId, repl: &ReplId, spec: &ReleaseSpec) {
+        let owner = Owner {
+            user: user.clone(),
+            repl: repl.clone(),
+        };
+        let submission = spec.submission_id.to_string();
+        for pod in self.releases.rollouts.pods_of(&owner, &submission) {
+            self.programs.ask(&pod).await;
+        }
+    }
+}
+
+/// Pause before an exec that failed is tried again.
+const RETRY: Duration = Duration::from_millis(250);
+
+fn exec_problem(why: &str) -> Problem {
+    Problem::new(
+        "test_pod_unreachable",
+        format!("The test pod cannot be reached: {why}"),
+        why,
+        "Look at the test pod with kubectl describe, and at the server's log.",
+    )
+}
+
+async fn make_own_namespace(cluster: &Cluster, name: &str) -> anyhow::Result<()> {
+    let labels = json!({ MANAGED_BY: GANTRY });
+    let body = json!({ "metadata": { "name": name, "labels": labels } });
+    match cluster.create(&Manifest::new(Kind::Namespace, body)).await {
+        Err(failure) if !failure.is_conflict() => {
+            Err(failure).context("Gantry's own namespace could not be made")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Asks the API server what it thinks of the template, with a release that is not stored: better now
+/// than at somebody's first deploy.
+async fn try_template(cluster: &Cluster, config: &KubernetesConfig) -> anyhow::Result<()> {
+    for mut manifest in release_config(config.clone()).sample()? {
+        manifest.body["metadata"]["namespace"] = config.namespace.clone().into();
+        cluster
+            .would_apply(&manifest)
+            .await
+            .context("MANIFEST_TEMPLATE cannot be used")?;
+    }
+    Ok(())
+}
+
+fn release_config(config: KubernetesConfig) -> ReleaseConfig {
+    let KubernetesConfig {
+        template,
+        runner_image,
+        database_image,
+        bucket,
+        store,
+        domain,
+        app_domain,
+        ingress_class,
+        namespace: _,
+        store_addresses: _,
+        runs_per_user: _,
+        maximum: _,
+        network: _,
+    } = config;
+    ReleaseConfig {
+        template,
+        runner_image,
+        database_image,
+        bucket,
+        store,
+        domain,
+        app_domain,
+        ingress_class,
+    }
+}
+
+#[async_trait]
+impl Platform for KubernetesPlatform {
+    fn name(&self) -> &'static str {
+        "kubernetes"
+    }
+
+    fn checks(&self) -> Vec<Check> {
+        self.checks.clone()
+    }
+
+    async fn connect(&self, user: &UserId) -> Result<Box<dyn ByteStream>, PlatformError> {
+        let deadline = Instant::now() + CONNECT_TIMEOUT;
+        let stream = self.stream(user, deadline).await?;
+        Ok(Box::new(stream))
+    }
+
+    async fn drop_sandbox(&self, user: &UserId) -> Result<(), PlatformError> {
+        let removed = self.test_pods.remove(user).await;
+        removed.map_err(|f| f.unavailable("The test pod could not be removed"))
+    }
+
+    async fn ensure_release(&self, spec: &ReleaseSpec) -> Result<RunningRelease, PlatformError> {
+        let running = self.releases.ensure(spec).await?;
+        self.ask(&spec.user_id, &spec.repl_id, spec).await;
+        Ok(running)
+    }
+
+    async fn rollback(
+        &self,
+        repl: &ReplId,
+        release: Option<u64>,
+    ) -> Result<RunningRelease, PlatformError> {
+        self.releases.rollback(repl, release).await
+    }
+
+    async fn drop_repl(&self, repl: &ReplId) -> Result<(), PlatformError> {
+        self.releases.stop(repl).await
+    }
+
+    async fn owner(&self, repl: &ReplId) -> Result<Option<UserId>, PlatformError> {
+        Ok(self.releases.owner(repl))
+    }
+
+    async fn claim(&self, repl: &ReplId, user: &UserId) -> Result<UserId, PlatformError> {
+        let claimed = self.releases.records.claim(repl, user).await;
+        claimed.map_err(|f| f.unavailable("The repl's name could not be taken"))
+    }
+
+    async fn repls(&self) -> Result<Vec<ReplStatus>, PlatformError> {
+        Ok(self.programs.statuses())
+    }
+
+    async fn releases(&self, repl: &ReplId) -> Result<Vec<Release>, PlatformError> {
+        self.releases.of(repl).await
+    }
+
+    async fn dial(&self, repl: &ReplId) -> Result<Box<dyn ByteStream>, PlatformError> {
+        self.programs.dial(repl).await
+    }
+
+    async fn next_program_event(&self) -> Option<ProgramEvent> {
+        let next = async { self.events.lock().await.recv().await };
+        tokio::select! {
+            event = next => event,
+            () = self.stop.cancelled() => None,
+        }
+    }
+
+    /// Everything in the cluster outlives the server; only the watching ends.
+    async fn shutdown(&self) {
+        self.stop.cancel();
+    }
+}

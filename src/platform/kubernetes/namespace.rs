@@ -1,0 +1,463 @@
+//! A user's namespace: made on first use, bounded, closed, and put right when somebody edits it.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::future::try_join_all;
+use kube::core::DynamicObject;
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::cache::{Cache, Changed, Watched};
+use super::cluster::{Cluster, Failure, Kind, Manifest};
+use super::labels::{APP, DATABASE, MANAGED, PROD, REPL, USER, of_user};
+use crate::model::UserId;
+
+/// The service account of test pods; it may do nothing and has no token.
+pub const TEST_ACCOUNT: &str = "gantry-test";
+
+/// The service account of released pods; an operator may bind it to the bucket.
+pub const PROGRAM_ACCOUNT: &str = "gantry-program";
+
+/// How far a watch may be behind; usually milliseconds.
+const WATCH_LAG: Duration = Duration::from_secs(2);
+
+/// The kinds that make up a namespace, in the order they are applied after the namespace itself.
+const PARTS: [Kind; 4] = [
+    Kind::ResourceQuota,
+    Kind::LimitRange,
+    Kind::NetworkPolicy,
+    Kind::ServiceAccount,
+];
+
+/// Addresses that no program may reach: the metadata service of clouds hands out credentials, and the
+/// private ranges hold nodes, the API server and other users' pods.
+const CLOSED_RANGES: [&str; 5] = [
+    "10.0.0.0/8",
+    "100.64.0.0/10",
+    "169.254.0.0/16",
+    "172.16.0.0/12",
+    "192.168.0.0/16",
+];
+
+/// What depends on the installation.
+#[derive(Debug, Clone, Default)]
+pub struct Surroundings {
+    /// Where the code store is, for the policies: released pods fetch their files from there.
+    pub store: Vec<(IpAddr, u16)>,
+}
+
+/// Everything a user's namespace consists of.
+pub fn manifests(user: &UserId, surroundings: &Surroundings) -> Vec<Manifest> {
+    let mut all = vec![namespace(user), quota(user), limit_range(user)];
+    all.extend(policies(user, surroundings));
+    all.extend([TEST_ACCOUNT, PROGRAM_ACCOUNT].map(|name| service_account(user, name)));
+    all
+}
+
+fn namespace(user: &UserId) -> Manifest {
+    let mut labels = of_user(user);
+    // Not `restricted`, because of the test pod alone: its runner has to be root with the few
+    // capabilities named in test_pod.rs to run programs under other user ids than its own.
+    labels["pod-security.kubernetes.io/enforce"] = "baseline".into();
+    labels["pod-security.kubernetes.io/warn"] = "restricted".into();
+    labels["pod-security.kubernetes.io/audit"] = "restricted".into();
+    Manifest::new(
+        Kind::Namespace,
+        json!({ "metadata": { "name": user.namespace(), "labels": labels } }),
+    )
+}
+
+fn part(kind: Kind, user: &UserId, name: &str, mut body: Value) -> Manifest {
+    body["metadata"] =
+        json!({ "name": name, "namespace": user.namespace(), "labels": of_user(user) });
+    Manifest::new(kind, body)
+}
+
+/// One user's share: a test pod, some repls with a second pod each while a release takes over, and
+/// their databases.
+fn quota(user: &UserId) -> Manifest {
+    let hard = json!({
+        "pods": "30",
+        "requests.cpu": "8",
+        "requests.memory": "8Gi",
+        "limits.cpu": "40",
+        "limits.memory": "24Gi",
+        "persistentvolumeclaims": "10",
+        "requests.storage": "50Gi",
+        "services": "30",
+        "services.loadbalancers": "0",
+        "services.nodeports": "0",
+        "secrets": "100",
+    });
+    part(
+        Kind::ResourceQuota,
+        user,
+        "gantry",
+        json!({ "spec": { "hard": hard } }),
+    )
+}
+
+/// With a quota on limits every container needs some; this is what one gets that names none.
+fn limit_range(user: &UserId) -> Manifest {
+    let limits = json!([{
+        "type": "Container",
+        "default": { "cpu": "1", "memory": "256Mi" },
+        "defaultRequest": { "cpu": "50m", "memory": "64Mi" },
+        "max": { "cpu": "4", "memory": "8Gi" },
+    }]);
+    part(
+        Kind::LimitRange,
+        user,
+        "gantry",
+        json!({ "spec": { "limits": limits } }),
+    )
+}
+
+/// Nobody speaks to anybody, but for: callers to programs, programs to the internet, to their own
+/// database, to names, and to the code store. Test pods get nothing at all.
+fn policies(user: &UserId, surroundings: &Surroundings) -> Vec<Manifest> {
+    let prod = json!({ "matchLabels": { APP: PROD } });
+    let database = json!({ "matchLabels": { APP: DATABASE } });
+    let policy =
+        |name: &str, spec: Value| part(Kind::NetworkPolicy, user, name, json!({ "spec": spec }));
+    let port = |protocol: &str, port: u16| json!({ "protocol": protocol, "port": port });
+    let everywhere_else = json!({ "ipBlock": { "cidr": "0.0.0.0/0", "except": CLOSED_RANGES } });
+    let mut out = vec![
+        json!({ "to": [{ "namespaceSelector": {} }], "ports": [port("UDP", 53), port("TCP", 53)] }),
+        json!({ "to": [{ "podSelector": database }], "ports": [port("TCP", 5_432)] }),
+        json!({ "to": [everywhere_else] }),
+    ];
+    out.extend(surroundings.store.iter().map(|(address, number)| {
+        let bits = if address.is_ipv4() { 32 } else { 128 };
+        let block = json!({ "ipBlock": { "cidr": format!("{address}/{bits}") } });
+        json!({ "to": [block], "ports": [port("TCP", *number)] })
+    }));
+    // Callers come through an ingress controller, which is in no user's namespace.
+    let strangers = json!({ "matchExpressions": [{ "key": USER, "operator": "DoesNotExist" }] });
+    let callers = json!({
+        "from": [{ "namespaceSelector": strangers }],
+        "ports": [port("TCP", 3_000), port("TCP", 3_001)],
+    });
+    let own_programs = json!({
+        "from": [{ "podSelector": prod }],
+        "ports": [port("TCP", 5_432)],
+    });
+    vec![
+        policy(
+            "gantry-deny-all",
+            json!({ "podSelector": {}, "policyTypes": ["Ingress", "Egress"] }),
+        ),
+        policy(
+            "gantry-programs",
+            json!({
+                "podSelector": prod,
+                "policyTypes": ["Ingress", "Egress"],
+                "ingress": [callers],
+                "egress": out,
+            }),
+        ),
+        policy(
+            "gantry-databases",
+            json!({
+                "podSelector": database,
+                "policyTypes": ["Ingress"],
+                "ingress": [own_programs],
+            }),
+        ),
+    ]
+}
+
+fn service_account(user: &UserId, name: &str) -> Manifest {
+    part(
+        Kind::ServiceAccount,
+        user,
+        name,
+        json!({ "automountServiceAccountToken": false }),
+    )
+}
+
+/// Whether the object is what the manifest says: everything the manifest names is there as it says;
+/// what it does not name is somebody else's.
+pub fn agrees(wanted: &Value, actual: &Value) -> bool {
+    match (wanted, actual) {
+        (Value::Object(wanted), Value::Object(actual)) => wanted.iter().all(|(name, wanted)| {
+            match actual.get(name) {
+                Some(actual) => agrees(wanted, actual),
+                // The API server leaves out what is empty.
+                None => wanted.as_object().is_some_and(|map| map.is_empty()),
+            }
+        }),
+        (Value::Array(wanted), Value::Array(actual)) => {
+            wanted.len() == actual.len()
+                && wanted
+                    .iter()
+                    .zip(actual)
+                    .all(|(wanted, actual)| agrees(wanted, actual))
+        }
+        (wanted, actual) => wanted == actual,
+    }
+}
+
+/// Keeps users' namespaces as they should be.
+#[derive(Debug, Clone)]
+pub struct Namespaces {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    cluster: Cluster,
+    surroundings: Surroundings,
+    namespaces: Cache<DynamicObject>,
+    parts: HashMap<Kind, Cache<DynamicObject>>,
+    /// One repair of a namespace at a time.
+    repairing: Mutex<HashMap<UserId, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+impl Namespaces {
+    /// Watches every user's namespace and repairs what is edited until stopped.
+    pub fn start(cluster: &Cluster, surroundings: Surroundings, stop: &CancellationToken) -> Self {
+        let (tell, changes) = mpsc::unbounded_channel();
+        let watched = |kind, labels| Watched {
+            kind,
+            namespace: None,
+            labels,
+        };
+        let cache = |kind| {
+            let watched = watched(kind, MANAGED);
+            Cache::watch(cluster, watched, Some(tell.clone()), stop.clone())
+        };
+        let this = Self {
+            inner: Arc::new(Inner {
+                cluster: cluster.clone(),
+                surroundings,
+                namespaces: cache(Kind::Namespace),
+                parts: PARTS.into_iter().map(|kind| (kind, cache(kind))).collect(),
+                repairing: Mutex::default(),
+            }),
+        };
+        tokio::spawn(this.clone().repair(changes, stop.clone()));
+        this
+    }
+
+    /// Resolves when everything there is has been seen.
+    pub async fn synced(&self) -> Result<(), Failure> {
+        self.inner.namespaces.synced(Kind::Namespace).await?;
+        for (kind, cache) in &self.inner.parts {
+            cache.synced(*kind).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes the user's namespace be as it should; asks nobody when it is.
+    pub async fn ensure(&self, user: &UserId) -> Result<(), Failure> {
+        if self.wrong(user).is_empty() {
+            return Ok(());
+        }
+        let repairing = {
+            let mut repairing = self
+                .inner
+                .repairing
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(repairing.entry(user.clone()).or_default())
+        };
+        let _one = repairing.lock().await;
+        let wrong = self.wrong(user);
+        let (namespace, parts): (Vec<_>, Vec<_>) =
+            wrong.into_iter().partition(|m| m.kind == Kind::Namespace);
+        for manifest in &namespace {
+            self.inner.cluster.apply(manifest).await?;
+        }
+        try_join_all(parts.iter().map(|part| self.inner.cluster.apply(part))).await?;
+        // The watches tell of it in a moment; until then the next submission would apply it again.
+        let seen = try_join_all(namespace.iter().chain(&parts).map(|m| self.seen(m)));
+        if timeout(WATCH_LAG, seen).await.is_err() {
+            tracing::warn!(%user, "the watches do not show what was just applied");
+        }
+        Ok(())
+    }
+
+    /// Resolves when the watch shows the object as it should be.
+    async fn seen(&self, manifest: &Manifest) -> Result<(), watch::error::RecvError> {
+        let cache = match manifest.kind {
+            Kind::Namespace => Some(&self.inner.namespaces),
+            kind => self.inner.parts.get(&kind),
+        };
+        let Some(cache) = cache else {
+            return Ok(());
+        };
+        let mut now = cache.follow(manifest.namespace().unwrap_or_default(), manifest.name());
+        let as_wanted = |now: &Option<Arc<DynamicObject>>| {
+            now.as_ref()
+                .is_some_and(|actual| is_as_wanted(manifest, actual))
+        };
+        now.wait_for(as_wanted).await.map(drop)
+    }
+
+    /// What is not there or not as it should be.
+    fn wrong(&self, user: &UserId) -> Vec<Manifest> {
+        let name = user.namespace();
+        let mut manifests = manifests(user, &self.inner.surroundings);
+        manifests.retain(|manifest| {
+            let actual = match manifest.kind {
+                Kind::Namespace => self.inner.namespaces.get("", &name),
+                kind => self
+                    .inner
+                    .parts
+                    .get(&kind)
+                    .and_then(|cache| cache.get(&name, manifest.name())),
+            };
+            !actual.is_some_and(|actual| is_as_wanted(manifest, &actual))
+        });
+        manifests
+    }
+
+    /// Puts right what somebody changed.
+    async fn repair(self, mut changes: mpsc::UnboundedReceiver<Changed>, stop: CancellationToken) {
+        loop {
+            let change = tokio::select! {
+                change = changes.recv() => change,
+                () = stop.cancelled() => return,
+            };
+            let Some((namespace, name)) = change else {
+                return;
+            };
+            let namespace = if namespace.is_empty() {
+                name
+            } else {
+                namespace
+            };
+            let Some(user) = self.user_of(&namespace) else {
+                continue;
+            };
+            let wrong: Vec<String> = self
+                .wrong(&user)
+                .iter()
+                .map(|m| format!("{:?} {}", m.kind, m.name()))
+                .collect();
+            // A namespace that is being made passes here too; then there is nothing to tell.
+            if wrong.is_empty() || self.is_being_made(&user) {
+                continue;
+            }
+            match self.ensure(&user).await {
+                Ok(()) => {
+                    tracing::warn!(%namespace, ?wrong, "somebody changed a namespace; it was put right")
+                }
+                Err(error) => {
+                    tracing::warn!(%namespace, %error, "a namespace could not be put right; the next submission tries again")
+                }
+            }
+        }
+    }
+
+    /// The user of a namespace that lives. One that is being deleted is let go.
+    fn user_of(&self, namespace: &str) -> Option<UserId> {
+        let object = self.inner.namespaces.get("", namespace)?;
+        if object.metadata.deletion_timestamp.is_some() {
+            return None;
+        }
+        object.metadata.labels.as_ref()?.get(USER)?.parse().ok()
+    }
+
+    fn is_being_made(&self, user: &UserId) -> bool {
+        let repairing = self
+            .inner
+            .repairing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        repairing
+            .get(user)
+            .is_some_and(|one| one.try_lock().is_err())
+    }
+}
+
+fn is_as_wanted(manifest: &Manifest, actual: &DynamicObject) -> bool {
+    if actual.metadata.deletion_timestamp.is_some() {
+        return false;
+    }
+    let Ok(actual) = serde_json::to_value(actual) else {
+        return false;
+    };
+    agrees(&manifest.body, &actual)
+}
+
+/// Selects what a stop of the repl removes.
+pub fn of_stopped(repl: &crate::model::ReplId) -> String {
+    format!("{MANAGED},{REPL}={repl},!{}", super::labels::KEEP)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use k8s_openapi::api::core::v1 as core;
+    use k8s_openapi::api::networking::v1::NetworkPolicy;
+
+    fn all() -> Vec<Manifest> {
+        let surroundings = Surroundings {
+            store: vec![("10.1.2.3".parse().unwrap(), 7_070)],
+        };
+        manifests(&"test".parse().unwrap(), &surroundings)
+    }
+
+    #[test]
+    fn a_namespace_has_everything_it_needs() {
+        let names: Vec<String> = all()
+            .iter()
+            .map(|m| format!("{:?}/{}", m.kind, m.name()))
+            .collect();
+        insta::assert_json_snapshot!(names, @r#"
+        [
+          "Namespace/user-test",
+          "ResourceQuota/gantry",
+          "LimitRange/gantry",
+          "NetworkPolicy/gantry-deny-all",
+          "NetworkPolicy/gantry-programs",
+          "NetworkPolicy/gantry-databases",
+          "ServiceAccount/gantry-test",
+          "ServiceAccount/gantry-program"
+        ]
+        "#);
+        for manifest in all() {
+            let body = manifest.body.clone();
+            match manifest.kind {
+                Kind::NetworkPolicy => drop(serde_json::from_value::<NetworkPolicy>(body).unwrap()),
+                Kind::ResourceQuota => {
+                    drop(serde_json::from_value::<core::ResourceQuota>(body).unwrap());
+                }
+                Kind::LimitRange => drop(serde_json::from_value::<core::LimitRange>(body).unwrap()),
+                _ => {}
+            }
+        }
+    }
+
+    #[test]
+    fn test_pods_are_allowed_nothing() {
+        let policies: Vec<Manifest> = all()
+            .into_iter()
+            .filter(|m| m.kind == Kind::NetworkPolicy)
+            .collect();
+        let closed = &policies[0].body["spec"];
+        assert_eq!(closed["podSelector"], json!({}));
+        assert!(closed.get("ingress").is_none() && closed.get("egress").is_none());
+        for open in &policies[1..] {
+            assert!(open.body["spec"]["podSelector"]["matchLabels"][APP].is_string());
+        }
+    }
+
+    #[test]
+    fn an_edit_is_seen_and_additions_are_not_an_edit() {
+        let wanted = json!({ "spec": { "hard": { "pods": "30" }, "podSelector": {} } });
+        let mut actual = json!({ "spec": { "hard": { "pods": "30", "more": "1" } }, "status": {} });
+        assert!(agrees(&wanted, &actual));
+        actual["spec"]["hard"]["pods"] = "31".into();
+        assert!(!agrees(&wanted, &actual));
+        assert!(!agrees(&json!([1]), &json!([1, 2])));
+    }
+}

@@ -1,0 +1,429 @@
+//! What released programs are doing: their states for `repls`, their output for the journal, and the
+//! way to their ports.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::{AsyncBufReadExt, TryStreamExt};
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+use kube::api::LogParams;
+use kube::{Api, ResourceExt};
+use serde::Deserialize;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::cache::{Changed, annotation, label};
+use super::explain::{blocked, ended_badly};
+use super::labels::{RELEASE, REPL, SUBMISSION};
+use super::record::{Record, StoredState};
+use super::release::{Owner, PROGRAM_CONTAINER};
+use super::releases::{Releases, no_release, unreachable};
+use super::rollout::is_ready;
+use crate::model::{Event, OutputStream, ReplId, ReplState, ReplStatus};
+use crate::platform::{ByteStream, PlatformError, ProgramEvent};
+
+/// The program's port, and the runner's own.
+const PROGRAM_PORT: u16 = 3_000;
+const RUNNER_PORT: u16 = 3_001;
+
+/// Longest wait for a connection into a pod: the API server asks the kubelet, as for an exec.
+const DIAL: Duration = Duration::from_secs(10);
+
+/// Longest wait for the runner's answer about the program, which it has at hand.
+const ANSWER: Duration = Duration::from_secs(2);
+
+/// Largest such answer.
+const MAX_ANSWER: u64 = 16 << 10;
+
+/// Pause before a log that ended is followed again, while its container still runs.
+const FOLLOW_AGAIN: Duration = Duration::from_secs(2);
+
+/// Bytes of one piece of output in the journal; a longer line is cut into several.
+const MAX_PIECE: usize = 32 << 10;
+
+/// What the runner says of its program.
+#[derive(Debug, Clone, Deserialize)]
+struct Said {
+    state: String,
+    #[serde(default)]
+    exit_code: Option<i32>,
+    #[serde(default)]
+    restarts: u32,
+}
+
+/// One life of a released program's container.
+type LifeId = (String, String);
+
+/// Every released program of the cluster.
+#[derive(Debug, Clone)]
+pub struct Programs {
+    releases: Releases,
+    /// What runners said last, by pod.
+    said: Arc<Mutex<HashMap<LifeId, Said>>>,
+    following: Arc<Mutex<HashMap<LifeId, CancellationToken>>>,
+    tell: mpsc::Sender<ProgramEvent>,
+    stop: CancellationToken,
+}
+
+impl Programs {
+    /// Follows every released program until stopped.
+    pub fn start(
+        releases: &Releases,
+        tell: mpsc::Sender<ProgramEvent>,
+        changes: mpsc::UnboundedReceiver<Changed>,
+        stop: CancellationToken,
+    ) -> Self {
+        let this = Self {
+            releases: releases.clone(),
+            said: Arc::default(),
+            following: Arc::default(),
+            tell,
+            stop,
+        };
+        tokio::spawn(this.clone().keep_up(changes));
+        this
+    }
+
+    /// Every repl that has or had a release.
+    pub fn statuses(&self) -> Vec<ReplStatus> {
+        let records = self.releases.records.all();
+        let mut statuses: Vec<ReplStatus> = records
+            .into_iter()
+            .filter(|(_, record)| {
+                let made = |s: &super::record::Stored| s.state != StoredState::Pending;
+                record.releases.iter().any(made)
+            })
+            .map(|(repl, record)| self.status(repl, &record))
+            .collect();
+        statuses.sort_by(|a, b| a.repl_id.cmp(&b.repl_id));
+        statuses
+    }
+
+    fn status(&self, repl: ReplId, record: &Record) -> ReplStatus {
+        let owner = Owner {
+            user: record.user_id.clone(),
+            repl: repl.clone(),
+        };
+        let current = record.current().filter(|_| record.wanted);
+        let pods = current.map_or_else(Vec::new, |current| {
+            let submission = current.submission_id.to_string();
+            self.releases.rollouts.pods_of(&owner, &submission)
+        });
+        let ready = pods.iter().filter(|pod| is_ready(pod)).count();
+        let pod = pods.iter().max_by_key(|pod| is_ready(pod)).map(Arc::as_ref);
+        let said = pod
+            .and_then(life)
+            .and_then(|life| self.locked_said().get(&life).cloned());
+        let (state, cause) = match pod {
+            None if record.wanted => (ReplState::Starting, None),
+            None => (ReplState::Stopped, None),
+            Some(pod) => state_of(pod, said.as_ref()),
+        };
+        let restarts = pod.and_then(program).map_or(0, |c| c.restart_count);
+        ReplStatus {
+            url: self.releases.config.url(&repl),
+            repl_id: repl,
+            user_id: record.user_id.clone(),
+            state,
+            ready: u32::try_from(ready).unwrap_or(u32::MAX),
+            replicas: u32::from(record.wanted),
+            restarts: u32::try_from(restarts).unwrap_or(0) + said.map_or(0, |said| said.restarts),
+            release: current.map(|current| current.release),
+            last_error: cause.or_else(|| record.last_error.clone()),
+            since: pod.and_then(since).unwrap_or(record.since),
+        }
+    }
+
+    /// A connection to the repl's program.
+    pub async fn dial(&self, repl: &ReplId) -> Result<Box<dyn ByteStream>, PlatformError> {
+        let record = self.releases.records.known(repl);
+        let record = record.filter(|record| record.wanted);
+        let record = record.ok_or_else(|| no_release(repl))?;
+        let owner = Owner {
+            user: record.user_id.clone(),
+            repl: repl.clone(),
+        };
+        let submission = self.serving(&owner).ok_or_else(|| no_release(repl))?;
+        let pods = self.releases.rollouts.pods_of(&owner, &submission);
+        let Some(pod) = pods.iter().find(|pod| is_ready(pod)) else {
+            let why = pods.iter().find_map(|pod| blocked(pod));
+            let why = why.map_or_else(|| "none of its pods is ready".to_owned(), |b| b.why);
+            return Err(unreachable(why));
+        };
+        self.forward(pod, PROGRAM_PORT).await.map_err(unreachable)
+    }
+
+    /// The submission that the repl's Deployment runs.
+    fn serving(&self, owner: &Owner) -> Option<String> {
+        let deployments = self
+            .releases
+            .rollouts
+            .deployments
+            .of(&owner.user.namespace());
+        let deployment = deployments
+            .iter()
+            .find(|d| label(d.as_ref(), REPL) == Some(owner.repl.as_str()))?;
+        annotation(deployment.as_ref(), SUBMISSION).map(str::to_owned)
+    }
+
+    async fn forward(&self, pod: &Pod, port: u16) -> Result<Box<dyn ByteStream>, String> {
+        let client = self.releases.cluster.client.clone();
+        let api: Api<Pod> = Api::namespaced(client, &pod.namespace().unwrap_or_default());
+        let name = pod.name_any();
+        let opened = timeout(DIAL, api.portforward(&name, &[port])).await;
+        let mut forwarder = match opened {
+            Ok(Ok(forwarder)) => forwarder,
+            Ok(Err(error)) => return Err(super::cluster::with_sources(&error)),
+            Err(_) => {
+                return Err(format!(
+                    "no connection to {name} within {} s",
+                    DIAL.as_secs()
+                ));
+            }
+        };
+        let stream = forwarder.take_stream(port);
+        let stream = stream.ok_or_else(|| format!("{name} gave no stream"))?;
+        Ok(Box::new(stream))
+    }
+
+    /// Asks the runner in the pod what its program is doing, and keeps the answer.
+    pub async fn ask(&self, pod: &Pod) {
+        let Some(life) = life(pod) else {
+            return;
+        };
+        let answer = timeout(DIAL + ANSWER, self.answer(pod)).await;
+        match answer.unwrap_or_else(|_| Err("no answer in time".to_owned())) {
+            Ok(said) => {
+                self.locked_said().insert(life, said);
+            }
+            Err(why) => {
+                tracing::debug!(pod = %pod.name_any(), %why, "a runner does not say what its program does")
+            }
+        }
+    }
+
+    async fn answer(&self, pod: &Pod) -> Result<Said, String> {
+        let mut stream = self.forward(pod, RUNNER_PORT).await?;
+        let request = b"GET /state HTTP/1.0\r\nHost: runner\r\nConnection: close\r\n\r\n";
+        stream.write_all(request).await.map_err(|e| e.to_string())?;
+        let mut answer = Vec::new();
+        let mut stream = stream.take(MAX_ANSWER);
+        let read = stream.read_to_end(&mut answer);
+        read.await.map_err(|e| e.to_string())?;
+        let text = String::from_utf8_lossy(&answer);
+        let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+        serde_json::from_str(body).map_err(|error| format!("{error}: {body:?}"))
+    }
+
+    /// Begins to follow pods that come, and forgets those that go.
+    async fn keep_up(self, mut changes: mpsc::UnboundedReceiver<Changed>) {
+        loop {
+            let change = tokio::select! {
+                change = changes.recv() => change,
+                () = self.stop.cancelled() => return,
+            };
+            let Some((namespace, name)) = change else {
+                return;
+            };
+            let pod = self.releases.rollouts.pods.get(&namespace, &name);
+            let alive = pod
+                .as_deref()
+                .filter(|pod| annotation(*pod, SUBMISSION).is_some());
+            let life = alive.and_then(life);
+            self.forget_but(&namespace, &name, life.as_ref());
+            if let (Some(pod), Some(life)) = (&pod, life) {
+                self.follow(pod, life);
+            }
+        }
+    }
+
+    /// Lets go of other lives of this pod.
+    fn forget_but(&self, namespace: &str, name: &str, life: Option<&LifeId>) {
+        let pod = format!("{namespace}/{name}");
+        let other = |id: &LifeId| id.0 == pod && Some(id) != life;
+        self.locked_following().retain(|id, token| {
+            let gone = other(id);
+            if gone {
+                token.cancel();
+            }
+            !gone
+        });
+        self.locked_said().retain(|id, _| !other(id));
+    }
+
+    fn follow(&self, pod: &Arc<Pod>, life: LifeId) {
+        let token = {
+            let mut following = self.locked_following();
+            if following.contains_key(&life) {
+                return;
+            }
+            let token = self.stop.child_token();
+            following.insert(life.clone(), token.clone());
+            token
+        };
+        let (this, pod) = (self.clone(), Arc::clone(pod));
+        tokio::spawn(async move {
+            token.run_until_cancelled(this.pass_on(&pod)).await;
+        });
+    }
+
+    /// Passes the program's output on for as long as its container lives.
+    async fn pass_on(&self, pod: &Pod) {
+        let client = self.releases.cluster.client.clone();
+        let api: Api<Pod> = Api::namespaced(client, &pod.namespace().unwrap_or_default());
+        let mut params = LogParams {
+            container: Some(PROGRAM_CONTAINER.to_owned()),
+            follow: true,
+            ..LogParams::default()
+        };
+        let own = |name: &str| label(pod, name).map(str::to_owned);
+        let repl = own(REPL).and_then(|repl| repl.parse().ok());
+        let user = own(super::labels::USER).and_then(|user| user.parse().ok());
+        let release = annotation(pod, RELEASE).and_then(|text| text.parse().ok());
+        let (Some(repl_id), Some(user_id), Some(release)) = (repl, user, release) else {
+            return;
+        };
+        loop {
+            if let Ok(lines) = api.log_stream(&pod.name_any(), &params).await {
+                let mut lines = lines.lines();
+                while let Ok(Some(line)) = lines.try_next().await {
+                    for piece in pieces(&line) {
+                        let event = Event::ProgramOutput {
+                            release,
+                            stream: OutputStream::Stdout,
+                            data: piece,
+                        };
+                        let told = ProgramEvent {
+                            user_id: Clone::clone(&user_id),
+                            repl_id: Clone::clone(&repl_id),
+                            event,
+                        };
+                        if self.tell.send(told).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+            }
+            tokio::time::sleep(FOLLOW_AGAIN).await;
+            // What came in the meantime; the seconds of Kubernetes' clock may repeat a line.
+            params.since_seconds = Some(1 + FOLLOW_AGAIN.as_secs().cast_signed());
+        }
+    }
+
+    fn locked_said(&self) -> std::sync::MutexGuard<'_, HashMap<LifeId, Said>> {
+        self.said.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn locked_following(&self) -> std::sync::MutexGuard<'_, HashMap<LifeId, CancellationToken>> {
+        self.following
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A line with its end, in pieces that are not too long.
+fn pieces(line: &str) -> Vec<String> {
+    let mut rest = format!("{line}\n");
+    let mut pieces = Vec::new();
+    while rest.len() > MAX_PIECE {
+        let mut at = MAX_PIECE;
+        while !rest.is_char_boundary(at) {
+            at -= 1;
+        }
+        let tail = rest.split_off(at);
+        pieces.push(std::mem::replace(&mut rest, tail));
+    }
+    pieces.push(rest);
+    pieces
+}
+
+fn program(pod: &Pod) -> Option<&ContainerStatus> {
+    let containers = pod.status.as_ref()?.container_statuses.as_ref()?;
+    containers
+        .iter()
+        .find(|c| c.name == PROGRAM_CONTAINER)
+        .or_else(|| containers.first())
+}
+
+/// The running life of the pod's program.
+fn life(pod: &Pod) -> Option<LifeId> {
+    let container = program(pod)?;
+    container.state.as_ref()?.running.as_ref()?;
+    let name = format!("{}/{}", pod.namespace()?, pod.name_any());
+    Some((name, container.container_id.clone()?))
+}
+
+fn since(pod: &Pod) -> Option<Timestamp> {
+    let running = program(pod)?.state.as_ref()?.running.as_ref()?;
+    Some(running.started_at.as_ref()?.0)
+}
+
+/// What a released pod is doing, and why not more.
+fn state_of(pod: &Pod, said: Option<&Said>) -> (ReplState, Option<String>) {
+    if let Some(said) = said
+        && said.state == "ended"
+    {
+        return (ReplState::Exited(said.exit_code.unwrap_or_default()), None);
+    }
+    let cause = || {
+        let ended = ended_badly(pod).map(|(_, how)| format!("the program {how}"));
+        ended.or_else(|| blocked(pod).map(|blocked| blocked.why))
+    };
+    if is_ready(pod) {
+        return (ReplState::Running, cause());
+    }
+    match ended_badly(pod) {
+        Some(_) => (ReplState::Crashed, cause()),
+        None => (ReplState::Starting, cause()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use serde_json::json;
+
+    fn pod(ready: &str, last: serde_json::Value) -> Pod {
+        serde_json::from_value(json!({
+            "metadata": { "name": "p", "namespace": "n" },
+            "status": {
+                "conditions": [{ "type": "Ready", "status": ready }],
+                "containerStatuses": [{ "name": "runner", "image": "", "imageID": "", "ready": true,
+                    "restartCount": 1, "containerID": "c", "state": { "running": {} }, "lastState": last }],
+            },
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_programs_state_has_a_cause() {
+        let well = pod("True", json!({}));
+        assert_eq!(state_of(&well, None), (ReplState::Running, None));
+        let said = Said {
+            state: "ended".to_owned(),
+            exit_code: Some(0),
+            restarts: 0,
+        };
+        assert_eq!(state_of(&well, Some(&said)).0, ReplState::Exited(0));
+        let crashed = pod("False", json!({ "terminated": { "exitCode": 9 } }));
+        let (state, cause) = state_of(&crashed, None);
+        assert_eq!(state, ReplState::Crashed);
+        assert!(cause.unwrap().contains("exit code 9"));
+        assert_eq!(
+            state_of(&pod("False", json!({})), None).0,
+            ReplState::Starting
+        );
+    }
+
+    #[test]
+    fn a_long_line_is_cut_between_characters() {
+        let cut = pieces(&"ü".repeat(MAX_PIECE));
+        assert!(cut.len() > 1 && cut.iter().all(|piece| piece.len() <= MAX_PIECE));
+        assert_eq!(cut.concat().trim_end(), "ü".repeat(MAX_PIECE));
+    }
+}

@@ -1,0 +1,404 @@
+//! A repl's record: whose it is and every release it had. One ConfigMap per repl in the server's own
+//! namespace, so that state lives in the cluster and every replica of the server sees the same.
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::ConfigMap;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
+
+use super::cache::{Cache, Watched};
+use super::cluster::{Cluster, Failure, Kind, Manifest};
+use super::labels::{GANTRY, MANAGED_BY, REPL, USER};
+use crate::model::{Release, ReleaseState, ReplId, SubmissionId, UserId};
+
+/// Releases remembered of one repl; older ones can no longer be rolled back to.
+const MAX_RELEASES: usize = 50;
+
+/// Most bytes of a record: a ConfigMap may have 1 MiB.
+const MAX_BYTES: usize = 900 << 10;
+
+/// Tries to change a record that others change at the same time.
+const MAX_TRIES: u32 = 20;
+
+/// Marks the ConfigMaps that are records.
+const RECORDS: &str = "app.kubernetes.io/managed-by=gantry,gantry.dev/record=repl";
+
+/// Where a release stands, in a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StoredState {
+    /// Being made; a server that died meanwhile goes on with it.
+    Pending,
+    /// It serves.
+    Current,
+    /// A later one serves.
+    Superseded,
+    /// It never came up.
+    Failed,
+    /// Its repl was stopped.
+    Stopped,
+}
+
+/// A release as it is stored: all that is needed to make it again, to the byte.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Stored {
+    /// Its number.
+    pub release: u64,
+    /// The submission whose tests passed.
+    pub submission_id: SubmissionId,
+    /// When it was made.
+    pub time: Timestamp,
+    /// Where it stands.
+    pub state: StoredState,
+    /// Command, entrypoint and arguments.
+    pub argv: Vec<String>,
+    /// Names of the program's own variables; values are in a Secret.
+    pub env_names: Vec<String>,
+    /// Whether it has a database.
+    pub database: bool,
+    /// SHA-256 of the files that were tested.
+    pub code_digest: String,
+    /// SHA-256 of the tests that passed.
+    pub tests_digest: String,
+    /// The image the tests ran in.
+    pub image: String,
+}
+
+/// A repl's record.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// Whose it is.
+    pub user_id: UserId,
+    /// Whether it should be serving.
+    pub wanted: bool,
+    /// Since when.
+    pub since: Timestamp,
+    /// Why the last release did not come up, if it did not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
+    /// Every release, oldest first.
+    pub releases: Vec<Stored>,
+}
+
+impl Record {
+    fn new(user: &UserId) -> Self {
+        Self {
+            user_id: user.clone(),
+            wanted: false,
+            since: Timestamp::now(),
+            last_error: None,
+            releases: Vec::new(),
+        }
+    }
+
+    /// The release that serves.
+    pub fn current(&self) -> Option<&Stored> {
+        self.releases
+            .iter()
+            .find(|s| s.state == StoredState::Current)
+    }
+
+    /// The release to roll back to: this one, or the last before the current that served.
+    pub fn target(&self, release: Option<u64>) -> Option<&Stored> {
+        let served = |s: &&Stored| {
+            matches!(
+                s.state,
+                StoredState::Current | StoredState::Superseded | StoredState::Stopped
+            )
+        };
+        let mut served = self.releases.iter().rev().filter(served);
+        let before = self.current().map_or(u64::MAX, |s| s.release);
+        match release {
+            Some(number) => served.find(|s| s.release == number),
+            None => served.find(|s| s.release < before),
+        }
+    }
+
+    /// Gives a submission its number: the one it had, or the next.
+    pub fn reserve(&mut self, mut stored: Stored) -> Stored {
+        let same = |s: &&mut Stored| s.submission_id == stored.submission_id;
+        if let Some(known) = self.releases.iter_mut().find(same) {
+            if known.state == StoredState::Failed {
+                known.state = StoredState::Pending;
+            }
+            return known.clone();
+        }
+        stored.release = self.releases.iter().map(|s| s.release).max().unwrap_or(0) + 1;
+        stored.state = StoredState::Pending;
+        self.releases.push(stored.clone());
+        stored
+    }
+
+    /// This release serves now.
+    pub fn switch(&mut self, release: u64) {
+        for stored in &mut self.releases {
+            if stored.release == release {
+                stored.state = StoredState::Current;
+            } else if stored.state == StoredState::Current {
+                stored.state = StoredState::Superseded;
+            }
+        }
+        self.wanted = true;
+        self.last_error = None;
+        self.since = Timestamp::now();
+    }
+
+    /// This release did not come up. One that served before is as good as it was.
+    pub fn fail(&mut self, release: u64, why: &str) {
+        let pending = |s: &&mut Stored| s.release == release && s.state == StoredState::Pending;
+        if let Some(stored) = self.releases.iter_mut().find(pending) {
+            stored.state = StoredState::Failed;
+        }
+        self.last_error = Some(why.to_owned());
+    }
+
+    /// It was stopped.
+    pub fn stop(&mut self) {
+        self.wanted = false;
+        self.since = Timestamp::now();
+        for stored in &mut self.releases {
+            if stored.state == StoredState::Current {
+                stored.state = StoredState::Stopped;
+            }
+        }
+    }
+
+    /// Every release for callers, newest first. What is being made is none yet.
+    pub fn listed(&self) -> Vec<Release> {
+        let state = |s: &Stored| match s.state {
+            StoredState::Pending => None,
+            StoredState::Current => Some(ReleaseState::Current),
+            StoredState::Superseded => Some(ReleaseState::Superseded),
+            StoredState::Failed => Some(ReleaseState::Failed),
+            StoredState::Stopped => Some(ReleaseState::Stopped),
+        };
+        let release = |s: &Stored| {
+            Some(Release {
+                release: s.release,
+                submission_id: s.submission_id,
+                time: s.time,
+                state: state(s)?,
+            })
+        };
+        self.releases.iter().rev().filter_map(release).collect()
+    }
+
+    /// The text to store; the oldest releases go when it is too long.
+    fn text(&mut self) -> serde_json::Result<String> {
+        loop {
+            let text = serde_json::to_string(self)?;
+            let oldest = self
+                .releases
+                .iter()
+                .position(|s| !matches!(s.state, StoredState::Current | StoredState::Pending));
+            match oldest {
+                Some(index) if self.releases.len() > MAX_RELEASES || text.len() > MAX_BYTES => {
+                    self.releases.remove(index);
+                }
+                _ => return Ok(text),
+            }
+        }
+    }
+}
+
+/// Every repl's record.
+#[derive(Debug, Clone)]
+pub struct Records {
+    cluster: Cluster,
+    /// The server's own namespace.
+    pub namespace: String,
+    cache: Cache<ConfigMap>,
+}
+
+impl Records {
+    /// Watches the records of this namespace until stopped.
+    pub fn start(cluster: &Cluster, namespace: &str, stop: &CancellationToken) -> Self {
+        let watched = Watched {
+            kind: Kind::ConfigMap,
+            namespace: Some(namespace.to_owned()),
+            labels: RECORDS,
+        };
+        Self {
+            cluster: cluster.clone(),
+            namespace: namespace.to_owned(),
+            cache: Cache::watch(cluster, watched, None, stop.clone()),
+        }
+    }
+
+    /// Resolves when every record has been seen.
+    pub async fn synced(&self) -> Result<(), Failure> {
+        self.cache.synced(Kind::ConfigMap).await
+    }
+
+    /// The record as the watch last saw it.
+    pub fn known(&self, repl: &ReplId) -> Option<Record> {
+        read(self.cache.get(&self.namespace, &name(repl)).as_deref()?)
+    }
+
+    /// Every record as the watch last saw it.
+    pub fn all(&self) -> Vec<(ReplId, Record)> {
+        let objects: Vec<Arc<ConfigMap>> = self.cache.all();
+        let one = |object: &Arc<ConfigMap>| {
+            let repl = super::cache::label(object.as_ref(), REPL)?.parse().ok()?;
+            Some((repl, read(object)?))
+        };
+        objects.iter().filter_map(one).collect()
+    }
+
+    /// The record as it is now.
+    pub async fn fresh(&self, repl: &ReplId) -> Result<Option<Record>, Failure> {
+        let object = self
+            .cluster
+            .get(Kind::ConfigMap, &self.namespace, &name(repl))
+            .await?;
+        Ok(object.and_then(|object| read(&object.try_parse::<ConfigMap>().ok()?)))
+    }
+
+    /// Takes the name for the user unless it is taken; says whose it is now.
+    pub async fn claim(&self, repl: &ReplId, user: &UserId) -> Result<UserId, Failure> {
+        if let Some(known) = self.known(repl) {
+            return Ok(known.user_id);
+        }
+        let mut record = Record::new(user);
+        let text = record.text().map_err(|e| broken(repl, e))?;
+        let labels = json!({
+            MANAGED_BY: GANTRY, USER: user.as_str(), REPL: repl.as_str(), "gantry.dev/record": "repl",
+        });
+        let metadata = json!({ "name": name(repl), "namespace": self.namespace, "labels": labels });
+        let body = json!({ "metadata": metadata, "data": { "record": text } });
+        match self
+            .cluster
+            .create(&Manifest::new(Kind::ConfigMap, body))
+            .await
+        {
+            Ok(_) => Ok(user.clone()),
+            Err(failure) if failure.is_conflict() => {
+                let theirs = self.fresh(repl).await?;
+                Ok(theirs.map_or_else(|| user.clone(), |record| record.user_id))
+            }
+            Err(failure) => Err(failure),
+        }
+    }
+
+    /// Changes the record; again from its newest state when another was faster. `None`: there is none.
+    pub async fn change<T>(
+        &self,
+        repl: &ReplId,
+        mut change: impl FnMut(&mut Record) -> T,
+    ) -> Result<Option<T>, Failure> {
+        for tried in 1.. {
+            let found = self
+                .cluster
+                .get(Kind::ConfigMap, &self.namespace, &name(repl))
+                .await?;
+            let Some(mut object) = found else {
+                return Ok(None);
+            };
+            let text = object.data["data"]["record"].as_str().unwrap_or_default();
+            let before: Record = serde_json::from_str(text).map_err(|e| broken(repl, e))?;
+            let mut record = before.clone();
+            let result = change(&mut record);
+            if record == before {
+                return Ok(Some(result));
+            }
+            object.data["data"]["record"] = record.text().map_err(|e| broken(repl, e))?.into();
+            object.metadata.managed_fields = None;
+            match self.cluster.replace(Kind::ConfigMap, &object).await {
+                Ok(()) => return Ok(Some(result)),
+                Err(failure) if failure.is_conflict() && tried < MAX_TRIES => {}
+                Err(failure) => return Err(failure),
+            }
+        }
+        Ok(None)
+    }
+}
+
+fn name(repl: &ReplId) -> String {
+    format!("repl-{repl}")
+}
+
+fn read(object: &ConfigMap) -> Option<Record> {
+    let text = object.data.as_ref()?.get("record")?;
+    match serde_json::from_str(text) {
+        Ok(record) => Some(record),
+        Err(error) => {
+            tracing::error!(name = ?object.metadata.name, %error, "a repl's record is damaged; delete the ConfigMap to forget the repl");
+            None
+        }
+    }
+}
+
+fn broken(repl: &ReplId, error: serde_json::Error) -> Failure {
+    Failure::new(
+        &format!("read the record of {repl}"),
+        kube::Error::SerdeError(error),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn stored() -> Stored {
+        Stored {
+            release: 0,
+            submission_id: SubmissionId::new(),
+            time: Timestamp::UNIX_EPOCH,
+            state: StoredState::Failed,
+            argv: vec!["x".repeat(64 << 10)],
+            env_names: Vec::new(),
+            database: false,
+            code_digest: String::new(),
+            tests_digest: String::new(),
+            image: String::new(),
+        }
+    }
+
+    #[test]
+    fn a_submission_has_one_number_however_often_it_is_tried() {
+        let mut record = Record::new(&"u".parse().unwrap());
+        let one = stored();
+        assert_eq!(record.reserve(one.clone()).release, 1);
+        assert_eq!(record.reserve(stored()).release, 2);
+        assert_eq!(record.reserve(one).release, 1);
+        assert!(
+            record.listed().is_empty(),
+            "what is being made is no release yet"
+        );
+    }
+
+    #[test]
+    fn only_what_served_can_be_rolled_back_to() {
+        let mut record = Record::new(&"u".parse().unwrap());
+        for number in 1..=4 {
+            record.reserve(stored());
+            match number {
+                2 => record.fail(2, "no"),
+                _ => record.switch(number),
+            }
+        }
+        assert_eq!(record.current().unwrap().release, 4);
+        assert_eq!(record.target(None).unwrap().release, 3);
+        assert_eq!(record.target(Some(2)), None);
+        record.stop();
+        assert_eq!(record.target(None).unwrap().release, 4);
+    }
+
+    #[test]
+    fn a_record_stays_within_its_bounds_and_keeps_what_serves() {
+        let mut record = Record::new(&"u".parse().unwrap());
+        record.reserve(stored());
+        record.switch(1);
+        for _ in 0..60 {
+            let number = record.reserve(stored()).release;
+            record.fail(number, "no");
+        }
+        let text = record.text().unwrap();
+        assert!(text.len() <= MAX_BYTES);
+        assert_eq!(record.current().unwrap().release, 1);
+        assert!(record.releases.len() <= MAX_RELEASES);
+    }
+}

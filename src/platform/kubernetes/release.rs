@@ -1,0 +1,551 @@
+//! What a release consists of in the cluster, as manifests.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value, json};
+
+use super::cluster::{Kind, Manifest};
+use super::labels::{
+    APP, CODE_DIGEST, DATABASE, GANTRY, IMAGE, KEEP, MANAGED_BY, RELEASE, REPL, SUBMISSION,
+    TESTS_DIGEST, USER, of_repl, of_user,
+};
+use super::record::Stored;
+use super::template::{SERVICE_NAME, Template};
+use crate::model::{ReplId, UserId};
+
+/// The Secret with the code store's credentials in each user's namespace.
+pub const STORE_SECRET: &str = "gantry-store";
+
+/// The container of the template that is the program's; a template without one means its first.
+pub const PROGRAM_CONTAINER: &str = "runner";
+
+/// The user id of the usual database image.
+const DATABASE_UID: u32 = 999;
+
+/// Where and how releases are made.
+#[derive(Debug, Clone)]
+pub struct ReleaseConfig {
+    /// The template.
+    pub template: Template,
+    /// The runner image.
+    pub runner_image: String,
+    /// The database's image.
+    pub database_image: String,
+    /// The bucket with the releases.
+    pub bucket: String,
+    /// What pods need to read it, as variables.
+    pub store: BTreeMap<String, String>,
+    /// `{repl}.{this}` is the terminal.
+    pub domain: String,
+    /// `{repl}.{this}` is the program.
+    pub app_domain: String,
+    /// The ingress controller's class.
+    pub ingress_class: String,
+}
+
+/// Whose release it is.
+#[derive(Debug, Clone)]
+pub struct Owner {
+    /// The user.
+    pub user: UserId,
+    /// The repl.
+    pub repl: ReplId,
+}
+
+impl ReleaseConfig {
+    /// Where the repl's program is served.
+    pub fn url(&self, repl: &ReplId) -> String {
+        format!("http://{repl}.{}/", self.app_domain)
+    }
+
+    fn words(&self, owner: &Owner, stored: &Stored) -> BTreeMap<&'static str, String> {
+        let Owner { user, repl } = owner;
+        let prefix = format!("releases/{repl}/{}/", stored.submission_id);
+        BTreeMap::from([
+            (SERVICE_NAME, repl.to_string()),
+            ("${GANTRY_NAMESPACE}", user.namespace()),
+            ("${GANTRY_USER}", user.to_string()),
+            ("${GANTRY_RUNNER_IMAGE}", self.runner_image.clone()),
+            ("${GANTRY_BUCKET}", self.bucket.clone()),
+            ("${GANTRY_PREFIX}", prefix),
+            ("${GANTRY_HOST}", format!("{repl}.{}", self.domain)),
+            ("${GANTRY_APP_HOST}", format!("{repl}.{}", self.app_domain)),
+            ("${GANTRY_INGRESS_CLASS}", self.ingress_class.clone()),
+        ])
+    }
+
+    /// The template's objects for a release, ready to apply.
+    pub fn manifests(&self, owner: &Owner, stored: &Stored) -> Vec<Manifest> {
+        let mut manifests = self.template.fill(&self.words(owner, stored));
+        for manifest in &mut manifests {
+            manifest.body["metadata"]["namespace"] = owner.user.namespace().into();
+            let labels = of_repl(&owner.user, &owner.repl);
+            merge(&mut manifest.body, "/metadata", "labels", &labels, true);
+            if manifest.kind == Kind::Deployment {
+                dress(&mut manifest.body, owner, stored);
+            }
+        }
+        manifests
+    }
+
+    /// The template's objects for a release that will never be.
+    pub fn sample(&self) -> anyhow::Result<Vec<Manifest>> {
+        let owner = Owner {
+            user: "gantry-sample".parse()?,
+            repl: "gantry-sample".parse()?,
+        };
+        let stored = Stored {
+            release: 1,
+            submission_id: crate::model::SubmissionId::new(),
+            time: jiff::Timestamp::now(),
+            state: super::record::StoredState::Pending,
+            argv: vec!["true".to_owned()],
+            env_names: Vec::new(),
+            database: false,
+            code_digest: String::new(),
+            tests_digest: String::new(),
+            image: String::new(),
+        };
+        Ok(self.manifests(&owner, &stored))
+    }
+
+    /// The Secret with what pods need to read the code store.
+    pub fn store_secret(&self, user: &UserId) -> Manifest {
+        let metadata =
+            json!({ "name": STORE_SECRET, "namespace": user.namespace(), "labels": of_user(user) });
+        Manifest::new(
+            Kind::Secret,
+            json!({ "metadata": metadata, "type": "Opaque", "stringData": self.store }),
+        )
+    }
+
+    /// The repl's database but for its Secret: a name and one pod with a volume.
+    pub fn database(&self, owner: &Owner) -> [Manifest; 2] {
+        let name = database_name(&owner.repl);
+        let labels = of_repl(&owner.user, &owner.repl);
+        let metadata =
+            json!({ "name": name, "namespace": owner.user.namespace(), "labels": labels });
+        let selector = json!({ APP: DATABASE, REPL: owner.repl.as_str() });
+        let service = json!({
+            "metadata": metadata,
+            "spec": {
+                // The pod's own address: there is one pod.
+                "clusterIP": "None",
+                "selector": selector,
+                "ports": [{ "name": "postgres", "port": 5_432, "targetPort": 5_432, "protocol": "TCP" }],
+            },
+        });
+        let mut pod_labels = labels;
+        pod_labels[APP] = DATABASE.into();
+        let kept = json!({
+            MANAGED_BY: GANTRY, USER: owner.user.as_str(), REPL: owner.repl.as_str(), KEEP: DATABASE,
+        });
+        let claim = json!({
+            "metadata": { "name": "data", "labels": kept },
+            "spec": {
+                "accessModes": ["ReadWriteOnce"],
+                "resources": { "requests": { "storage": "1Gi" } },
+            },
+        });
+        let set = json!({
+            "metadata": metadata,
+            "spec": {
+                "replicas": 1,
+                "serviceName": name,
+                "selector": { "matchLabels": selector },
+                "template": {
+                    "metadata": { "labels": pod_labels },
+                    "spec": self.database_pod(&name),
+                },
+                "volumeClaimTemplates": [claim],
+            },
+        });
+        [
+            Manifest::new(Kind::Service, service),
+            Manifest::new(Kind::StatefulSet, set),
+        ]
+    }
+
+    fn database_pod(&self, name: &str) -> Value {
+        // Asked as its own user asks: over the socket, and only once it takes questions.
+        let ready = json!({ "command": ["sh", "-c", "pg_isready -q -h 127.0.0.1 -U app -d app"] });
+        json!({
+            "serviceAccountName": super::namespace::PROGRAM_ACCOUNT,
+            "automountServiceAccountToken": false,
+            "enableServiceLinks": false,
+            "terminationGracePeriodSeconds": 30,
+            "securityContext": {
+                "runAsNonRoot": true,
+                "runAsUser": DATABASE_UID,
+                "runAsGroup": DATABASE_UID,
+                "fsGroup": DATABASE_UID,
+                "fsGroupChangePolicy": "OnRootMismatch",
+                "seccompProfile": { "type": "RuntimeDefault" },
+            },
+            "containers": [{
+                "name": "postgres",
+                "image": self.database_image,
+                "imagePullPolicy": "IfNotPresent",
+                "ports": [{ "name": "postgres", "containerPort": 5_432, "protocol": "TCP" }],
+                "envFrom": [{ "secretRef": { "name": name } }],
+                // A folder of the volume's own: a file system's root may hold lost+found.
+                "env": [{ "name": "PGDATA", "value": "/var/lib/postgresql/data/pgdata" }],
+                "resources": {
+                    "requests": { "cpu": "50m", "memory": "128Mi" },
+                    "limits": { "cpu": "1", "memory": "512Mi" },
+                },
+                "securityContext": {
+                    "allowPrivilegeEscalation": false,
+                    "readOnlyRootFilesystem": true,
+                    "capabilities": { "drop": ["ALL"] },
+                },
+                "startupProbe": { "exec": ready, "periodSeconds": 1, "timeoutSeconds": 5, "failureThreshold": 120 },
+                "readinessProbe": { "exec": ready, "periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 3 },
+                "volumeMounts": [
+                    { "name": "data", "mountPath": "/var/lib/postgresql/data" },
+                    { "name": "run", "mountPath": "/var/run/postgresql" },
+                    { "name": "tmp", "mountPath": "/tmp" },
+                ],
+            }],
+            "volumes": [
+                { "name": "run", "emptyDir": { "sizeLimit": "16Mi" } },
+                { "name": "tmp", "emptyDir": { "sizeLimit": "256Mi" } },
+            ],
+        })
+    }
+}
+
+/// The name of a repl's database: its StatefulSet, its Service, its Secret.
+pub fn database_name(repl: &ReplId) -> String {
+    format!("{repl}-db")
+}
+
+/// The Secret of a new database. Made once: its password is in the volume from then on.
+pub fn database_secret(owner: &Owner, password: &str) -> Manifest {
+    let name = database_name(&owner.repl);
+    let mut labels = of_repl(&owner.user, &owner.repl);
+    labels[KEEP] = DATABASE.into();
+    let metadata = json!({ "name": name, "namespace": owner.user.namespace(), "labels": labels });
+    let url = format!("postgresql://app:{password}@{name}:5432/app");
+    let data = json!({
+        "POSTGRES_USER": "app",
+        "POSTGRES_DB": "app",
+        "POSTGRES_PASSWORD": password,
+        "DATABASE_URL": url,
+    });
+    Manifest::new(
+        Kind::Secret,
+        json!({ "metadata": metadata, "type": "Opaque", "stringData": data }),
+    )
+}
+
+/// The name of the Secret with a release's own variables.
+pub fn env_name(repl: &ReplId, release: u64) -> String {
+    format!("{repl}-env-{release}")
+}
+
+/// The Secret with a release's own variables.
+pub fn env_secret(
+    namespace: &str,
+    labels: &Value,
+    name: &str,
+    env: &BTreeMap<String, String>,
+) -> Manifest {
+    let metadata = json!({ "name": name, "namespace": namespace, "labels": labels });
+    Manifest::new(
+        Kind::Secret,
+        json!({ "metadata": metadata, "type": "Opaque", "stringData": env }),
+    )
+}
+
+/// Adds to a Deployment what makes it this release.
+fn dress(body: &mut Value, owner: &Owner, stored: &Stored) {
+    let annotations = json!({
+        SUBMISSION: stored.submission_id.to_string(),
+        RELEASE: stored.release.to_string(),
+        CODE_DIGEST: stored.code_digest,
+        TESTS_DIGEST: stored.tests_digest,
+        IMAGE: stored.image,
+    });
+    merge(body, "/metadata", "annotations", &annotations, true);
+    let path = "/spec/template/metadata";
+    merge(body, path, "annotations", &annotations, true);
+    // What the template says of these stands: its selector may name them.
+    merge(
+        body,
+        path,
+        "labels",
+        &json!({ APP: super::labels::PROD }),
+        false,
+    );
+    merge(
+        body,
+        path,
+        "labels",
+        &of_repl(&owner.user, &owner.repl),
+        false,
+    );
+    let Some(containers) = body
+        .pointer_mut("/spec/template/spec/containers")
+        .and_then(Value::as_array_mut)
+    else {
+        return;
+    };
+    let program = containers
+        .iter()
+        .position(|c| c["name"] == PROGRAM_CONTAINER)
+        .unwrap_or_default();
+    if let Some(container) = containers.get_mut(program) {
+        equip(container, owner, stored);
+    }
+}
+
+/// Gives the program's container its command and its variables.
+fn equip(container: &mut Value, owner: &Owner, stored: &Stored) {
+    let argv = Value::from(stored.argv.clone()).to_string();
+    let mut env = vec![
+        json!({ "name": "GANTRY_APP_ARGV", "value": literal(&argv) }),
+        json!({ "name": "PORT", "value": "3000" }),
+    ];
+    if stored.database && !stored.env_names.iter().any(|name| name == "DATABASE_URL") {
+        let key = json!({ "name": database_name(&owner.repl), "key": "DATABASE_URL" });
+        env.push(json!({ "name": "DATABASE_URL", "valueFrom": { "secretKeyRef": key } }));
+    }
+    let secret = env_name(&owner.repl, stored.release);
+    env.extend(stored.env_names.iter().map(|name| {
+        let key = json!({ "name": secret, "key": env_key(name) });
+        json!({ "name": name, "valueFrom": { "secretKeyRef": key } })
+    }));
+    let ours: Vec<Value> = env.iter().map(|entry| entry["name"].clone()).collect();
+    let known = container["env"].as_array().cloned().unwrap_or_default();
+    let mut all: Vec<Value> = known
+        .into_iter()
+        .filter(|entry| !ours.contains(&entry["name"]))
+        .collect();
+    all.extend(env);
+    container["env"] = all.into();
+}
+
+/// A variable may have a name that a Secret's key may not.
+pub fn env_key(name: &str) -> String {
+    use std::fmt::Write;
+    let mut key = String::new();
+    for byte in name.bytes() {
+        if byte.is_ascii_alphanumeric() || byte == b'_' {
+            key.push(char::from(byte));
+        } else {
+            // Writing to a String cannot fail.
+            let _ = write!(key, ".{byte:02x}");
+        }
+    }
+    key
+}
+
+/// A variable's value is searched for `$(NAME)` by the kubelet; `$$` stands for `$`.
+fn literal(text: &str) -> String {
+    text.replace('$', "$$")
+}
+
+/// Adds fields to an object inside the body, which is made if it is not there.
+fn merge(body: &mut Value, parent: &str, name: &str, fields: &Value, over: bool) {
+    let (Some(parent), Some(fields)) = (body.pointer_mut(parent), fields.as_object()) else {
+        return;
+    };
+    if !parent[name].is_object() {
+        parent[name] = Value::Object(Map::new());
+    }
+    if let Some(target) = parent[name].as_object_mut() {
+        for (name, value) in fields {
+            if over || !target.contains_key(name) {
+                target.insert(name.clone(), value.clone());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::model::SubmissionId;
+    use crate::platform::kubernetes::record::StoredState;
+    use crate::platform::kubernetes::template::BUILT_IN;
+    use k8s_openapi::api::apps::v1::{Deployment, StatefulSet};
+    use k8s_openapi::api::core::v1::PodSpec;
+
+    fn config() -> ReleaseConfig {
+        ReleaseConfig {
+            template: Template::parse(BUILT_IN).unwrap(),
+            runner_image: "gantry-runner:1".to_owned(),
+            database_image: "postgres:16".to_owned(),
+            bucket: "bucket".to_owned(),
+            store: BTreeMap::from([("AWS_REGION".to_owned(), "eu".to_owned())]),
+            domain: "localhost".to_owned(),
+            app_domain: "apps.localhost".to_owned(),
+            ingress_class: "nginx".to_owned(),
+        }
+    }
+
+    fn owner() -> Owner {
+        Owner {
+            user: "test".parse().unwrap(),
+            repl: "test-prod".parse().unwrap(),
+        }
+    }
+
+    fn stored() -> Stored {
+        Stored {
+            release: 7,
+            submission_id: SubmissionId::new(),
+            time: jiff::Timestamp::UNIX_EPOCH,
+            state: StoredState::Pending,
+            argv: vec!["python3".to_owned(), "$(HOME).py".to_owned()],
+            env_names: vec!["A B".to_owned()],
+            database: true,
+            code_digest: "c0de".to_owned(),
+            tests_digest: "7e57".to_owned(),
+            image: "sha256:1".to_owned(),
+        }
+    }
+
+    fn deployment() -> Deployment {
+        let manifests = config().manifests(&owner(), &stored());
+        let body = manifests
+            .iter()
+            .find(|m| m.kind == Kind::Deployment)
+            .unwrap();
+        serde_json::from_value(body.body.clone()).unwrap()
+    }
+
+    /// What Pod Security `restricted` asks for.
+    fn assert_restricted(spec: &PodSpec) {
+        let pod = spec.security_context.as_ref().unwrap();
+        assert_eq!(pod.run_as_non_root, Some(true));
+        assert_eq!(
+            pod.seccomp_profile.as_ref().unwrap().type_,
+            "RuntimeDefault"
+        );
+        assert_eq!(spec.automount_service_account_token, Some(false));
+        let all = spec
+            .init_containers
+            .iter()
+            .flatten()
+            .chain(&spec.containers);
+        for container in all {
+            let security = container.security_context.as_ref().unwrap();
+            assert_eq!(
+                security.allow_privilege_escalation,
+                Some(false),
+                "{}",
+                container.name
+            );
+            let drop = security
+                .capabilities
+                .as_ref()
+                .unwrap()
+                .drop
+                .as_ref()
+                .unwrap();
+            assert_eq!(drop, &["ALL".to_owned()]);
+            assert!(container.resources.as_ref().unwrap().limits.is_some());
+        }
+    }
+
+    #[test]
+    fn a_release_says_what_was_tested_and_takes_over_without_a_gap() {
+        let deployment = deployment();
+        let annotations = deployment.metadata.annotations.unwrap();
+        let said: Vec<&str> = [CODE_DIGEST, TESTS_DIGEST, IMAGE, RELEASE]
+            .map(|name| annotations[name].as_str())
+            .to_vec();
+        assert_eq!(said, ["c0de", "7e57", "sha256:1", "7"]);
+        let spec = deployment.spec.unwrap();
+        let rolling = spec.strategy.unwrap().rolling_update.unwrap();
+        assert_eq!(serde_json::to_value(rolling.max_unavailable).unwrap(), 0);
+        let pod = spec.template.metadata.unwrap();
+        let labels = pod.labels.unwrap();
+        assert_eq!(
+            (labels[APP].as_str(), labels[REPL].as_str()),
+            ("prod", "test-prod")
+        );
+        for (name, value) in spec.selector.match_labels.unwrap() {
+            assert_eq!(labels[&name], value);
+        }
+        assert_restricted(&spec.template.spec.unwrap());
+    }
+
+    #[test]
+    fn a_program_gets_its_command_its_variables_and_its_database() {
+        let spec = deployment().spec.unwrap().template.spec.unwrap();
+        let container = spec
+            .containers
+            .iter()
+            .find(|c| c.name == PROGRAM_CONTAINER)
+            .unwrap();
+        let env = serde_json::to_value(&container.env).unwrap();
+        insta::assert_json_snapshot!(env, @r#"
+        [
+          {
+            "name": "GANTRY_APP_ARGV",
+            "value": "[\"python3\",\"$$(HOME).py\"]"
+          },
+          {
+            "name": "PORT",
+            "value": "3000"
+          },
+          {
+            "name": "DATABASE_URL",
+            "valueFrom": {
+              "secretKeyRef": {
+                "key": "DATABASE_URL",
+                "name": "test-prod-db"
+              }
+            }
+          },
+          {
+            "name": "A B",
+            "valueFrom": {
+              "secretKeyRef": {
+                "key": "A.20B",
+                "name": "test-prod-env-7"
+              }
+            }
+          }
+        ]
+        "#);
+    }
+
+    #[test]
+    fn a_database_is_restricted_and_its_volume_and_password_outlive_a_stop() {
+        let [_, set] = config().database(&owner());
+        let set: StatefulSet = serde_json::from_value(set.body).unwrap();
+        let spec = set.spec.unwrap();
+        assert_restricted(&spec.template.spec.unwrap());
+        let claim = &spec.volume_claim_templates.unwrap()[0];
+        assert_eq!(claim.metadata.labels.as_ref().unwrap()[KEEP], DATABASE);
+        let secret = database_secret(&owner(), "p").body;
+        assert_eq!(secret["metadata"]["labels"][KEEP], DATABASE);
+        assert_eq!(
+            secret["stringData"]["DATABASE_URL"],
+            "postgresql://app:p@test-prod-db:5432/app"
+        );
+    }
+
+    #[test]
+    fn a_template_of_another_keeps_its_own_labels() {
+        let text = BUILT_IN
+            .replace("app: prod", "app: service_name")
+            .replace("- name: runner", "- name: web");
+        let config = ReleaseConfig {
+            template: Template::parse(&text).unwrap(),
+            ..config()
+        };
+        let manifests = config.manifests(&owner(), &stored());
+        let body = &manifests[1].body["spec"]["template"];
+        assert_eq!(body["metadata"]["labels"][APP], "test-prod");
+        assert_eq!(
+            body["spec"]["containers"][0]["env"][0]["name"],
+            "GANTRY_APP_ARGV"
+        );
+    }
+}

@@ -1,0 +1,448 @@
+//! Repls and their releases in the cluster: made, switched, rolled back, stopped.
+//!
+//! Every step can be done again: a server that died in the middle finds what is there by name, and
+//! what it applies a second time is already so.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::future::{try_join, try_join_all};
+use jiff::Timestamp;
+use kube::ResourceExt;
+use serde_json::{Value, json};
+use tokio::time::timeout;
+
+use super::cache::annotation;
+use super::cluster::{Cluster, Failure, Kind, Manifest};
+use super::labels::{SUBMISSION, of_repl};
+use super::namespace::{Namespaces, of_stopped};
+use super::record::{Record, Records, Stored, StoredState};
+use super::release::{
+    Owner, ReleaseConfig, database_name, database_secret, env_key, env_name, env_secret,
+};
+use super::rollout::{Rollouts, is_rolled_out};
+use super::test_pod;
+use crate::model::{Problem, Release, ReplId, UserId};
+use crate::platform::{PlatformError, ReleaseSpec, RunningRelease};
+
+/// How long what was removed may be seen in the watches.
+const GONE_WITHIN: Duration = Duration::from_secs(10);
+
+/// Bytes of a database's password, from the system's random numbers.
+const PASSWORD_BYTES: usize = 24;
+
+/// What a stop removes, callers first.
+const STOPPED_KINDS: [Kind; 5] = [
+    Kind::Ingress,
+    Kind::Service,
+    Kind::Deployment,
+    Kind::StatefulSet,
+    Kind::Secret,
+];
+
+/// Every repl of the cluster.
+#[derive(Debug, Clone)]
+pub struct Releases {
+    /// The way to the cluster.
+    pub cluster: Cluster,
+    /// Users' namespaces.
+    pub namespaces: Namespaces,
+    /// Repls' records.
+    pub records: Records,
+    /// What rollouts are watched with.
+    pub rollouts: Rollouts,
+    /// How releases are made.
+    pub config: Arc<ReleaseConfig>,
+    /// One change of a repl at a time.
+    pub changing: Arc<Mutex<HashMap<ReplId, Arc<tokio::sync::Mutex<()>>>>>,
+}
+
+impl Releases {
+    /// See [`Platform::ensure_release`](crate::platform::Platform::ensure_release).
+    pub async fn ensure(&self, spec: &ReleaseSpec) -> Result<RunningRelease, PlatformError> {
+        let changing = self.changing(&spec.repl_id);
+        let _one = changing.lock().await;
+        let failed = |failure: Failure| failure.unavailable("The release could not be recorded");
+        let claimed = self.records.claim(&spec.repl_id, &spec.user_id).await;
+        if claimed.map_err(failed)? != spec.user_id {
+            return Err(PlatformError::NotFound(format!(
+                "the repl {}",
+                spec.repl_id
+            )));
+        }
+        let owner = Owner {
+            user: spec.user_id.clone(),
+            repl: spec.repl_id.clone(),
+        };
+        let wanted = self.stored(spec);
+        let reserve = |record: &mut Record| record.reserve(wanted.clone());
+        let reserved = self
+            .records
+            .change(&owner.repl, reserve)
+            .await
+            .map_err(failed)?;
+        let Some(stored) = reserved else {
+            return Err(PlatformError::NotFound(format!("the repl {}", owner.repl)));
+        };
+        if stored.state == StoredState::Current && self.serves(&owner, &stored) {
+            return Ok(self.running(&owner, &stored));
+        }
+        if !spec.env.is_empty() {
+            self.keep_env(&owner, &stored, &spec.env)
+                .await
+                .map_err(failed)?;
+        }
+        self.switch(&owner, &stored).await
+    }
+
+    /// See [`Platform::rollback`](crate::platform::Platform::rollback).
+    pub async fn rollback(
+        &self,
+        repl: &ReplId,
+        release: Option<u64>,
+    ) -> Result<RunningRelease, PlatformError> {
+        let changing = self.changing(repl);
+        let _one = changing.lock().await;
+        let record = self.records.fresh(repl).await;
+        let record = record.map_err(|f| f.unavailable("The repl's releases could not be read"))?;
+        let target = record.as_ref().and_then(|record| record.target(release));
+        let (Some(record), Some(target)) = (&record, target) else {
+            return Err(PlatformError::NotFound(match release {
+                Some(number) => format!("release {number} of {repl} that served"),
+                None => format!("an earlier release of {repl}"),
+            }));
+        };
+        let owner = Owner {
+            user: record.user_id.clone(),
+            repl: repl.clone(),
+        };
+        self.switch(&owner, target).await
+    }
+
+    /// Stops the repl. Its releases, code and database stay.
+    pub async fn stop(&self, repl: &ReplId) -> Result<(), PlatformError> {
+        let changing = self.changing(repl);
+        let _one = changing.lock().await;
+        let failed = |failure: Failure| failure.unavailable("The repl could not be stopped");
+        let stopped = self.records.change(repl, |record| {
+            record.stop();
+            record.user_id.clone()
+        });
+        let Some(user) = stopped.await.map_err(failed)? else {
+            return Ok(());
+        };
+        let owner = Owner {
+            user,
+            repl: repl.clone(),
+        };
+        self.prune(&owner).await.map_err(failed)
+    }
+
+    /// Whose it is, as far as the watch knows; a name taken this very moment is refused by `claim`.
+    pub fn owner(&self, repl: &ReplId) -> Option<UserId> {
+        self.records.known(repl).map(|record| record.user_id)
+    }
+
+    /// Every release of the repl, newest first.
+    pub async fn of(&self, repl: &ReplId) -> Result<Vec<Release>, PlatformError> {
+        let record = self.records.fresh(repl).await;
+        let record = record.map_err(|f| f.unavailable("The repl's releases could not be read"))?;
+        record
+            .map(|record| record.listed())
+            .ok_or_else(|| PlatformError::NotFound(format!("the repl {repl}")))
+    }
+
+    /// What is stored of a release that is asked for.
+    fn stored(&self, spec: &ReleaseSpec) -> Stored {
+        Stored {
+            release: 0,
+            submission_id: spec.submission_id,
+            time: Timestamp::now(),
+            state: StoredState::Pending,
+            argv: spec.argv.clone(),
+            env_names: spec.env.keys().cloned().collect(),
+            database: spec.database,
+            code_digest: spec.tested.code.clone(),
+            tests_digest: spec.tested.tests.clone(),
+            image: self.tested_image(&spec.user_id),
+        }
+    }
+
+    /// The image that the tests ran in, to the digest where the node knows it.
+    fn tested_image(&self, user: &UserId) -> String {
+        let pods = &self.rollouts.pods;
+        let pod = pods.get(&user.namespace(), &test_pod::name(user));
+        let statuses = pod
+            .as_ref()
+            .and_then(|pod| pod.status.as_ref()?.container_statuses.as_ref());
+        let container = statuses
+            .into_iter()
+            .flatten()
+            .find(|c| c.name == test_pod::CONTAINER);
+        match container {
+            Some(container) if !container.image_id.is_empty() => container.image_id.clone(),
+            _ => self.config.runner_image.clone(),
+        }
+    }
+
+    /// Whether the release is the one that serves, as far as the watches know.
+    fn serves(&self, owner: &Owner, stored: &Stored) -> bool {
+        let submission = stored.submission_id.to_string();
+        let deployments = self.rollouts.deployments.of(&owner.user.namespace());
+        deployments.iter().any(|deployment| {
+            super::cache::label(deployment.as_ref(), super::labels::REPL)
+                == Some(owner.repl.as_str())
+                && annotation(deployment.as_ref(), SUBMISSION) == Some(&submission)
+                && is_rolled_out(deployment)
+        })
+    }
+
+    /// Makes a release serve, and the one before it go; or everything as it was before.
+    async fn switch(
+        &self,
+        owner: &Owner,
+        stored: &Stored,
+    ) -> Result<RunningRelease, PlatformError> {
+        match self.roll_out(owner, stored).await {
+            Ok(()) => {}
+            Err(error) => {
+                self.roll_back(owner, stored, &error).await;
+                return Err(error);
+            }
+        }
+        let switched = self.records.change(&owner.repl, |record| {
+            let before = record.current().map(|s| s.release);
+            record.switch(stored.release);
+            before.filter(|before| *before != stored.release)
+        });
+        let switched = switched.await;
+        let before = switched.map_err(|f| f.unavailable("The release could not be recorded"))?;
+        if let Some(Some(before)) = before {
+            self.forget_env(owner, before).await;
+        }
+        Ok(self.running(owner, stored))
+    }
+
+    async fn roll_out(&self, owner: &Owner, stored: &Stored) -> Result<(), PlatformError> {
+        let failed = |failure: Failure| {
+            let problem = failure.problem("The release could not be made");
+            if failure.is_away() || failure.is_terminating() {
+                PlatformError::Unavailable(problem)
+            } else {
+                PlatformError::NotReady(problem)
+            }
+        };
+        self.namespaces.ensure(&owner.user).await.map_err(failed)?;
+        let secret = self.config.store_secret(&owner.user);
+        let prepared = try_join_all([
+            Box::pin(async { self.cluster.apply(&secret).await.map(drop) })
+                as std::pin::Pin<Box<dyn Future<Output = _> + Send>>,
+            Box::pin(self.place_env(owner, stored)),
+            Box::pin(self.apply_database(owner, stored)),
+        ]);
+        prepared.await.map_err(failed)?;
+        if stored.database {
+            let ready = self.rollouts.database(owner).await;
+            ready.map_err(PlatformError::NotReady)?;
+        }
+        let (name, generation) = self.apply(owner, stored).await.map_err(failed)?;
+        let waited = self.rollouts.wait(owner, stored, &name, generation).await;
+        waited.map_err(PlatformError::NotReady)
+    }
+
+    /// Applies the template's objects; the Deployment's name and what it came to.
+    async fn apply(&self, owner: &Owner, stored: &Stored) -> Result<(String, i64), Failure> {
+        let manifests = self.config.manifests(owner, stored);
+        let (releases, others): (Vec<Manifest>, Vec<Manifest>) = manifests
+            .into_iter()
+            .partition(|m| m.kind == Kind::Deployment);
+        let others = try_join_all(others.iter().map(|m| self.cluster.apply(m)));
+        let release = try_join_all(releases.iter().map(|m| self.cluster.apply(m)));
+        let (applied, _) = try_join(release, others).await?;
+        let deployment = applied.first();
+        let name = deployment.map(|d| d.name_any()).unwrap_or_default();
+        let generation = deployment.and_then(|d| d.metadata.generation);
+        Ok((name, generation.unwrap_or_default()))
+    }
+
+    /// Puts back what served before; it never stopped serving.
+    async fn roll_back(&self, owner: &Owner, failed: &Stored, error: &PlatformError) {
+        let why = match error {
+            PlatformError::NotReady(problem) | PlatformError::Unavailable(problem) => {
+                problem.to_string()
+            }
+            PlatformError::NotFound(what) => format!("{what} does not exist"),
+        };
+        // While the API server is away nothing can be put back, and nothing goes on either; the
+        // submission is tried again or told as failed, and the next release puts it right.
+        let noted = self.records.change(&owner.repl, |record| {
+            record.fail(failed.release, &why);
+            (record.wanted, record.current().cloned())
+        });
+        let undone = match noted.await {
+            Ok(Some((true, Some(before)))) if before.release != failed.release => {
+                match self.place_env(owner, &before).await {
+                    Ok(()) => self.apply(owner, &before).await.map(drop),
+                    Err(failure) => Err(failure),
+                }
+            }
+            Ok(Some((true, Some(_))) | None) => Ok(()),
+            Ok(Some(_)) => self.prune(owner).await,
+            Err(failure) => Err(failure),
+        };
+        match undone {
+            Ok(()) => self.forget_env(owner, failed.release).await,
+            Err(failure) => {
+                tracing::error!(repl = %owner.repl, %failure, "a failed release could not be rolled back; the previous one serves, the next release puts it right");
+            }
+        }
+    }
+
+    /// Removes everything that served the repl, and waits until it is seen to be gone.
+    async fn prune(&self, owner: &Owner) -> Result<(), Failure> {
+        let namespace = owner.user.namespace();
+        let labels = of_stopped(&owner.repl);
+        let removed = STOPPED_KINDS.map(|kind| self.cluster.delete_all(kind, &namespace, &labels));
+        try_join_all(removed).await?;
+        let mut changes = self.rollouts.deployments.changes(&namespace);
+        let gone = async {
+            while self.has_deployment(owner) {
+                if changes.changed().await.is_err() {
+                    return;
+                }
+            }
+        };
+        if timeout(GONE_WITHIN, gone).await.is_err() {
+            tracing::warn!(repl = %owner.repl, "a stopped repl's Deployment is still there");
+        }
+        Ok(())
+    }
+
+    fn has_deployment(&self, owner: &Owner) -> bool {
+        let deployments = self.rollouts.deployments.of(&owner.user.namespace());
+        deployments.iter().any(|deployment| {
+            super::cache::label(deployment.as_ref(), super::labels::REPL)
+                == Some(owner.repl.as_str())
+        })
+    }
+
+    /// Makes the database's objects; its Secret only once, since its password is in the volume.
+    async fn apply_database(&self, owner: &Owner, stored: &Stored) -> Result<(), Failure> {
+        if !stored.database {
+            return Ok(());
+        }
+        let namespace = owner.user.namespace();
+        let name = database_name(&owner.repl);
+        let there = self.cluster.get(Kind::Secret, &namespace, &name).await?;
+        if there.is_none() {
+            match self
+                .cluster
+                .create(&database_secret(owner, &password()?))
+                .await
+            {
+                Err(failure) if !failure.is_conflict() => return Err(failure),
+                _ => {}
+            }
+        }
+        let manifests = self.config.database(owner);
+        try_join_all(manifests.iter().map(|m| self.cluster.apply(m))).await?;
+        Ok(())
+    }
+
+    /// Keeps a release's variables for as long as it may be rolled back to: out of the user's
+    /// namespace, where a stop removes everything.
+    async fn keep_env(
+        &self,
+        owner: &Owner,
+        stored: &Stored,
+        env: &BTreeMap<String, String>,
+    ) -> Result<(), Failure> {
+        let keyed = env
+            .iter()
+            .map(|(name, value)| (env_key(name), value.clone()))
+            .collect();
+        let labels = of_repl(&owner.user, &owner.repl);
+        let name = kept_env_name(owner, stored.release);
+        let secret = env_secret(&self.records.namespace, &labels, &name, &keyed);
+        self.cluster.apply(&secret).await.map(drop)
+    }
+
+    /// Puts a release's variables where its pods find them.
+    async fn place_env(&self, owner: &Owner, stored: &Stored) -> Result<(), Failure> {
+        if stored.env_names.is_empty() {
+            return Ok(());
+        }
+        let kept = kept_env_name(owner, stored.release);
+        let kept = self
+            .cluster
+            .get(Kind::Secret, &self.records.namespace, &kept)
+            .await?;
+        let data = kept.map(|secret| secret.data["data"].clone());
+        let metadata = json!({
+            "name": env_name(&owner.repl, stored.release),
+            "namespace": owner.user.namespace(),
+            "labels": of_repl(&owner.user, &owner.repl),
+        });
+        let data = data.unwrap_or_else(|| Value::Object(serde_json::Map::new()));
+        let body = json!({ "metadata": metadata, "type": "Opaque", "data": data });
+        let secret = Manifest::new(Kind::Secret, body);
+        self.cluster.apply(&secret).await.map(drop)
+    }
+
+    /// Removes a release's variables from the user's namespace; they are put there again if it comes
+    /// back.
+    async fn forget_env(&self, owner: &Owner, release: u64) {
+        let name = env_name(&owner.repl, release);
+        let namespace = owner.user.namespace();
+        let deleted = self.cluster.delete(Kind::Secret, &namespace, &name, None);
+        if let Err(failure) = deleted.await {
+            tracing::warn!(repl = %owner.repl, %failure, "a past release's variables stay until the repl is stopped");
+        }
+    }
+
+    fn running(&self, owner: &Owner, stored: &Stored) -> RunningRelease {
+        RunningRelease {
+            release: stored.release,
+            url: self.config.url(&owner.repl),
+        }
+    }
+
+    fn changing(&self, repl: &ReplId) -> Arc<tokio::sync::Mutex<()>> {
+        let mut changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(changing.entry(repl.clone()).or_default())
+    }
+}
+
+fn kept_env_name(owner: &Owner, release: u64) -> String {
+    format!("repl-{}", env_name(&owner.repl, release))
+}
+
+fn password() -> Result<String, Failure> {
+    use std::fmt::Write;
+    let mut bytes = [0; PASSWORD_BYTES];
+    getrandom::fill(&mut bytes).map_err(|error| {
+        let error = std::io::Error::other(error);
+        Failure::new("make a database's password", kube::Error::ReadEvents(error))
+    })?;
+    Ok(bytes.iter().fold(String::new(), |mut text, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    }))
+}
+
+/// A repl that is not there, in words.
+pub fn no_release(repl: &ReplId) -> PlatformError {
+    PlatformError::NotFound(format!("a running release of {repl}"))
+}
+
+/// What a caller is told who cannot be connected to a program.
+pub fn unreachable(why: String) -> PlatformError {
+    PlatformError::Unavailable(Problem::new(
+        "program_unreachable",
+        "The program cannot be reached",
+        why,
+        "Look at its log and at its pod; deploy it again if it does not come back.",
+    ))
+}

@@ -1,0 +1,430 @@
+//! A user's test pod: made once, kept, made anew when it is dead.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt;
+use serde_json::json;
+use tokio::time::{Instant, timeout_at};
+
+use super::cache::{Cache, Now};
+use super::cluster::{Cluster, Failure, Kind, Manifest};
+use super::explain::{Blocked, blocked, events};
+use super::labels::{ROLE, TEST, of_user};
+use super::namespace::{Namespaces, TEST_ACCOUNT};
+use crate::model::{Limits, Problem, UserId};
+use crate::platform::PlatformError;
+
+/// The container that the runner lives in.
+pub const CONTAINER: &str = "runner";
+
+/// What the agent needs of root's power, and nothing else. It cannot do with less, because it runs
+/// programs under other user ids than its own, so that they can neither signal, trace nor read it.
+const CAPABILITIES: [&str; 6] = [
+    // To become a slot's user before a program starts.
+    "SETUID",
+    "SETGID",
+    // To kill what a program left behind: those processes have other user ids.
+    "KILL",
+    // To give a slot's folders to the slot's user.
+    "CHOWN",
+    // To write a job's files into, and clear, folders that belong to a slot's user, whatever their
+    // modes.
+    "DAC_OVERRIDE",
+    // To change modes there, where a program made something nobody may enter.
+    "FOWNER",
+];
+
+/// Memory beside the runs: the agent, waiting interpreters, and what is in the memory-backed folders
+/// between runs.
+const RUNNER_MEMORY: u64 = 512 << 20;
+
+/// How the pods are to be.
+#[derive(Debug, Clone)]
+pub struct TestPodConfig {
+    /// The runner image.
+    pub image: String,
+    /// Runs of one user at one time.
+    pub runs_per_user: usize,
+    /// The most a run may ask for.
+    pub maximum: Limits,
+    /// Whether test runs may use the network.
+    pub network: bool,
+}
+
+/// The pod's name.
+pub fn name(user: &UserId) -> String {
+    format!("{user}-test")
+}
+
+/// A test pod's manifest.
+pub fn manifest(user: &UserId, config: &TestPodConfig) -> Manifest {
+    let mut labels = of_user(user);
+    labels[ROLE] = TEST.into();
+    let memory = config.runs_per_user as u64 * config.maximum.memory_bytes + RUNNER_MEMORY;
+    let workspace = (config.runs_per_user as u64 * 4 * config.maximum.file_bytes).max(64 << 20);
+    let folder = |name: &str, bytes: u64| json!({ "name": name, "emptyDir": { "medium": "Memory", "sizeLimit": bytes.to_string() } });
+    let mount = |name: &str| json!({ "name": name, "mountPath": format!("/{name}") });
+    let container = json!({
+        "name": CONTAINER,
+        "image": config.image,
+        "imagePullPolicy": "IfNotPresent",
+        "command": ["gantry-runner", "agent"],
+        "env": [
+            // While one job runs, the slot of the one before is emptied: with as many again, runs
+            // that follow each other closely never wait for it.
+            { "name": "GANTRY_SLOTS", "value": (2 * config.runs_per_user).to_string() },
+            { "name": "GANTRY_ALLOW_NETWORK", "value": config.network.to_string() },
+        ],
+        "resources": {
+            "requests": { "cpu": "100m", "memory": "128Mi" },
+            "limits": { "cpu": "2", "memory": memory.to_string() },
+        },
+        "securityContext": {
+            "runAsUser": 0,
+            "runAsGroup": 0,
+            "allowPrivilegeEscalation": false,
+            "readOnlyRootFilesystem": true,
+            "capabilities": { "drop": ["ALL"], "add": CAPABILITIES },
+        },
+        "volumeMounts": [mount("workspace"), mount("tmp"), mount("run")],
+    });
+    let spec = json!({
+        "restartPolicy": "Always",
+        "serviceAccountName": TEST_ACCOUNT,
+        "automountServiceAccountToken": false,
+        "enableServiceLinks": false,
+        // Nothing in it is worth waiting for: what runs is run again or reported as unknown.
+        "terminationGracePeriodSeconds": 1,
+        // A node that is lost is given up as soon as the cluster says so.
+        "tolerations": [
+            { "key": "node.kubernetes.io/not-ready", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 5 },
+            { "key": "node.kubernetes.io/unreachable", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 5 },
+        ],
+        "securityContext": { "seccompProfile": { "type": "RuntimeDefault" } },
+        "containers": [container],
+        "volumes": [
+            folder("workspace", workspace),
+            folder("tmp", 64 << 20),
+            folder("run", 16 << 20),
+        ],
+    });
+    let metadata = json!({ "name": name(user), "namespace": user.namespace(), "labels": labels });
+    Manifest::new(Kind::Pod, json!({ "metadata": metadata, "spec": spec }))
+}
+
+/// One life of a pod's container. A stream belongs to one; the next knows nothing of its runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Life {
+    /// The pod's id.
+    pub uid: String,
+    /// The container's id.
+    pub container: String,
+}
+
+/// The life that is running now, or why there is none.
+pub fn life(pod: &Pod) -> Option<Life> {
+    if pod.metadata.deletion_timestamp.is_some() {
+        return None;
+    }
+    let status = pod.status.as_ref()?;
+    if status.phase.as_deref() != Some("Running") {
+        return None;
+    }
+    let containers = status.container_statuses.as_ref()?;
+    let container = containers.iter().find(|c| c.name == CONTAINER)?;
+    container.state.as_ref()?.running.as_ref()?;
+    Some(Life {
+        uid: pod.uid()?,
+        container: container.container_id.clone()?,
+    })
+}
+
+/// What is to be done with a pod as it is.
+#[derive(Debug, PartialEq, Eq)]
+enum Standing {
+    /// There is none.
+    Absent,
+    /// It lives.
+    Alive(Life),
+    /// It may come up; wait.
+    Coming,
+    /// It will not run again; remove it.
+    Dead,
+    /// It is being removed.
+    Leaving,
+}
+
+fn standing(pod: Option<&Pod>, image: &str) -> Standing {
+    let Some(pod) = pod else {
+        return Standing::Absent;
+    };
+    if pod.metadata.deletion_timestamp.is_some() {
+        return Standing::Leaving;
+    }
+    let status = pod.status.as_ref();
+    let phase = status.and_then(|s| s.phase.as_deref());
+    if matches!(phase, Some("Failed" | "Succeeded")) {
+        return Standing::Dead;
+    }
+    // A runner of another image may speak other frames.
+    let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
+    if containers
+        .filter(|c| c.name == CONTAINER)
+        .any(|c| c.image.as_deref() != Some(image))
+    {
+        return Standing::Dead;
+    }
+    life(pod).map_or(Standing::Coming, Standing::Alive)
+}
+
+/// How long a pod that cannot start is watched before its cause is told: images are tried again, and
+/// nodes may be added, but a user waits (hostile.md: a cause within 30 s).
+const CAUSE_AFTER: Duration = Duration::from_secs(8);
+
+/// How long a pod that is leaving may take before it is removed by force: its node may be gone.
+const LEAVING: Duration = Duration::from_secs(3);
+
+/// Every user's test pod.
+#[derive(Debug, Clone)]
+pub struct TestPods {
+    cluster: Cluster,
+    namespaces: Namespaces,
+    pods: Cache<Pod>,
+    config: TestPodConfig,
+    /// One making of a user's pod at a time.
+    making: Arc<Mutex<HashMap<UserId, Arc<tokio::sync::Mutex<()>>>>>,
+}
+
+impl TestPods {
+    /// Test pods of this kind.
+    pub fn new(
+        cluster: &Cluster,
+        namespaces: &Namespaces,
+        pods: &Cache<Pod>,
+        config: TestPodConfig,
+    ) -> Self {
+        Self {
+            cluster: cluster.clone(),
+            namespaces: namespaces.clone(),
+            pods: pods.clone(),
+            config,
+            making: Arc::default(),
+        }
+    }
+
+    /// The user's pod, from now on.
+    pub fn follow(&self, user: &UserId) -> Now<Pod> {
+        self.pods.follow(&user.namespace(), &name(user))
+    }
+
+    /// A pod whose runner has started, made first if need be.
+    pub async fn ensure(&self, user: &UserId, deadline: Instant) -> Result<Life, PlatformError> {
+        let making = {
+            let mut making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(making.entry(user.clone()).or_default())
+        };
+        let _one = making.lock().await;
+        let refused = |failure: Failure| failure.unavailable("The test pod could not be made");
+        self.namespaces.ensure(user).await.map_err(refused)?;
+        let mut now = self.follow(user);
+        let mut waiting_since = Instant::now();
+        loop {
+            let pod = now.borrow_and_update().clone();
+            let wait_until = match standing(pod.as_deref(), &self.config.image) {
+                Standing::Alive(life) => return Ok(life),
+                Standing::Absent => {
+                    self.create(user).await?;
+                    waiting_since = Instant::now();
+                    deadline
+                }
+                Standing::Dead => {
+                    self.remove(user).await.map_err(refused)?;
+                    deadline
+                }
+                Standing::Leaving => {
+                    let by_force = waiting_since + LEAVING;
+                    if Instant::now() >= by_force {
+                        self.remove(user).await.map_err(refused)?;
+                        waiting_since = Instant::now();
+                    }
+                    deadline.min(waiting_since + LEAVING)
+                }
+                Standing::Coming => {
+                    let told = waiting_since + CAUSE_AFTER;
+                    let cause = pod.as_deref().and_then(blocked);
+                    if let (true, Some(cause)) = (Instant::now() >= told, cause) {
+                        return Err(self.blocked(user, cause).await);
+                    }
+                    if Instant::now() >= told {
+                        deadline
+                    } else {
+                        deadline.min(told)
+                    }
+                }
+            };
+            match timeout_at(wait_until, now.changed()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) => return Err(stopping()),
+                Err(_) if Instant::now() >= deadline => {
+                    return Err(self.blocked(user, Blocked::slow()).await);
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    async fn create(&self, user: &UserId) -> Result<(), PlatformError> {
+        match self.cluster.create(&manifest(user, &self.config)).await {
+            Ok(_) => Ok(()),
+            // Another replica was first; its pod is this user's pod.
+            Err(failure) if failure.is_conflict() => Ok(()),
+            Err(failure) => {
+                let problem = failure.problem("The test pod could not be made");
+                // A quota does not grow by trying again.
+                Err(if failure.is_away() || failure.is_terminating() {
+                    PlatformError::Unavailable(problem)
+                } else {
+                    PlatformError::NotReady(problem)
+                })
+            }
+        }
+    }
+
+    /// Removes the pod, whatever it is doing.
+    pub async fn remove(&self, user: &UserId) -> Result<(), Failure> {
+        self.cluster
+            .delete(Kind::Pod, &user.namespace(), &name(user), Some(0))
+            .await
+    }
+
+    /// Removes this life of the pod; the next one, which another task may have made, stays.
+    pub async fn remove_life(&self, user: &UserId, life: &Life) -> Result<(), Failure> {
+        let pod = self.pods.get(&user.namespace(), &name(user));
+        if pod.and_then(|pod| pod.uid()).as_ref() == Some(&life.uid) {
+            return self.remove(user).await;
+        }
+        Ok(())
+    }
+
+    async fn blocked(&self, user: &UserId, cause: Blocked) -> PlatformError {
+        let pod = self.pods.get(&user.namespace(), &name(user));
+        let mut why = cause.why;
+        if let Some(pod) = pod.as_deref() {
+            let told = events(&self.cluster, pod).await;
+            if !told.is_empty() {
+                why = format!("{why}. The cluster's events: {}", told.join("; "));
+            }
+        }
+        PlatformError::NotReady(Problem::new(
+            cause.code,
+            "The test pod does not start",
+            why,
+            cause.remediation,
+        ))
+    }
+}
+
+fn stopping() -> PlatformError {
+    PlatformError::Unavailable(Problem::new(
+        "stopping",
+        "The server is stopping",
+        "its watches have ended",
+        "Send it again.",
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn config() -> TestPodConfig {
+        TestPodConfig {
+            image: "gantry-runner:latest".to_owned(),
+            runs_per_user: 3,
+            maximum: Limits::MAXIMUM,
+            network: false,
+        }
+    }
+
+    fn pod(status: serde_json::Value) -> Pod {
+        let mut body = manifest(&"test".parse().unwrap(), &config()).body;
+        body["metadata"]["uid"] = "u".into();
+        body["status"] = status;
+        serde_json::from_value(body).unwrap()
+    }
+
+    #[test]
+    fn the_pod_has_no_token_no_root_to_write_and_the_capabilities_named() {
+        let pod = pod(json!({}));
+        let spec = pod.spec.unwrap();
+        assert_eq!(pod.metadata.name.as_deref(), Some("test-test"));
+        assert_eq!(spec.automount_service_account_token, Some(false));
+        assert_eq!(spec.restart_policy.as_deref(), Some("Always"));
+        let container = &spec.containers[0];
+        let security = container.security_context.as_ref().unwrap();
+        assert_eq!(security.read_only_root_filesystem, Some(true));
+        assert_eq!(security.allow_privilege_escalation, Some(false));
+        let capabilities = security.capabilities.as_ref().unwrap();
+        assert_eq!(capabilities.drop.as_deref(), Some(&["ALL".to_owned()][..]));
+        // What Pod Security `baseline` lets a container add.
+        let baseline = [
+            "AUDIT_WRITE",
+            "CHOWN",
+            "DAC_OVERRIDE",
+            "FOWNER",
+            "FSETID",
+            "KILL",
+            "MKNOD",
+            "NET_BIND_SERVICE",
+            "SETFCAP",
+            "SETGID",
+            "SETPCAP",
+            "SETUID",
+            "SYS_CHROOT",
+        ];
+        let added = capabilities.add.as_ref().unwrap();
+        assert!(
+            added.iter().all(|c| baseline.contains(&c.as_str())),
+            "{added:?}"
+        );
+        for volume in spec.volumes.unwrap() {
+            let folder = volume.empty_dir.unwrap();
+            assert_eq!(folder.medium.as_deref(), Some("Memory"));
+            assert!(folder.size_limit.is_some());
+        }
+    }
+
+    #[test]
+    fn a_dead_pod_is_told_from_one_that_is_coming() {
+        let image = config().image;
+        let of = |pod: &Pod| standing(Some(pod), &image);
+        assert_eq!(standing(None, &image), Standing::Absent);
+        assert_eq!(of(&pod(json!({ "phase": "Pending" }))), Standing::Coming);
+        assert_eq!(
+            of(&pod(json!({ "phase": "Failed", "reason": "Evicted" }))),
+            Standing::Dead
+        );
+        let running = json!({ "phase": "Running", "containerStatuses": [{
+            "name": CONTAINER, "image": "", "imageID": "", "ready": true, "restartCount": 0,
+            "containerID": "c", "state": { "running": {} },
+        }]});
+        let mut alive = pod(running.clone());
+        let life = Life {
+            uid: "u".to_owned(),
+            container: "c".to_owned(),
+        };
+        assert_eq!(of(&alive), Standing::Alive(life));
+        assert_eq!(standing(Some(&alive), "other:1"), Standing::Dead);
+        alive.metadata.deletion_timestamp =
+            serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap();
+        assert_eq!(of(&alive), Standing::Leaving);
+        let mut waiting = running;
+        waiting["containerStatuses"][0]["state"] =
+            json!({ "waiting": { "reason": "CrashLoopBackOff" } });
+        assert_eq!(of(&pod(waiting)), Standing::Coming);
+    }
+}
