@@ -1,0 +1,102 @@
+"""Elasticsearch: the real server, with security off or on."""
+
+import base64
+import json
+import os
+import shutil
+import urllib.request
+
+from . import build
+from .process import Process, installed, run, wait_for
+from .settings import ELASTICSEARCH_PASSWORD, ELASTICSEARCH_PORT, ELASTICSEARCH_TRANSPORT_PORT, HOST, STATE, BedError
+
+PROCESS = Process("elasticsearch")
+# Seen: 20 to 60 s, by how busy the machine is.
+READY_SECONDS = 180
+# It refuses to run as root; no account is needed, and this number has no other use.
+USER = 19200
+HOME = STATE / "elasticsearch"
+HEAP = "512m"
+
+
+def secure():
+    return (HOME / "secure").exists()
+
+
+def host():
+    login = f"elastic:{ELASTICSEARCH_PASSWORD}@" if secure() else ""
+    return f"http://{login}{HOST}:{ELASTICSEARCH_PORT}"
+
+
+def request(method, path, body=None, content_type="application/json", seconds=30):
+    call = urllib.request.Request(
+        f"http://{HOST}:{ELASTICSEARCH_PORT}{path}", method=method, data=body, headers={"Content-Type": content_type}
+    )
+    if secure():
+        token = base64.b64encode(f"elastic:{ELASTICSEARCH_PASSWORD}".encode()).decode()
+        call.add_header("Authorization", f"Basic {token}")
+    with urllib.request.urlopen(call, timeout=seconds) as answer:
+        return json.loads(answer.read())
+
+
+def configure(security):
+    source = build.elasticsearch()
+    shutil.rmtree(HOME / "config", ignore_errors=True)
+    for folder in ("config", "data", "logs", "tmp"):
+        (HOME / folder).mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source / "config", HOME / "config", dirs_exist_ok=True)
+    settings = {
+        "cluster.name": "testbed", "node.name": "testbed", "discovery.type": "single-node",
+        "path.data": str(HOME / "data"), "path.logs": str(HOME / "logs"),
+        "network.host": HOST, "http.port": ELASTICSEARCH_PORT, "transport.port": ELASTICSEARCH_TRANSPORT_PORT,
+        "xpack.security.enabled": security, "xpack.security.http.ssl.enabled": False,
+        "xpack.security.transport.ssl.enabled": False, "xpack.security.enrollment.enabled": False,
+        # The machine's disk is the developer's: its fill level is no reason to refuse documents here.
+        "cluster.routing.allocation.disk.threshold_enabled": False,
+    }
+    lines = (f"{name}: {json.dumps(value)}" for name, value in settings.items())
+    (HOME / "config" / "elasticsearch.yml").write_text("\n".join(lines) + "\n")
+    # The quick compiler and the simple collector: ready in a third of the time on two cores.
+    (HOME / "config" / "jvm.options.d").mkdir(exist_ok=True)
+    (HOME / "config" / "jvm.options").write_text(
+        f"-Xms{HEAP}\n-Xmx{HEAP}\n-XX:+UseSerialGC\n-XX:TieredStopAtLevel=1\n-XX:+ExitOnOutOfMemoryError\n"
+        f"-XX:ErrorFile={HOME}/logs/hs_err_pid%p.log\n"
+    )
+    (HOME / "secure").touch() if security else (HOME / "secure").unlink(missing_ok=True)
+    if security and not (source / "modules" / "x-pack-security").exists():
+        raise BedError("this build of Elasticsearch has no x-pack-security module: --secure cannot be had")
+    run(["chown", "-R", f"{USER}:{USER}", HOME])
+
+
+def environment():
+    java = os.path.dirname(os.path.dirname(os.path.realpath(installed("java"))))
+    return {
+        "ES_JAVA_HOME": java, "ES_PATH_CONF": str(HOME / "config"), "ES_TMPDIR": str(HOME / "tmp"),
+        "HOME": str(HOME), "CLI_JAVA_OPTS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+    }
+
+
+def start():
+    if PROCESS.pid():
+        return
+    PROCESS.start([build.elasticsearch() / "bin" / "elasticsearch"], user=USER, env=environment(), cwd=HOME)
+
+
+def stop():
+    """The launcher passes the signal on; its server is in the same cgroup, which `down` empties in any case."""
+    PROCESS.stop()
+
+
+def ready():
+    return request("GET", "/_cluster/health?timeout=1s", seconds=5)["status"] in ("green", "yellow")
+
+
+def wait():
+    wait_for("elasticsearch", READY_SECONDS, ready, PROCESS)
+
+
+def up(security=False):
+    if not PROCESS.pid():
+        configure(security)
+    start()
+    wait()

@@ -1,0 +1,82 @@
+"""The bridge, one network namespace for each node, and the routes. Nothing of it leads off the machine."""
+
+import json
+import pathlib
+
+from .process import run
+from .settings import BED_NETWORK, BRIDGE, HOST, POD_NETWORK, SERVICE_NETWORK
+
+NAMESPACE = "gantry-bed-"
+
+
+def namespace(node):
+    return NAMESPACE + node.name
+
+
+def links():
+    return {link["ifname"] for link in json.loads(run(["ip", "-j", "link"]) or "[]")}
+
+
+def up():
+    if BRIDGE in links():
+        return
+    run(["ip", "-b", "-"], input=f"link add {BRIDGE} type bridge\naddr add {HOST}/24 dev {BRIDGE}\nlink set {BRIDGE} up\n")
+
+
+def add_node(node):
+    """A veth pair to the bridge; the machine and the other nodes reach this node's pods through its address."""
+    if pathlib.Path(f"/run/netns/{namespace(node)}").exists():
+        remove_node(node)
+    run(["ip", "netns", "add", namespace(node)])
+    run(["ip", "-b", "-"], input=(
+        f"link add {node.veth} type veth peer name eth0 netns {namespace(node)}\n"
+        f"link set {node.veth} master {BRIDGE} up\n"
+        f"route replace {node.pods} via {node.address} dev {BRIDGE}\n"
+    ))
+    run(["ip", "-n", namespace(node), "-b", "-"], input=(
+        f"addr add {node.address}/24 dev eth0\nlink set lo up\nlink set eth0 up\n"
+        # Without a route the kernel refuses a packet before kube-proxy's rule gives it its real address.
+        f"route add {SERVICE_NETWORK} dev eth0\n"
+    ))
+    inside(node, ["sysctl", "-q", "-w", "net.ipv4.ip_forward=1"])
+
+
+def connect(nodes):
+    """Each node's routes to the pods of the others."""
+    for node in nodes:
+        others = "".join(f"route replace {other.pods} via {other.address}\n" for other in nodes if other.name != node.name)
+        run(["ip", "-n", namespace(node), "-b", "-"], input=others)
+
+
+def inside(node, command, **options):
+    return run(["nsenter", f"--net=/run/netns/{namespace(node)}", *command], **options)
+
+
+def cut(node, state):
+    run(["ip", "link", "set", node.veth, state])
+    if state == "up":  # the route went with the link of a bridge that had no other port
+        run(["ip", "route", "replace", node.pods, "via", node.address, "dev", BRIDGE])
+
+
+def remove_node(node):
+    if pathlib.Path(f"/run/netns/{namespace(node)}").exists():
+        run(["ip", "netns", "del", namespace(node)])
+    if node.veth in links():
+        run(["ip", "link", "del", node.veth])
+
+
+def down():
+    for folder in pathlib.Path("/run/netns").glob(NAMESPACE + "*"):
+        run(["ip", "netns", "del", folder.name])
+    for link in links():
+        if link.startswith("gbed-") or link == BRIDGE:
+            run(["ip", "link", "del", link])  # the routes go with the bridge
+
+
+def leftovers():
+    found = [f"namespace {folder}" for folder in pathlib.Path("/run/netns").glob(NAMESPACE + "*")]
+    found += [f"link {link}" for link in links() if link.startswith("gbed-") or link == BRIDGE]
+    for route in json.loads(run(["ip", "-j", "route", "show", "table", "all"]) or "[]"):
+        if str(route["dst"]).startswith((POD_NETWORK[:7], BED_NETWORK[:8], SERVICE_NETWORK[:6])):
+            found.append(f"route {route['dst']}")
+    return found
