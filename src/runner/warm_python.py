@@ -57,10 +57,36 @@ def _serve():
         modules = known_modules
         modules |= nothing
 
-    def collect():
+    def keep_known(main):
+        """Gives everything that is here already one owner more, who never lets go. An interpreter
+        that ends would take all of it apart and, in doing so, copy the memory that runs share.
+        `main` is handed in: a cell of this file's would be kept, and the program's module with it."""
+        for module in list(sys.modules.values()):
+            if module is not main:
+                keep_alive(module)
+                keep_alive(getattr(module, "__dict__", module))
+        classes, found = [object], {object}
+        for known in classes:
+            for inner in set(type.__subclasses__(known)) - found:
+                classes.append(inner)
+                found.add(inner)
+            for part in (*gc.get_referents(known.__dict__), known.__mro__, known.__bases__):
+                keep_alive(part)
+        # The standard streams write out what is left in them when they are taken apart.
+        ending = [main, main.__dict__]
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            while stream is not None:
+                ending += [stream, getattr(stream, "__dict__", stream)]
+                stream = getattr(stream, "buffer", None) or getattr(stream, "raw", None)
+        ending = {id(thing) for thing in ending}
+        for thing in gc.get_objects():
+            if id(thing) not in ending:
+                keep_alive(thing)
+
+    def collect(options=posix.WNOHANG):
         while True:
             try:
-                pid, status, usage = posix.wait4(-1, posix.WNOHANG)
+                pid, status, usage = posix.wait4(-1, options)
             except ChildProcessError:
                 return
             if pid == 0:
@@ -112,9 +138,12 @@ def _serve():
 
     def leave():
         """In the child: undo what bringing this file in has changed."""
+        nonlocal own
         for thing in own:
             if not gc.is_tracked(thing):
                 track(thing)
+        # The cell it stands in is kept for good; the program's module must not be.
+        thing = own = None
         sys.path[:] = [entry for entry in sys.path if entry != here]
         for entry in set(sys.path_importer_cache) - searched:
             del sys.path_importer_cache[entry]
@@ -144,10 +173,6 @@ def _serve():
     if keep_alive is not None:
         import atexit
 
-        for module in list(sys.modules.values()):
-            if module is not main:
-                keep_alive(module)
-                keep_alive(getattr(module, "__dict__", module))
         # Registered first, called last.
         atexit.register(forget_known)
     for name in set(sys.modules) - before:
@@ -162,6 +187,8 @@ def _serve():
     waiting.register(woken, select.POLLIN)
     waiting.register(control, select.POLLIN)
     gc.collect()
+    if keep_alive is not None:
+        keep_known(main)
     # What is here already is never garbage: collections in a run need not touch it.
     # The program's own module is not: what hangs on it must be found when it ends.
     own = (main, main.__dict__) if track is not None else ()
