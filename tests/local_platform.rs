@@ -1,19 +1,43 @@
-//! The local platform, held to the contract of every platform.
+//! The local platform, held to the contract of every platform, in each of its degrees of isolation.
+//!
+//! The weaker ones are what a server gets on a machine that gives it less. So the test starts itself
+//! once more with less: as another user, or behind a filter that forbids namespaces.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use gantry::model::Limits;
-use gantry::platform::Platform;
 use gantry::platform::conformance::{Subject, all};
 use gantry::platform::local::{LocalConfig, LocalPlatform};
+use gantry::platform::{Finding, Platform};
 use gantry::storage::DirectoryStore;
 
-async fn platform(data: &std::path::Path) -> (Arc<LocalPlatform>, DirectoryStore) {
+/// The test that a child process runs.
+const SUITE: &str = "the_local_platform_keeps_the_contract";
+
+/// Tells a child process where its copy of the runner is, which user it is to be, and what it is to
+/// find out about isolation.
+const RUNNER: &str = "GANTRY_TEST_RUNNER";
+const EXPECTED: &str = "GANTRY_TEST_ISOLATION";
+
+/// A user that owns nothing.
+const NOBODY: u32 = 65_534;
+
+/// The suite takes a few seconds; a minute for each of its promises is what a hung one may take.
+const CHILD_PATIENCE: Duration = Duration::from_secs(300);
+
+async fn platform(data: &Path) -> (Arc<LocalPlatform>, DirectoryStore) {
     let store = DirectoryStore::open(data.join("store")).unwrap();
     let config = LocalConfig {
         data: data.to_owned(),
-        runner: env!("CARGO_BIN_EXE_gantry-runner").into(),
+        runner: std::env::var_os(RUNNER)
+            .unwrap_or_else(|| env!("CARGO_BIN_EXE_gantry-runner").into())
+            .into(),
         runs_per_user: 4,
         maximum: Limits::MAXIMUM,
         network: false,
@@ -29,8 +53,14 @@ async fn platform(data: &std::path::Path) -> (Arc<LocalPlatform>, DirectoryStore
 async fn the_local_platform_keeps_the_contract() {
     let data = tempfile::tempdir().unwrap();
     let (platform, store) = platform(data.path()).await;
-    for check in platform.checks() {
+    let checks = platform.checks();
+    for check in &checks {
         println!("{check:?}");
+    }
+    if let Ok(expected) = std::env::var(EXPECTED) {
+        let isolation = checks.iter().find(|check| check.name == "isolation");
+        let found = format!("{:?}", isolation.unwrap().finding);
+        assert_eq!(found, expected, "{checks:?}");
     }
     let subject = Subject {
         platform: Arc::clone(&platform) as Arc<dyn Platform>,
@@ -48,4 +78,172 @@ async fn the_local_platform_keeps_the_contract() {
     }
     platform.shutdown().await;
     result.unwrap();
+    let left = below(data.path());
+    assert!(left.is_empty(), "processes are left behind: {left:?}");
+}
+
+#[test]
+fn a_server_without_root_keeps_the_contract() {
+    if !rustix::process::getuid().is_root() {
+        println!("this test's user is not root: {SUITE} is this test already");
+        return;
+    }
+    if !may_make_namespaces() {
+        assert!(
+            std::env::var("CI").as_deref() != Ok("true"),
+            "users other than root may not make namespaces here: kernel.apparmor_restrict_unprivileged_userns=0"
+        );
+        println!("WEAKER: users other than root may not make namespaces here");
+        return;
+    }
+    Child::new().user(NOBODY).run(Finding::Weaker);
+}
+
+#[test]
+fn a_server_without_namespaces_keeps_the_contract() {
+    let child = Child::new().without_namespaces();
+    match rustix::process::getuid().is_root() {
+        true => child.user(NOBODY),
+        false => child,
+    }
+    .run(Finding::Missing);
+}
+
+#[test]
+fn a_server_with_root_and_without_namespaces_keeps_the_contract() {
+    if rustix::process::getuid().is_root() {
+        Child::new().without_namespaces().run(Finding::Missing);
+    }
+}
+
+/// This test's program, about to run the suite as somebody with less power.
+struct Child {
+    folder: tempfile::TempDir,
+    command: Command,
+}
+
+impl Child {
+    fn new() -> Child {
+        let folder = tempfile::tempdir().unwrap();
+        let [program, runner, data] = ["suite", "runner", "data"].map(|n| folder.path().join(n));
+        // Copies: where these programs are built may be closed to others.
+        std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+        std::fs::copy(env!("CARGO_BIN_EXE_gantry-runner"), &runner).unwrap();
+        std::fs::create_dir(&data).unwrap();
+        for path in [folder.path(), &program, &runner] {
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        let mut command = Command::new(program);
+        command
+            .args(["--exact", SUITE, "--nocapture"])
+            .env(RUNNER, runner)
+            .env("TMPDIR", &data)
+            .env("HOME", &data)
+            .current_dir(&data)
+            .stdin(Stdio::null());
+        Child { folder, command }
+    }
+
+    fn user(mut self, id: u32) -> Child {
+        chown(self.folder.path().join("data"), Some(id), Some(id)).unwrap();
+        self.command.uid(id).gid(id);
+        self
+    }
+
+    /// What container engines do to their containers by default.
+    fn without_namespaces(mut self) -> Child {
+        let filter = no_namespaces();
+        // SAFETY: the closure makes system calls on values made before the fork.
+        unsafe {
+            self.command.pre_exec(move || {
+                if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                seccompiler::apply_filter(&filter).map_err(|_| std::io::ErrorKind::Other.into())
+            });
+        }
+        self
+    }
+
+    fn run(mut self, expected: Finding) {
+        let out = std::fs::File::create(self.folder.path().join("out")).unwrap();
+        self.command
+            .env(EXPECTED, format!("{expected:?}"))
+            .stdout(out.try_clone().unwrap())
+            .stderr(out);
+        let mut child = self.command.spawn().unwrap();
+        let started = Instant::now();
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break Some(status);
+            }
+            if started.elapsed() > CHILD_PATIENCE {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                break None;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        let said = std::fs::read(self.folder.path().join("out")).unwrap();
+        let said = String::from_utf8_lossy(&said);
+        let ran = said.contains("1 passed");
+        assert!(
+            ran && status.is_some_and(|status| status.success()),
+            "the suite ended with {status:?}:\n{said}"
+        );
+        println!("{said}");
+    }
+}
+
+fn no_namespaces() -> seccompiler::BpfProgram {
+    use seccompiler::{
+        SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    };
+    let flag = u64::from(libc::CLONE_NEWUSER.unsigned_abs());
+    let condition = SeccompCondition::new(
+        0,
+        SeccompCmpArgLen::Dword,
+        SeccompCmpOp::MaskedEq(flag),
+        flag,
+    );
+    let rules = [
+        (
+            libc::SYS_clone,
+            vec![SeccompRule::new(vec![condition.unwrap()]).unwrap()],
+        ),
+        (libc::SYS_unshare, Vec::new()),
+        (libc::SYS_setns, Vec::new()),
+        (libc::SYS_mount, Vec::new()),
+    ];
+    let eperm = SeccompAction::Errno(libc::EPERM.unsigned_abs());
+    let arch = std::env::consts::ARCH.try_into().unwrap();
+    SeccompFilter::new(
+        rules.into_iter().collect(),
+        SeccompAction::Allow,
+        eperm,
+        arch,
+    )
+    .unwrap()
+    .try_into()
+    .unwrap()
+}
+
+/// Whether a user other than root may.
+fn may_make_namespaces() -> bool {
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--map-root-user", "--net", "true"]);
+    command.uid(NOBODY).gid(NOBODY).current_dir("/");
+    command.status().is_ok_and(|status| status.success())
+}
+
+/// Processes that work somewhere below this folder.
+fn below(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir("/proc").unwrap().flatten();
+    entries
+        .filter(|entry| {
+            let cwd = std::fs::read_link(entry.path().join("cwd"));
+            cwd.is_ok_and(|cwd| cwd.starts_with(folder))
+        })
+        .map(|entry| entry.path())
+        .collect()
 }

@@ -170,7 +170,9 @@ impl App {
 
     /// One caller: joined to the program when it listens, answered in its place otherwise.
     async fn show(self: Rc<Self>, mut stream: UnixStream) {
-        if let Ok(mut program) = TcpStream::connect(("127.0.0.1", PROGRAM_PORT)).await {
+        if self.config.sandbox.network
+            && let Ok(mut program) = TcpStream::connect(("127.0.0.1", PROGRAM_PORT)).await
+        {
             let _ = program.set_nodelay(true);
             let _ = tokio::io::copy_bidirectional(&mut stream, &mut program).await;
             return;
@@ -270,7 +272,7 @@ impl App {
         let (tell, mut told) = mpsc::channel::<(OutputStream, Vec<u8>)>(16);
         tokio::task::spawn_local(read_all(OutputStream::Stdout, stdout, tell.clone()));
         tokio::task::spawn_local(read_all(OutputStream::Stderr, stderr, tell));
-        let serving = serves();
+        let serving = serves(self.config.sandbox.network);
         tokio::pin!(serving);
         let mut served = false;
         let mut out_of_memory = false;
@@ -360,8 +362,12 @@ impl App {
     }
 }
 
-/// Resolves when the program listens, or has run long enough to count as a worker.
-async fn serves() {
+/// Resolves when the program listens, or has run long enough to count as a worker. One that may not
+/// make internet sockets cannot listen: what answers on its port is somebody else.
+async fn serves(network: bool) {
+    if !network {
+        return sleep(WORKER_AFTER).await;
+    }
     let started = Instant::now();
     let mut pause = TRY_EVERY;
     while started.elapsed() < WORKER_AFTER {

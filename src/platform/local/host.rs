@@ -128,6 +128,13 @@ fn probe_isolation(runner: &Path, folder: &Path, checks: &mut Vec<Check>) -> Iso
              (kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0) or start as root"
         ),
     });
+    checks.push(Check {
+        name: "ports of released programs",
+        finding: Finding::Missing,
+        detail: "without a network namespace of its own a released program would take a port of the \
+                 machine's, so it cannot listen; a program that ends is released and its output shown"
+            .to_owned(),
+    });
     Isolation::None
 }
 

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
@@ -24,22 +25,66 @@ pub struct FirstProcess {
 
 impl FirstProcess {
     fn of(pid: i32) -> Option<Self> {
+        Self::with_parent(pid).map(|(process, _)| process)
+    }
+
+    fn with_parent(pid: i32) -> Option<(Self, i32)> {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         let (_, rest) = stat.rsplit_once(") ")?;
-        // proc_pid_stat(5): starttime is field 22; `rest` starts at field 3. A zombie is no process.
+        // proc_pid_stat(5): the parent is field 4 and starttime field 22; `rest` starts at field 3.
+        // A zombie is no process.
         let fields: Vec<&str> = rest.split(' ').collect();
         if fields.first() == Some(&"Z") {
             return None;
         }
-        Some(Self {
-            pid,
-            started: fields.get(22 - 3)?.parse().ok()?,
-        })
+        let started = fields.get(22 - 3)?.parse().ok()?;
+        Some((Self { pid, started }, fields.get(4 - 3)?.parse().ok()?))
     }
 
     /// Whether it is still there.
     pub fn is_alive(self) -> bool {
         Self::of(self.pid) == Some(self)
+    }
+
+    /// Ends a first process without a namespace, with everything below it. Orphans come back to
+    /// it, so as long as it is there, stopped, nothing gets away.
+    pub fn kill_with_descendants(self) {
+        let deadline = Instant::now() + KILL_PATIENCE;
+        while self.is_alive() && Instant::now() < deadline {
+            // SAFETY: kill has no memory effects; the id was just seen to be this process's.
+            unsafe {
+                libc::kill(self.pid, libc::SIGSTOP);
+            }
+            let below = self.descendants();
+            if below.is_empty() {
+                break;
+            }
+            for process in below {
+                // SAFETY: as above.
+                unsafe {
+                    libc::kill(process.pid, libc::SIGKILL);
+                }
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        self.kill();
+    }
+
+    fn descendants(self) -> Vec<Self> {
+        let processes: Vec<(Self, i32)> = std::fs::read_dir("/proc")
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .filter_map(Self::with_parent)
+            .collect();
+        let mut found = vec![self];
+        let mut next = 0;
+        while let Some(parent) = found.get(next).copied() {
+            let children = processes.iter().filter(|(_, of)| *of == parent.pid);
+            found.extend(children.map(|(process, _)| *process));
+            next += 1;
+        }
+        found.split_off(1)
     }
 
     /// Ends it, and with it its sandbox.
@@ -57,6 +102,12 @@ impl FirstProcess {
         }
     }
 }
+
+/// Longest try to end all that is below a first process: killed processes of a full machine die late.
+const KILL_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Pause between two looks at what is left.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 /// Makes a sandbox. `listener` becomes its listening socket, `log` takes what its runner says.
 pub fn launch(

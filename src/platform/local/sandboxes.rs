@@ -94,7 +94,7 @@ impl Sandboxes {
             match living {
                 // A released program without the server that watched it ends by itself; be sure.
                 Some(sandbox) => {
-                    sandbox.process.kill();
+                    this.end(sandbox);
                     remains.push(remain);
                 }
                 None => clear(remain),
@@ -216,7 +216,7 @@ impl Sandboxes {
 
     /// Ends a sandbox and removes what it left.
     pub async fn forget(&self, name: &str, sandbox: Sandbox) {
-        sandbox.process.kill();
+        self.end(sandbox);
         if self.host.cgroups {
             let group = self.group(name);
             let removed = tokio::task::spawn_blocking(move || Cgroup::remove(&group)).await;
@@ -227,6 +227,15 @@ impl Sandboxes {
         self.return_number(sandbox.number);
         if let Err(error) = fs::remove_dir_all(self.folder(name)) {
             tracing::debug!(%name, %error, "a sandbox's folder stays behind");
+        }
+    }
+
+    /// Ends everything in a sandbox.
+    fn end(&self, sandbox: Sandbox) {
+        match self.host.isolation {
+            // Nothing but its being below the first process marks what belongs to it.
+            Isolation::None => sandbox.process.kill_with_descendants(),
+            Isolation::Full { .. } | Isolation::SingleUser => sandbox.process.kill(),
         }
     }
 
@@ -282,6 +291,8 @@ impl Sandboxes {
                 writable: true,
             });
             reach.extend(["/dev", "/proc"].map(reach_of));
+            let placed = tenant.placed.iter();
+            reach.extend(placed.map(|placed| self::reach(&placed.from, placed.writable)));
             reach
         };
         AgentConfig {
