@@ -41,9 +41,12 @@ ENV = environment()
 
 
 def kubectl(*arguments, seconds=30):
-    return subprocess.run(
-        [ENV["TESTBED_KUBECTL"], *arguments], env=ENV, capture_output=True, text=True, timeout=seconds, check=True
-    ).stdout
+    done = subprocess.run(
+        [ENV["TESTBED_KUBECTL"], *arguments], env=ENV, capture_output=True, text=True, timeout=seconds
+    )
+    if done.returncode != 0:
+        raise OSError(f"kubectl {' '.join(arguments)} ended with {done.returncode}: {done.stderr.strip()[-1000:]}")
+    return done.stdout
 
 
 def node_conditions():
@@ -123,7 +126,7 @@ class Parts(unittest.TestCase):
         self.addCleanup(kubectl, "delete", "configmap", name, "--ignore-not-found")
         testbed("part", "stop", "apiserver")
         try:
-            with self.assertRaises(subprocess.CalledProcessError):
+            with self.assertRaises(OSError):
                 kubectl("get", "nodes", "--request-timeout=3s")
         finally:
             testbed("part", "start", "apiserver")
@@ -162,7 +165,7 @@ def answers(ask):
     try:
         ask()
         return True
-    except (OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.TimeoutExpired):
         return False
 
 
