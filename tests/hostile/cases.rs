@@ -122,7 +122,7 @@ fn says(expected: &str, stdout: &[u8]) -> Result<(), String> {
 
 /// Every case. `full`: all exit codes instead of a sample.
 pub fn all(full: bool, surroundings: &code::Surroundings) -> Vec<Case> {
-    let mut cases = processes();
+    let mut cases = processes(full);
     cases.extend(endings(full));
     cases.extend(time());
     cases.extend(memory());
@@ -135,7 +135,7 @@ pub fn all(full: bool, surroundings: &code::Surroundings) -> Vec<Case> {
     cases
 }
 
-fn processes() -> Vec<Case> {
+fn processes(full: bool) -> Vec<Case> {
     let busy = Limits {
         wall_ms: 1_000,
         cpu_ms: 30_000,
@@ -175,7 +175,13 @@ fn processes() -> Vec<Case> {
             processes: 256,
             ..D
         }),
-        case("zombies", code::ZOMBIES).exits(0).writes(done),
+        case("zombies", code::zombies(if full { 5_000 } else { 500 }))
+            .limits(Limits {
+                cpu_ms: 30_000,
+                wall_ms: 60_000,
+                ..D
+            })
+            .writes(done),
         case("ignores every signal it can", code::IGNORES_SIGNALS)
             .limits(wall(1_000))
             .at(Reason::Timeout),
@@ -352,6 +358,10 @@ fn memory_in_sockets() -> Case {
 }
 
 fn disk(full: bool) -> Vec<Case> {
+    let room = |text: &str| match text.trim() {
+        "done" => Ok(()),
+        _ => Err(text.to_owned()),
+    };
     vec![
         case(
             "sparse file of 1 TB",
@@ -364,12 +374,18 @@ fn disk(full: bool) -> Vec<Case> {
                 file_bytes: 64 << 20,
                 ..D
             }),
-        case("fills the disk", code::FILL).at(Reason::Disk),
+        case("fills the disk", code::FILL)
+            .at(Reason::Disk)
+            .outside(room),
+        case("more files than allowed", code::MORE_FILES)
+            .at(Reason::Disk)
+            .outside(room),
         case("fills the disk and goes on", code::FILL_QUIETLY).at(Reason::Disk),
         case("a million empty files", code::MANY_FILES).at(Reason::Disk),
         case("fills a deleted file", code::DELETED_FILE)
             .limits(wall(5_000))
-            .at(Reason::Disk),
+            .at(Reason::Disk)
+            .outside(room),
         case("all the descriptors it can have", code::DESCRIPTORS)
             .writes(|stdout, _| says("done\n", stdout)),
         case(
@@ -492,14 +508,36 @@ fn escape(surroundings: &code::Surroundings) -> Vec<Case> {
             .outside(something),
         case("setuid programs", code::SETUID)
             .writes(nothing)
+            .outside(|text| match text.contains("gained by") {
+                true => Ok(()),
+                false => Err(format!(
+                    "no setuid program gains anything even here: {text}"
+                )),
+            })
             .isolated(),
         case("devices", code::DEVICES)
             .writes(nothing)
             .outside(something),
         case("writes outside its folders", code::WRITES)
             .writes(nothing)
+            .outside(|text| {
+                let all = [
+                    "wrote in /usr\n",
+                    "wrote in /etc\n",
+                    "changed /etc/passwd\n",
+                ];
+                match all.iter().all(|line| text.contains(line)) {
+                    true => Ok(()),
+                    false => Err(text.to_owned()),
+                }
+            })
             .isolated(),
-        case("descriptors it was left", code::LEFT_DESCRIPTORS).writes(nothing),
+        case("descriptors it was left", code::LEFT_DESCRIPTORS)
+            .writes(nothing)
+            .outside(|text| match text.contains("keys/admin") {
+                true => Ok(()),
+                false => Err(format!("nothing is left open even here: {text}")),
+            }),
     ]);
     cases
 }

@@ -61,11 +61,14 @@ except RuntimeError:
     os._exit(1)
 ";
 
-/// As many zombies as there may be processes, and as many again that nobody but the runner collects.
-pub const ZOMBIES: &str = "
+/// As many zombies at one time as there may be processes: a zombie counts as one. Half of them are
+/// collected by nobody but the runner.
+pub fn zombies(pairs: u32) -> String {
+    format!(
+        "
 import os
 children = 0
-for _ in range(500):
+for _ in range({pairs}):
     try:
         if os.fork() == 0:
             if os.fork() == 0:
@@ -77,7 +80,9 @@ for _ in range(500):
             os.wait()
         children -= children // 2
 print('done')
-";
+"
+    )
+}
 
 pub const IGNORES_SIGNALS: &str = "
 import signal, time
@@ -230,10 +235,12 @@ with open('large', 'wb') as file:
         file.write(b'x' * (1 << 20))
 ";
 
+/// 320 MiB: a slot has 256 MiB.
 pub const FILL: &str = "
-for n in range(1000):
-    with open(f'/tmp/{n}', 'wb') as file:
+for n in range(40):
+    with open(f'{n}', 'wb') as file:
         file.write(b'x' * (8 << 20))
+print('done')
 ";
 
 pub const FILL_QUIETLY: &str = "
@@ -252,13 +259,21 @@ for n in range(1000000):
     open(f'/tmp/{n}', 'w').close()
 ";
 
+/// More than the 16,384 that a slot has.
+pub const MORE_FILES: &str = "
+for n in range(20000):
+    open(f'{n}', 'w').close()
+print('done')
+";
+
 pub const DELETED_FILE: &str = "
 import os, time
 file = open('x', 'wb', buffering=0)
 os.unlink('x')
 try:
-    while True:
+    for _ in range(320):
         file.write(b'x' * (1 << 20))
+    print('done')
 except OSError:
     time.sleep(60)
 ";
@@ -479,7 +494,7 @@ if found:
 
 /// Programs that change who runs them, started: they must still be the slot's user.
 pub const SETUID: &str = "
-import ctypes, os, subprocess
+import ctypes, os, subprocess, time
 libc = ctypes.CDLL(None)
 for folder in ('/usr/bin', '/usr/sbin', '/bin', '/usr/lib'):
     for at, _, names in os.walk(folder):
@@ -491,6 +506,32 @@ for folder in ('/usr/bin', '/usr/sbin', '/bin', '/usr/lib'):
                 continue
             if about.st_mode & 0o6000 and os.statvfs(path).f_flag & 2 == 0:
                 print('setuid works on', path)
+# The control starts as root, which has nothing to gain.
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+def effective(pid):
+    try:
+        lines = open(f'/proc/{pid}/status').read().splitlines()
+    except OSError:
+        return 'hidden'
+    return next(line.split()[2] for line in lines if line.startswith('Uid:'))
+for path in ('/usr/bin/su', '/usr/bin/passwd'):
+    if not os.path.exists(path):
+        continue
+    # It asks for a password, and so stays long enough to be looked at.
+    asking = subprocess.Popen([path], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    seen = set()
+    until = time.monotonic() + 0.2
+    while time.monotonic() < until:
+        seen.add(effective(asking.pid))
+        time.sleep(0.005)
+    # Not waited for: it takes its time over a password that is missing.
+    asking.stdin.close()
+    # The instant between fork and exec is this program's own.
+    if seen - {str(os.getuid())}:
+        print('gained by', path, seen)
 status = dict(line.split(':', 1) for line in open('/proc/self/status'))
 if status['NoNewPrivs'].strip() != '1':
     print('may gain privileges')
@@ -535,16 +576,21 @@ for major, minor in ((1, 1), (1, 3), (8, 0)):
 os.rmdir(folder)
 ";
 
+/// On the machine itself it is root that tries, and nothing is changed for good.
 pub const WRITES: &str = "
 import os
 for folder in ('/', '/usr', '/usr/lib', '/etc', '/bin', '/run', '/run/gantry', '/var/tmp', '/dev', '/proc', '/proc/self', '/scratch', '/slots', '/base'):
     try:
         with open(folder + '/gantry-hostile', 'w'):
             print('wrote in', folder)
+        os.unlink(folder + '/gantry-hostile')
     except OSError:
         pass
 for path in ('/etc/passwd', '/run/gantry/sitecustomize.py', '/bin/sh'):
-    for change in (lambda: open(path, 'a'), lambda: os.unlink(path), lambda: os.chmod(path, 0o777), lambda: os.rename(path, path + 'x')):
+    changes = [lambda: open(path, 'a').close(), lambda: os.chmod(path, os.stat(path).st_mode & 0o7777)]
+    if os.getuid() != 0:
+        changes += [lambda: os.unlink(path), lambda: os.chmod(path, 0o777), lambda: os.rename(path, path + 'x')]
+    for change in changes:
         try:
             change()
             print('changed', path)
@@ -552,6 +598,7 @@ for path in ('/etc/passwd', '/run/gantry/sitecustomize.py', '/bin/sh'):
             pass
 ";
 
+/// The test holds a key open in a way that survives an exec.
 pub const LEFT_DESCRIPTORS: &str = "
 import os
 for fd in os.listdir('/proc/self/fd'):
