@@ -55,13 +55,11 @@ fn add(digest: &mut Sha256, part: &str) {
 fn text(digest: Sha256) -> String {
     use std::fmt::Write;
     let bytes = digest.finalize();
-    bytes
-        .iter()
-        .fold("sha256:".to_owned(), |mut text, byte| {
-            // Writing to a String cannot fail.
-            let _ = write!(text, "{byte:02x}");
-            text
-        })
+    bytes.iter().fold("sha256:".to_owned(), |mut text, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use crate::model::{
     TestResult, Tested, Tests,
 };
 use crate::platform::{PlatformError, ReleaseSpec};
-use crate::runner::client::{Run, RunEvent};
+use crate::runner::client::{Run, RunEvent, Session};
 use crate::runner::wire::{Job, JobEvent, JobId};
 
 /// How much longer than its wall-clock limit a run may be silent. The runner stops it at the limit;
@@ -224,7 +224,7 @@ impl Course {
     /// One run, from wherever it is to its end.
     async fn one_run(
         &self,
-        session: &crate::runner::client::Session,
+        session: &Session,
         number: u32,
         job: Job,
     ) -> Result<FinishedRun, JournalError> {
@@ -237,8 +237,8 @@ impl Course {
         let mut finished = FinishedRun {
             report: before.report.clone(),
             lost: None,
-            stdout: before.stdout,
-            stderr: before.stderr,
+            stdout: before.stdout.clone(),
+            stderr: before.stderr.clone(),
         };
         if before.report.is_some() {
             return Ok(finished);
@@ -250,9 +250,7 @@ impl Course {
             session.attach(id, before.last_seq)
         };
         self.control.running(run.handle());
-        let result = self
-            .follow(&mut run, &mut finished, before.last_seq, before.beyond)
-            .await;
+        let result = self.follow(session, &mut run, &mut finished, &before).await;
         self.control.not_running();
         let last = result?;
         // The runner may forget the run when its end is on the disk; the reply need not wait for
@@ -268,15 +266,16 @@ impl Course {
         Ok(finished)
     }
 
-    /// Records what the run does from after `covered` on, but for the first bytes of text that are
-    /// recorded already. `Some` with the place of its end, when there was one.
+    /// Records what the run does from after what is recorded `before`, but for the first bytes of text
+    /// that are recorded already. `Some` with the place of its end, when there was one.
     async fn follow(
         &self,
+        session: &Session,
         run: &mut Run,
         finished: &mut FinishedRun,
-        mut covered: u64,
-        mut recorded: [usize; 2],
+        before: &RecordedRun,
     ) -> Result<Option<(u64, u64)>, JournalError> {
+        let (mut covered, mut recorded) = (before.last_seq, before.beyond);
         let JobId { run: number, .. } = run.id();
         let patience = self.submission.limits.wall() + RUNNER_GRACE;
         let mut decoders = [TextDecoder::default(), TextDecoder::default()];
@@ -287,6 +286,8 @@ impl Course {
                     finished.lost = Some(why);
                     return Ok(None);
                 }
+                // The session tries on for as long as there is hope, and says when there is none.
+                Err(_) if !session.is_connected() => continue,
                 Err(_) => {
                     finished.lost = Some(format!(
                         "the sandbox said nothing for {} s, which is longer than the run may last",

@@ -29,7 +29,8 @@ pub enum PlatformError {
     /// It cannot be had now; trying later may help.
     #[error("{}", .0.message)]
     Unavailable(Problem),
-    /// The release did not become ready; the previous one still serves.
+    /// The release, or the sandbox, does not come up, and will not by waiting; a previous release
+    /// still serves.
     #[error("{}", .0.message)]
     NotReady(Problem),
 }
@@ -160,6 +161,9 @@ pub trait Platform: Send + Sync + fmt::Debug {
     /// Ends everything of this server's that should not outlive it.
     async fn shutdown(&self);
 }
+
+/// The code of a problem that means: the platform itself cannot be asked now. What runs goes on.
+pub const AWAY: &str = "cluster_unavailable";
 
 /// Longest wait for a sandbox: twice what making one takes on a slow, busy machine.
 pub const CONNECT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(30);

@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 
-use super::{ByteStream, Platform};
-use crate::model::UserId;
-use crate::runner::client::{Connect, Session};
+use super::{AWAY, ByteStream, Platform, PlatformError};
+use crate::model::{Problem, UserId};
+use crate::runner::client::{Connect, ConnectError, Session};
 
 /// The sessions to every user's runner.
 #[derive(Debug, Clone)]
@@ -55,10 +55,24 @@ struct ToUser {
 
 #[async_trait]
 impl Connect for ToUser {
-    async fn connect(&self) -> Result<Box<dyn ByteStream>, String> {
-        self.platform
-            .connect(&self.user)
-            .await
-            .map_err(|error| error.to_string())
+    async fn connect(&self) -> Result<Box<dyn ByteStream>, ConnectError> {
+        let connected = self.platform.connect(&self.user).await;
+        connected.map_err(|error| {
+            let told = |problem: &Problem| {
+                if problem.message.contains(&problem.cause) {
+                    problem.message.clone()
+                } else {
+                    problem.to_string()
+                }
+            };
+            match &error {
+                PlatformError::NotReady(problem) => ConnectError::Lasting(told(problem)),
+                PlatformError::Unavailable(problem) if problem.code == AWAY => {
+                    ConnectError::Away(told(problem))
+                }
+                PlatformError::Unavailable(problem) => ConnectError::Passing(told(problem)),
+                PlatformError::NotFound(_) => ConnectError::Passing(error.to_string()),
+            }
+        })
     }
 }

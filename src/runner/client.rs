@@ -30,6 +30,10 @@ const GREETING: Duration = Duration::from_secs(5);
 /// made anew well within it.
 const RECONNECT_PATIENCE: Duration = Duration::from_secs(45);
 
+/// How long it is tried when whoever makes connections does not answer: a cluster's API server that is
+/// away for ten minutes. The runs go on meanwhile, and are re-attached.
+const AWAY_PATIENCE: Duration = Duration::from_secs(12 * 60);
+
 /// A run whose runner died before it wrote anything is started once more, and no more.
 const MAX_STARTS: u32 = 2;
 
@@ -40,8 +44,37 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for T {}
 /// Makes connections to one runner.
 #[async_trait]
 pub trait Connect: Send + Sync + 'static {
-    /// A new connection; the error is for people.
-    async fn connect(&self) -> Result<Box<dyn ByteStream>, String>;
+    /// A new connection.
+    async fn connect(&self) -> Result<Box<dyn ByteStream>, ConnectError>;
+}
+
+/// Why there is no connection, in words, and what that means for the next try.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ConnectError {
+    /// It may pass within a minute.
+    Passing(String),
+    /// It will not pass by itself.
+    Lasting(String),
+    /// Nobody can be asked for a connection now; the runner may be well.
+    Away(String),
+}
+
+impl ConnectError {
+    fn patience(&self) -> Duration {
+        match self {
+            ConnectError::Passing(_) => RECONNECT_PATIENCE,
+            ConnectError::Lasting(_) => Duration::ZERO,
+            ConnectError::Away(_) => AWAY_PATIENCE,
+        }
+    }
+
+    fn into_words(self) -> String {
+        match self {
+            ConnectError::Passing(why) | ConnectError::Lasting(why) | ConnectError::Away(why) => {
+                why
+            }
+        }
+    }
 }
 
 /// What a run's owner is told.
@@ -109,6 +142,12 @@ impl Session {
         self.command(Command::Connect(tell));
         told.await
             .unwrap_or_else(|_| Err("the session has ended".to_owned()))
+    }
+
+    /// Whether there is a connection now. While there is none it is being made, or the runs are told
+    /// that they are lost.
+    pub fn is_connected(&self) -> bool {
+        *self.connected.borrow()
     }
 
     /// Starts a job; the same id again is the same run.
@@ -298,7 +337,7 @@ fn admit(command: Command, runs: &mut Runs) -> Option<ToRunner> {
 }
 
 async fn reconnect(connect: &impl Connect) -> Result<(Reader, Writer), String> {
-    let deadline = Instant::now() + RECONNECT_PATIENCE;
+    let started = Instant::now();
     let mut pauses = ExponentialBuilder::default()
         .with_min_delay(Duration::from_millis(50))
         .with_max_delay(Duration::from_secs(2))
@@ -309,14 +348,15 @@ async fn reconnect(connect: &impl Connect) -> Result<(Reader, Writer), String> {
         let why = match connect.connect().await {
             Ok(stream) => match greet(stream).await {
                 Ok(connection) => return Ok(connection),
-                Err(error) => error.to_string(),
+                Err(error) => ConnectError::Passing(error.to_string()),
             },
-            Err(why) => why,
+            Err(error) => error,
         };
         let pause = pauses.next().unwrap_or(HEARTBEAT);
-        if Instant::now() + pause > deadline {
-            return Err(why);
+        if started.elapsed() + pause > why.patience() {
+            return Err(why.into_words());
         }
+        let why = why.into_words();
         tracing::warn!(%why, "a runner cannot be reached; trying again");
         sleep(pause).await;
     }

@@ -10,7 +10,7 @@ use serde_json::Value;
 use tokio::time::timeout;
 
 use crate::model::Problem;
-use crate::platform::PlatformError;
+use crate::platform::{AWAY, PlatformError};
 
 /// Field manager of everything Gantry applies (design.md §5).
 pub const FIELD_MANAGER: &str = "gantry";
@@ -21,9 +21,6 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Longest wait for a connection to the API server; it is in the same network.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// The code of a problem that only means: the API server does not answer now.
-pub const AWAY: &str = "cluster_unavailable";
 
 /// What kinds of objects Gantry makes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

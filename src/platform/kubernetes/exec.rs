@@ -52,6 +52,8 @@ pub struct ExecStream {
 pub enum ExecError {
     /// The API server refuses; trying again does not help.
     Refused(String),
+    /// The API server does not answer.
+    Away(String),
     /// The pod or its container is gone.
     Gone(String),
     /// Something else that may pass.
@@ -88,7 +90,7 @@ impl ExecStream {
             Ok(Err(error)) => return Err(refusal(&error)),
             Err(_) => {
                 let seconds = UPGRADE.as_secs();
-                return Err(ExecError::Failed(format!(
+                return Err(ExecError::Away(format!(
                     "the API server did not take on the exec within {seconds} s"
                 )));
             }
@@ -214,7 +216,7 @@ fn refusal(error: &kube::Error) -> ExecError {
             code.as_u16()
         }
         kube::Error::Api(status) => status.code,
-        other => return ExecError::Failed(super::cluster::with_sources(other)),
+        other => return ExecError::Away(super::cluster::with_sources(other)),
     };
     match code {
         400 => ExecError::Gone(

@@ -31,7 +31,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ByteStream, CONNECT_TIMEOUT, Check, Finding, Platform, PlatformError, ProgramEvent,
+    AWAY, ByteStream, CONNECT_TIMEOUT, Check, Finding, Platform, PlatformError, ProgramEvent,
     ReleaseSpec, RunningRelease,
 };
 use crate::model::{Limits, Problem, Release, ReplId, ReplStatus, UserId};
@@ -210,6 +210,14 @@ impl KubernetesPlatform {
                         self.silent().remove(user);
                     }
                 }
+                ExecError::Away(why) => {
+                    return Err(PlatformError::Unavailable(Problem::new(
+                        AWAY,
+                        "The API server cannot be reached",
+                        why,
+                        "Look whether it runs; Gantry tries again by itself.",
+                    )));
+                }
                 ExecError::Refused(why) => return Err(PlatformError::NotReady(exec_problem(why))),
                 ExecError::Gone(why) | ExecError::Failed(why) => {
                     if Instant::now() + RETRY >= deadline {
@@ -249,7 +257,7 @@ const RETRY: Duration = Duration::from_millis(250);
 fn exec_problem(why: &str) -> Problem {
     Problem::new(
         "test_pod_unreachable",
-        format!("The test pod cannot be reached: {why}"),
+        "The test pod cannot be reached",
         why,
         "Look at the test pod with kubectl describe, and at the server's log.",
     )

@@ -11,7 +11,7 @@ use futures_util::future::{try_join, try_join_all};
 use jiff::Timestamp;
 use kube::ResourceExt;
 use serde_json::{Value, json};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::cache::annotation;
 use super::cluster::{Cluster, Failure, Kind, Manifest};
@@ -24,10 +24,17 @@ use super::release::{
 use super::rollout::{Rollouts, is_rolled_out};
 use super::test_pod;
 use crate::model::{Problem, Release, ReplId, UserId};
-use crate::platform::{PlatformError, ReleaseSpec, RunningRelease};
+use crate::platform::{AWAY, PlatformError, ReleaseSpec, RunningRelease};
 
 /// How long what was removed may be seen in the watches.
 const GONE_WITHIN: Duration = Duration::from_secs(10);
+
+/// How long a release waits for an API server that is away: a restart takes seconds, a node of its
+/// own some minutes.
+const AWAY_PATIENCE: Duration = Duration::from_secs(12 * 60);
+
+/// Pause between two tries meanwhile.
+const AWAY_PAUSE: Duration = Duration::from_secs(2);
 
 /// Bytes of a database's password, from the system's random numbers.
 const PASSWORD_BYTES: usize = 24;
@@ -59,8 +66,24 @@ pub struct Releases {
 }
 
 impl Releases {
-    /// See [`Platform::ensure_release`](crate::platform::Platform::ensure_release).
+    /// See [`Platform::ensure_release`](crate::platform::Platform::ensure_release). While the API
+    /// server is away it waits: every step can be done again.
     pub async fn ensure(&self, spec: &ReleaseSpec) -> Result<RunningRelease, PlatformError> {
+        let started = Instant::now();
+        loop {
+            match self.ensure_once(spec).await {
+                Err(PlatformError::Unavailable(problem))
+                    if problem.code == AWAY && started.elapsed() < AWAY_PATIENCE =>
+                {
+                    tracing::warn!(repl = %spec.repl_id, %problem, "a release waits for the API server");
+                    sleep(AWAY_PAUSE).await;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    async fn ensure_once(&self, spec: &ReleaseSpec) -> Result<RunningRelease, PlatformError> {
         let changing = self.changing(&spec.repl_id);
         let _one = changing.lock().await;
         let failed = |failure: Failure| failure.unavailable("The release could not be recorded");
@@ -206,6 +229,10 @@ impl Releases {
     ) -> Result<RunningRelease, PlatformError> {
         match self.roll_out(owner, stored).await {
             Ok(()) => {}
+            // Nothing can be put back either; what was asked for is asked for again.
+            Err(PlatformError::Unavailable(problem)) if problem.code == AWAY => {
+                return Err(PlatformError::Unavailable(problem));
+            }
             Err(error) => {
                 self.roll_back(owner, stored, &error).await;
                 return Err(error);
@@ -274,8 +301,6 @@ impl Releases {
             }
             PlatformError::NotFound(what) => format!("{what} does not exist"),
         };
-        // While the API server is away nothing can be put back, and nothing goes on either; the
-        // submission is tried again or told as failed, and the next release puts it right.
         let noted = self.records.change(&owner.repl, |record| {
             record.fail(failed.release, &why);
             (record.wanted, record.current().cloned())
