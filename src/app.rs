@@ -1,5 +1,6 @@
 //! The composition root: the only file that names concrete backends.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
@@ -11,14 +12,17 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use secrecy::{ExposeSecret, SecretString};
 
 use crate::auth::{Keys, NewKey, Role, Sessions};
-use crate::config::Config;
+use crate::config::{ClusterConfig, Config, PlatformConfig};
 use crate::journal::{Journal, JournalOptions};
 use crate::logs::Search;
 use crate::pipeline::{Pipeline, PipelineOptions};
+use crate::platform::kubernetes::{
+    BUILT_IN_TEMPLATE, KubernetesConfig, KubernetesPlatform, Template,
+};
 use crate::platform::local::{LocalConfig, LocalPlatform};
 use crate::platform::{Check, Finding, Platform};
 use crate::shutdown::{DRAIN_TIMEOUT, PLATFORM_TIMEOUT, Shutdown};
-use crate::storage::{CodeStore, DirectoryStore};
+use crate::storage::{CodeStore, DirectoryStore, S3Config, S3Store};
 use crate::transport::{Edge, Guard, Numbers, Parts, Server, raise_open_files, router};
 
 /// Bytes of one journal file, and of all of them together: weeks of a small team's submissions.
@@ -134,6 +138,94 @@ struct Backends {
 }
 
 async fn backends(config: &Config, address: SocketAddr) -> anyhow::Result<Backends> {
+    match &config.platform {
+        PlatformConfig::Local => local(config, address).await,
+        PlatformConfig::Kubernetes(cluster) => kubernetes(config, cluster).await,
+    }
+}
+
+async fn kubernetes(config: &Config, cluster: &ClusterConfig) -> anyhow::Result<Backends> {
+    let text = cluster.manifest_template.as_deref();
+    let template = Template::parse(text.unwrap_or(BUILT_IN_TEMPLATE))
+        .map_err(|why| anyhow::anyhow!("MANIFEST_TEMPLATE cannot be used: {why}"))?;
+    let Some(s3) = S3Config::from_variables(|name| std::env::var(name).ok())? else {
+        anyhow::bail!(
+            "S3_BUCKET is not set: on Kubernetes released pods fetch their code from a bucket. Set S3_BUCKET and the AWS_ variables"
+        );
+    };
+    let store = S3Store::open(s3.clone());
+    store
+        .check()
+        .await
+        .context("the code store's bucket cannot be used")?;
+    let platform = KubernetesPlatform::start(KubernetesConfig {
+        namespace: cluster.namespace.clone(),
+        template,
+        runner_image: cluster.runner_image.clone(),
+        database_image: cluster.database_image.clone(),
+        bucket: s3.bucket.clone(),
+        store: store_variables(&s3),
+        store_addresses: store_addresses(&s3).await,
+        domain: config.domain.clone(),
+        app_domain: config.app_domain.clone(),
+        ingress_class: cluster.ingress_class.clone(),
+        runs_per_user: runs_per_user(config.max_runs),
+        maximum: config.maximum_limits,
+        network: config.allow_network,
+    });
+    Ok(Backends {
+        platform: Arc::new(
+            platform
+                .await
+                .context("the Kubernetes platform cannot start")?,
+        ),
+        store: Arc::new(store),
+    })
+}
+
+/// What a released pod needs to read the bucket.
+fn store_variables(s3: &S3Config) -> BTreeMap<String, String> {
+    let token = s3.session_token.as_ref();
+    let variables = [
+        ("AWS_REGION", Some(s3.region.clone())),
+        ("AWS_ACCESS_KEY_ID", Some(s3.access_key_id.clone())),
+        (
+            "AWS_SECRET_ACCESS_KEY",
+            Some(s3.secret_access_key.expose_secret().to_owned()),
+        ),
+        (
+            "AWS_SESSION_TOKEN",
+            token.map(|token| token.expose_secret().to_owned()),
+        ),
+        ("AWS_ENDPOINT_URL", s3.endpoint.clone()),
+    ];
+    let set = variables.into_iter();
+    set.filter_map(|(name, value)| Some((name.to_owned(), value?)))
+        .collect()
+}
+
+/// Where the bucket's server is, when it is not AWS: released pods may go there even when it is in a
+/// range that is closed to them.
+async fn store_addresses(s3: &S3Config) -> Vec<(IpAddr, u16)> {
+    let endpoint = s3.endpoint.as_deref().and_then(|url| url.parse().ok());
+    let Some(uri): Option<axum::http::Uri> = endpoint else {
+        return Vec::new();
+    };
+    let https = uri.scheme_str() == Some("https");
+    let port = uri.port_u16().unwrap_or(if https { 443 } else { 80 });
+    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+    match tokio::net::lookup_host((host, port)).await {
+        Ok(found) => found
+            .map(|address| (address.ip(), address.port()))
+            .collect(),
+        Err(error) => {
+            tracing::warn!(%host, %error, "the code store's address is not known; network policies do not name it");
+            Vec::new()
+        }
+    }
+}
+
+async fn local(config: &Config, address: SocketAddr) -> anyhow::Result<Backends> {
     let folder = config.data_dir.join("store");
     let store = DirectoryStore::open(folder).context("the code store cannot be opened")?;
     let local = LocalConfig {
@@ -225,12 +317,15 @@ fn banner(
     checks: &[Check],
 ) -> anyhow::Result<()> {
     let base = base_url(address);
+    let programs = match config.platform {
+        PlatformConfig::Local => format!("{}:{}", config.app_domain, address.port()),
+        // The ingress controller's own port, usually 80.
+        PlatformConfig::Kubernetes(_) => config.app_domain.clone(),
+    };
     let mut text = format!(
-        "Gantry {} is at {base}/\n  data      {}\n  programs  http://{{replId}}.{}:{}/\n",
+        "Gantry {} is at {base}/\n  data      {}\n  programs  http://{{replId}}.{programs}/\n",
         env!("CARGO_PKG_VERSION"),
         config.data_dir.display(),
-        config.app_domain,
-        address.port(),
     );
     for check in checks.iter().filter(|check| check.finding != Finding::Good) {
         let word = if check.finding == Finding::Weaker {

@@ -68,6 +68,21 @@ pub struct ServeArgs {
     /// Most bytes of output a submission may ask for
     #[arg(long, env = "GANTRY_MAX_OUTPUT_BYTES", value_name = "NUMBER")]
     max_output_bytes: Option<String>,
+    /// Kubernetes: namespace of the server's own objects [default: gantry]
+    #[arg(long, env = "GANTRY_NAMESPACE", value_name = "NAME")]
+    namespace: Option<String>,
+    /// Kubernetes: manifests of a release [default: built in]
+    #[arg(long, env = "MANIFEST_TEMPLATE", value_name = "FILE")]
+    manifest_template: Option<PathBuf>,
+    /// Kubernetes: class of the ingress controller [default: nginx]
+    #[arg(long, env = "INGRESS_CLASS", value_name = "NAME")]
+    ingress_class: Option<String>,
+    /// Kubernetes: image with gantry-runner and the languages [default: gantry-runner:latest]
+    #[arg(long, env = "RUNNER_IMAGE", value_name = "IMAGE")]
+    runner_image: Option<String>,
+    /// Kubernetes: image of a release's database [default: postgres:16]
+    #[arg(long, env = "DATABASE_IMAGE", value_name = "IMAGE")]
+    database_image: Option<String>,
     /// The program that runs inside sandboxes [default: this one]
     #[arg(long, env = "GANTRY_RUNNER", value_name = "FILE")]
     runner: Option<PathBuf>,
@@ -101,8 +116,34 @@ pub struct Config {
     pub maximum_limits: Limits,
     /// The `gantry-runner` program.
     pub runner: PathBuf,
+    /// What owns sandboxes and releases.
+    pub platform: PlatformConfig,
     /// The log filter.
     pub log: String,
+}
+
+/// What owns sandboxes and releases.
+#[derive(Debug)]
+pub enum PlatformConfig {
+    /// This machine.
+    Local,
+    /// A cluster.
+    Kubernetes(ClusterConfig),
+}
+
+/// What only a cluster needs.
+#[derive(Debug)]
+pub struct ClusterConfig {
+    /// The server's own namespace.
+    pub namespace: String,
+    /// The text of the named template; `None`: the one that is built in.
+    pub manifest_template: Option<String>,
+    /// The ingress controller's class.
+    pub ingress_class: String,
+    /// The runner image.
+    pub runner_image: String,
+    /// The database image.
+    pub database_image: String,
 }
 
 /// A browser's origin: scheme, host and port, as it stands in the `Origin` header.
@@ -216,17 +257,11 @@ impl Config {
     /// Checks every argument. `api_key` is the variable `API_KEY`: never a flag, because every
     /// process of the machine can read those.
     pub fn new(args: ServeArgs, api_key: Option<String>) -> Result<Self, ConfigError> {
-        match given(&args.platform).unwrap_or("local") {
-            "local" => {}
-            "kubernetes" => {
-                return Err(wrong(
-                    "GANTRY_PLATFORM",
-                    "kubernetes",
-                    "local: this build has no Kubernetes platform yet",
-                ));
-            }
+        let platform = match given(&args.platform).unwrap_or("local") {
+            "local" => PlatformConfig::Local,
+            "kubernetes" => PlatformConfig::Kubernetes(cluster(&args)?),
             other => return Err(wrong("GANTRY_PLATFORM", other, "local or kubernetes")),
-        }
+        };
         let log = given(&args.log).unwrap_or("info").to_owned();
         if let Err(error) = crate::telemetry::parse_filter(&log) {
             let expected = format!("a level or a list such as gantry=debug,info ({error:#})");
@@ -253,6 +288,7 @@ impl Config {
             max_runs: max_runs(&args.max_runs)?,
             maximum_limits: maximum_limits(&args)?,
             runner: runner(args.runner)?,
+            platform,
             log,
             data_dir: args.data.folder()?,
         };
@@ -379,6 +415,48 @@ fn maximum_limits(args: &ServeArgs) -> Result<Limits, ConfigError> {
     })
 }
 
+fn cluster(args: &ServeArgs) -> Result<ClusterConfig, ConfigError> {
+    let namespace = host_name("GANTRY_NAMESPACE", &args.namespace, "gantry")?;
+    // `user-…` are users' own, and a dot is not for namespaces.
+    if namespace.starts_with("user-") || namespace.contains('.') {
+        let expected = "a namespace such as gantry, not starting with user-";
+        return Err(wrong("GANTRY_NAMESPACE", &namespace, expected));
+    }
+    let named = args
+        .manifest_template
+        .as_ref()
+        .filter(|path| !path.as_os_str().is_empty());
+    let manifest_template = named.map(|path| {
+        std::fs::read_to_string(path).map_err(|error| {
+            let shown = path.display().to_string();
+            let expected = format!("a file with manifests that can be read ({error})");
+            wrong("MANIFEST_TEMPLATE", &shown, expected)
+        })
+    });
+    Ok(ClusterConfig {
+        namespace,
+        manifest_template: manifest_template.transpose()?,
+        ingress_class: host_name("INGRESS_CLASS", &args.ingress_class, "nginx")?,
+        runner_image: image("RUNNER_IMAGE", &args.runner_image, "gantry-runner:latest")?,
+        database_image: image("DATABASE_IMAGE", &args.database_image, "postgres:16")?,
+    })
+}
+
+fn image(
+    variable: &'static str,
+    value: &Option<String>,
+    default: &str,
+) -> Result<String, ConfigError> {
+    let text = given(value).unwrap_or(default);
+    let known = |b: u8| b.is_ascii_alphanumeric() || b"-_./:@".contains(&b);
+    if text.len() <= 512 && text.bytes().all(known) {
+        Ok(text.to_owned())
+    } else {
+        let expected = "an image such as registry.example/name:tag";
+        Err(wrong(variable, text, expected))
+    }
+}
+
 fn runner(named: Option<PathBuf>) -> Result<PathBuf, ConfigError> {
     let Some(path) = named.filter(|path| !path.as_os_str().is_empty()) else {
         // This very program, even when its file was replaced by a newer build in the meantime:
@@ -428,13 +506,50 @@ mod tests {
     }
 
     #[test]
+    fn a_cluster_has_settings_of_its_own() {
+        type Set = fn(&mut ServeArgs, Option<String>);
+        let cluster = || {
+            let (dir, mut args) = args();
+            args.platform = Some("kubernetes".to_owned());
+            (dir, args)
+        };
+        let (_dir, args) = cluster();
+        let PlatformConfig::Kubernetes(found) = Config::new(args, None).unwrap().platform else {
+            panic!("not the platform that was named");
+        };
+        assert_eq!(
+            (found.namespace.as_str(), found.ingress_class.as_str()),
+            ("gantry", "nginx")
+        );
+        assert_eq!(found.runner_image, "gantry-runner:latest");
+        assert_eq!(found.database_image, "postgres:16");
+        assert!(found.manifest_template.is_none());
+        let cases: [(&str, Set, &str); 5] = [
+            ("GANTRY_NAMESPACE", |a, v| a.namespace = v, "user-x"),
+            ("GANTRY_NAMESPACE", |a, v| a.namespace = v, "a.b"),
+            ("INGRESS_CLASS", |a, v| a.ingress_class = v, "a b"),
+            ("RUNNER_IMAGE", |a, v| a.runner_image = v, "a b"),
+            (
+                "MANIFEST_TEMPLATE",
+                |a, v| a.manifest_template = v.map(PathBuf::from),
+                "/no/such/file",
+            ),
+        ];
+        for (variable, set, value) in cases {
+            let (_dir, mut args) = cluster();
+            set(&mut args, Some(value.to_owned()));
+            let message = Config::new(args, None).unwrap_err().to_string();
+            assert!(message.starts_with(variable), "{message}");
+        }
+    }
+
+    #[test]
     fn a_bad_value_is_refused_by_its_variables_name() {
         type Set = fn(&mut ServeArgs, Option<String>);
-        let cases: [(&str, Set, &str); 11] = [
+        let cases: [(&str, Set, &str); 10] = [
             ("HOST", |a, v| a.host = v, "localhost:80"),
             ("PORT", |a, v| a.port = v, "65536"),
             ("GANTRY_PLATFORM", |a, v| a.platform = v, "docker"),
-            ("GANTRY_PLATFORM", |a, v| a.platform = v, "kubernetes"),
             ("DOMAIN", |a, v| a.domain = v, "http://x"),
             ("APP_DOMAIN", |a, v| a.app_domain = v, "localhost"),
             ("CORS_ORIGINS", |a, v| a.cors_origins = v, "*"),

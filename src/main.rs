@@ -107,6 +107,9 @@ fn main() -> ExitCode {
     {
         return gantry::runner::main(std::env::args().skip(1));
     }
+    // One provider for every TLS connection, chosen before the first: with two in one program the
+    // first use panics. A second call would only say that it is chosen already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let cli = Cli::parse_from(with_default_command(std::env::args_os().collect()));
     let done = match cli.command {
         Command::Serve(args) => serve(*args),
