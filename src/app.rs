@@ -289,6 +289,10 @@ fn metrics() -> anyhow::Result<PrometheusHandle> {
         "Submissions that have no reply yet"
     );
     metrics::describe_gauge!("gantry_runs_waiting", "Runs that wait for their turn");
+    metrics::describe_counter!(
+        "gantry_cluster_requests_total",
+        "Requests to the Kubernetes API server"
+    );
     metrics::describe_gauge!(
         "gantry_journal_bytes",
         metrics::Unit::Bytes,

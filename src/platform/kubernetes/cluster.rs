@@ -3,11 +3,14 @@
 use std::future::Future;
 use std::time::Duration;
 
+use axum::http::Request;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::client::{Body, ClientBuilder};
 use kube::core::{ApiResource, DynamicObject};
 use kube::{Api, Client, Config};
 use serde_json::Value;
 use tokio::time::timeout;
+use tower::util::MapRequestLayer;
 
 use crate::model::Problem;
 use crate::platform::{AWAY, PlatformError};
@@ -144,8 +147,14 @@ impl Cluster {
         // Streams are idle for as long as nobody submits; heartbeats tell whether they live.
         config.read_timeout = None;
         config.write_timeout = None;
+        // Every request, streams and watches included, whoever makes it.
+        let counting = MapRequestLayer::new(|request: Request<Body>| {
+            metrics::counter!("gantry_cluster_requests_total").increment(1);
+            request
+        });
+        let builder = ClientBuilder::try_from(config)?.with_layer(&counting);
         Ok(Self {
-            client: Client::try_from(config)?,
+            client: builder.build(),
         })
     }
 
