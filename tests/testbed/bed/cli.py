@@ -126,7 +126,7 @@ def up(arguments):
     node.declare(arguments.nodes)
     network.up()
     if elasticsearch.secure() != arguments.secure:
-        process.kill_cgroup("elasticsearch")
+        elasticsearch.stop()
     together([
         ("elasticsearch", lambda: elasticsearch.up(arguments.secure)),
         ("s3", s3.up),
@@ -259,7 +259,7 @@ def node_command(arguments):
 def part_command(arguments):
     program, start, ready, seconds = PARTS[arguments.name]
     if arguments.action == "stop":
-        timed(f"{arguments.name} stopped", program.stop)
+        timed(f"{arguments.name} stopped", elasticsearch.stop if program is elasticsearch.PROCESS else program.stop)
     else:
         timed(f"{arguments.name} started", start, lambda: process.wait_for(arguments.name, seconds, ready, program))
 
@@ -307,6 +307,9 @@ def main(arguments):
             raise BedError("network namespaces, mounts and cgroups need root, and this is not root: run it as root")
         with locked(options.command in ("up", "down", "images", "node", "part", "disk")):
             return options.function(options) or 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader, `head` for one, has seen enough
+        return 1
     except BedError as error:
         print(f"scripts/testbed {options.command}: {error}", file=sys.stderr)
         return 1

@@ -7,10 +7,11 @@ import shutil
 import urllib.request
 
 from . import build
-from .process import Process, installed, run, wait_for
+from .process import Process, installed, kill_cgroup, run, wait_for
 from .settings import ELASTICSEARCH_PASSWORD, ELASTICSEARCH_PORT, ELASTICSEARCH_TRANSPORT_PORT, HOST, STATE, BedError
 
-PROCESS = Process("elasticsearch")
+# A group of its own: the launcher starts the server as a second process, and both end together.
+PROCESS = Process("elasticsearch", group="elasticsearch")
 # Seen: 20 to 60 s, by how busy the machine is.
 READY_SECONDS = 180
 # It refuses to run as root; no account is needed, and this number has no other use.
@@ -65,6 +66,10 @@ def configure(security):
     (HOME / "secure").touch() if security else (HOME / "secure").unlink(missing_ok=True)
     if security and not (source / "modules" / "x-pack-security").exists():
         raise BedError("this build of Elasticsearch has no x-pack-security module: --secure cannot be had")
+    if security:
+        keystore = source / "bin" / "elasticsearch-keystore"
+        run([keystore, "create"], env={**os.environ, **environment()})
+        run([keystore, "add", "--stdin", "bootstrap.password"], input=ELASTICSEARCH_PASSWORD, env={**os.environ, **environment()})
     run(["chown", "-R", f"{USER}:{USER}", HOME])
 
 
@@ -83,8 +88,8 @@ def start():
 
 
 def stop():
-    """The launcher passes the signal on; its server is in the same cgroup, which `down` empties in any case."""
     PROCESS.stop()
+    kill_cgroup(PROCESS.group)
 
 
 def ready():
@@ -97,6 +102,7 @@ def wait():
 
 def up(security=False):
     if not PROCESS.pid():
+        stop()  # a server whose launcher died still holds the data
         configure(security)
     start()
     wait()

@@ -59,18 +59,19 @@ def cut(node, state):
 
 
 def remove_node(node):
-    if pathlib.Path(f"/run/netns/{namespace(node)}").exists():
-        run(["ip", "netns", "del", namespace(node)])
+    # The pair first: it goes at once, while a namespace takes its end of it away only some time later.
     if node.veth in links():
         run(["ip", "link", "del", node.veth])
+    if pathlib.Path(f"/run/netns/{namespace(node)}").exists():
+        run(["ip", "netns", "del", namespace(node)])
 
 
 def down():
-    for folder in pathlib.Path("/run/netns").glob(NAMESPACE + "*"):
-        run(["ip", "netns", "del", folder.name])
     for link in links():
         if link.startswith("gbed-") or link == BRIDGE:
             run(["ip", "link", "del", link])  # the routes go with the bridge
+    for folder in pathlib.Path("/run/netns").glob(NAMESPACE + "*"):
+        run(["ip", "netns", "del", folder.name])
 
 
 def leftovers():

@@ -1,5 +1,6 @@
 """One node: a network namespace, containerd, kubelet, kube-proxy, and everything its pods run."""
 
+import datetime
 import json
 import os
 import pathlib
@@ -69,7 +70,13 @@ class Node:
         ], namespace)
 
     def wait(self):
-        wait_for(self.name, READY_SECONDS, self.ready, self.kubelet)
+        wait_for(self.name, READY_SECONDS, self.reported, self.kubelet)
+
+    def reported(self):
+        """Ready by word of the kubelet that runs now: the API server still shows what a dead one said."""
+        lease = api.get(f"/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/{self.name}")
+        renewed = datetime.datetime.fromisoformat(lease["spec"]["renewTime"]).timestamp()
+        return renewed > self.kubelet.file.stat().st_mtime and self.ready()
 
     def kill(self):
         """As when a machine loses power: kubelet, containerd and every process of its pods at once."""
