@@ -22,10 +22,10 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 
-use super::confine::{Confinement, Identity, Reach, set_limits};
+use super::confine::{Confinement, Identity, Reach};
 use super::job::{Command, JobLog, KILL_PATIENCE, Supervisor};
 use super::process::{Exit, MemoryGroup, die_first, reap};
-use super::slot::Slot;
+use super::slot::{Ground, Slot};
 use super::warm::{HOOK_FOLDER, Interpreter, Parked, Program, needs_cold_start, pipes};
 use super::wire::{FromRunner, Job, JobEvent, JobId, ToRunner, VERSION, frames};
 use crate::model::{Ending, Reason, RunReport, Usage};
@@ -56,18 +56,8 @@ pub struct AgentConfig {
     pub slots: usize,
     /// The first slot's user id, the others follow; `None`: the sandbox has one user id.
     pub first_uid: Option<u32>,
-    /// Whether each slot gets a root of its own (needs mounts).
-    pub private_roots: bool,
-    /// The root of user code's world.
-    pub base: PathBuf,
-    /// Where slots' roots go.
-    pub slots_folder: PathBuf,
-    /// Where scratch space goes.
-    pub scratch: PathBuf,
-    /// Bytes of a slot's scratch space.
-    pub scratch_bytes: u64,
-    /// Files and folders of a slot's scratch space.
-    pub scratch_files: u64,
+    /// Where slots stand.
+    pub ground: Ground,
     /// What user code may reach.
     pub reach: Vec<Reach>,
     /// Whether internet sockets may be made.
@@ -76,8 +66,10 @@ pub struct AgentConfig {
     pub python: Option<PathBuf>,
     /// `PATH` of user code.
     pub path: String,
-    /// Seconds without server and jobs after which the agent ends itself.
-    pub idle_seconds: u64,
+    /// Whose connections are taken; `None`: anybody's who can reach the socket.
+    pub peer: Option<u32>,
+    /// Seconds without server and jobs after which the agent ends itself; `None`: never.
+    pub idle_seconds: Option<u64>,
 }
 
 impl AgentConfig {
@@ -88,26 +80,26 @@ impl AgentConfig {
             ("PATH".to_owned(), self.path.clone()),
             ("HOME".to_owned(), text(slot.workspace())),
             ("LANG".to_owned(), "C.UTF-8".to_owned()),
-            ("TMPDIR".to_owned(), text(&slot.temporary())),
+            ("TMPDIR".to_owned(), text(slot.temporary())),
         ]
     }
 
     /// The folder with the waiting interpreter's hook, as user code's world sees it.
     pub fn hook_folder(&self) -> PathBuf {
-        if self.private_roots {
-            PathBuf::from("/").join(HOOK_FOLDER)
-        } else {
-            self.scratch.join(HOOK_FOLDER)
+        match &self.ground {
+            Ground::Roots { .. } => PathBuf::from("/").join(HOOK_FOLDER),
+            Ground::Folder(folder) => folder.join(HOOK_FOLDER),
+            Ground::Container { hook, .. } => hook.clone(),
         }
     }
 
-    /// The root of user code's world, opened.
-    pub fn open_base(&self) -> io::Result<OwnedFd> {
-        Ok(rustix::fs::open(
-            &self.base,
-            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?)
+    /// The root of user code's world, opened; `None`: it is the runner's own.
+    pub fn open_base(&self) -> io::Result<Option<OwnedFd>> {
+        let Ground::Roots { base, .. } = &self.ground else {
+            return Ok(None);
+        };
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(Some(rustix::fs::open(base, flags, Mode::empty())?))
     }
 }
 
@@ -261,21 +253,24 @@ pub async fn run(
     });
     tokio::task::spawn_local(collect_children(agent.exits.clone())?);
     agent.prepare_slots();
+    let idle = agent.config.idle_seconds.map(Duration::from_secs);
     loop {
-        let idle = Duration::from_secs(agent.config.idle_seconds);
-        match timeout(idle.max(Duration::from_secs(1)), listener.accept()).await {
+        let patience = idle.map_or(Duration::MAX, |idle| idle.max(Duration::from_secs(1)));
+        match timeout(patience, listener.accept()).await {
             Ok(accepted) => {
                 let (stream, _) = accepted?;
-                tokio::task::spawn_local(Rc::clone(&agent).serve(stream));
+                if agent.takes(&stream) {
+                    tokio::task::spawn_local(Rc::clone(&agent).serve(stream));
+                }
             }
-            Err(_) if agent.is_idle(idle) => return Ok(()),
+            Err(_) if idle.is_some_and(|idle| agent.is_idle(idle)) => return Ok(()),
             Err(_) => {}
         }
     }
 }
 
 /// Collects every child that ends: jobs started cold, orphans of jobs, helpers.
-fn collect_children(exits: Exits) -> io::Result<impl Future<Output = ()>> {
+pub fn collect_children(exits: Exits) -> io::Result<impl Future<Output = ()>> {
     let mut ended = signal(SignalKind::child())?;
     Ok(async move {
         loop {
@@ -290,6 +285,24 @@ fn collect_children(exits: Exits) -> io::Result<impl Future<Output = ()>> {
 }
 
 impl Agent {
+    /// Whether whoever connected may say what runs here.
+    fn takes(&self, stream: &UnixStream) -> bool {
+        let Some(wanted) = self.config.peer else {
+            return true;
+        };
+        match stream.peer_cred() {
+            Ok(peer) if peer.uid() == wanted => true,
+            Ok(peer) => {
+                tracing::warn!(uid = peer.uid(), "a connection by another user is refused");
+                false
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a connection by somebody unknown is refused");
+                false
+            }
+        }
+    }
+
     fn is_idle(&self, idle: Duration) -> bool {
         let running = self.jobs.borrow().values().any(|log| !log.has_ended());
         self.connections.get() == 0 && !running && self.active.get().elapsed() >= idle
@@ -562,8 +575,7 @@ impl Agent {
         env.extend(job.env.iter().cloned());
         if let Some(parked) = parked {
             if warm {
-                set_limits(parked.pid(), &job.limits)?;
-                return Ok(parked.run(&job.argv, &env).await?);
+                return Ok(parked.run(&job.argv, &env, &job.limits).await?);
             }
             drop(parked);
             slot.tree(vec![self.interpreter_pid.get()])
@@ -595,7 +607,6 @@ impl Agent {
         let pid = i32::try_from(started.id())?;
         die_first(pid);
         Ok(Program {
-            pid,
             stdin: parent.stdin,
             stdout: parent.stdout,
             stderr: parent.stderr,

@@ -28,7 +28,7 @@ use super::agent::AgentConfig;
 use super::confine::{Confinement, Identity};
 use super::job::KILL_PATIENCE;
 use super::process::{Exit, reap};
-use super::slot::{Slot, bind};
+use super::slot::{Ground, Slot, bind};
 use super::warm::pipes;
 use super::wire::{AppPort, FromApp, frames};
 use crate::model::{Ending, Limits, OutputStream};
@@ -96,8 +96,8 @@ struct App {
 pub async fn run(config: AppConfig, listener: UnixListener) -> anyhow::Result<()> {
     let slot = Slot::create(&config.sandbox, 0)?;
     copy_release(&config.release, &slot)?;
-    if let (Some(data), true) = (&config.data, config.sandbox.private_roots) {
-        let inside = config.sandbox.slots_folder.join("0");
+    if let (Some(data), Ground::Roots { slots, .. }) = (&config.data, &config.sandbox.ground) {
+        let inside = slots.join("0");
         bind(
             data,
             &inside.join(data.strip_prefix("/").unwrap_or(data)),

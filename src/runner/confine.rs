@@ -96,7 +96,7 @@ impl Confinement {
                 }
                 check(libc::chdir(workspace.as_ptr()))?;
                 check(libc::setsid())?;
-                set_limits(0, &limits)?;
+                set_limits(&limits)?;
                 this.enter(identity)
             });
         }
@@ -115,6 +115,10 @@ impl Confinement {
         }
         // SAFETY: integer arguments only.
         check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
+        if !matches!(identity, Identity::User(_)) {
+            // A slot's user loses all of them with the user id.
+            keep_capabilities(matches!(identity, Identity::Launcher))?;
+        }
         if let Some(domain) = &self.landlock {
             // SAFETY: the descriptor is a Landlock ruleset owned by `self`.
             let result =
@@ -144,23 +148,85 @@ impl Confinement {
     }
 }
 
-/// Sets the kernel's own limits of a process (0: this one). They are the hard stop behind the
-/// supervisor, which gives the reason: so the processor limit here is a second later.
-pub fn set_limits(pid: i32, limits: &Limits) -> io::Result<()> {
-    let cpu_seconds = limits.cpu_ms.div_ceil(1_000) + 1;
-    let wanted = [
+/// `struct __user_cap_data_struct` of capset(2), of which version 3 takes two.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Capabilities {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+/// Gives up every capability, or all but the launcher's. Dropping them from the bounding set takes
+/// one that a container's root may not have; this takes none, and without new privileges a program
+/// that is executed afterwards cannot have them again, root's or not.
+fn keep_capabilities(launcher: bool) -> io::Result<()> {
+    const VERSION_3: u32 = 0x2008_0522;
+    let header = [VERSION_3, 0];
+    let mut sets = [Capabilities::default(); 2];
+    // SAFETY: both pointers are to live values of the layout that version 3 has.
+    unsafe {
+        check_long(libc::syscall(
+            libc::SYS_capget,
+            header.as_ptr(),
+            sets.as_mut_ptr(),
+        ))?;
+    }
+    let kept = KEPT_CAPABILITIES.iter().fold(0, |set, bit| set | 1 << bit);
+    let kept = if launcher { kept } else { 0 };
+    let permitted = sets[0].permitted & kept;
+    sets = [Capabilities::default(); 2];
+    sets[0].permitted = permitted;
+    sets[0].effective = permitted;
+    // SAFETY: as above.
+    unsafe {
+        check_long(libc::syscall(
+            libc::SYS_capset,
+            header.as_ptr(),
+            sets.as_ptr(),
+        ))
+    }
+}
+
+/// The version of Landlock that this kernel has; `None`: none.
+pub fn landlock_version() -> Option<u32> {
+    // SAFETY: asks for the version only (flag 1); no pointer is read.
+    let version = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<u8>(),
+            0,
+            1,
+        )
+    };
+    u32::try_from(version).ok().filter(|version| *version > 0)
+}
+
+/// The kernel's own limits of a process. They are the hard stop behind the supervisor, which gives
+/// the reason: so the processor limit here is a second later.
+pub fn kernel_limits(limits: &Limits) -> [(libc::__rlimit_resource_t, u64); 4] {
+    [
         (libc::RLIMIT_NPROC, limits.processes),
-        (libc::RLIMIT_CPU, cpu_seconds),
+        (libc::RLIMIT_CPU, limits.cpu_ms.div_ceil(1_000) + 1),
         (libc::RLIMIT_NOFILE, OPEN_FILES),
         (libc::RLIMIT_CORE, 0),
-    ];
-    for (resource, value) in wanted {
-        let limit = libc::rlimit {
-            rlim_cur: value,
-            rlim_max: value,
+    ]
+}
+
+/// Sets them for this process. A bound that is lower already stays.
+fn set_limits(limits: &Limits) -> io::Result<()> {
+    for (resource, value) in kernel_limits(limits) {
+        let mut limit = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
         };
-        // SAFETY: a pointer to a live rlimit; the old limit is not asked for.
-        check(unsafe { libc::prlimit(pid, resource, &limit, std::ptr::null_mut()) })?;
+        // SAFETY: a pointer to a live rlimit.
+        check(unsafe { libc::getrlimit(resource, &mut limit) })?;
+        let value = value.min(limit.rlim_max);
+        limit.rlim_cur = value;
+        limit.rlim_max = value;
+        // SAFETY: as above.
+        check(unsafe { libc::setrlimit(resource, &limit) })?;
     }
     Ok(())
 }

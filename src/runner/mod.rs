@@ -9,7 +9,7 @@ pub mod confine;
 mod job;
 mod process;
 pub mod sandbox;
-mod slot;
+pub mod slot;
 mod warm;
 pub mod wire;
 

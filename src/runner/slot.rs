@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags};
 use rustix::mount::{MountFlags, MountPropagationFlags};
+use serde::{Deserialize, Serialize};
 
 use super::agent::AgentConfig;
 use super::process::Tree;
@@ -26,6 +27,34 @@ const MAX_REPORT_BYTES: u64 = 1 << 20;
 /// Most folder entries looked at when measuring; scratch space has fewer inodes than this.
 const MAX_SCAN_ENTRIES: usize = 40_000;
 
+/// Where slots stand, and what their jobs find there.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Ground {
+    /// A root for each slot, with scratch space of its own mounted into it.
+    Roots {
+        /// The root of user code's world, which each slot's root shows.
+        base: PathBuf,
+        /// Where slots' roots go.
+        slots: PathBuf,
+        /// Where scratch space is mounted.
+        scratch: PathBuf,
+        /// Bytes of a slot's scratch space.
+        bytes: u64,
+        /// Files and folders of a slot's scratch space.
+        files: u64,
+    },
+    /// The machine's own root: each slot has folders below this one, on the machine's disk.
+    Folder(PathBuf),
+    /// A container's own root, where nothing can be mounted: one slot has the container's folders,
+    /// each of which was mounted for it.
+    Container {
+        /// Files and folders in each of them.
+        files: u64,
+        /// The folder with the waiting interpreter's hook.
+        hook: PathBuf,
+    },
+}
+
 /// The place of one job at a time.
 #[derive(Debug)]
 pub struct Slot {
@@ -35,8 +64,14 @@ pub struct Slot {
     pub uid: Option<u32>,
     /// The folder that is `/` for its jobs; `None`: the runner's own root.
     root: Option<OwnedFd>,
-    scratch: PathBuf,
-    workspace: PathBuf,
+    /// Its folders, in the order of [`SCRATCH`].
+    folders: [PathBuf; 3],
+    /// The workspace and the folder for temporary files, as its jobs see them.
+    seen: [PathBuf; 2],
+    /// File systems that are its alone, so that their being full is its job's doing.
+    own_disks: Vec<PathBuf>,
+    /// Files and folders in one of them.
+    max_files: u64,
 }
 
 /// What a job's files look like.
@@ -51,35 +86,80 @@ pub struct Footprint {
 impl Slot {
     /// Makes the slot's root and scratch space.
     pub fn create(config: &AgentConfig, index: usize) -> io::Result<Slot> {
-        let scratch = config.scratch.join(index.to_string());
-        let uid = config
-            .first_uid
-            .map(|first| first + u32::try_from(index).unwrap_or(0));
-        fs::create_dir_all(&scratch)?;
-        let (root, workspace) = if config.private_roots {
-            mount_scratch(&scratch, config)?;
-            make_folders(&scratch)?;
-            let root = config.slots_folder.join(index.to_string());
-            fs::create_dir_all(&root)?;
-            bind(&config.base, &root, true)?;
-            for (folder, place) in SCRATCH {
-                bind(&scratch.join(folder), &root.join(place), false)?;
-            }
-            let fd = rustix::fs::open(&root, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-            (Some(fd), PathBuf::from("/workspace"))
-        } else {
-            make_folders(&scratch)?;
-            (None, scratch.join("workspace"))
-        };
-        let slot = Slot {
-            index,
-            uid,
-            root,
-            scratch,
-            workspace,
-        };
+        let slot = Self::as_it_is(config, index)?;
         slot.wipe()?;
         Ok(slot)
+    }
+
+    /// The slot with whatever is in its folders.
+    pub fn as_it_is(config: &AgentConfig, index: usize) -> io::Result<Slot> {
+        let offset = u32::try_from(index).unwrap_or(0);
+        let uid = config.first_uid.map(|first| first + offset);
+        match &config.ground {
+            Ground::Roots {
+                base,
+                slots,
+                scratch,
+                bytes,
+                files,
+            } => {
+                let scratch = scratch.join(index.to_string());
+                fs::create_dir_all(&scratch)?;
+                mount_scratch(&scratch, *bytes, *files)?;
+                let folders = SCRATCH.map(|(name, _)| scratch.join(name));
+                make_folders(&folders)?;
+                let root = slots.join(index.to_string());
+                fs::create_dir_all(&root)?;
+                bind(base, &root, true)?;
+                for (folder, (_, place)) in folders.iter().zip(SCRATCH) {
+                    bind(folder, &root.join(place), false)?;
+                }
+                let fd = rustix::fs::open(&root, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+                Ok(Slot {
+                    index,
+                    uid,
+                    root: Some(fd),
+                    folders,
+                    seen: ["/workspace", "/tmp"].map(PathBuf::from),
+                    own_disks: vec![scratch],
+                    max_files: *files,
+                })
+            }
+            Ground::Folder(folder) => {
+                let scratch = folder.join(index.to_string());
+                let folders = SCRATCH.map(|(name, _)| scratch.join(name));
+                make_folders(&folders)?;
+                let [workspace, temporary, _] = folders.clone();
+                Ok(Slot {
+                    index,
+                    uid,
+                    root: None,
+                    folders,
+                    seen: [workspace, temporary],
+                    // Its use of the machine's disk cannot be told from others'.
+                    own_disks: Vec::new(),
+                    max_files: u64::MAX,
+                })
+            }
+            Ground::Container { files, hook: _ } => {
+                if index > 0 {
+                    return Err(io::Error::other(
+                        "a container has one workspace, and one slot",
+                    ));
+                }
+                let folders = container_folders();
+                let [workspace, temporary, _] = folders.clone();
+                Ok(Slot {
+                    index,
+                    uid,
+                    root: None,
+                    own_disks: folders.iter().filter(|at| is_memory(at)).cloned().collect(),
+                    folders,
+                    seen: [workspace, temporary],
+                    max_files: *files,
+                })
+            }
+        }
     }
 
     /// The folder that is `/` for its jobs.
@@ -89,15 +169,12 @@ impl Slot {
 
     /// The workspace, as its jobs see it.
     pub fn workspace(&self) -> &Path {
-        &self.workspace
+        &self.seen[0]
     }
 
     /// The folder for temporary files, as its jobs see it.
-    pub fn temporary(&self) -> PathBuf {
-        match self.root {
-            Some(_) => PathBuf::from("/tmp"),
-            None => self.scratch.join("tmp"),
-        }
+    pub fn temporary(&self) -> &Path {
+        &self.seen[1]
     }
 
     /// Every process of its job. `known` are the runner's own helpers.
@@ -110,7 +187,7 @@ impl Slot {
 
     /// Puts a job's files into the empty workspace, owned by its user.
     pub fn write_files(&self, files: &[(String, String)]) -> io::Result<()> {
-        let workspace = self.scratch.join("workspace");
+        let [workspace, ..] = &self.folders;
         for (path, text) in files {
             if let Some((folders, _)) = path.rsplit_once('/') {
                 let mut folder = workspace.clone();
@@ -141,8 +218,9 @@ impl Slot {
     /// Reads a small regular file from the folder for temporary files. The job chose what stands
     /// there, so links, pipes and devices are refused and nothing blocks.
     pub fn read_report(&self, name: &str) -> Option<String> {
+        let [_, temporary, _] = &self.folders;
         let folder = rustix::fs::open(
-            self.scratch.join("tmp"),
+            temporary,
             OFlags::DIRECTORY | OFlags::CLOEXEC,
             Mode::empty(),
         )
@@ -167,17 +245,22 @@ impl Slot {
 
     /// Whether the scratch space is full. Cheap enough to ask while the job runs.
     pub fn is_full(&self) -> bool {
-        // Without a file system of its own the slot cannot tell its own use from others'.
-        self.root.is_some()
-            && rustix::fs::statfs(&self.scratch).is_ok_and(|s| s.f_bavail == 0 || s.f_ffree == 0)
+        // A size or a number of 0 in all says that there is no bound.
+        self.own_disks.iter().any(|disk| {
+            rustix::fs::statfs(disk).is_ok_and(|disk| {
+                let used = disk.f_files.saturating_sub(disk.f_ffree);
+                (disk.f_blocks > 0 && disk.f_bavail == 0)
+                    || (disk.f_files > 0 && (disk.f_ffree == 0 || used > self.max_files))
+            })
+        })
     }
 
     /// What the job has left behind, to be asked before [`Slot::wipe`].
     pub fn footprint(&self) -> Footprint {
         let mut scan = Scan::default();
-        for (folder, _) in SCRATCH {
+        for folder in &self.folders {
             let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let opened = rustix::fs::open(self.scratch.join(folder), flags, Mode::empty());
+            let opened = rustix::fs::open(folder, flags, Mode::empty());
             // What cannot be read has no files to count.
             let _ = opened.and_then(|top| scan.walk(top));
         }
@@ -189,12 +272,11 @@ impl Slot {
 
     /// Empties the scratch space. No process of the slot may be alive.
     pub fn wipe(&self) -> io::Result<()> {
-        for (folder, _) in SCRATCH {
-            let path = self.scratch.join(folder);
-            std::os::unix::fs::chown(&path, self.uid, self.uid)?;
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o700))?;
+        for path in &self.folders {
+            std::os::unix::fs::chown(path, self.uid, self.uid)?;
+            fs::set_permissions(path, fs::Permissions::from_mode(0o700))?;
             let folder = rustix::fs::open(
-                &path,
+                path,
                 OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
                 Mode::empty(),
             )?;
@@ -204,19 +286,27 @@ impl Slot {
     }
 }
 
-fn make_folders(scratch: &Path) -> io::Result<()> {
-    for (folder, _) in SCRATCH {
-        fs::create_dir_all(scratch.join(folder))?;
-    }
-    Ok(())
+fn make_folders(folders: &[PathBuf]) -> io::Result<()> {
+    folders.iter().try_for_each(fs::create_dir_all)
+}
+
+/// A container's folders for its one slot, in the order of [`SCRATCH`].
+pub fn container_folders() -> [PathBuf; 3] {
+    SCRATCH.map(|(_, place)| Path::new("/").join(place))
+}
+
+/// Whether this is the top of a file system in memory.
+pub fn is_memory(folder: &Path) -> bool {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    let memory = rustix::fs::statfs(folder).is_ok_and(|about| about.f_type == TMPFS_MAGIC);
+    let device = |path: &Path| fs::metadata(path).map(|about| about.dev());
+    let above = folder.parent().map(device);
+    memory && above.is_some_and(|above| above.ok() != device(folder).ok())
 }
 
 /// Scratch space of its own: bounded in bytes and in files, and gone with the sandbox.
-fn mount_scratch(at: &Path, config: &AgentConfig) -> io::Result<()> {
-    let options = format!(
-        "size={},nr_inodes={},mode=0711",
-        config.scratch_bytes, config.scratch_files
-    );
+fn mount_scratch(at: &Path, bytes: u64, files: u64) -> io::Result<()> {
+    let options = format!("size={bytes},nr_inodes={files},mode=0711");
     let options = std::ffi::CString::new(options)?;
     rustix::mount::mount(
         "tmpfs",

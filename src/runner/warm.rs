@@ -21,7 +21,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::agent::{AgentConfig, Exits};
-use super::confine::{Confinement, Identity};
+use super::confine::{Confinement, Identity, kernel_limits};
 use super::process::{Exit, die_first, processor_time, signal};
 use super::slot::Slot;
 use super::wire::Job;
@@ -44,8 +44,6 @@ const FORKS_PER_INTERPRETER: u32 = 256;
 /// The three streams of a job and the news of its end.
 #[derive(Debug)]
 pub struct Program {
-    /// Its process.
-    pub pid: i32,
     /// Its standard input.
     pub stdin: pipe::Sender,
     /// Its standard output.
@@ -119,14 +117,21 @@ pub struct Parked {
 }
 
 impl Parked {
-    /// Its process.
-    pub fn pid(&self) -> i32 {
-        self.program.pid
-    }
-
-    /// Sends it off with these arguments and variables.
-    pub async fn run(mut self, argv: &[String], env: &[(String, String)]) -> io::Result<Program> {
-        let mut body = argv.len().to_string();
+    /// Sends it off with these arguments and variables, and under these limits, which it sets
+    /// itself before anything of the user's runs: for another user's process it would take
+    /// CAP_SYS_RESOURCE, which containers do not have.
+    pub async fn run(
+        mut self,
+        argv: &[String],
+        env: &[(String, String)],
+        limits: &Limits,
+    ) -> io::Result<Program> {
+        let mut body = String::new();
+        for (resource, value) in kernel_limits(limits) {
+            body.push_str(&format!("{resource}={value} "));
+        }
+        body.push('\0');
+        body.push_str(&argv.len().to_string());
         for text in argv {
             body.push('\0');
             body.push_str(text);
@@ -192,10 +197,9 @@ impl Interpreter {
         // With user ids to give away it waits in the common root and its children enter their slots.
         let base = config.open_base()?;
         let (identity, root) = match slot.uid {
-            Some(_) => (Identity::Launcher, Some(base.as_raw_fd())),
+            Some(_) => (Identity::Launcher, base.as_ref().map(AsRawFd::as_raw_fd)),
             None => (Identity::Own, slot.root()),
         };
-        let root = root.filter(|_| config.private_roots);
         confinement.apply(
             &mut command,
             identity,
@@ -255,7 +259,6 @@ impl Interpreter {
         die_first(pid);
         let mut parked = Parked {
             program: Program {
-                pid,
                 stdin: parent.stdin,
                 stdout: parent.stdout,
                 stderr: parent.stderr,

@@ -11,7 +11,8 @@ One datagram socket, named by GANTRY_WARM_FD, joins this process to the runner:
                    control stream as file descriptors
   to the runner:   `forked PID`, `exit PID STATUS CPU_MICROSECONDS PEAK_KIB`
 A run comes as one message on the control stream: a length (4 bytes, little-endian), then NUL-ended
-texts: the number of arguments, the arguments, and `NAME=VALUE` for each variable.
+texts: its limits as `RESOURCE=VALUE` with spaces between, the number of arguments, the arguments, and
+`NAME=VALUE` for each variable.
 """
 
 
@@ -123,13 +124,17 @@ def _serve():
             data += more
         posix.close(run)
         texts = data[4:].split(b"\0")
-        count = int(texts[0])
-        arguments = [os.fsdecode(t) for t in texts[1 : 1 + count]]
+        for limit in texts[0].split():
+            which, _, value = limit.partition(b"=")
+            hard = min(int(value), resource.getrlimit(int(which))[1] % (1 << 64))
+            resource.setrlimit(int(which), (hard, hard))
+        count = int(texts[1])
+        arguments = [os.fsdecode(t) for t in texts[2 : 2 + count]]
         sys.argv[:] = arguments[1:]
         sys.orig_argv[:] = arguments
         os.environ.clear()
         # In the order in which a program that is started gets them; the last of a name counts.
-        pairs = {name: value for name, mark, value in map(split, texts[1 + count :]) if mark}
+        pairs = {name: value for name, mark, value in map(split, texts[2 + count :]) if mark}
         for name in sorted(pairs):
             os.environb[name] = pairs[name]
 

@@ -21,6 +21,7 @@ use crate::model::{Limits, UserId};
 use crate::runner::agent::AgentConfig;
 use crate::runner::confine::Reach;
 use crate::runner::sandbox::{FIRST_SLOT_UID, IDS, Isolation, Placed, Role, SandboxSpec};
+use crate::runner::slot::Ground;
 
 /// Files and folders in one slot's scratch space: enough for test runners and their caches.
 const SCRATCH_FILES: u64 = 16_384;
@@ -299,22 +300,25 @@ impl Sandboxes {
             slots: tenant.slots,
             first_uid: matches!(self.host.isolation, Isolation::Full { .. })
                 .then_some(FIRST_SLOT_UID),
-            private_roots: mounts,
-            base: PathBuf::from(if mounts { "/base" } else { "/" }),
-            slots_folder: PathBuf::from("/slots"),
-            scratch: if mounts {
-                PathBuf::from("/scratch")
+            ground: if mounts {
+                Ground::Roots {
+                    base: PathBuf::from("/base"),
+                    slots: PathBuf::from("/slots"),
+                    scratch: PathBuf::from("/scratch"),
+                    bytes: (4 * self.config.maximum.file_bytes).max(64 << 20),
+                    files: SCRATCH_FILES,
+                }
             } else {
-                scratch
+                Ground::Folder(scratch)
             },
-            scratch_bytes: (4 * self.config.maximum.file_bytes).max(64 << 20),
-            scratch_files: SCRATCH_FILES,
             reach,
             // With a network namespace of its own, internet sockets lead nowhere and may be made.
             network: tenant.network || mounts,
             python: interpreters.python.clone(),
             path: interpreters.path.clone(),
-            idle_seconds: IDLE_SECONDS,
+            // The socket is in a folder of the server's.
+            peer: None,
+            idle_seconds: Some(IDLE_SECONDS),
         }
     }
 
