@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use super::{Finding, Platform, PlatformError, ReleaseSpec, RunningRelease, Sessions};
 use crate::model::{
     Ending, Limits, Reason, RelativePath, ReleaseState, ReplId, ReplState, RunReport, SubmissionId,
-    UserId,
+    Tested, Tests, UserId,
 };
 use crate::runner::client::{Run, RunEvent};
 use crate::runner::wire::{Job, JobEvent, JobId};
@@ -404,6 +404,7 @@ async fn release(
         user_id: user("conform-g"),
         repl_id: repl.clone(),
         submission_id,
+        tested: Tested::of(&files, &Tests::ExitCode),
         argv: vec!["python3".to_owned(), "main.py".to_owned()],
         env: BTreeMap::new(),
         database: true,
