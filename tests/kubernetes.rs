@@ -5,6 +5,8 @@
 
 #[path = "kubernetes/bed.rs"]
 mod bed;
+#[path = "kubernetes/bench.rs"]
+mod bench;
 #[path = "kubernetes/faults.rs"]
 mod faults;
 
