@@ -140,7 +140,6 @@ def cluster_up():
     services.start_all()
     nodes = node.all_nodes()
     together([(each.name, lambda each=each: each.running() or each.start(), each.wait) for each in nodes])
-    network.connect(nodes)
     timed("names, ingress, metrics", services.wait_all)
 
 
@@ -246,11 +245,14 @@ def node_command(arguments):
             raise BedError(f"a node is called node-1 to node-200, not {name}")
         (STATE / "nodes" / name).mkdir(parents=True, exist_ok=True)
         each = node.Node(name)
-        timed(f"{name} added", each.start, each.wait, lambda: network.connect(node.all_nodes()))
+        timed(f"{name} added", each.start, each.wait)
+        for other in node.all_nodes():
+            if other.running():
+                network.connect(other, node.all_nodes())
         return
     each = named_node(arguments.name)
     actions = {
-        "kill": [each.kill], "restart": [each.start, lambda: network.connect(node.all_nodes()), each.wait],
+        "kill": [each.kill], "restart": [each.start, each.wait],
         "cut": [lambda: network.cut(each, "down")], "heal": [lambda: network.cut(each, "up")],
     }
     timed(f"{each.name} {arguments.action}", *actions[arguments.action])

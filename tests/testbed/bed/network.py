@@ -41,11 +41,10 @@ def add_node(node):
     inside(node, ["sysctl", "-q", "-w", "net.ipv4.ip_forward=1"])
 
 
-def connect(nodes):
-    """Each node's routes to the pods of the others."""
-    for node in nodes:
-        others = "".join(f"route replace {other.pods} via {other.address}\n" for other in nodes if other.name != node.name)
-        run(["ip", "-n", namespace(node), "-b", "-"], input=others)
+def connect(node, nodes):
+    """One node's routes to the pods of the others, whether those run yet or not."""
+    others = "".join(f"route replace {other.pods} via {other.address}\n" for other in nodes if other.name != node.name)
+    run(["ip", "-n", namespace(node), "-b", "-"], input=others)
 
 
 def inside(node, command, **options):

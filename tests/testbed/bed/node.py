@@ -53,7 +53,8 @@ class Node:
         self.stop()
         self.configure()
         network.add_node(self)
-        network.connect([node for node in all_nodes() if network_exists(node)])
+        # Only its own routes: another node that starts at the same time may have no address yet.
+        network.connect(self, all_nodes())
         make_cgroup(self.group)
         if not (self.state / "containerd").exists():
             clone_store(self.state / "containerd")
@@ -157,10 +158,6 @@ disabled_plugins = [
             "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
             "nftables": {"minSyncPeriod": "200ms", "syncPeriod": "30s"}, "oomScoreAdj": 0,
         }
-
-
-def network_exists(node):
-    return pathlib.Path(f"/run/netns/{network.namespace(node)}").exists()
 
 
 def all_nodes():
