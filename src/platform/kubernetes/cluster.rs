@@ -343,6 +343,11 @@ impl Failure {
         self.code == Some(403) && self.why.contains("being terminated")
     }
 
+    /// A quota was made this moment and has not been counted yet.
+    pub fn is_uncounted(&self) -> bool {
+        self.code == Some(403) && self.why.contains("status unknown for quota")
+    }
+
     /// The API server cannot be reached or is not itself.
     pub fn is_away(&self) -> bool {
         self.code.is_none_or(|code| code == 429 || code >= 500)

@@ -42,6 +42,12 @@ const MAX_ANSWER: u64 = 16 << 10;
 /// Pause before a log that ended is followed again, while its container still runs.
 const FOLLOW_AGAIN: Duration = Duration::from_secs(2);
 
+/// How long a program is silent before its runner is asked what it does: it may have ended.
+const QUIET: Duration = Duration::from_millis(500);
+
+/// How often a silent program's runner is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(300);
+
 /// Bytes of one piece of output in the journal; a longer line is cut into several.
 const MAX_PIECE: usize = 32 << 10;
 
@@ -66,6 +72,7 @@ pub struct Programs {
     said: Arc<Mutex<HashMap<LifeId, Said>>>,
     following: Arc<Mutex<HashMap<LifeId, CancellationToken>>>,
     tell: mpsc::Sender<ProgramEvent>,
+    began: Timestamp,
     stop: CancellationToken,
 }
 
@@ -82,6 +89,7 @@ impl Programs {
             said: Arc::default(),
             following: Arc::default(),
             tell,
+            began: Timestamp::now(),
             stop,
         };
         tokio::spawn(this.clone().keep_up(changes));
@@ -198,11 +206,36 @@ impl Programs {
         let answer = timeout(DIAL + ANSWER, self.answer(pod)).await;
         match answer.unwrap_or_else(|_| Err("no answer in time".to_owned())) {
             Ok(said) => {
-                self.locked_said().insert(life, said);
+                let before = self.locked_said().insert(life, said.clone());
+                if before.is_none_or(|before| before.state != said.state) {
+                    self.tell_of(pod, &said).await;
+                }
             }
             Err(why) => {
                 tracing::debug!(pod = %pod.name_any(), %why, "a runner does not say what its program does")
             }
+        }
+    }
+
+    /// A program that began or ended to serve is an event of its repl.
+    async fn tell_of(&self, pod: &Pod, said: &Said) {
+        let (action, message) = match (said.state.as_str(), said.exit_code) {
+            ("serving", _) => ("repl.serving", "The program serves".to_owned()),
+            ("ended", Some(code)) => (
+                "repl.exited",
+                format!("The program ended with exit code {code}"),
+            ),
+            _ => return,
+        };
+        let event = |release| Event::Repl {
+            action: action.to_owned(),
+            message,
+            release: Some(release),
+            error: None,
+        };
+        if let Some(told) = about(pod, event) {
+            // Nobody listens any more when the server ends.
+            let _ = self.tell.send(told).await;
         }
     }
 
@@ -278,39 +311,51 @@ impl Programs {
         let mut params = LogParams {
             container: Some(PROGRAM_CONTAINER.to_owned()),
             follow: true,
+            // What a program wrote before this server began is an earlier server's to tell.
+            since_time: since(pod).and_then(|at| (at < self.began).then_some(self.began)),
             ..LogParams::default()
         };
-        let own = |name: &str| label(pod, name).map(str::to_owned);
-        let repl = own(REPL).and_then(|repl| repl.parse().ok());
-        let user = own(super::labels::USER).and_then(|user| user.parse().ok());
-        let release = annotation(pod, RELEASE).and_then(|text| text.parse().ok());
-        let (Some(repl_id), Some(user_id), Some(release)) = (repl, user, release) else {
-            return;
-        };
         loop {
-            if let Ok(lines) = api.log_stream(&pod.name_any(), &params).await {
-                let mut lines = lines.lines();
-                while let Ok(Some(line)) = lines.try_next().await {
-                    for piece in pieces(&line) {
-                        let event = Event::ProgramOutput {
-                            release,
-                            stream: OutputStream::Stdout,
-                            data: piece,
-                        };
-                        let told = ProgramEvent {
-                            user_id: Clone::clone(&user_id),
-                            repl_id: Clone::clone(&repl_id),
-                            event,
-                        };
-                        if self.tell.send(told).await.is_err() {
-                            return;
-                        }
-                    }
+            if let Ok(lines) = api.log_stream(&pod.name_any(), &params).await
+                && self.pass_on_lines(pod, lines).await.is_err()
+            {
+                return;
+            }
+            // What comes from here on; Kubernetes counts in seconds, so a line may come twice.
+            params.since_time = Some(Timestamp::now());
+            tokio::time::sleep(FOLLOW_AGAIN).await;
+        }
+    }
+
+    /// Until the log ends (`Ok`) or nobody listens any more.
+    async fn pass_on_lines(
+        &self,
+        pod: &Pod,
+        log: impl futures_util::AsyncBufRead + Unpin,
+    ) -> Result<(), mpsc::error::SendError<ProgramEvent>> {
+        let mut lines = log.lines();
+        let mut ask_after = QUIET;
+        loop {
+            let line = match timeout(ask_after, lines.try_next()).await {
+                Ok(Ok(Some(line))) => line,
+                Ok(_) => return Ok(()),
+                Err(_) => {
+                    self.ask(pod).await;
+                    ask_after = ASK_AGAIN;
+                    continue;
+                }
+            };
+            ask_after = QUIET;
+            for data in pieces(&line) {
+                let output = |release| Event::ProgramOutput {
+                    release,
+                    stream: OutputStream::Stdout,
+                    data,
+                };
+                if let Some(told) = about(pod, output) {
+                    self.tell.send(told).await?;
                 }
             }
-            tokio::time::sleep(FOLLOW_AGAIN).await;
-            // What came in the meantime; the seconds of Kubernetes' clock may repeat a line.
-            params.since_seconds = Some(1 + FOLLOW_AGAIN.as_secs().cast_signed());
         }
     }
 
@@ -323,6 +368,15 @@ impl Programs {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// An event of this released pod's repl.
+fn about(pod: &Pod, event: impl FnOnce(u64) -> Event) -> Option<ProgramEvent> {
+    Some(ProgramEvent {
+        user_id: label(pod, super::labels::USER)?.parse().ok()?,
+        repl_id: label(pod, REPL)?.parse().ok()?,
+        event: event(annotation(pod, RELEASE)?.parse().ok()?),
+    })
 }
 
 /// A line with its end, in pieces that are not too long.

@@ -108,7 +108,13 @@ impl Releases {
         let Some(stored) = reserved else {
             return Err(PlatformError::NotFound(format!("the repl {}", owner.repl)));
         };
-        if stored.state == StoredState::Current && self.serves(&owner, &stored) {
+        let done = match stored.state {
+            StoredState::Current => self.serves(&owner, &stored),
+            // It served, and what came later was wanted later.
+            StoredState::Superseded | StoredState::Stopped => true,
+            StoredState::Pending | StoredState::Failed => false,
+        };
+        if done {
             return Ok(self.running(&owner, &stored));
         }
         if !spec.env.is_empty() {

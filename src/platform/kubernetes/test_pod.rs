@@ -7,7 +7,7 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use serde_json::json;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use super::cache::{Cache, Now};
 use super::cluster::{Cluster, Failure, Kind, Manifest};
@@ -187,6 +187,9 @@ const CAUSE_AFTER: Duration = Duration::from_secs(8);
 /// How long a pod that is leaving may take before it is removed by force: its node may be gone.
 const LEAVING: Duration = Duration::from_secs(3);
 
+/// Pause while a new quota is being counted, which takes the cluster a few milliseconds.
+const UNCOUNTED: Duration = Duration::from_millis(10);
+
 /// Every user's test pod.
 #[derive(Debug, Clone)]
 pub struct TestPods {
@@ -236,7 +239,7 @@ impl TestPods {
             let wait_until = match standing(pod.as_deref(), &self.config.image) {
                 Standing::Alive(life) => return Ok(life),
                 Standing::Absent => {
-                    self.create(user).await?;
+                    self.create(user, deadline).await?;
                     waiting_since = Instant::now();
                     deadline
                 }
@@ -276,20 +279,25 @@ impl TestPods {
         }
     }
 
-    async fn create(&self, user: &UserId) -> Result<(), PlatformError> {
-        match self.cluster.create(&manifest(user, &self.config)).await {
-            Ok(_) => Ok(()),
-            // Another replica was first; its pod is this user's pod.
-            Err(failure) if failure.is_conflict() => Ok(()),
-            Err(failure) => {
-                let problem = failure.problem("The test pod could not be made");
-                // A quota does not grow by trying again.
-                Err(if failure.is_away() || failure.is_terminating() {
-                    PlatformError::Unavailable(problem)
-                } else {
-                    PlatformError::NotReady(problem)
-                })
+    async fn create(&self, user: &UserId, deadline: Instant) -> Result<(), PlatformError> {
+        loop {
+            let failure = match self.cluster.create(&manifest(user, &self.config)).await {
+                Ok(_) => return Ok(()),
+                // Another replica was first; its pod is this user's pod.
+                Err(failure) if failure.is_conflict() => return Ok(()),
+                Err(failure) => failure,
+            };
+            if failure.is_uncounted() && Instant::now() < deadline {
+                sleep(UNCOUNTED).await;
+                continue;
             }
+            let problem = failure.problem("The test pod could not be made");
+            // A quota does not grow by trying again.
+            return Err(if failure.is_away() || failure.is_terminating() {
+                PlatformError::Unavailable(problem)
+            } else {
+                PlatformError::NotReady(problem)
+            });
         }
     }
 
