@@ -226,6 +226,11 @@ async fn store_addresses(s3: &S3Config) -> Vec<(IpAddr, u16)> {
 }
 
 async fn local(config: &Config, address: SocketAddr) -> anyhow::Result<Backends> {
+    if std::env::var_os("S3_BUCKET").is_some_and(|bucket| !bucket.is_empty()) {
+        tracing::warn!(
+            "S3_BUCKET is set and not used: the local platform keeps code in the data folder"
+        );
+    }
     let folder = config.data_dir.join("store");
     let store = DirectoryStore::open(folder).context("the code store cannot be opened")?;
     let local = LocalConfig {

@@ -159,6 +159,10 @@ impl Course {
         drop(permit);
         let (verdict, runs) = match tested {
             Ok(tested) => tested,
+            // Nothing has run yet.
+            Err(_) if self.control.is_cancelled() => {
+                return Ok(self.ended(Outcome::new(Status::Cancelled)));
+            }
             Err(problem) => return Ok(self.unavailable(problem)),
         };
         let mut outcome = verdict.outcome(&runs);
@@ -177,7 +181,12 @@ impl Course {
     async fn test(&mut self) -> Result<Result<(Verdict, Vec<FinishedRun>), Problem>, JournalError> {
         self.step(Step::Sandbox, StepState::Started).await?;
         let session = self.inner.sessions.of(&self.submission.user_id);
-        if let Err(why) = session.ready().await {
+        // It may take minutes while the platform is away; nobody who has changed their mind waits.
+        let ready = tokio::select! {
+            ready = session.ready() => ready,
+            () = self.control.cancelled() => Err("the submission was cancelled".to_owned()),
+        };
+        if let Err(why) = ready {
             self.step(Step::Sandbox, StepState::Failed).await?;
             return Ok(Err(Problem::new(
                 "sandbox_unavailable",
