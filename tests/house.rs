@@ -11,7 +11,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("journal", &["model"]),
     ("logs", &["model", "journal"]),
     ("storage", &["model"]),
-    ("runner", &["model"]),
+    // `gantry-runner fetch` copies a release out of the store.
+    ("runner", &["model", "storage"]),
     ("platform", &["model", "runner", "storage"]),
     (
         "pipeline",

@@ -7,6 +7,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::convert::Infallible;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::rc::Rc;
@@ -17,17 +18,16 @@ use hyper::body::{Bytes, Incoming};
 use hyper::{Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::unix::pipe;
 use tokio::net::{TcpStream, UnixListener, UnixStream};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{broadcast, mpsc};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::agent::AgentConfig;
+use super::agent::{AgentConfig, Exits, collect_children};
 use super::confine::{Confinement, Identity};
 use super::job::KILL_PATIENCE;
-use super::process::{Exit, reap};
+use super::process::signal as signal_process;
 use super::slot::{Ground, Slot, bind};
 use super::warm::pipes;
 use super::wire::{AppPort, FromApp, frames};
@@ -56,47 +56,65 @@ const KEPT_OUTPUT: usize = 64 << 10;
 /// How often a released program's memory is looked at.
 const MEASURE_EVERY: Duration = Duration::from_millis(500);
 
-/// What is released.
+/// What is released on this machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct AppConfig {
-    /// Command and arguments.
-    pub argv: Vec<String>,
-    /// The program's own variables.
-    pub env: Vec<(String, String)>,
+    /// The program.
+    pub program: ProgramConfig,
     /// The immutable release; its files are copied into the workspace.
     pub release: PathBuf,
     /// A folder that outlives releases, shown at the same place to the program.
     pub data: Option<PathBuf>,
-    /// Bytes of memory it may use.
-    pub memory_bytes: u64,
-    /// Processes it may have.
-    pub processes: u64,
+}
+
+/// A program and its surroundings.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ProgramConfig {
+    /// Command and arguments.
+    pub argv: Vec<String>,
+    /// The program's own variables.
+    pub env: Vec<(String, String)>,
+    /// Bytes of memory it may use; `None`: something else bounds it.
+    pub memory_bytes: Option<u64>,
+    /// Processes it may have; `None`: something else bounds them.
+    pub processes: Option<u64>,
     /// The sandbox it lives in, with one slot.
     pub sandbox: AgentConfig,
 }
 
 #[derive(Debug, Clone)]
-enum State {
+pub(super) enum State {
     Starting,
     Serving,
     Ended(Ending),
 }
 
-struct App {
-    config: AppConfig,
+/// A program that is kept running.
+pub(super) struct App {
+    config: ProgramConfig,
     slot: Slot,
     confinement: Confinement,
+    exits: Exits,
     state: RefCell<State>,
     output: RefCell<VecDeque<u8>>,
     events: broadcast::Sender<FromApp>,
     watched: Cell<bool>,
+    /// Its process, while there is one.
+    process: Cell<Option<i32>>,
+    /// Takes what it writes, beside whoever watches: stdout, stderr.
+    echo: Option<[File; 2]>,
 }
 
 /// Runs the program until the server lets go of it.
 pub async fn run(config: AppConfig, listener: UnixListener) -> anyhow::Result<()> {
-    let slot = Slot::create(&config.sandbox, 0)?;
-    copy_release(&config.release, &slot)?;
-    if let (Some(data), Ground::Roots { slots, .. }) = (&config.data, &config.sandbox.ground) {
+    let AppConfig {
+        program,
+        release,
+        data,
+    } = config;
+    let slot = Slot::create(&program.sandbox, 0)?;
+    copy_release(&release, &slot)?;
+    if let (Some(data), Ground::Roots { slots, .. }) = (&data, &program.sandbox.ground) {
         let inside = slots.join("0");
         bind(
             data,
@@ -104,15 +122,7 @@ pub async fn run(config: AppConfig, listener: UnixListener) -> anyhow::Result<()
             false,
         )?;
     }
-    let app = Rc::new(App {
-        confinement: Confinement::new(&config.sandbox.reach, config.sandbox.network)?,
-        slot,
-        state: RefCell::new(State::Starting),
-        output: RefCell::default(),
-        events: broadcast::channel(1_024).0,
-        watched: Cell::new(false),
-        config,
-    });
+    let app = App::new(program, slot, None)?;
     loop {
         match timeout(FIRST_CONTACT, listener.accept()).await {
             Ok(accepted) => {
@@ -146,6 +156,28 @@ fn copy_release(release: &Path, slot: &Slot) -> anyhow::Result<()> {
 }
 
 impl App {
+    /// A program in this slot. `echo` takes what it writes, beside whoever watches.
+    pub(super) fn new(
+        config: ProgramConfig,
+        slot: Slot,
+        echo: Option<[File; 2]>,
+    ) -> anyhow::Result<Rc<App>> {
+        let exits = Exits::default();
+        tokio::task::spawn_local(collect_children(exits.clone())?);
+        Ok(Rc::new(App {
+            confinement: Confinement::new(&config.sandbox.reach, config.sandbox.network)?,
+            slot,
+            exits,
+            state: RefCell::new(State::Starting),
+            output: RefCell::default(),
+            events: broadcast::channel(1_024).0,
+            watched: Cell::new(false),
+            process: Cell::new(None),
+            echo,
+            config,
+        }))
+    }
+
     async fn accept(self: Rc<Self>, mut stream: UnixStream) {
         let Ok(byte) = stream.read_u8().await else {
             return;
@@ -177,6 +209,11 @@ impl App {
             let _ = tokio::io::copy_bidirectional(&mut stream, &mut program).await;
             return;
         }
+        self.stand_in(stream).await;
+    }
+
+    /// Answers one caller in the program's place.
+    pub(super) async fn stand_in(&self, stream: impl AsyncRead + AsyncWrite + Unpin) {
         let service = hyper::service::service_fn(|_: Request<Incoming>| {
             std::future::ready(Ok::<_, Infallible>(self.page()))
         });
@@ -236,42 +273,87 @@ impl App {
         response
     }
 
+    /// What it is doing.
+    pub(super) fn state(&self) -> State {
+        self.state.borrow().clone()
+    }
+
+    /// Whether it runs.
+    pub(super) fn is_running(&self) -> bool {
+        self.process.get().is_some()
+    }
+
+    /// The end of what it wrote, at most this many bytes.
+    pub(super) fn last_output(&self, bytes: usize) -> Vec<u8> {
+        let output = self.output.borrow();
+        let before = output.len().saturating_sub(bytes);
+        output.iter().skip(before).copied().collect()
+    }
+
+    /// Sends its first process a signal.
+    pub(super) fn signal(&self, number: i32) {
+        if let Some(pid) = self.process.get() {
+            signal_process(pid, number);
+        }
+    }
+
+    /// Ends all of its processes.
+    pub(super) async fn kill(&self) {
+        if let Err(error) = self.slot.tree(Vec::new()).kill(KILL_PATIENCE).await {
+            tracing::warn!(%error, "a program's processes are still there");
+        }
+    }
+
     async fn keep_running(self: Rc<Self>) {
+        let mut pauses = Pauses::default();
         let mut restarts = 0;
-        let mut pause = FIRST_PAUSE;
         loop {
-            let _ = self.events.send(FromApp::Started { restarts });
-            *self.state.borrow_mut() = State::Starting;
-            self.output.borrow_mut().clear();
             let started = Instant::now();
-            let (ending, served) = match self.run_once().await {
-                Ok(result) => result,
-                Err(error) => (Ending::NotStarted(format!("{error:#}")), false),
-            };
-            let _ = self.slot.tree(Vec::new()).kill(KILL_PATIENCE).await;
+            let (ending, served) = self.live_once(restarts).await;
             // What served and then failed is started again; what never served failed for good.
             let again = served && ending != Ending::Exited(0);
-            *self.state.borrow_mut() = State::Ended(ending.clone());
             let _ = self.events.send(FromApp::Ended { ending, again });
             if !again {
                 return;
             }
-            if started.elapsed() > LONGEST_PAUSE {
-                pause = FIRST_PAUSE;
-            }
-            sleep(pause).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            sleep(pauses.after(started.elapsed())).await;
             restarts += 1;
         }
     }
 
+    /// One life of the program and all that it started: how it ended, and whether it served before.
+    pub(super) async fn live_once(&self, restarts: u32) -> (Ending, bool) {
+        let _ = self.events.send(FromApp::Started { restarts });
+        *self.state.borrow_mut() = State::Starting;
+        self.output.borrow_mut().clear();
+        let result = self.run_once().await;
+        self.process.set(None);
+        let (ending, served) = match result {
+            Ok(result) => result,
+            Err(error) => (Ending::NotStarted(format!("{error:#}")), false),
+        };
+        self.kill().await;
+        *self.state.borrow_mut() = State::Ended(ending.clone());
+        (ending, served)
+    }
+
     /// One life of the program: how it ended, and whether it served before.
     async fn run_once(&self) -> anyhow::Result<(Ending, bool)> {
-        let mut children = signal(SignalKind::child())?;
         let (pid, stdout, stderr) = self.start()?;
+        self.process.set(Some(pid));
+        let exited = self.exits.wait_for(pid);
+        tokio::pin!(exited);
         let (tell, mut told) = mpsc::channel::<(OutputStream, Vec<u8>)>(16);
-        tokio::task::spawn_local(read_all(OutputStream::Stdout, stdout, tell.clone()));
-        tokio::task::spawn_local(read_all(OutputStream::Stderr, stderr, tell));
+        let [out, err] = match &self.echo {
+            Some([out, err]) => [Some(out.try_clone()?), Some(err.try_clone()?)],
+            None => [None, None],
+        };
+        let read = |stream, pipe, echo| {
+            tokio::task::spawn_local(read_all(stream, pipe, tell.clone(), echo));
+        };
+        read(OutputStream::Stdout, stdout, out);
+        read(OutputStream::Stderr, stderr, err);
+        drop(tell);
         let serving = serves(self.config.sandbox.network);
         tokio::pin!(serving);
         let mut served = false;
@@ -279,11 +361,7 @@ impl App {
         let mut measure = tokio::time::interval(MEASURE_EVERY);
         let exit = loop {
             tokio::select! {
-                _ = children.recv() => {
-                    if let Some(exit) = collect(pid) {
-                        break exit;
-                    }
-                }
+                exit = &mut exited => break exit?,
                 Some((stream, data)) = told.recv() => self.wrote(stream, data),
                 () = &mut serving, if !served => {
                     served = true;
@@ -292,8 +370,9 @@ impl App {
                 }
                 _ = measure.tick() => {
                     let tree = self.slot.tree(Vec::new());
-                    if tree.usage().resident > self.config.memory_bytes
-                        && tree.proportional_memory() > self.config.memory_bytes
+                    if let Some(bytes) = self.config.memory_bytes
+                        && tree.usage().resident > bytes
+                        && tree.proportional_memory() > bytes
                     {
                         out_of_memory = true;
                         let _ = tree.kill(KILL_PATIENCE).await;
@@ -333,8 +412,8 @@ impl App {
             wall_ms: u64::MAX,
             // Released programs run for as long as they like.
             cpu_ms: u64::from(u32::MAX) * 1_000,
-            memory_bytes: self.config.memory_bytes,
-            processes: self.config.processes,
+            memory_bytes: self.config.memory_bytes.unwrap_or(u64::MAX),
+            processes: self.config.processes.unwrap_or(u64::MAX),
             file_bytes: u64::MAX,
             output_bytes: u64::MAX,
         };
@@ -382,29 +461,48 @@ async fn serves(network: bool) {
     }
 }
 
-fn collect(wanted: i32) -> Option<Exit> {
-    let mut found = None;
-    while let Some((pid, _, exit)) = reap() {
-        if pid == wanted {
-            found = Some(exit);
-        }
+/// Pauses before a failed program is started again.
+#[derive(Debug)]
+pub(super) struct Pauses(Duration);
+
+impl Default for Pauses {
+    fn default() -> Self {
+        Self(FIRST_PAUSE)
     }
-    found
+}
+
+impl Pauses {
+    /// The pause after a life this long.
+    pub(super) fn after(&mut self, lived: Duration) -> Duration {
+        if lived > LONGEST_PAUSE {
+            self.0 = FIRST_PAUSE;
+        }
+        let pause = self.0;
+        self.0 = (pause * 2).min(LONGEST_PAUSE);
+        pause
+    }
 }
 
 async fn read_all(
     stream: OutputStream,
     mut pipe: pipe::Receiver,
     tell: mpsc::Sender<(OutputStream, Vec<u8>)>,
+    echo: Option<File>,
 ) {
+    let mut echo = echo.map(tokio::fs::File::from_std);
     let mut buffer = vec![0; 8 << 10];
     while let Ok(length) = pipe.read(&mut buffer).await {
-        if length == 0
-            || tell
-                .send((stream, buffer[..length].to_vec()))
-                .await
-                .is_err()
+        if length == 0 {
+            return;
+        }
+        let data = buffer[..length].to_vec();
+        if let Some(file) = &mut echo
+            && (file.write_all(&data).await.is_err() || file.flush().await.is_err())
         {
+            // Whoever collected it is gone; the program need not be.
+            echo = None;
+        }
+        if tell.send((stream, data)).await.is_err() {
             return;
         }
     }

@@ -4,9 +4,12 @@
 
 pub mod agent;
 pub mod app;
+mod attach;
 pub mod client;
 pub mod confine;
+mod fetch;
 mod job;
+mod pod;
 mod process;
 pub mod sandbox;
 pub mod slot;
@@ -21,7 +24,7 @@ pub const PROGRAM: &str = "gantry-runner";
 /// `gantry-runner COMMAND`.
 pub fn main(arguments: impl Iterator<Item = String>) -> ExitCode {
     match run(arguments) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("{PROGRAM}: {error:#}");
             ExitCode::FAILURE
@@ -29,11 +32,17 @@ pub fn main(arguments: impl Iterator<Item = String>) -> ExitCode {
     }
 }
 
-fn run(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<()> {
+fn run(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<ExitCode> {
+    let done = |()| ExitCode::SUCCESS;
     match arguments.next().as_deref() {
-        Some("sandbox") => sandbox::main(),
+        Some("agent") => pod::agent().map(done),
+        Some("attach") => attach::main().map(done),
+        Some("app") => pod::app(),
+        Some("fetch") => Ok(fetch::main(arguments.next())),
+        Some("sandbox") => sandbox::main().map(done),
         other => anyhow::bail!(
-            "{} is not a command; there is `sandbox`, which the server starts",
+            "{} is not a command. In images there are `agent`, `attach`, `app` and `fetch [FOLDER]`; \
+             `sandbox` is started by the server",
             other.unwrap_or("nothing")
         ),
     }

@@ -154,7 +154,7 @@ fn make(spec: &SandboxSpec) -> anyhow::Result<Fork> {
 
 /// Closes every descriptor but the standard ones and the listener. Whatever started the server may
 /// have left it some that survive an exec, and through the sandbox they would reach user code.
-fn close_inherited() -> io::Result<()> {
+pub fn close_inherited() -> io::Result<()> {
     // SAFETY: integer arguments only; this program has opened nothing yet.
     let result = unsafe { libc::syscall(libc::SYS_close_range, LISTENER_FD + 1, i32::MAX, 0) };
     if result < 0 {
@@ -448,14 +448,14 @@ fn show_devices(base: &Path) -> io::Result<()> {
 
 /// Names for the ids that exist in a sandbox, and the one host it knows.
 fn describe_users(etc: &Path) -> io::Result<()> {
-    let mut passwd = "root:x:0:0:root:/root:/usr/sbin/nologin\n".to_owned();
-    let mut group = "root:x:0:\n".to_owned();
-    for id in FIRST_SLOT_UID..FIRST_SLOT_UID + 64 {
-        passwd.push_str(&format!("user{id}:x:{id}:{id}::/workspace:/bin/sh\n"));
-        group.push_str(&format!("user{id}:x:{id}:\n"));
-    }
-    fs::write(etc.join("passwd"), passwd)?;
-    fs::write(etc.join("group"), group)?;
+    describe_slots(etc, FIRST_SLOT_UID..FIRST_SLOT_UID + 64)?;
+    let add = |name: &str, line: &str| -> io::Result<()> {
+        let path = etc.join(name);
+        let slots = fs::read_to_string(&path)?;
+        fs::write(path, line.to_owned() + &slots)
+    };
+    add("passwd", "root:x:0:0:root:/root:/usr/sbin/nologin\n")?;
+    add("group", "root:x:0:\n")?;
     fs::write(
         etc.join("hosts"),
         "127.0.0.1 localhost sandbox\n::1 localhost\n",
@@ -463,7 +463,19 @@ fn describe_users(etc: &Path) -> io::Result<()> {
     fs::write(etc.join("hostname"), "sandbox\n")
 }
 
-fn write_hook(folder: &Path) -> io::Result<()> {
+/// Names for the ids of slots, as `passwd` and `group` in this folder.
+pub fn describe_slots(folder: &Path, ids: impl Iterator<Item = u32>) -> io::Result<()> {
+    let (mut passwd, mut group) = (String::new(), String::new());
+    for id in ids {
+        passwd.push_str(&format!("user{id}:x:{id}:{id}::/workspace:/bin/sh\n"));
+        group.push_str(&format!("user{id}:x:{id}:\n"));
+    }
+    fs::write(folder.join("passwd"), passwd)?;
+    fs::write(folder.join("group"), group)
+}
+
+/// Writes the waiting interpreter's hook.
+pub fn write_hook(folder: &Path) -> io::Result<()> {
     fs::create_dir_all(folder)?;
     let hook = folder.join("sitecustomize.py");
     fs::write(&hook, PYTHON_HOOK)?;

@@ -13,7 +13,7 @@ use async_trait::async_trait;
 use crate::model::{Problem, RelativePath, ReplId, SubmissionId};
 
 pub use directory::DirectoryStore;
-pub use s3::{Manifest, Object, S3Config, S3Store, hexadecimal, release_prefix};
+pub use s3::{Manifest, ManifestFile, Object, S3Config, S3Store, hexadecimal, release_prefix};
 
 /// Keeps releases and each repl's current files.
 ///

@@ -18,7 +18,7 @@ use super::sandboxes::{Sandboxes, Tenant};
 use super::{DEPLOY_PATIENCE, LocalConfig, unavailable};
 use crate::model::{Limits, Problem, Release, ReleaseState, ReplId, ReplState, ReplStatus, UserId};
 use crate::platform::{ByteStream, PlatformError, ProgramEvent, ReleaseSpec, RunningRelease};
-use crate::runner::app::AppConfig;
+use crate::runner::app::{AppConfig, ProgramConfig};
 use crate::runner::sandbox::{Isolation, Placed, Role};
 use crate::storage::DirectoryStore;
 
@@ -426,14 +426,17 @@ impl Releases {
         let sandbox = inner
             .sandboxes
             .make(tenant, |sandbox| {
-                Role::App(AppConfig {
+                let program = ProgramConfig {
                     argv,
                     env: env.into_iter().collect(),
+                    memory_bytes: Some(memory_bytes),
+                    processes: Some(Limits::MAXIMUM.processes),
+                    sandbox,
+                };
+                Role::App(AppConfig {
+                    program,
                     release,
                     data,
-                    memory_bytes,
-                    processes: Limits::MAXIMUM.processes,
-                    sandbox,
                 })
             })
             .await?;

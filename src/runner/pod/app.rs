@@ -1,0 +1,363 @@
+//! `gantry-runner app`: the first process of a released pod's container, without any privilege.
+//!
+//! | port | who answers |
+//! |---|---|
+//! | 3000 | the program, when it listens; after its end this side, with its exit code and output |
+//! | 3001 | this side: `/ready`, `/live`, `/state` |
+//!
+//! A program that listens on loopback only is reached all the same: this side then listens on the
+//! pod's own address and passes on. A program that fails before it ever served ends the container
+//! with its exit code, so that the cluster sees it, and starts it again.
+
+use std::cell::Cell;
+use std::convert::Infallible;
+use std::fs::{self, File};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::os::fd::AsFd;
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::Context;
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::{Request, Response, StatusCode, header};
+use hyper_util::rt::TokioIo;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::{DEFAULT_PATH, Termination, hide, variable};
+use crate::model::Ending;
+use crate::runner::agent::AgentConfig;
+use crate::runner::app::{App, PROGRAM_PORT, Pauses, ProgramConfig, State, describe};
+use crate::runner::confine::Reach;
+use crate::runner::sandbox::close_inherited;
+use crate::runner::slot::{Ground, Slot};
+
+/// The runner's own port in a released pod (design.md §5).
+const RUNNER_PORT: u16 = 3_001;
+
+/// Time a program gets between SIGTERM and SIGKILL. The template gives the pod 10 s, of which proxies
+/// take 2 to learn that it goes.
+const END_PATIENCE: Duration = Duration::from_secs(6);
+
+/// How often a program that runs is looked at for whether it listens on loopback only.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+const LOOK_SELDOM: Duration = Duration::from_secs(1);
+
+/// After this long it is looked at seldom.
+const EAGER: Duration = Duration::from_secs(10);
+
+/// Pause before a port is tried again that the program still has: its processes are just dying.
+const PORT_AGAIN: Duration = Duration::from_millis(50);
+
+/// Longest wait for a request's head on the runner's port, where probes and Gantry call.
+const HEAD_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Where the kubelet reads why a container ended, and how much of it.
+const TERMINATION_LOG: &str = "/dev/termination-log";
+const TERMINATION_BYTES: usize = 4_000;
+
+/// The exit code for a program that could not be started, as shells have it.
+const CANNOT_START: u8 = 127;
+
+/// `gantry-runner app`.
+pub fn main() -> anyhow::Result<ExitCode> {
+    close_inherited().context("closing what was left open")?;
+    let config = config()?;
+    hide().context("hiding from the program")?;
+    tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .init();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    tokio::task::LocalSet::new().block_on(&runtime, async {
+        let mut end = Termination::listen()?;
+        let own = |stream: io::Result<_>| stream.map(File::from);
+        let echo = [
+            own(io::stdout().as_fd().try_clone_to_owned())?,
+            own(io::stderr().as_fd().try_clone_to_owned())?,
+        ];
+        let slot = Slot::as_it_is(&config.sandbox, 0)?;
+        let pod = Rc::new(Pod {
+            app: App::new(config, slot, Some(echo))?,
+            restarts: Cell::new(0),
+        });
+        let listener = listen(RUNNER_PORT)
+            .await
+            .with_context(|| format!("port {RUNNER_PORT} is the runner's, and taken"))?;
+        tokio::task::spawn_local(Rc::clone(&pod).answer(listener));
+        // It goes on while the program is asked to end, and so sees its end.
+        let mut keep = tokio::task::spawn_local(Rc::clone(&pod).keep());
+        tokio::select! {
+            code = &mut keep => Ok(code?),
+            () = end.wait() => Ok(pod.end().await),
+        }
+    })
+}
+
+/// The program in the environment, and the container as it is.
+fn config() -> anyhow::Result<ProgramConfig> {
+    const EXPECTED: &str = "a JSON list of texts, such as [\"python3\",\"main.py\"]";
+    let text = variable("GANTRY_APP_ARGV")
+        .with_context(|| format!("GANTRY_APP_ARGV is not set; it has to be {EXPECTED}"))?;
+    let argv: Vec<String> = serde_json::from_str(&text)
+        .ok()
+        .filter(|argv: &Vec<String>| !argv.is_empty())
+        .with_context(|| format!("GANTRY_APP_ARGV is {text:?}; it has to be {EXPECTED}"))?;
+    let everything = Reach {
+        // The container is the bound; what else is mounted is meant for the program.
+        path: "/".into(),
+        writable: true,
+    };
+    Ok(ProgramConfig {
+        argv,
+        env: environment(std::env::vars_os()),
+        memory_bytes: None,
+        processes: None,
+        sandbox: AgentConfig {
+            slots: 1,
+            first_uid: None,
+            ground: Ground::Container {
+                files: u64::MAX,
+                hook: Default::default(),
+            },
+            reach: vec![everything],
+            network: true,
+            python: None,
+            path: variable("PATH").unwrap_or(DEFAULT_PATH.to_owned()),
+            peer: None,
+            idle_seconds: None,
+        },
+    })
+}
+
+/// The container's variables without Gantry's own and the store's. A home that cannot be written to,
+/// as most are in a read-only container, gives way to the workspace.
+fn environment(
+    all: impl Iterator<Item = (std::ffi::OsString, std::ffi::OsString)>,
+) -> Vec<(String, String)> {
+    let of_ours = |name: &str| {
+        ["GANTRY_", "AWS_", "S3_"]
+            .iter()
+            .any(|prefix| name.starts_with(prefix))
+    };
+    let writable = |home: &str| rustix::fs::access(home, rustix::fs::Access::WRITE_OK).is_ok();
+    all.filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .filter(|(name, _)| !of_ours(name))
+        .filter(|(name, value)| name != "HOME" || writable(value))
+        .collect()
+}
+
+struct Pod {
+    app: Rc<App>,
+    restarts: Cell<u32>,
+}
+
+impl Pod {
+    /// Keeps the program running for as long as the pod lives; ends with an exit code when the
+    /// program never served.
+    async fn keep(self: Rc<Self>) -> ExitCode {
+        let mut pauses = Pauses::default();
+        loop {
+            let started = Instant::now();
+            let bridge =
+                Ends(tokio::task::spawn_local(bridge(Rc::clone(&self.app))).abort_handle());
+            let (ending, served) = self.app.live_once(self.restarts.get()).await;
+            drop(bridge);
+            let code = match &ending {
+                Ending::Exited(0) => {
+                    self.stand_in().await;
+                    return ExitCode::SUCCESS;
+                }
+                Ending::Exited(code) => u8::try_from(*code).unwrap_or(1),
+                Ending::Signalled(signal) => u8::try_from(128 + signal).unwrap_or(1),
+                _ => CANNOT_START,
+            };
+            let words = format!("the program {}", describe(&ending));
+            tracing::warn!("{words}");
+            self.say_why(&words);
+            if !served {
+                return ExitCode::from(code);
+            }
+            let pause = pauses.after(started.elapsed());
+            let _ = timeout(pause, self.stand_in()).await;
+            self.restarts.set(self.restarts.get() + 1);
+        }
+    }
+
+    /// Answers on the program's port in its place.
+    async fn stand_in(&self) {
+        let listener = loop {
+            match listen(PROGRAM_PORT).await {
+                Ok(listener) => break listener,
+                Err(_) => sleep(PORT_AGAIN).await,
+            }
+        };
+        loop {
+            let Ok((stream, _)) = listener.accept().await else {
+                sleep(PORT_AGAIN).await;
+                continue;
+            };
+            let app = Rc::clone(&self.app);
+            tokio::task::spawn_local(async move { app.stand_in(stream).await });
+        }
+    }
+
+    /// Leaves word for `kubectl describe` and for whoever asks why a release did not come up.
+    fn say_why(&self, words: &str) {
+        let output = self.app.last_output(TERMINATION_BYTES - words.len() - 1);
+        let output = String::from_utf8_lossy(&output);
+        if let Err(error) = fs::write(TERMINATION_LOG, format!("{words}\n{output}")) {
+            tracing::debug!(%error, "no word is left about the end");
+        }
+    }
+
+    /// The pod is ended: the program is asked to, and made to after a while.
+    async fn end(&self) -> ExitCode {
+        self.app.signal(libc::SIGTERM);
+        let asked = Instant::now();
+        while self.app.is_running() && asked.elapsed() < END_PATIENCE {
+            sleep(Duration::from_millis(10)).await;
+        }
+        self.app.kill().await;
+        ExitCode::SUCCESS
+    }
+
+    /// Answers on the runner's port.
+    async fn answer(self: Rc<Self>, listener: TcpListener) {
+        loop {
+            let Ok((stream, _)) = listener.accept().await else {
+                sleep(PORT_AGAIN).await;
+                continue;
+            };
+            let this = Rc::clone(&self);
+            tokio::task::spawn_local(async move {
+                let service = hyper::service::service_fn(|request: Request<Incoming>| {
+                    std::future::ready(Ok::<_, Infallible>(this.reply(request.uri().path())))
+                });
+                let _ = hyper::server::conn::http1::Builder::new()
+                    .timer(hyper_util::rt::TokioTimer::new())
+                    .header_read_timeout(HEAD_PATIENCE)
+                    .serve_connection(TokioIo::new(stream), service)
+                    .await;
+            });
+        }
+    }
+
+    fn reply(&self, path: &str) -> Response<Full<Bytes>> {
+        let state = self.app.state();
+        let ready = matches!(state, State::Serving | State::Ended(Ending::Exited(0)));
+        let status = match path {
+            "/live" | "/state" => StatusCode::OK,
+            "/ready" if ready => StatusCode::OK,
+            "/ready" => StatusCode::SERVICE_UNAVAILABLE,
+            _ => StatusCode::NOT_FOUND,
+        };
+        let (word, code) = match state {
+            State::Starting => ("starting", None),
+            State::Serving => ("serving", None),
+            State::Ended(Ending::Exited(code)) => ("ended", Some(code)),
+            State::Ended(Ending::Signalled(signal)) => ("ended", Some(128 + signal)),
+            State::Ended(_) => ("ended", Some(i32::from(CANNOT_START))),
+        };
+        let body = serde_json::json!({
+            "state": word,
+            "exit_code": code,
+            "restarts": self.restarts.get(),
+        });
+        let mut response = Response::new(Full::new(Bytes::from(body.to_string())));
+        *response.status_mut() = status;
+        response.headers_mut().insert(
+            header::CONTENT_TYPE,
+            header::HeaderValue::from_static("application/json"),
+        );
+        response
+    }
+}
+
+/// A task that ends with this value.
+struct Ends(AbortHandle);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// On every address, of both kinds where there are both.
+async fn listen(port: u16) -> io::Result<TcpListener> {
+    match TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).await {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => Err(error),
+        Err(_) => TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).await,
+        listener => listener,
+    }
+}
+
+/// While the program runs: waits until it listens, and where that is on loopback only passes on what
+/// comes to the pod's own address.
+async fn bridge(app: Rc<App>) {
+    let started = Instant::now();
+    let port_of = |address: IpAddr| SocketAddr::new(address, PROGRAM_PORT);
+    let loopback = port_of(Ipv4Addr::LOCALHOST.into());
+    loop {
+        let pause = if started.elapsed() < EAGER {
+            LOOK_EVERY
+        } else {
+            LOOK_SELDOM
+        };
+        sleep(pause).await;
+        // Only what serves is looked at: each look is a connection.
+        if !matches!(app.state(), State::Serving) {
+            continue;
+        }
+        let Some(own) = own_address().map(port_of) else {
+            continue;
+        };
+        if TcpStream::connect(own).await.is_ok() {
+            return;
+        }
+        if TcpStream::connect(loopback).await.is_err() {
+            continue;
+        }
+        // Taken: the program has just come to listen there itself.
+        if let Ok(listener) = TcpListener::bind(own).await {
+            pass_on(listener, loopback).await;
+        }
+    }
+}
+
+async fn pass_on(listener: TcpListener, to: SocketAddr) {
+    loop {
+        let Ok((mut caller, _)) = listener.accept().await else {
+            sleep(PORT_AGAIN).await;
+            continue;
+        };
+        tokio::task::spawn_local(async move {
+            let Ok(mut program) = TcpStream::connect(to).await else {
+                return;
+            };
+            let _ = (caller.set_nodelay(true), program.set_nodelay(true));
+            let _ = tokio::io::copy_bidirectional(&mut caller, &mut program).await;
+        });
+    }
+}
+
+/// The address that others reach this pod at: the one it would speak from. Nothing is sent.
+fn own_address() -> Option<IpAddr> {
+    // Addresses for documentation (RFC 5737, RFC 3849): somewhere else, whatever the network.
+    let elsewhere = [
+        (IpAddr::from(Ipv4Addr::UNSPECIFIED), "192.0.2.1:9"),
+        (IpAddr::from(Ipv6Addr::UNSPECIFIED), "[2001:db8::1]:9"),
+    ];
+    elsewhere.into_iter().find_map(|(any, there)| {
+        let socket = UdpSocket::bind((any, 0)).ok()?;
+        socket.connect(there).ok()?;
+        let own = socket.local_addr().ok()?.ip();
+        (!own.is_loopback() && !own.is_unspecified()).then_some(own)
+    })
+}
