@@ -311,6 +311,57 @@ async fn attach_ends_with_either_side_and_stops_nothing() {
     assert_eq!(text(&ended.stdout).lines().count(), 10);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_survives_the_end_of_its_stream() {
+    if !can_make_containers() {
+        return;
+    }
+    let agent = agent(&[]);
+    let session = Session::open(Attach(Arc::clone(&agent)));
+    let code = "import time\nfor i in range(40):\n    print(i, flush=True)\n    time.sleep(0.05)";
+    let mut counting = session.start(python(code));
+    let cutter = tokio::task::spawn_blocking({
+        let agent = Arc::clone(&agent);
+        move || {
+            (0..3)
+                .map(|_| {
+                    std::thread::sleep(Duration::from_millis(400));
+                    let cut = "for p in /proc/[0-9]*; do grep -qz '^attach$' $p/cmdline && kill -9 ${p#/proc/} && echo cut; done";
+                    text(&agent.as_root(&["bash", "-c", cut]).output().unwrap().stdout)
+                })
+                .collect::<String>()
+        }
+    });
+    let ended = finish(&mut counting).await.unwrap();
+    let expected: String = (0..40).map(|i| format!("{i}\n")).collect();
+    assert_eq!(text(&ended.stdout), expected);
+    assert_eq!(cutter.await.unwrap(), "cut\n".repeat(3));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn folders_of_any_mode_are_cleared() {
+    if !can_make_containers() {
+        return;
+    }
+    let agent = agent(&[]);
+    let session = Session::open(Attach(Arc::clone(&agent)));
+    // Only its owner may remove something from a folder with the sticky bit, whoever may write to it.
+    let code = "
+import os
+for top in ('/workspace', '/tmp', '/dev/shm'):
+    os.makedirs(top + '/a/b/c')
+    open(top + '/a/b/c/file', 'w').close()
+    for folder in ('/a/b/c', '/a/b', '/a'):
+        os.chmod(top + folder, 0o1000)
+    os.chmod(top, 0o1000)
+";
+    for _ in 0..2 {
+        let ended = run(&session, code).await;
+        assert_eq!(ended.report.ending, Ending::Exited(0), "{ended:?}");
+        nothing_is_left(&session, &agent).await.unwrap();
+    }
+}
+
 #[test]
 fn attach_without_an_agent_says_so_in_time() {
     if !can_make_containers() {

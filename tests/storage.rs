@@ -1,6 +1,9 @@
 //! The code stores, held to the contract of every code store.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
+#[path = "storage/put.rs"]
+mod put;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,6 +14,7 @@ use gantry::storage::conformance::{Found, Look, all};
 use gantry::storage::{
     CodeStore, DirectoryStore, Manifest, S3Config, S3Store, hexadecimal, release_prefix,
 };
+use put::put;
 use sha2::{Digest, Sha256};
 
 /// A name of this test's own in a store that others may use too.
@@ -190,38 +194,4 @@ fn the_manifest_stands_beside_the_release() {
     let key = Manifest::key(&prefix);
     assert_eq!(key, format!("releases/r/{id}.manifest.json"));
     assert!(!key.starts_with(&prefix));
-}
-
-/// An object put past the store, as somebody else would.
-async fn put(config: &S3Config, key: &str, text: &str) {
-    use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
-    use secrecy::ExposeSecret;
-    let secret = config.secret_access_key.expose_secret();
-    let mut settings = aws_sdk_s3::Config::builder()
-        .behavior_version(BehaviorVersion::latest())
-        .region(Region::new(config.region.clone()))
-        .credentials_provider(Credentials::new(
-            &config.access_key_id,
-            secret,
-            None,
-            None,
-            "test",
-        ))
-        .http_client(
-            aws_smithy_http_client::Builder::new()
-                .tls_provider(aws_smithy_http_client::tls::Provider::Rustls(
-                    aws_smithy_http_client::tls::rustls_provider::CryptoMode::Ring,
-                ))
-                .build_https(),
-        )
-        .force_path_style(true);
-    settings.set_endpoint_url(config.endpoint.clone());
-    aws_sdk_s3::Client::from_conf(settings.build())
-        .put_object()
-        .bucket(&config.bucket)
-        .key(key)
-        .body(text.as_bytes().to_vec().into())
-        .send()
-        .await
-        .unwrap();
 }

@@ -31,6 +31,9 @@ const MAX_FILES: usize = 10_000;
 /// store that is slower than this is told before that ends.
 const PATIENCE: Duration = Duration::from_secs(45);
 
+/// Below this are releases, each with its manifest; elsewhere anybody may have put files.
+const RELEASES: &str = "releases/";
+
 /// Files at one time.
 const PARALLEL: usize = 16;
 
@@ -140,7 +143,10 @@ async fn copy(
     place: &str,
     top: &OwnedFd,
 ) -> Result<(usize, u64), Failure> {
-    let manifest = store.manifest(prefix).await.map_err(Failure::Store)?;
+    let manifest = match prefix.starts_with(RELEASES) {
+        true => store.manifest(prefix).await.map_err(Failure::Store)?,
+        false => None,
+    };
     let objects =
         store
             .list(prefix, MAX_FILES)
@@ -176,7 +182,7 @@ fn choose(
             "Submit the code again; for code that another service puts there, check S3_BUCKET and S3_PREFIX.",
         ))
     };
-    let released = prefix.starts_with("releases/");
+    let released = prefix.starts_with(RELEASES);
     if released && manifest.is_none() {
         return Err(incomplete(format!(
             "{} is not there, without which a release is not whole",
@@ -184,12 +190,12 @@ fn choose(
         )));
     }
     let paths: Vec<(String, Option<ManifestFile>)> = match manifest {
-        Some(manifest) if released => manifest
+        Some(manifest) => manifest
             .files
             .into_iter()
             .map(|(path, file)| (path, Some(file)))
             .collect(),
-        _ => objects
+        None => objects
             .iter()
             // Consoles show folders by empty objects with a slash at the end.
             .filter(|object| !object.key.ends_with('/'))
