@@ -58,7 +58,11 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let search = Search::open(&config.data_dir.join("search.sqlite"), journal.clone())?;
     let options = PipelineOptions {
         runs: config.max_runs,
-        runs_per_user: runs_per_user(config.max_runs),
+        runs_per_user: match config.platform {
+            PlatformConfig::Local => runs_per_user(config.max_runs),
+            // A test pod runs one program at a time.
+            PlatformConfig::Kubernetes(_) => 1,
+        },
         maximum: config.maximum_limits,
     };
     let pipeline = Pipeline::new(journal.clone(), Arc::clone(&platform), store, &options);
@@ -169,7 +173,6 @@ async fn kubernetes(config: &Config, cluster: &ClusterConfig) -> anyhow::Result<
         domain: config.domain.clone(),
         app_domain: config.app_domain.clone(),
         ingress_class: cluster.ingress_class.clone(),
-        runs_per_user: runs_per_user(config.max_runs),
         maximum: config.maximum_limits,
         network: config.allow_network,
     });

@@ -85,7 +85,6 @@ impl Bed {
             domain: "localhost".to_owned(),
             app_domain: "apps.localhost".to_owned(),
             ingress_class: "nginx".to_owned(),
-            runs_per_user: 3,
             maximum: Limits::MAXIMUM,
             network: false,
         };

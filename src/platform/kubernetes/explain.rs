@@ -107,8 +107,19 @@ fn container_blocked(container: &ContainerStatus) -> Option<Blocked> {
     None
 }
 
+/// A container's end that was not a good one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BadEnd<'a> {
+    /// Which container.
+    pub container: &'a str,
+    /// How it ended, in words that follow its name.
+    pub how: String,
+    /// What it left in its termination log: the runner leaves the program's last output.
+    pub words: String,
+}
+
 /// How a container of the pod ended, when one ended badly.
-pub fn ended_badly(pod: &Pod) -> Option<(&str, String)> {
+pub fn ended_badly(pod: &Pod) -> Option<BadEnd<'_>> {
     let status = pod.status.as_ref()?;
     let containers = status.init_container_statuses.iter().flatten();
     let mut containers = containers.chain(status.container_statuses.iter().flatten());
@@ -123,7 +134,11 @@ pub fn ended_badly(pod: &Pod) -> Option<(&str, String)> {
             Some("OOMKilled") => "was stopped at its memory limit".to_owned(),
             _ => format!("ended with exit code {}", ended.exit_code),
         };
-        Some((container.name.as_str(), reason))
+        Some(BadEnd {
+            container: container.name.as_str(),
+            how: reason,
+            words: ended.message.unwrap_or_default(),
+        })
     })
 }
 
@@ -222,10 +237,10 @@ mod tests {
     #[test]
     fn a_bad_end_is_seen_in_this_life_and_the_one_before() {
         let running = pod(json!({ "containerStatuses": container(json!({ "running": {} })) }));
-        assert_eq!(ended_badly(&running).unwrap().1, "ended with exit code 3");
+        assert_eq!(ended_badly(&running).unwrap().how, "ended with exit code 3");
         let killed = json!({ "terminated": { "exitCode": 137, "reason": "OOMKilled" } });
         let killed = pod(json!({ "containerStatuses": container(killed) }));
-        assert!(ended_badly(&killed).unwrap().1.contains("memory"));
+        assert!(ended_badly(&killed).unwrap().how.contains("memory"));
     }
 
     #[test]

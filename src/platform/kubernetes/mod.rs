@@ -83,8 +83,6 @@ pub struct KubernetesConfig {
     pub app_domain: String,
     /// The ingress controller's class.
     pub ingress_class: String,
-    /// Runs of one user at one time.
-    pub runs_per_user: usize,
     /// The most a run may ask for.
     pub maximum: Limits,
     /// Whether test runs may use the network.
@@ -149,7 +147,6 @@ impl KubernetesPlatform {
         synced.await.context("the cluster cannot be watched")?;
         let pod_config = TestPodConfig {
             image: config.runner_image.clone(),
-            runs_per_user: config.runs_per_user,
             maximum: config.maximum,
             network: config.network,
         };
@@ -299,7 +296,6 @@ fn release_config(config: KubernetesConfig) -> ReleaseConfig {
         ingress_class,
         namespace: _,
         store_addresses: _,
-        runs_per_user: _,
         maximum: _,
         network: _,
     } = config;

@@ -424,7 +424,7 @@ fn state_of(pod: &Pod, said: Option<&Said>) -> (ReplState, Option<String>) {
         return (ReplState::Exited(said.exit_code.unwrap_or_default()), None);
     }
     let cause = || {
-        let ended = ended_badly(pod).map(|(_, how)| format!("the program {how}"));
+        let ended = ended_badly(pod).map(|end| format!("the program {}", end.how));
         ended.or_else(|| blocked(pod).map(|blocked| blocked.why))
     };
     if is_ready(pod) {

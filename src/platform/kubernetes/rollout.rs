@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout};
 
 use super::cache::{Cache, annotation, label};
 use super::cluster::Cluster;
-use super::explain::{Blocked, blocked, ended_badly, events, last_lines};
+use super::explain::{BadEnd, Blocked, blocked, ended_badly, events, last_lines};
 use super::labels::{REPL, SUBMISSION};
 use super::record::Stored;
 use super::release::{Owner, PROGRAM_CONTAINER, database_name};
@@ -173,8 +173,15 @@ impl Rollouts {
     }
 
     async fn with_lines(&self, why: String, pod: &Pod) -> String {
-        let container = ended_badly(pod).map_or(PROGRAM_CONTAINER, |(name, _)| name);
-        let lines = last_lines(&self.cluster, pod, container).await;
+        let (container, words) = match ended_badly(pod) {
+            Some(end) => (end.container, end.words),
+            None => (PROGRAM_CONTAINER, String::new()),
+        };
+        let lines = if words.trim().is_empty() {
+            last_lines(&self.cluster, pod, container).await
+        } else {
+            words
+        };
         if lines.is_empty() {
             why
         } else {
@@ -206,7 +213,7 @@ fn progress(
         return Progress::Done;
     }
     for pod in pods {
-        if let Some((container, how)) = ended_badly(pod) {
+        if let Some(BadEnd { container, how, .. }) = ended_badly(pod) {
             let init = pod
                 .status
                 .as_ref()

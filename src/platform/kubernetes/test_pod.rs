@@ -21,19 +21,16 @@ use crate::platform::PlatformError;
 pub const CONTAINER: &str = "runner";
 
 /// What the agent needs of root's power, and nothing else. It cannot do with less, because it runs
-/// programs under other user ids than its own, so that they can neither signal, trace nor read it.
-const CAPABILITIES: [&str; 6] = [
-    // To become a slot's user before a program starts.
+/// programs under another user id than its own, so that they can neither signal, trace nor read it.
+const CAPABILITIES: [&str; 5] = [
+    // Both: to become the slot's user before a program starts, and to end in its name what it left.
     "SETUID",
     "SETGID",
-    // To kill what a program left behind: those processes have other user ids.
-    "KILL",
-    // To give a slot's folders to the slot's user.
+    // To give the slot's folders and files to that user.
     "CHOWN",
-    // To write a job's files into, and clear, folders that belong to a slot's user, whatever their
-    // modes.
+    // To write into folders that only that user may enter, and to clear those that nobody may.
     "DAC_OVERRIDE",
-    // To change modes there, where a program made something nobody may enter.
+    // To clear folders with the sticky bit, and to take modes back.
     "FOWNER",
 ];
 
@@ -46,8 +43,6 @@ const RUNNER_MEMORY: u64 = 512 << 20;
 pub struct TestPodConfig {
     /// The runner image.
     pub image: String,
-    /// Runs of one user at one time.
-    pub runs_per_user: usize,
     /// The most a run may ask for.
     pub maximum: Limits,
     /// Whether test runs may use the network.
@@ -63,8 +58,9 @@ pub fn name(user: &UserId) -> String {
 pub fn manifest(user: &UserId, config: &TestPodConfig) -> Manifest {
     let mut labels = of_user(user);
     labels[ROLE] = TEST.into();
-    let memory = config.runs_per_user as u64 * config.maximum.memory_bytes + RUNNER_MEMORY;
-    let workspace = (config.runs_per_user as u64 * 4 * config.maximum.file_bytes).max(64 << 20);
+    // One run at a time: a pod has one user id to give.
+    let memory = config.maximum.memory_bytes + RUNNER_MEMORY;
+    let workspace = (4 * config.maximum.file_bytes).max(64 << 20);
     let folder = |name: &str, bytes: u64| json!({ "name": name, "emptyDir": { "medium": "Memory", "sizeLimit": bytes.to_string() } });
     let mount = |name: &str| json!({ "name": name, "mountPath": format!("/{name}") });
     let container = json!({
@@ -72,12 +68,7 @@ pub fn manifest(user: &UserId, config: &TestPodConfig) -> Manifest {
         "image": config.image,
         "imagePullPolicy": "IfNotPresent",
         "command": ["gantry-runner", "agent"],
-        "env": [
-            // While one job runs, the slot of the one before is emptied: with as many again, runs
-            // that follow each other closely never wait for it.
-            { "name": "GANTRY_SLOTS", "value": (2 * config.runs_per_user).to_string() },
-            { "name": "GANTRY_ALLOW_NETWORK", "value": config.network.to_string() },
-        ],
+        "env": [{ "name": "GANTRY_ALLOW_NETWORK", "value": config.network.to_string() }],
         "resources": {
             "requests": { "cpu": "100m", "memory": "128Mi" },
             "limits": { "cpu": "2", "memory": memory.to_string() },
@@ -352,7 +343,6 @@ mod tests {
     fn config() -> TestPodConfig {
         TestPodConfig {
             image: "gantry-runner:latest".to_owned(),
-            runs_per_user: 3,
             maximum: Limits::MAXIMUM,
             network: false,
         }
