@@ -5,7 +5,8 @@ import pathlib
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 SOURCES = REPOSITORY / "tests" / "testbed"
-CACHE = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or REPOSITORY / "target") / "testbed"
+# Resolved: Elasticsearch does not start from a path that leads through a symbolic link.
+CACHE = (pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or REPOSITORY / "target") / "testbed").resolve()
 STATE = pathlib.Path("/var/lib/gantry-testbed")
 RUN = pathlib.Path("/run/gantry-testbed")
 LOGS = STATE / "logs"
