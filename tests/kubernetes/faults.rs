@@ -22,6 +22,10 @@ const CAUSE_WITHIN: Duration = Duration::from_secs(30);
 /// Silence that is taken for death, and one start of a pod on a busy machine.
 const BACK_WITHIN: Duration = Duration::from_secs(15 + 10);
 
+/// What a cluster may take to make pods again after an outage: its parts' longest pause between two
+/// tries, twice, and the start of a pod.
+const RECOVERED_WITHIN: Duration = Duration::from_secs(90);
+
 async fn hello(session: &Session) -> anyhow::Result<Vec<u8>> {
     Ok(finish(&mut session.start(python("print('Hello')")))
         .await?
@@ -356,5 +360,19 @@ async fn a_run_goes_on_while_the_api_server_is_away() {
     assert_eq!(ended.0.ending, Ending::Exited(0));
     let mut waits = waits;
     assert_eq!(finish(&mut waits).await.unwrap().stdout, b"after\n");
+    bed.forget(user.as_str()).await;
+    the_cluster_makes_pods_again(&bed).await;
+}
+
+/// Waits for the cluster's own parts: after an outage of the API server its scheduler and its kubelets
+/// try again at ever longer intervals, up to half a minute. The next test is not about that.
+async fn the_cluster_makes_pods_again(bed: &Bed) {
+    let user = bed.user("recovered");
+    let session = Sessions::new(bed.shared()).of(&user);
+    let started = Instant::now();
+    while let Err(error) = hello(&session).await {
+        assert!(started.elapsed() < RECOVERED_WITHIN, "{error:#}");
+        println!("{:?} after an outage: {error:#}", started.elapsed());
+    }
     bed.forget(user.as_str()).await;
 }

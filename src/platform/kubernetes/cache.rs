@@ -22,6 +22,9 @@ use super::cluster::{Cluster, Failure, Kind};
 /// Longest wait for the first list of a kind: some ten thousand objects take a second or two.
 const FIRST_LIST: Duration = Duration::from_secs(30);
 
+/// How far a watch may be behind; usually milliseconds.
+pub const WATCH_LAG: Duration = Duration::from_secs(2);
+
 /// An object as it is now; `None`: it is not there.
 pub type Now<K> = watch::Receiver<Option<Arc<K>>>;
 

@@ -236,7 +236,11 @@ impl Cluster {
 
     /// Puts the object in the place of the one with its `resourceVersion`; a conflict when that has
     /// changed since.
-    pub async fn replace(&self, kind: Kind, object: &DynamicObject) -> Result<(), Failure> {
+    pub async fn replace(
+        &self,
+        kind: Kind,
+        object: &DynamicObject,
+    ) -> Result<DynamicObject, Failure> {
         let name = object.metadata.name.clone().unwrap_or_default();
         let api = self.api(kind, object.metadata.namespace.as_deref());
         let params = PostParams {
@@ -244,9 +248,7 @@ impl Cluster {
             ..PostParams::default()
         };
         let what = format!("update the {kind:?} {name}");
-        self.call(&what, api.replace(&name, &params, object))
-            .await
-            .map(drop)
+        self.call(&what, api.replace(&name, &params, object)).await
     }
 
     /// Removes the object; absent is well. `grace`: seconds its processes get.

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use futures_util::future::try_join_all;
 use kube::core::DynamicObject;
@@ -12,7 +11,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::cache::{Cache, Changed, Watched};
+use super::cache::{Cache, Changed, WATCH_LAG, Watched};
 use super::cluster::{Cluster, Failure, Kind, Manifest};
 use super::labels::{APP, DATABASE, MANAGED, PROD, REPL, USER, of_user};
 use crate::model::UserId;
@@ -22,9 +21,6 @@ pub const TEST_ACCOUNT: &str = "gantry-test";
 
 /// The service account of released pods; an operator may bind it to the bucket.
 pub const PROGRAM_ACCOUNT: &str = "gantry-program";
-
-/// How far a watch may be behind; usually milliseconds.
-const WATCH_LAG: Duration = Duration::from_secs(2);
 
 /// The kinds that make up a namespace, in the order they are applied after the namespace itself.
 const PARTS: [Kind; 4] = [

@@ -156,8 +156,11 @@ impl Programs {
             repl: repl.clone(),
         };
         let submission = self.serving(&owner).ok_or_else(|| no_release(repl))?;
-        let pods = self.releases.rollouts.pods_of(&owner, &submission);
-        let Some(pod) = pods.iter().find(|pod| is_ready(pod)) else {
+        let pods = self.releases.rollouts.pods_of_any(&owner);
+        // While a release takes over, or does not come up, the one before it serves.
+        let ready = pods.iter().filter(|pod| is_ready(pod));
+        let newest = |pod: &&Arc<Pod>| annotation(pod.as_ref(), SUBMISSION) == Some(&submission);
+        let Some(pod) = ready.max_by_key(newest) else {
             let why = pods.iter().find_map(|pod| blocked(pod));
             let why = why.map_or_else(|| "none of its pods is ready".to_owned(), |b| b.why);
             return Err(unreachable(why));

@@ -1,14 +1,18 @@
 //! A repl's record: whose it is and every release it had. One ConfigMap per repl in the server's own
 //! namespace, so that state lives in the cluster and every replica of the server sees the same.
 
+use std::sync::Arc;
+
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::core::DynamicObject;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use std::sync::Arc;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::cache::{Cache, Watched};
+use super::cache::{Cache, WATCH_LAG, Watched};
 use super::cluster::{Cluster, Failure, Kind, Manifest};
 use super::labels::{GANTRY, MANAGED_BY, REPL, USER};
 use crate::model::{Release, ReleaseState, ReplId, SubmissionId, UserId};
@@ -273,7 +277,10 @@ impl Records {
             .create(&Manifest::new(Kind::ConfigMap, body))
             .await
         {
-            Ok(_) => Ok(user.clone()),
+            Ok(made) => {
+                self.seen(repl, &made).await;
+                Ok(user.clone())
+            }
             Err(failure) if failure.is_conflict() => {
                 let theirs = self.fresh(repl).await?;
                 Ok(theirs.map_or_else(|| user.clone(), |record| record.user_id))
@@ -306,13 +313,37 @@ impl Records {
             object.data["data"]["record"] = record.text().map_err(|e| broken(repl, e))?.into();
             object.metadata.managed_fields = None;
             match self.cluster.replace(Kind::ConfigMap, &object).await {
-                Ok(()) => return Ok(Some(result)),
+                Ok(changed) => {
+                    self.seen(repl, &changed).await;
+                    return Ok(Some(result));
+                }
                 Err(failure) if failure.is_conflict() && tried < MAX_TRIES => {}
                 Err(failure) => return Err(failure),
             }
         }
         Ok(None)
     }
+
+    /// Resolves when the watch shows what was just written, or something newer: who was told that a
+    /// repl serves may ask for it at once.
+    async fn seen(&self, repl: &ReplId, written: &DynamicObject) {
+        let Some(written) = version(&written.metadata) else {
+            return;
+        };
+        let mut now = self.cache.follow(&self.namespace, &name(repl));
+        let shown = now.wait_for(|now| {
+            let shown = now.as_ref().and_then(|now| version(&now.metadata));
+            shown.is_some_and(|shown| shown >= written)
+        });
+        if timeout(WATCH_LAG, shown).await.is_err() {
+            tracing::warn!(%repl, "the watch does not show a record that was just written");
+        }
+    }
+}
+
+/// How new an object is, among those of its kind.
+fn version(metadata: &ObjectMeta) -> Option<u64> {
+    metadata.resource_version.as_ref()?.parse().ok()
 }
 
 fn name(repl: &ReplId) -> String {

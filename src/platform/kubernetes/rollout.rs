@@ -55,10 +55,17 @@ enum Progress {
 impl Rollouts {
     /// The pods of a repl's release that are not leaving.
     pub fn pods_of(&self, owner: &Owner, submission: &str) -> Vec<Arc<Pod>> {
+        let mut pods = self.pods_of_any(owner);
+        pods.retain(|pod| annotation(pod.as_ref(), SUBMISSION) == Some(submission));
+        pods
+    }
+
+    /// The pods of every release of a repl that are not leaving.
+    pub fn pods_of_any(&self, owner: &Owner) -> Vec<Arc<Pod>> {
         let mut pods = self.pods.of(&owner.user.namespace());
         pods.retain(|pod| {
             label(pod.as_ref(), REPL) == Some(owner.repl.as_str())
-                && annotation(pod.as_ref(), SUBMISSION) == Some(submission)
+                && annotation(pod.as_ref(), SUBMISSION).is_some()
                 && pod.metadata.deletion_timestamp.is_none()
         });
         pods
