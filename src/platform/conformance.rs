@@ -117,6 +117,11 @@ pub async fn all(subject: &Subject) -> anyhow::Result<()> {
     a_cut_stream_loses_nothing(subject)
         .await
         .with_context(context("a cut stream loses nothing and runs nothing twice"))?;
+    input_that_comes_before_the_program_runs_reaches_it(subject)
+        .await
+        .with_context(context(
+            "input that comes before the program runs reaches it",
+        ))?;
     a_cancelled_run_leaves_nothing_running(subject)
         .await
         .with_context(context("a cancelled run leaves nothing running"))?;
@@ -237,6 +242,27 @@ async fn a_cut_stream_loses_nothing(subject: &Subject) -> anyhow::Result<()> {
         repeated.report == rest.report,
         "the same job ran a second time"
     );
+    Ok(())
+}
+
+/// More runs than there is room for: most of them get their input while they wait for a place.
+async fn input_that_comes_before_the_program_runs_reaches_it(
+    subject: &Subject,
+) -> anyhow::Result<()> {
+    let session = Sessions::new(Arc::clone(&subject.platform)).of(&user("conform-i"));
+    let mut runs = Vec::new();
+    for _ in 0..20 {
+        let mut job = python("import sys; print(repr(sys.stdin.read()))");
+        job.stdin_open = true;
+        let run = session.start(job);
+        run.handle().stdin(b"early ".to_vec(), false);
+        run.handle().stdin(b"input".to_vec(), true);
+        runs.push(run);
+    }
+    for mut run in runs {
+        let ended = finish(&mut run).await?;
+        ensure!(ended.stdout == b"'early input'\n", "{ended:?}");
+    }
     Ok(())
 }
 

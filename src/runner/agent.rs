@@ -23,7 +23,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 
 use super::confine::{Confinement, Identity, Reach};
-use super::job::{Command, JobLog, KILL_PATIENCE, Supervisor};
+use super::job::{Command, Input, JobLog, KILL_PATIENCE, Supervisor};
 use super::process::{Exit, MemoryGroup, die_first, reap};
 use super::slot::{Ground, Slot};
 use super::warm::{HOOK_FOLDER, Interpreter, Parked, Program, needs_cold_start, pipes};
@@ -438,7 +438,7 @@ impl Agent {
                     }
                 }
                 ToRunner::Stdin { job, data, eof } => {
-                    self.command(job, Command::Stdin { data, eof });
+                    self.command(job, Command::Stdin(Input { data, eof }));
                 }
                 ToRunner::Cancel { job } => self.command(job, Command::Cancel),
                 ToRunner::Ack { job, seq } => self.stored(job, seq),
@@ -512,10 +512,11 @@ impl Agent {
         log: Rc<JobLog>,
         mut commands: mpsc::UnboundedReceiver<Command>,
     ) {
+        let mut early = Vec::new();
         let FreeSlot { slot, parked } = tokio::select! {
             free = self.take_slot() => free,
             // Cancelled before it began.
-            () = cancelled(&mut commands) => {
+            () = cancelled(&mut commands, &mut early) => {
                 let mut report = not_started("");
                 report.ending = Ending::Cancelled;
                 return self.end(&log, report);
@@ -529,7 +530,7 @@ impl Agent {
                 // Where all share one user id, only the job's own process tree is its own.
                 let tree = slot.tree(known(0));
                 let supervisor = Supervisor::new(&job, &slot, tree, orphans, &log);
-                let mut report = supervisor.watch(program, &mut commands).await;
+                let mut report = supervisor.watch(program, early, &mut commands).await;
                 // Nobody in a sandbox can make the kernel do this but by using up its memory.
                 if report.ending == Ending::Signalled(libc::SIGKILL) && self.memory.kills() > kills
                 {
@@ -635,11 +636,12 @@ impl Agent {
     }
 }
 
-async fn cancelled(commands: &mut mpsc::UnboundedReceiver<Command>) {
+/// Resolves when the job is cancelled. Input that comes before the job has a slot is kept for it.
+async fn cancelled(commands: &mut mpsc::UnboundedReceiver<Command>, early: &mut Vec<Input>) {
     loop {
         match commands.recv().await {
             Some(Command::Cancel) => return,
-            Some(Command::Stdin { .. }) => {}
+            Some(Command::Stdin(input)) => early.push(input),
             None => std::future::pending().await,
         }
     }

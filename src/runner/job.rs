@@ -28,15 +28,19 @@ const READ_BYTES: usize = 64 << 10;
 /// What may be told to a running job.
 #[derive(Debug)]
 pub enum Command {
-    /// More input; `eof`: nothing follows.
-    Stdin {
-        /// The bytes.
-        data: Vec<u8>,
-        /// Close it afterwards.
-        eof: bool,
-    },
+    /// More input.
+    Stdin(Input),
     /// End it.
     Cancel,
+}
+
+/// A piece of a program's standard input.
+#[derive(Debug)]
+pub struct Input {
+    /// The bytes.
+    pub data: Vec<u8>,
+    /// Nothing follows.
+    pub eof: bool,
 }
 
 /// What the runner keeps of a job: its events until the server has stored them.
@@ -161,14 +165,16 @@ impl<'a> Supervisor<'a> {
         }
     }
 
-    /// Runs until the program has ended, by itself or at a limit.
+    /// Runs until the program has ended, by itself or at a limit. `early` came before it was started.
     pub async fn watch(
         mut self,
         mut program: Program,
+        early: Vec<Input>,
         commands: &mut mpsc::UnboundedReceiver<Command>,
     ) -> RunReport {
         let limits = self.job.limits;
-        let mut input = Input::new(program.stdin, &self.job.stdin, self.job.stdin_open);
+        let mut input = StandardInput::new(program.stdin, &self.job.stdin, self.job.stdin_open);
+        early.into_iter().for_each(|piece| input.add(piece));
         let deadline = tokio::time::sleep(limits.wall());
         tokio::pin!(deadline);
         let mut measure = measuring(self.started);
@@ -211,7 +217,7 @@ impl<'a> Supervisor<'a> {
                 // Killed long ago, and its end was never told: the reason is known all the same.
                 Happening::OutOfTime if self.stopped.is_some() => break None,
                 Happening::OutOfTime => self.stop(Ending::Limit(Reason::Timeout)).await,
-                Happening::Told(Some(Command::Stdin { data, eof })) => input.add(&data, eof),
+                Happening::Told(Some(Command::Stdin(piece))) => input.add(piece),
                 Happening::Told(Some(Command::Cancel)) => self.stop(Ending::Cancelled).await,
                 Happening::Told(None) => told = false,
             }
@@ -380,13 +386,13 @@ fn drain(pipe: &pipe::Receiver, data: &mut Vec<u8>) -> bool {
 }
 
 /// A program's standard input: what is still to be written, and whether more may come.
-struct Input {
+struct StandardInput {
     pipe: Option<pipe::Sender>,
     waiting: VecDeque<u8>,
     open: bool,
 }
 
-impl Input {
+impl StandardInput {
     fn new(pipe: pipe::Sender, first: &[u8], open: bool) -> Self {
         let mut input = Self {
             pipe: Some(pipe),
@@ -401,7 +407,7 @@ impl Input {
         self.pipe.is_some() && !self.waiting.is_empty()
     }
 
-    fn add(&mut self, data: &[u8], eof: bool) {
+    fn add(&mut self, Input { data, eof }: Input) {
         if self.open && self.pipe.is_some() && self.waiting.len() + data.len() <= MAX_WAITING_INPUT
         {
             self.waiting.extend(data);
