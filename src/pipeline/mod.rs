@@ -123,6 +123,7 @@ impl Pipeline {
             return Err(Refusal::Unavailable(self.overload()));
         }
         self.check_repl(&submission).await?;
+        self.inner.platform.used(&submission.user_id);
         let received = NewRecord {
             user_id: submission.user_id.clone(),
             submission_id: Some(id),

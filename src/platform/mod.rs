@@ -123,6 +123,10 @@ pub trait Platform: Send + Sync + fmt::Debug {
     /// A stream to the user's runner, its sandbox made first if it is not there.
     async fn connect(&self, user: &UserId) -> Result<Box<dyn ByteStream>, PlatformError>;
 
+    /// Notes that the user's sandbox is in use. A backend that never removes an unused one has nothing
+    /// to note.
+    fn used(&self, _user: &UserId) {}
+
     /// Removes the user's sandbox and everything running in it.
     async fn drop_sandbox(&self, user: &UserId) -> Result<(), PlatformError>;
 

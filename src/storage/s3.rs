@@ -25,6 +25,7 @@ use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::ByteStream;
 use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
 use futures_util::{StreamExt, TryStreamExt, stream};
+use jiff::Timestamp;
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -109,6 +110,8 @@ pub struct Object {
     pub key: String,
     /// Its size.
     pub bytes: u64,
+    /// When it was written.
+    pub modified: Timestamp,
 }
 
 /// What belongs to a release.
@@ -250,10 +253,37 @@ impl S3Store {
                 objects.push(Object {
                     key: object.key().unwrap_or_default().to_owned(),
                     bytes: u64::try_from(object.size().unwrap_or(0)).unwrap_or(0),
+                    modified: time_of(object.last_modified()),
                 });
             }
         }
         Ok(objects)
+    }
+
+    /// The folders directly below `prefix`, each with its whole prefix.
+    pub async fn folders(&self, prefix: &str) -> Result<Vec<String>, Problem> {
+        let mut folders = Vec::new();
+        let request = self.client.list_objects_v2().bucket(&self.bucket);
+        let request = request.prefix(prefix).delimiter("/");
+        let mut pages = request.into_paginator().send();
+        while let Some(page) = pages.next().await {
+            let page = page.map_err(|error| self.problem("be listed", &error))?;
+            let found = page.common_prefixes().iter();
+            folders.extend(found.filter_map(|folder| folder.prefix().map(str::to_owned)));
+        }
+        Ok(folders)
+    }
+
+    /// When something below `prefix` was last written; `None`: there is nothing.
+    pub async fn newest(&self, prefix: &str) -> Result<Option<Timestamp>, Problem> {
+        let objects = self.list(prefix, MAX_LISTED).await?;
+        Ok(objects.iter().map(|object| object.modified).max())
+    }
+
+    /// Removes everything below `prefix`: a release's manifest first, without which it is none.
+    pub async fn remove_all(&self, prefix: &str) -> Result<(), Problem> {
+        self.remove(Manifest::key(prefix)).await?;
+        self.remove_others(prefix, &BTreeSet::new()).await
     }
 
     /// The content of an object, as it comes.
@@ -430,6 +460,13 @@ fn keys(prefix: &str, files: &BTreeMap<RelativePath, String>) -> BTreeSet<String
         .keys()
         .map(|path| format!("{prefix}{}", path.as_str()))
         .collect()
+}
+
+/// What has no time counts as just written: nobody may take it for old.
+fn time_of(modified: Option<&aws_sdk_s3::primitives::DateTime>) -> Timestamp {
+    let seconds = modified.map(|time| time.secs());
+    let time = seconds.and_then(|seconds| Timestamp::from_second(seconds).ok());
+    time.unwrap_or_else(Timestamp::now)
 }
 
 /// What the store itself said, and what to do about it.

@@ -4,8 +4,8 @@ use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
 use gantry::storage::S3Config;
 use secrecy::ExposeSecret;
 
-/// An object put past the store, as somebody else would.
-pub async fn put(config: &S3Config, key: &str, text: &str) {
+/// A client of the bucket's server.
+pub fn client(config: &S3Config) -> aws_sdk_s3::Client {
     let secret = config.secret_access_key.expose_secret();
     let mut settings = aws_sdk_s3::Config::builder()
         .behavior_version(BehaviorVersion::latest())
@@ -27,6 +27,11 @@ pub async fn put(config: &S3Config, key: &str, text: &str) {
         .force_path_style(true);
     settings.set_endpoint_url(config.endpoint.clone());
     aws_sdk_s3::Client::from_conf(settings.build())
+}
+
+/// An object put past the store, as somebody else would.
+pub async fn put(config: &S3Config, key: &str, text: &str) {
+    client(config)
         .put_object()
         .bucket(&config.bucket)
         .key(key)

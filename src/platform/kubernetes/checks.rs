@@ -9,86 +9,11 @@ use kube::Api;
 use kube::api::{ListParams, PostParams};
 
 use super::cluster::{Cluster, Failure};
+use super::permissions::{Permission, permissions};
 use crate::platform::{Check, Finding};
 
 /// The oldest API server whose fields the manifests use: a `sleep` before a pod stops needs 1.30.
 const OLDEST: (u32, u32) = (1, 30);
-
-/// One permission: API group, resource (with its subresource), verb, and whether it is only needed in
-/// the server's own namespace.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Permission {
-    /// The API group; "" is the core one.
-    pub group: &'static str,
-    /// `pods` or `pods/exec`.
-    pub resource: &'static str,
-    /// What is done with it.
-    pub verb: &'static str,
-    /// Needed in the server's own namespace only.
-    pub own: bool,
-}
-
-/// Everything Gantry does with the API server. `infrastructure/` grants these and no others.
-pub fn permissions() -> Vec<Permission> {
-    let everywhere: [(&str, &str, &[&str]); 17] = [
-        ("", "namespaces", &["list", "watch", "patch", "create"]),
-        ("", "resourcequotas", &["list", "watch", "patch", "create"]),
-        ("", "limitranges", &["list", "watch", "patch", "create"]),
-        ("", "serviceaccounts", &["list", "watch", "patch", "create"]),
-        (
-            "networking.k8s.io",
-            "networkpolicies",
-            &["list", "watch", "patch", "create"],
-        ),
-        ("", "pods", &["list", "watch", "create", "delete"]),
-        // A WebSocket upgrade is a GET; since Kubernetes 1.35 `create` is asked for as well.
-        ("", "pods/exec", &["get", "create"]),
-        ("", "pods/portforward", &["get", "create"]),
-        ("", "pods/log", &["get"]),
-        ("", "events", &["list"]),
-        (
-            "",
-            "secrets",
-            &["get", "create", "patch", "delete", "deletecollection"],
-        ),
-        ("", "services", &["create", "patch", "deletecollection"]),
-        (
-            "apps",
-            "deployments",
-            &["list", "watch", "create", "patch", "deletecollection"],
-        ),
-        (
-            "apps",
-            "statefulsets",
-            &["create", "patch", "deletecollection"],
-        ),
-        (
-            "networking.k8s.io",
-            "ingresses",
-            &["create", "patch", "deletecollection"],
-        ),
-        ("networking.k8s.io", "ingressclasses", &["list"]),
-        ("apps", "daemonsets", &["list"]),
-    ];
-    let own: [(&str, &str, &[&str]); 1] = [(
-        "",
-        "configmaps",
-        &["get", "list", "watch", "create", "update"],
-    )];
-    let all = everywhere
-        .iter()
-        .map(|entry| (entry, false))
-        .chain(own.iter().map(|entry| (entry, true)));
-    all.flat_map(|((group, resource, verbs), own)| {
-        verbs.iter().map(move |verb| Permission {
-            group,
-            resource,
-            verb,
-            own,
-        })
-    })
-    .collect()
-}
 
 /// Looks at the cluster. `own`: the server's namespace.
 pub async fn look(cluster: &Cluster, own: &str, ingress_class: &str) -> Vec<Check> {
@@ -252,18 +177,5 @@ async fn policies(cluster: &Cluster) -> Check {
             Finding::Weaker,
             "no network plugin that is known to enforce them was found: test runs are kept off the network by the runner alone, released programs not at all",
         ),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn no_permission_is_named_twice() {
-        let all = permissions();
-        for (index, one) in all.iter().enumerate() {
-            assert!(!all[..index].contains(one), "{one:?}");
-        }
     }
 }

@@ -1,17 +1,18 @@
 //! The one way to the API server: every request has a bound, every failure says what it means.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
-use axum::http::Request;
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
-use kube::client::{Body, ClientBuilder};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::client::ClientBuilder;
 use kube::core::{ApiResource, DynamicObject};
 use kube::{Api, Client, Config};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::time::timeout;
-use tower::util::MapRequestLayer;
 
+use super::labels::{INSTALLATION, MANAGED};
+use super::permissions::Counting;
 use crate::model::Problem;
 use crate::platform::{AWAY, PlatformError};
 
@@ -21,6 +22,9 @@ pub const FIELD_MANAGER: &str = "gantry";
 /// Longest wait for one answer of the API server, which gives a request 60 s itself but answers in
 /// milliseconds when it is well. Streams (watch, exec, port-forward) are not bound by it.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Objects asked for at a time: the API server's own tools ask for as many.
+const LIST_PAGE: u32 = 500;
 
 /// Longest wait for a connection to the API server; it is in the same network.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -52,6 +56,10 @@ pub enum Kind {
     Deployment,
     /// A release's host names.
     Ingress,
+    /// A database's volume.
+    PersistentVolumeClaim,
+    /// Which replica of the server does what only one may do.
+    Lease,
 }
 
 impl Kind {
@@ -75,6 +83,10 @@ impl Kind {
             Kind::StatefulSet => ("apps", "v1", "StatefulSet", "statefulsets"),
             Kind::Deployment => ("apps", "v1", "Deployment", "deployments"),
             Kind::Ingress => ("networking.k8s.io", "v1", "Ingress", "ingresses"),
+            Kind::PersistentVolumeClaim => {
+                ("", "v1", "PersistentVolumeClaim", "persistentvolumeclaims")
+            }
+            Kind::Lease => ("coordination.k8s.io", "v1", "Lease", "leases"),
         };
         let api_version = if group.is_empty() {
             version.to_owned()
@@ -127,6 +139,9 @@ impl Manifest {
 pub struct Cluster {
     /// For streams.
     pub client: Client,
+    /// The server's own namespace, which is on everything this server makes: what another installation
+    /// made is not this one's to remove.
+    installation: Arc<str>,
 }
 
 impl std::fmt::Debug for Cluster {
@@ -136,8 +151,8 @@ impl std::fmt::Debug for Cluster {
 }
 
 impl Cluster {
-    /// The cluster that `KUBECONFIG` or the pod this runs in names.
-    pub async fn infer() -> anyhow::Result<Self> {
+    /// The cluster that `KUBECONFIG` or the pod this runs in names, for the server of this namespace.
+    pub async fn infer(installation: &str) -> anyhow::Result<Self> {
         let mut config = Config::infer().await.map_err(|error| {
             anyhow::anyhow!(
                 "no cluster is configured: set KUBECONFIG, or run inside a cluster with a service account ({error})"
@@ -147,14 +162,10 @@ impl Cluster {
         // Streams are idle for as long as nobody submits; heartbeats tell whether they live.
         config.read_timeout = None;
         config.write_timeout = None;
-        // Every request, streams and watches included, whoever makes it.
-        let counting = MapRequestLayer::new(|request: Request<Body>| {
-            metrics::counter!("gantry_cluster_requests_total").increment(1);
-            request
-        });
-        let builder = ClientBuilder::try_from(config)?.with_layer(&counting);
+        let builder = ClientBuilder::try_from(config)?.with_layer(&Counting);
         Ok(Self {
             client: builder.build(),
+            installation: installation.into(),
         })
     }
 
@@ -201,11 +212,9 @@ impl Cluster {
         let what = format!("apply the {:?} {name}", manifest.kind);
         let api = self.api(manifest.kind, manifest.namespace());
         let params = params.validation_strict();
-        self.call(
-            &what,
-            api.patch(name, &params, &Patch::Apply(&manifest.body)),
-        )
-        .await
+        let body = self.marked(manifest);
+        self.call(&what, api.patch(name, &params, &Patch::Apply(&body)))
+            .await
     }
 
     /// Makes the object; a conflict when it is there.
@@ -213,13 +222,74 @@ impl Cluster {
         let name = manifest.name();
         let what = format!("create the {:?} {name}", manifest.kind);
         let api = self.api(manifest.kind, manifest.namespace());
-        let object: DynamicObject = serde_json::from_value(manifest.body.clone())
+        let object: DynamicObject = serde_json::from_value(self.marked(manifest))
             .map_err(|error| Failure::new(&what, kube::Error::SerdeError(error)))?;
         let params = PostParams {
             field_manager: Some(FIELD_MANAGER.to_owned()),
             ..PostParams::default()
         };
         self.call(&what, api.create(&params, &object)).await
+    }
+
+    /// The manifest with the label that says whose it is.
+    fn marked(&self, manifest: &Manifest) -> Value {
+        let mut body = manifest.body.clone();
+        body["metadata"]["labels"][INSTALLATION] = self.installation.as_ref().into();
+        body
+    }
+
+    /// Selects what this installation made.
+    pub fn made_here(&self) -> String {
+        format!("{MANAGED},{INSTALLATION}={}", self.installation)
+    }
+
+    /// Every object of a kind with these labels, in a namespace or cluster-wide.
+    pub async fn list(
+        &self,
+        kind: Kind,
+        namespace: Option<&str>,
+        labels: &str,
+    ) -> Result<Vec<DynamicObject>, Failure> {
+        let api = self.api(kind, namespace);
+        let what = format!("list the {kind:?}s with {labels}");
+        let mut params = ListParams::default().labels(labels).limit(LIST_PAGE);
+        let mut objects = Vec::new();
+        loop {
+            let page = self.call(&what, api.list(&params)).await?;
+            objects.extend(page.items);
+            match page.metadata.continue_.filter(|token| !token.is_empty()) {
+                Some(token) => params = params.continue_token(&token),
+                None => return Ok(objects),
+            }
+        }
+    }
+
+    /// Sets one annotation of a namespace, and nothing else of it.
+    pub async fn annotate(&self, namespace: &str, name: &str, value: &str) -> Result<(), Failure> {
+        let api = self.api(Kind::Namespace, None);
+        let patch = json!({ "metadata": { "annotations": { name: value } } });
+        // Not `gantry`: what that one applies again without naming it, it removes.
+        let params = PatchParams {
+            field_manager: Some("gantry-use".to_owned()),
+            ..PatchParams::default()
+        };
+        let what = format!("annotate the namespace {namespace}");
+        self.call(&what, api.patch(namespace, &params, &Patch::Merge(&patch)))
+            .await
+            .map(drop)
+    }
+
+    /// Removes a namespace and all that is in it, unless it was changed since it was read.
+    pub async fn delete_namespace(&self, read: &DynamicObject) -> Result<(), Failure> {
+        let name = read.metadata.name.clone().unwrap_or_default();
+        let mut params = DeleteParams::background();
+        params.preconditions = Some(Preconditions {
+            resource_version: read.metadata.resource_version.clone(),
+            uid: read.metadata.uid.clone(),
+        });
+        let what = format!("delete the namespace {name}");
+        let api = self.api(Kind::Namespace, None);
+        self.call(&what, api.delete(&name, &params)).await.map(drop)
     }
 
     /// The object, if it is there.

@@ -10,6 +10,8 @@ pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 pub const GANTRY: &str = "gantry";
 /// Everything Gantry made.
 pub const MANAGED: &str = "app.kubernetes.io/managed-by=gantry";
+/// Which installation made it: the namespace of its server.
+pub const INSTALLATION: &str = "gantry.dev/installation";
 /// Whose it is.
 pub const USER: &str = "gantry.dev/user";
 /// Which repl it belongs to.
@@ -37,6 +39,9 @@ pub const CODE_DIGEST: &str = "gantry.dev/code-digest";
 pub const TESTS_DIGEST: &str = "gantry.dev/tests-digest";
 /// Annotation: the image the tests ran in.
 pub const IMAGE: &str = "gantry.dev/image";
+
+/// Annotation of a user's namespace: when it was last used, to the hour.
+pub const USED: &str = "gantry.dev/last-used";
 
 /// Labels of something of a user's.
 pub fn of_user(user: &UserId) -> Value {

@@ -7,7 +7,10 @@ mod cluster;
 mod exec;
 mod explain;
 mod labels;
+mod lease;
 mod namespace;
+mod orphans;
+mod permissions;
 mod programs;
 mod record;
 mod release;
@@ -35,6 +38,7 @@ use super::{
     ReleaseSpec, RunningRelease,
 };
 use crate::model::{Limits, Problem, Release, ReplId, ReplStatus, UserId};
+use crate::storage::S3Store;
 use cache::{Cache, Watched};
 use cluster::{Cluster, Kind, Manifest};
 use exec::{ExecError, ExecStream};
@@ -47,7 +51,8 @@ use releases::Releases;
 use rollout::Rollouts;
 use test_pod::{TestPodConfig, TestPods};
 
-pub use checks::{Permission, permissions};
+pub use orphans::{CleanUp, Cleaner, Orphan};
+pub use permissions::{Permission, permissions};
 pub use template::{BUILT_IN as BUILT_IN_TEMPLATE, Template};
 
 /// Program output that may wait for the journal: when it cannot keep up, following waits.
@@ -106,7 +111,7 @@ pub struct KubernetesPlatform {
 impl KubernetesPlatform {
     /// Looks at the cluster and begins to watch it; an error when Gantry cannot work there.
     pub async fn start(config: KubernetesConfig) -> anyhow::Result<Self> {
-        let cluster = Cluster::infer().await?;
+        let cluster = Cluster::infer(&config.namespace).await?;
         let checks = checks::look(&cluster, &config.namespace, &config.ingress_class).await;
         for check in &checks {
             tracing::info!(name = check.name, finding = ?check.finding, detail = %check.detail, "checked");
@@ -175,6 +180,16 @@ impl KubernetesPlatform {
             events: tokio::sync::Mutex::new(events),
             stop,
         })
+    }
+
+    /// Finds what nobody needs any more, and removes it if that is wanted.
+    pub fn cleaner(&self, store: Arc<S3Store>, options: CleanUp) -> Cleaner {
+        Cleaner {
+            releases: self.releases.clone(),
+            test_pods: self.test_pods.clone(),
+            store,
+            options,
+        }
     }
 
     /// A stream to the user's runner; a runner that does not greet is made anew.
@@ -325,6 +340,10 @@ impl Platform for KubernetesPlatform {
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let stream = self.stream(user, deadline).await?;
         Ok(Box::new(stream))
+    }
+
+    fn used(&self, user: &UserId) {
+        self.releases.namespaces.used(user);
     }
 
     async fn drop_sandbox(&self, user: &UserId) -> Result<(), PlatformError> {

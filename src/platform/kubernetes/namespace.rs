@@ -1,10 +1,12 @@
 //! A user's namespace: made on first use, bounded, closed, and put right when somebody edits it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures_util::future::try_join_all;
+use jiff::{SignedDuration, Timestamp};
+use kube::ResourceExt;
 use kube::core::DynamicObject;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
@@ -13,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::cache::{Cache, Changed, WATCH_LAG, Watched};
 use super::cluster::{Cluster, Failure, Kind, Manifest};
-use super::labels::{APP, DATABASE, MANAGED, PROD, REPL, USER, of_user};
+use super::labels::{APP, DATABASE, MANAGED, PROD, REPL, USED, USER, of_user};
 use crate::model::UserId;
 
 /// The service account of test pods; it may do nothing and has no token.
@@ -21,6 +23,9 @@ pub const TEST_ACCOUNT: &str = "gantry-test";
 
 /// The service account of released pods; an operator may bind it to the bucket.
 pub const PROGRAM_ACCOUNT: &str = "gantry-program";
+
+/// How exactly it is known when a namespace was last used.
+const NOTE_USE: SignedDuration = SignedDuration::from_hours(1);
 
 /// The kinds that make up a namespace, in the order they are applied after the namespace itself.
 const PARTS: [Kind; 4] = [
@@ -213,6 +218,8 @@ struct Inner {
     parts: HashMap<Kind, Cache<DynamicObject>>,
     /// One repair of a namespace at a time.
     repairing: Mutex<HashMap<UserId, Arc<tokio::sync::Mutex<()>>>>,
+    /// Whose use is being noted.
+    noting: Mutex<HashSet<UserId>>,
 }
 
 impl Namespaces {
@@ -235,6 +242,7 @@ impl Namespaces {
                 namespaces: cache(Kind::Namespace),
                 parts: PARTS.into_iter().map(|kind| (kind, cache(kind))).collect(),
                 repairing: Mutex::default(),
+                noting: Mutex::default(),
             }),
         };
         tokio::spawn(this.clone().repair(changes, stop.clone()));
@@ -294,6 +302,43 @@ impl Namespaces {
                 .is_some_and(|actual| is_as_wanted(manifest, actual))
         };
         now.wait_for(as_wanted).await.map(drop)
+    }
+
+    /// Notes that the user's namespace is in use, at most once an hour: a warm submission asks the API
+    /// server nothing.
+    pub fn used(&self, user: &UserId) {
+        let name = user.namespace();
+        let Some(namespace) = self.inner.namespaces.get("", &name) else {
+            // It is made by this use.
+            return;
+        };
+        let noted = namespace.annotations().get(USED);
+        let noted = noted.and_then(|text| text.parse().ok());
+        let made = namespace.metadata.creation_timestamp.as_ref();
+        let Some(known) = noted.or(made.map(|made| made.0)) else {
+            return;
+        };
+        let now = Timestamp::now();
+        if now.duration_since(known) < NOTE_USE || !self.noting().insert(user.clone()) {
+            return;
+        }
+        let (this, user) = (self.clone(), user.clone());
+        tokio::spawn(async move {
+            let now = now.to_string();
+            let noted = this.inner.cluster.annotate(&name, USED, &now).await;
+            if let Err(failure) = noted {
+                tracing::warn!(%user, %failure, "that a namespace is in use was not noted");
+            }
+            // The watch shows it in a moment; a second note until then does no harm.
+            this.noting().remove(&user);
+        });
+    }
+
+    fn noting(&self) -> std::sync::MutexGuard<'_, HashSet<UserId>> {
+        self.inner
+            .noting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What is not there or not as it should be.

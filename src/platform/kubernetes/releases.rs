@@ -40,7 +40,7 @@ const AWAY_PAUSE: Duration = Duration::from_secs(2);
 const PASSWORD_BYTES: usize = 24;
 
 /// What a stop removes, callers first.
-const STOPPED_KINDS: [Kind; 5] = [
+pub const STOPPED_KINDS: [Kind; 5] = [
     Kind::Ingress,
     Kind::Service,
     Kind::Deployment,
@@ -394,7 +394,7 @@ impl Releases {
             .map(|(name, value)| (env_key(name), value.clone()))
             .collect();
         let labels = of_repl(&owner.user, &owner.repl);
-        let name = kept_env_name(owner, stored.release);
+        let name = kept_env_name(&owner.repl, stored.release);
         let secret = env_secret(&self.records.namespace, &labels, &name, &keyed);
         self.cluster.apply(&secret).await.map(drop)
     }
@@ -404,7 +404,7 @@ impl Releases {
         if stored.env_names.is_empty() {
             return Ok(());
         }
-        let kept = kept_env_name(owner, stored.release);
+        let kept = kept_env_name(&owner.repl, stored.release);
         let kept = self
             .cluster
             .get(Kind::Secret, &self.records.namespace, &kept)
@@ -439,14 +439,16 @@ impl Releases {
         }
     }
 
-    fn changing(&self, repl: &ReplId) -> Arc<tokio::sync::Mutex<()>> {
+    /// The lock of a repl's changes.
+    pub fn changing(&self, repl: &ReplId) -> Arc<tokio::sync::Mutex<()>> {
         let mut changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(changing.entry(repl.clone()).or_default())
     }
 }
 
-fn kept_env_name(owner: &Owner, release: u64) -> String {
-    format!("repl-{}", env_name(&owner.repl, release))
+/// The Secret in the server's own namespace that keeps a release's variables.
+pub fn kept_env_name(repl: &ReplId, release: u64) -> String {
+    format!("repl-{}", env_name(repl, release))
 }
 
 fn password() -> Result<String, Failure> {

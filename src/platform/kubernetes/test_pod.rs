@@ -209,6 +209,11 @@ impl TestPods {
         }
     }
 
+    /// Whether the user has one.
+    pub fn is_there(&self, user: &UserId) -> bool {
+        self.pods.get(&user.namespace(), &name(user)).is_some()
+    }
+
     /// The user's pod, from now on.
     pub fn follow(&self, user: &UserId) -> Now<Pod> {
         self.pods.follow(&user.namespace(), &name(user))
