@@ -12,12 +12,12 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use secrecy::{ExposeSecret, SecretString};
 
 use crate::auth::{Keys, NewKey, Role, Sessions};
-use crate::config::{ClusterConfig, Config, PlatformConfig};
+use crate::config::{CleanUpConfig, ClusterConfig, Config, PlatformConfig};
 use crate::journal::{Journal, JournalOptions};
 use crate::logs::Search;
 use crate::pipeline::{Pipeline, PipelineOptions};
 use crate::platform::kubernetes::{
-    BUILT_IN_TEMPLATE, KubernetesConfig, KubernetesPlatform, Template,
+    BUILT_IN_TEMPLATE, CleanUp, KubernetesConfig, KubernetesPlatform, Template,
 };
 use crate::platform::local::{LocalConfig, LocalPlatform};
 use crate::platform::{Check, Finding, Platform};
@@ -52,7 +52,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         None => Some(keys.create(Role::Admin)?),
     };
     let shutdown = Shutdown::default();
-    let Backends { platform, store } = backends(&config, address).await?;
+    let Backends { platform, store } = backends(&config, address, &shutdown).await?;
     let checks = platform.checks();
     require_sandbox(&config, &checks)?;
     let search = Search::open(&config.data_dir.join("search.sqlite"), journal.clone())?;
@@ -141,14 +141,22 @@ struct Backends {
     store: Arc<dyn CodeStore>,
 }
 
-async fn backends(config: &Config, address: SocketAddr) -> anyhow::Result<Backends> {
+async fn backends(
+    config: &Config,
+    address: SocketAddr,
+    shutdown: &Shutdown,
+) -> anyhow::Result<Backends> {
     match &config.platform {
         PlatformConfig::Local => local(config, address).await,
-        PlatformConfig::Kubernetes(cluster) => kubernetes(config, cluster).await,
+        PlatformConfig::Kubernetes(cluster) => kubernetes(config, cluster, shutdown).await,
     }
 }
 
-async fn kubernetes(config: &Config, cluster: &ClusterConfig) -> anyhow::Result<Backends> {
+async fn kubernetes(
+    config: &Config,
+    cluster: &ClusterConfig,
+    shutdown: &Shutdown,
+) -> anyhow::Result<Backends> {
     let text = cluster.manifest_template.as_deref();
     let template = Template::parse(text.unwrap_or(BUILT_IN_TEMPLATE))
         .map_err(|why| anyhow::anyhow!("MANIFEST_TEMPLATE cannot be used: {why}"))?;
@@ -157,33 +165,60 @@ async fn kubernetes(config: &Config, cluster: &ClusterConfig) -> anyhow::Result<
             "S3_BUCKET is not set: on Kubernetes released pods fetch their code from a bucket. Set S3_BUCKET and the AWS_ variables"
         );
     };
-    let store = S3Store::open(s3.clone());
-    store
-        .check()
+    let store = Arc::new(S3Store::open(s3.clone()));
+    let platform = KubernetesPlatform::start(
+        KubernetesConfig {
+            namespace: cluster.namespace.clone(),
+            template,
+            runner_image: cluster.runner_image.clone(),
+            database_image: cluster.database_image.clone(),
+            bucket: s3.bucket.clone(),
+            store: store_variables(&s3),
+            store_addresses: store_addresses(&s3).await,
+            domain: config.domain.clone(),
+            app_domain: config.app_domain.clone(),
+            ingress_class: cluster.ingress_class.clone(),
+            maximum: config.maximum_limits,
+            network: config.allow_network,
+        },
+        vec![bucket_check(&store, &s3.bucket).await],
+    );
+    let platform = platform
         .await
-        .context("the code store's bucket cannot be used")?;
-    let platform = KubernetesPlatform::start(KubernetesConfig {
-        namespace: cluster.namespace.clone(),
-        template,
-        runner_image: cluster.runner_image.clone(),
-        database_image: cluster.database_image.clone(),
-        bucket: s3.bucket.clone(),
-        store: store_variables(&s3),
-        store_addresses: store_addresses(&s3).await,
-        domain: config.domain.clone(),
-        app_domain: config.app_domain.clone(),
-        ingress_class: cluster.ingress_class.clone(),
-        maximum: config.maximum_limits,
-        network: config.allow_network,
-    });
+        .context("the Kubernetes platform cannot start")?;
+    if cluster.clean_up != CleanUpConfig::Off {
+        let remove = cluster.clean_up == CleanUpConfig::Remove;
+        let options = CleanUp::new(remove, cluster.idle);
+        let cleaner = platform.cleaner(Arc::clone(&store), options);
+        let cleaning = cleaner.run(this_process()?, shutdown.token.clone());
+        shutdown.tasks.spawn(cleaning);
+    }
     Ok(Backends {
-        platform: Arc::new(
-            platform
-                .await
-                .context("the Kubernetes platform cannot start")?,
-        ),
-        store: Arc::new(store),
+        platform: Arc::new(platform),
+        store,
     })
+}
+
+async fn bucket_check(store: &S3Store, bucket: &str) -> Check {
+    let (finding, detail) = match store.check().await {
+        Ok(()) => (Finding::Good, bucket.to_owned()),
+        Err(problem) => (Finding::Missing, problem.to_string()),
+    };
+    Check {
+        name: "bucket",
+        finding,
+        detail,
+    }
+}
+
+/// A name that no other process has: the machine's, or the pod's, and a random part.
+fn this_process() -> anyhow::Result<String> {
+    let mut random = [0; 4];
+    getrandom::fill(&mut random)
+        .map_err(|error| anyhow::anyhow!("the system gives no random numbers: {error}"))?;
+    let host = rustix::system::uname();
+    let host = host.nodename().to_string_lossy().into_owned();
+    Ok(format!("{host}_{:08x}", u32::from_be_bytes(random)))
 }
 
 /// What a released pod needs to read the bucket.
@@ -339,15 +374,17 @@ fn banner(
         env!("CARGO_PKG_VERSION"),
         config.data_dir.display(),
     );
-    for check in checks.iter().filter(|check| check.finding != Finding::Good) {
-        let word = if check.finding == Finding::Weaker {
-            "weaker"
-        } else {
-            "missing"
+    let local = matches!(config.platform, PlatformConfig::Local);
+    for check in checks {
+        let word = match check.finding {
+            Finding::Good if local => continue,
+            Finding::Good => "good",
+            Finding::Weaker => "weaker",
+            Finding::Missing => "missing",
         };
         text.push_str(&format!("  {word:<9} {}: {}\n", check.name, check.detail));
     }
-    if checks.iter().all(|check| check.finding == Finding::Good) {
+    if local && checks.iter().all(|check| check.finding == Finding::Good) {
         text.push_str("  sandbox   complete\n");
     }
     if let Some(key) = new_key {

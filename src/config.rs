@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::Args;
 use secrecy::SecretString;
@@ -83,6 +84,12 @@ pub struct ServeArgs {
     /// Kubernetes: image of a release's database [default: postgres:16]
     #[arg(long, env = "DATABASE_IMAGE", value_name = "IMAGE")]
     database_image: Option<String>,
+    /// Kubernetes: what is done about what nobody needs any more: off, tell or remove [default: tell]
+    #[arg(long, env = "GANTRY_CLEAN_UP", value_name = "WHAT")]
+    clean_up: Option<String>,
+    /// Kubernetes: days without use after which a namespace or files count as not needed [default: 30]
+    #[arg(long, env = "GANTRY_IDLE_DAYS", value_name = "NUMBER")]
+    idle_days: Option<String>,
     /// The program that runs inside sandboxes [default: this one]
     #[arg(long, env = "GANTRY_RUNNER", value_name = "FILE")]
     runner: Option<PathBuf>,
@@ -144,6 +151,21 @@ pub struct ClusterConfig {
     pub runner_image: String,
     /// The database image.
     pub database_image: String,
+    /// What is done about what nobody needs any more.
+    pub clean_up: CleanUpConfig,
+    /// Without use for this long, a namespace or files count as not needed.
+    pub idle: Duration,
+}
+
+/// What is done about what nobody needs any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CleanUpConfig {
+    /// Nothing.
+    Off,
+    /// The log says what it is.
+    Tell,
+    /// It is removed.
+    Remove,
 }
 
 /// A browser's origin: scheme, host and port, as it stands in the `Origin` header.
@@ -439,7 +461,25 @@ fn cluster(args: &ServeArgs) -> Result<ClusterConfig, ConfigError> {
         ingress_class: host_name("INGRESS_CLASS", &args.ingress_class, "nginx")?,
         runner_image: image("RUNNER_IMAGE", &args.runner_image, "gantry-runner:latest")?,
         database_image: image("DATABASE_IMAGE", &args.database_image, "postgres:16")?,
+        clean_up: match given(&args.clean_up).unwrap_or("tell") {
+            "off" => CleanUpConfig::Off,
+            "tell" => CleanUpConfig::Tell,
+            "remove" => CleanUpConfig::Remove,
+            other => return Err(wrong("GANTRY_CLEAN_UP", other, "off, tell or remove")),
+        },
+        idle: idle(&args.idle_days)?,
     })
+}
+
+/// Not less than a day: whoever goes home in the evening finds everything in the morning.
+fn idle(value: &Option<String>) -> Result<Duration, ConfigError> {
+    let expected = "a number of days from 1 to 3650";
+    let days = match parse("GANTRY_IDLE_DAYS", value, expected)? {
+        None => 30,
+        Some(days @ 1..=3_650) => days,
+        Some(days) => return Err(wrong("GANTRY_IDLE_DAYS", &days.to_string(), expected)),
+    };
+    Ok(Duration::from_secs(days * 24 * 60 * 60))
 }
 
 fn image(
@@ -524,11 +564,15 @@ mod tests {
         assert_eq!(found.runner_image, "gantry-runner:latest");
         assert_eq!(found.database_image, "postgres:16");
         assert!(found.manifest_template.is_none());
-        let cases: [(&str, Set, &str); 5] = [
+        assert_eq!(found.clean_up, CleanUpConfig::Tell);
+        assert_eq!(found.idle.as_secs(), 30 * 86_400);
+        let cases: [(&str, Set, &str); 7] = [
             ("GANTRY_NAMESPACE", |a, v| a.namespace = v, "user-x"),
             ("GANTRY_NAMESPACE", |a, v| a.namespace = v, "a.b"),
             ("INGRESS_CLASS", |a, v| a.ingress_class = v, "a b"),
             ("RUNNER_IMAGE", |a, v| a.runner_image = v, "a b"),
+            ("GANTRY_CLEAN_UP", |a, v| a.clean_up = v, "yes"),
+            ("GANTRY_IDLE_DAYS", |a, v| a.idle_days = v, "0"),
             (
                 "MANIFEST_TEMPLATE",
                 |a, v| a.manifest_template = v.map(PathBuf::from),

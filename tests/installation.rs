@@ -25,7 +25,7 @@ use gantry::storage::{CodeStore, S3Config, release_prefix};
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
-use bed::{Bed, SERVER, eventually, permissions_used};
+use bed::{Bed, SERVER, eventually, numbers};
 
 /// Everything of these tests: the server's namespace, its account, its role, its bucket.
 const NAME: &str = "gantry-installation-test";
@@ -76,9 +76,11 @@ fn installed() -> &'static Admin {
         let namespace = format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: {NAME}}}\n");
         admin.kubectl(&["apply", "-f", "-"], &namespace);
         let role = include_str!("../infrastructure/role.yaml");
+        let subject = "  - kind: ServiceAccount\n    name: gantry\n";
+        assert_eq!(role.matches(subject).count(), 2);
         let role = role
-            .replace("name: gantry\n", &format!("name: {NAME}\n"))
-            .replace("namespace: gantry\n", &format!("namespace: {NAME}\n"));
+            .replace(subject, &format!("{subject}    namespace: {NAME}\n"))
+            .replace("name: gantry\n", &format!("name: {NAME}\n"));
         admin.kubectl(&["apply", "-n", NAME, "-f", "-"], &role);
         let lasts = format!("--duration={TOKEN_LASTS}");
         let token = admin.kubectl(&["create", "token", NAME, "-n", NAME, &lasts], "");
@@ -138,6 +140,17 @@ async fn deploy(bed: &Bed, user: &UserId, database: bool) -> ReplId {
     spec.database = database;
     bed.platform.ensure_release(&spec).await.unwrap();
     repl
+}
+
+/// Verb and resource of everything that this program has asked the API server for.
+fn permissions_used() -> BTreeSet<(String, String)> {
+    let text = numbers().render();
+    let lines = text.lines().filter_map(|line| {
+        let labels = line.strip_prefix("gantry_cluster_permissions_total{")?;
+        let mut values = labels.split('"').skip(1).step_by(2).map(str::to_owned);
+        Some((values.next()?, values.next()?))
+    });
+    lines.collect()
 }
 
 /// What found things say that is about this user or repl.

@@ -90,7 +90,7 @@ impl Bed {
         };
         change(&mut config);
         Bed {
-            platform: Arc::new(KubernetesPlatform::start(config).await.unwrap()),
+            platform: Arc::new(KubernetesPlatform::start(config, Vec::new()).await.unwrap()),
             store: Arc::new(S3Store::open(s3)),
             client: Client::try_default().await.unwrap(),
         }
@@ -175,19 +175,8 @@ impl Bed {
     }
 }
 
-/// Verb and resource of everything that this program has asked the API server for.
-pub fn permissions_used() -> std::collections::BTreeSet<(String, String)> {
-    let text = numbers().render();
-    let lines = text.lines().filter_map(|line| {
-        let labels = line.strip_prefix("gantry_cluster_permissions_total{")?;
-        let mut values = labels.split('"').skip(1).step_by(2).map(str::to_owned);
-        Some((values.next()?, values.next()?))
-    });
-    lines.collect()
-}
-
 /// What the program counts of itself.
-fn numbers() -> &'static PrometheusHandle {
+pub fn numbers() -> &'static PrometheusHandle {
     static NUMBERS: OnceLock<PrometheusHandle> = OnceLock::new();
     NUMBERS.get_or_init(|| PrometheusBuilder::new().install_recorder().unwrap())
 }

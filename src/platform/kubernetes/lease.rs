@@ -89,7 +89,7 @@ impl Lease {
 
     async fn replace(&self, mut lease: DynamicObject) -> Result<(), Failure> {
         lease.metadata.managed_fields = None;
-        self.cluster.replace(Kind::Lease, &lease).await
+        self.cluster.replace(Kind::Lease, &lease).await.map(drop)
     }
 
     fn may_take(&mut self, lease: &DynamicObject) -> bool {

@@ -109,10 +109,11 @@ pub struct KubernetesPlatform {
 }
 
 impl KubernetesPlatform {
-    /// Looks at the cluster and begins to watch it; an error when Gantry cannot work there.
-    pub async fn start(config: KubernetesConfig) -> anyhow::Result<Self> {
+    /// Looks at the cluster and begins to watch it; an error when Gantry cannot work there. `checks`:
+    /// what was looked at before, so that everything that is wrong is told at once.
+    pub async fn start(config: KubernetesConfig, mut checks: Vec<Check>) -> anyhow::Result<Self> {
         let cluster = Cluster::infer(&config.namespace).await?;
-        let checks = checks::look(&cluster, &config.namespace, &config.ingress_class).await;
+        checks.extend(checks::look(&cluster, &config.namespace, &config.ingress_class).await);
         for check in &checks {
             tracing::info!(name = check.name, finding = ?check.finding, detail = %check.detail, "checked");
         }

@@ -105,9 +105,9 @@ def elasticsearch():
     return folder
 
 
-def runner():
-    """The runner program for the image, from this repository."""
-    program = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or REPOSITORY / "target") / "release" / "gantry-runner"
+def own(name):
+    """A program of this repository, for its image."""
+    program = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or REPOSITORY / "target") / "release" / name
     if not program.exists():
-        run(["cargo", "build", "--release", "--bin", "gantry-runner"], cwd=REPOSITORY, seconds=BUILD_SECONDS)
+        run(["cargo", "build", "--release", "--bin", name], cwd=REPOSITORY, seconds=BUILD_SECONDS)
     return program

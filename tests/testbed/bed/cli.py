@@ -225,9 +225,13 @@ def env(_arguments):
         print(f"export {name}={shlex.quote(str(value))}")
 
 
-def rebuild_images(_arguments):
-    timed("built: images", images.build_all, images.make_store)
-    together([(f"loaded into {each.name}", lambda each=each: images.load(each.socket))
+def rebuild_images(arguments):
+    wanted = [images.SERVER] if arguments.server else images.IMAGES
+    if arguments.server:
+        timed("built: the server's image", images.build_base, lambda: images.build(images.SERVER))
+    else:
+        timed("built: images", images.build_all, images.make_store)
+    together([(f"loaded into {each.name}", lambda each=each: images.load(each.socket, wanted))
               for each in node.all_nodes() if each.running()] or [("no node runs", lambda: None)])
 
 
@@ -290,7 +294,8 @@ def parser():
         "--purge", action="store_true", help="the unpacked images too")
     command("status", status, "each part, and the memory of all")
     command("env", env, "the exports that a program needs to use the bed")
-    command("images", rebuild_images, "build the images again and load them into every node")
+    command("images", rebuild_images, "build the images again and load them into every node").add_argument(
+        "--server", action="store_true", help="the server's own image instead, which `up` does not build")
     sub = command("node", node_command, "add, kill, restart, cut off or reconnect a node")
     sub.add_argument("action", choices=["add", "kill", "restart", "cut", "heal"])
     sub.add_argument("name", nargs="?")

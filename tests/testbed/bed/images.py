@@ -6,9 +6,9 @@ import pathlib
 import shutil
 import tempfile
 
-from .build import digest, runner
+from .build import digest, own
 from .process import Process, run, wait_for
-from .settings import BASE_IMAGE, CACHE, DATABASE_IMAGE, IMAGE_STORE, PAUSE_IMAGE, REPOSITORY, RUN, RUNNER_IMAGE, SOURCES, STATE
+from .settings import BASE_IMAGE, CACHE, DATABASE_IMAGE, IMAGE_STORE, PAUSE_IMAGE, REPOSITORY, RUN, RUNNER_IMAGE, SERVER_IMAGE, SOURCES, STATE
 
 # debootstrap: seen 40 s; packages of an image: seen 60 s. The rest is for a slow network.
 BASE_SECONDS = 900
@@ -18,26 +18,24 @@ BASE_RECIPE = ["--variant=minbase", "bookworm"]
 
 
 class Image:
-    def __init__(self, name, reference, folder, prepare=None):
-        self.name, self.reference, self.folder, self.prepare = name, reference, folder, prepare
+    def __init__(self, name, reference, folder, prepare=None, program=None):
+        self.name, self.reference, self.folder, self.prepare, self.program = name, reference, folder, prepare, program
 
 
 def add_pause(context):
     run(["cc", "-static", "-Os", "-s", "-o", context / "pause", context / "pause.c"])
 
 
-def add_runner(context):
-    shutil.copy(runner(), context / "gantry-runner")
-
-
 PAUSE = Image("pause", PAUSE_IMAGE, SOURCES / "images" / "pause", add_pause)
 DATABASE = Image("postgres", DATABASE_IMAGE, SOURCES / "images" / "postgres")
-RUNNER = Image("gantry-runner", RUNNER_IMAGE, REPOSITORY / "runner-image", add_runner)
+RUNNER = Image("gantry-runner", RUNNER_IMAGE, REPOSITORY / "runner-image", program="gantry-runner")
+# Only what tests an installation needs it: `images --server`.
+SERVER = Image("gantry", SERVER_IMAGE, REPOSITORY / "infrastructure", program="gantry")
 IMAGES = [PAUSE, DATABASE, RUNNER]
 
 
 def archive(image):
-    inputs = [image.folder, *BASE_RECIPE] + ([runner()] if image is RUNNER else [])
+    inputs = [image.folder, *BASE_RECIPE] + ([own(image.program)] if image.program else [])
     return CACHE / "images" / f"{image.name}-{digest(*inputs)}.tar"
 
 
@@ -102,6 +100,8 @@ def build(image):
             shutil.copytree(image.folder, context, dirs_exist_ok=True)
             if image.prepare:
                 image.prepare(context)
+            if image.program:
+                shutil.copy(own(image.program), context / image.program)
             if image is not PAUSE:
                 call("pull", "--quiet", f"docker-archive:{base_archive()}")
             call("build", "--isolation=chroot", "--network=host", "--pull=never", "--layers", "--quiet", "--format=docker",
@@ -121,8 +121,8 @@ def store_key():
     return digest(*(archive(image).name for image in IMAGES))
 
 
-def load(socket):
-    for image in IMAGES:
+def load(socket, wanted=None):
+    for image in wanted or IMAGES:
         run(["ctr", "--address", socket, "--namespace", "k8s.io", "images", "import", archive(image)], seconds=IMAGE_SECONDS)
 
 

@@ -45,6 +45,7 @@ S3_REGION = "us-east-1"
 ELASTICSEARCH_PASSWORD = "testbed-password"
 
 RUNNER_IMAGE = "docker.io/library/gantry-runner:latest"
+SERVER_IMAGE = "docker.io/library/gantry:latest"
 DATABASE_IMAGE = "docker.io/library/postgres:16"
 PAUSE_IMAGE = "docker.io/library/gantry-testbed-pause:1"
 BASE_IMAGE = "docker.io/library/debian:bookworm-slim"
