@@ -86,6 +86,92 @@ async fn cases_are_held_against_what_the_program_wrote() {
     assert_eq!(slow["reason"], "timeout", "{slow}");
 }
 
+/// Six bytes of JSON for each of the program's: more than a record can hold, and all it may write.
+#[tokio::test]
+async fn a_reply_that_no_record_could_hold_is_cut() {
+    let server = Server::start();
+    let mut client = Client::of(&server).await;
+    let code = "import sys; sys.stdout.write('\\x01' * (15 << 20)); sys.stderr.write('last words')";
+    let limits = json!({ "output_bytes": 16 << 20, "memory_bytes": 256 << 20 });
+    let reply = client
+        .ask(with(message("flood", code), json!({ "limits": limits })))
+        .await;
+    assert_eq!(reply["status"], "tests_passed");
+    assert_eq!(reply["truncated"], true);
+    let shown = reply["stdout"].as_str().unwrap().len();
+    assert!(shown > 5 << 20 && shown <= 6 << 20, "{shown}");
+    assert_eq!(reply["stderr"], "last words");
+}
+
+#[tokio::test]
+async fn all_runs_of_a_submission_together_have_an_output_limit() {
+    let server = Server::start();
+    let mut client = Client::of(&server).await;
+    let code = "import sys; sys.stdout.write('x' * (15 << 20))";
+    let cases: Vec<Value> = (0..6).map(|n| json!({ "name": n.to_string() })).collect();
+    let limits = json!({ "output_bytes": 16 << 20, "memory_bytes": 256 << 20 });
+    let more = json!({ "limits": limits, "tests": cases });
+    let reply = client.ask(with(message("flood", code), more)).await;
+    assert_eq!(
+        (&reply["status"], &reply["reason"]),
+        (&json!("tests_failed"), &json!("output"))
+    );
+    let tests = reply["tests"].as_array().unwrap();
+    let held: Vec<_> = tests.iter().map(|test| test["passed"] == true).collect();
+    assert_eq!(held, [true, true, true, true, false, false]);
+    assert_eq!(reply["truncated"], true);
+    assert_eq!(reply["stdout"].as_str().unwrap().len(), 36 << 20);
+}
+
+/// What a disk without room does to the server: its files cannot grow.
+fn may_grow(server: &Server, grow: bool) {
+    use rustix::process::{Pid, Resource, Rlimit, prlimit};
+    let pid = Pid::from_raw(i32::try_from(server.pid()).unwrap());
+    let limit = Rlimit {
+        current: (!grow).then_some(0),
+        maximum: None,
+    };
+    prlimit(pid, Resource::Fsize, limit).unwrap();
+}
+
+#[tokio::test]
+async fn a_submission_under_way_waits_for_room_on_the_disk() {
+    // SAFETY: nothing runs at the signal. The server inherits that it is ignored: the write fails.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+    let server = Server::start();
+    let mut client = Client::of(&server).await;
+    let id = client
+        .send(message("patient", "print(input()); print('end')"))
+        .await;
+    client
+        .until(&id, |frame| {
+            frame["name"] == "test" && frame["state"] == "started"
+        })
+        .await;
+    may_grow(&server, false);
+    client.tell(json!({ "stdin": id, "data": "over\n" })).await;
+    while server.get("/readyz").send().await.unwrap().status() != 503 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let refused = client.ask(message("patient", "pass")).await;
+    assert_eq!(
+        (&refused["status"], &refused["error"]["code"]),
+        (&json!("unavailable"), &json!("journal_unavailable"))
+    );
+    may_grow(&server, true);
+    let reply = client.reply(&id).await;
+    assert_eq!(
+        (&reply["status"], &reply["stdout"]),
+        (&json!("tests_passed"), &json!("over\nend\n"))
+    );
+    let frames = client.frames[&id].iter();
+    let seqs: Vec<u64> = frames.map(|frame| frame["seq"].as_u64().unwrap()).collect();
+    let whole: Vec<u64> = (1..=seqs.len() as u64).collect();
+    assert_eq!(seqs, whole);
+    let after = client.ask(message("patient", "pass")).await;
+    assert_eq!(after["status"], "tests_passed", "{after}");
+}
+
 #[tokio::test]
 async fn test_files_are_reported_test_by_test() {
     let server = Server::start();

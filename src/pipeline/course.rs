@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::control::Control;
 use super::text::TextDecoder;
@@ -24,6 +24,13 @@ use crate::runner::wire::{Job, JobEvent, JobId};
 /// How much longer than its wall-clock limit a run may be silent. The runner stops it at the limit;
 /// a slot may have to be waited for, and a lost connection made anew, both within a minute.
 const RUNNER_GRACE: Duration = Duration::from_secs(60);
+
+/// Most bytes that all runs of a submission write together; the one that passes it is stopped at its
+/// output limit. A test case has at most a quarter of it, and everything is in memory at the verdict.
+const MAX_OUTPUT_BYTES: u64 = 64 << 20;
+
+/// Between two tries to write to a journal whose disk is full or failing.
+const JOURNAL_PAUSE: Duration = Duration::from_secs(1);
 
 /// What an earlier server had recorded of the submission.
 #[derive(Debug, Default)]
@@ -127,19 +134,24 @@ impl Course {
 
     /// Takes it to its end.
     pub async fn run(mut self) {
-        let outcome = match self.steps().await {
-            Ok(outcome) => outcome,
-            // Without a journal there is nowhere to put a reply; the next start takes it up again.
+        let ended = async {
+            let outcome = self.steps().await?;
+            let status = outcome.status;
+            self.append(Event::Reply(Box::new(outcome))).await?;
+            Ok(status)
+        };
+        let status = match ended.await {
+            Ok(status) => status,
+            Err(JournalError::Closed) => {
+                tracing::info!(submission = %self.submission.id, "left to the next start");
+                return;
+            }
+            // There is nowhere to put a reply; the next start takes it up again.
             Err(error) => {
-                tracing::error!(submission = %self.submission.id, %error, "a submission waits for the journal");
+                tracing::error!(submission = %self.submission.id, %error, "a submission cannot be recorded");
                 return;
             }
         };
-        let status = outcome.status;
-        if let Err(error) = self.append(Event::Reply(Box::new(outcome))).await {
-            tracing::error!(submission = %self.submission.id, %error, "a reply waits for the journal");
-            return;
-        }
         metrics::counter!("gantry_submissions_total", "status" => status.as_str()).increment(1);
         metrics::histogram!("gantry_submission_seconds")
             .record(self.started.elapsed().as_secs_f64());
@@ -199,8 +211,12 @@ impl Course {
         self.step(Step::Test, StepState::Started).await?;
         let mut runs = Vec::new();
         let mut told = 0;
-        for (number, job) in (0..).zip(plan::jobs(&self.submission)) {
+        let mut output_left = MAX_OUTPUT_BYTES;
+        for (number, mut job) in (0..).zip(plan::jobs(&self.submission)) {
+            job.limits.output_bytes = job.limits.output_bytes.min(output_left);
             let run = self.one_run(&session, number, job).await?;
+            let written = run.stdout.len() + run.stderr.len();
+            output_left = output_left.saturating_sub(written as u64);
             let undecided = run.report.is_none() || self.control.is_cancelled();
             let result = match &self.submission.tests {
                 Tests::Cases(cases) => cases
@@ -483,7 +499,15 @@ impl Course {
             repl_id: self.submission.repl_id.clone(),
             event,
         };
-        self.inner.journal.append(record).await
+        loop {
+            match self.inner.journal.append(record.clone()).await {
+                // What runs goes on meanwhile; it is recorded when there is room again.
+                Err(JournalError::Full | JournalError::Failing { .. }) => {
+                    sleep(JOURNAL_PAUSE).await;
+                }
+                done => return done,
+            }
+        }
     }
 }
 

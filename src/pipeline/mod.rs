@@ -2,6 +2,7 @@
 
 mod control;
 mod course;
+mod fit;
 mod junit;
 mod plan;
 mod queue;

@@ -1,6 +1,7 @@
 //! What the runs of a submission mean. Pure: made from the runner's reports alone, so that it comes
 //! out the same after a restart.
 
+use super::fit::{MAX_ACTUAL, cut, cut_outputs};
 use crate::model::{
     Case, Ending, Outcome, Problem, Reason, RunReport, Status, Submission, TestResult, Tests, Usage,
 };
@@ -139,9 +140,15 @@ pub fn judge_case(case: &Case, run: &FinishedRun) -> TestResult {
     match ending {
         Some(Ending::Exited(0)) => match &case.expected_stdout {
             Some(expected) if *expected != run.stdout => {
-                result.message = Some("stdout is not as expected".to_owned());
+                let actual = cut(&run.stdout, MAX_ACTUAL);
+                let shown = if actual.len() < run.stdout.len() {
+                    "; its beginning is shown"
+                } else {
+                    ""
+                };
+                result.message = Some(format!("stdout is not as expected{shown}"));
                 result.expected = Some(expected.clone());
-                result.actual = Some(run.stdout.clone());
+                result.actual = Some(actual.to_owned());
             }
             _ => result.passed = true,
         },
@@ -217,8 +224,11 @@ impl Verdict {
         let reports = || runs.iter().filter_map(|run| run.report.as_ref());
         outcome.truncated = reports().any(|report| report.truncated);
         if reports().next().is_some() {
-            outcome.stdout = Some(runs.iter().map(|run| run.stdout.as_str()).collect());
-            outcome.stderr = Some(runs.iter().map(|run| run.stderr.as_str()).collect());
+            let mut stdout = runs.iter().map(|run| run.stdout.as_str()).collect();
+            let mut stderr = runs.iter().map(|run| run.stderr.as_str()).collect();
+            outcome.truncated |= cut_outputs(&mut stdout, &mut stderr);
+            outcome.stdout = Some(stdout);
+            outcome.stderr = Some(stderr);
             outcome.usage = Some(Usage {
                 cpu_ms: reports().map(|report| report.usage.cpu_ms).sum(),
                 memory_bytes: reports()

@@ -10,12 +10,15 @@ use futures_util::{SinkExt, StreamExt};
 use serde_json::Value;
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
-use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 
 /// No answer for this long is a failure: a busy machine with two cores is slow, not this slow.
 pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Largest reply that is taken: a record of the journal bounds it.
+const MAX_REPLY_BYTES: usize = 64 << 20;
 
 pub struct Server {
     child: Child,
@@ -205,7 +208,10 @@ impl Socket {
             let name: axum::http::HeaderName = name.parse().unwrap();
             request.headers_mut().insert(name, value.parse().unwrap());
         }
-        match tokio_tungstenite::connect_async(request).await {
+        let config = WebSocketConfig::default()
+            .max_message_size(Some(MAX_REPLY_BYTES))
+            .max_frame_size(Some(MAX_REPLY_BYTES));
+        match tokio_tungstenite::connect_async_with_config(request, Some(config), false).await {
             Ok((socket, _)) => Ok(Self(socket)),
             Err(Error::Http(response)) => Err(response.status().as_u16()),
             Err(error) => panic!("{error}"),
