@@ -16,7 +16,7 @@ use crate::model::{Language, Limits, LimitsRequest, ReplId, Status};
 
 /// Shown below the options.
 pub(super) const AFTER_HELP: &str = "\
-Exit codes: 0 deployed or tests passed; 1 tests failed, deploy failed or invalid; 2 wrong usage;
+Exit codes: 0 deployed or tests passed; 1 tests failed, deploy failed, cancelled or invalid; 2 wrong usage;
 3 unavailable or the server cannot be reached; 130 after Ctrl+C, which cancels the submission.
 
 The program's output goes to standard output and standard error, everything else to standard error.";

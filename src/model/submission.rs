@@ -60,7 +60,7 @@ impl TryFrom<String> for RelativePath {
             Err(format!("{shown:?} {why}"))
         };
         if text.is_empty() {
-            return Err("a path is empty".to_owned());
+            return refuse("is not a path");
         }
         if text.len() > MAX_PATH_BYTES {
             return refuse(&format!("is longer than {MAX_PATH_BYTES} bytes"));
@@ -146,18 +146,14 @@ pub struct SubmissionRequest {
     repl_id: Option<ReplId>,
     submission_id: Option<SubmissionId>,
     entrypoint: Option<String>,
-    #[serde(default)]
-    args: Vec<String>,
+    args: Option<Vec<String>>,
     stdin: Option<String>,
-    #[serde(default)]
-    env: BTreeMap<String, String>,
+    env: Option<BTreeMap<String, String>>,
     tests: Option<TestsRequest>,
-    #[serde(default)]
-    limits: LimitsRequest,
+    limits: Option<LimitsRequest>,
     deploy: Option<bool>,
     database: Option<bool>,
-    #[serde(default)]
-    stream: bool,
+    stream: Option<bool>,
 }
 
 /// A submission that is whole and within bounds.
@@ -198,7 +194,7 @@ pub struct Submission {
 impl SubmissionRequest {
     /// Whether the client wants event frames before the reply.
     pub fn stream(&self) -> bool {
-        self.stream
+        self.stream.unwrap_or(false)
     }
 
     /// Who it says it is for; the key must be allowed to act for it.
@@ -238,10 +234,13 @@ impl SubmissionRequest {
             ));
         }
         check_tree(&files)?;
-        check_args("args", &self.args)?;
-        check_env(&self.env)?;
+        let args = self.args.unwrap_or_default();
+        let env = self.env.unwrap_or_default();
+        check_args("args", &args)?;
+        check_env(&env)?;
         let limits = self
             .limits
+            .unwrap_or_default()
             .resolve(maximum)
             .map_err(|(field, reason)| FieldError::new(field, reason))?;
         let repl_id = match self.repl_id {
@@ -260,9 +259,9 @@ impl SubmissionRequest {
             language,
             files,
             entrypoint,
-            args: self.args,
+            args,
             stdin: self.stdin,
-            env: self.env,
+            env,
             tests,
             limits,
             deploy: self.deploy.unwrap_or(true),
@@ -501,6 +500,24 @@ mod tests {
         assert_eq!(s.entrypoint.as_str(), "main.py");
         assert!(s.deploy && s.database);
         assert_eq!(s.tests, Tests::ExitCode);
+    }
+
+    #[test]
+    fn null_is_the_same_as_left_out() {
+        let request = r#"{"user_id":"t","code":"","files":null,"language":null,"repl_id":null,
+            "submission_id":null,"entrypoint":null,"args":null,"stdin":null,"env":null,"tests":null,
+            "limits":null,"deploy":null,"database":null,"stream":null}"#;
+        let request: SubmissionRequest = serde_json::from_str(request).unwrap();
+        assert!(!request.stream());
+        let nulls = request.validate(&Limits::MAXIMUM).unwrap();
+        let smallest = parse(r#"{"user_id":"t","code":""}"#).unwrap();
+        assert_eq!(
+            Submission {
+                id: smallest.id,
+                ..nulls
+            },
+            smallest
+        );
     }
 
     #[test]

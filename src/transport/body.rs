@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 
 use super::problem::HttpProblem;
 use super::wire;
-use crate::model::Problem;
+use crate::model::{FieldError, Problem};
 
 /// The body of every error.
 #[derive(Debug, Serialize, ToSchema)]
@@ -53,8 +53,25 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
         })?;
         wire::fields(text)
             .map(Json)
-            .map_err(|error| HttpProblem::new(StatusCode::BAD_REQUEST, wire::field_problem(&error)))
+            .map_err(|error| field_refused(&error))
     }
+}
+
+/// A field of a body or a query that is wrong; without a name: the body as a whole.
+pub fn field_refused(error: &FieldError) -> HttpProblem {
+    let FieldError { field, reason } = error;
+    if field.is_empty() {
+        return HttpProblem::bad_request("The body is not a JSON object this route takes", reason);
+    }
+    HttpProblem::new(
+        StatusCode::BAD_REQUEST,
+        Problem::new(
+            "field_invalid",
+            format!("{field} {reason}"),
+            format!("the field {field} {reason}"),
+            format!("Correct {field} and ask again; /docs shows what each route takes"),
+        ),
+    )
 }
 
 fn body_refused(rejection: BytesRejection) -> HttpProblem {

@@ -12,8 +12,8 @@ use super::Edge;
 use super::body::ProblemBody;
 use super::caller::Authenticated;
 use super::problem::HttpProblem;
-use super::repls::not_ready;
 use crate::auth::Role;
+use crate::model::Problem;
 
 /// That all is well.
 #[derive(Debug, Serialize, ToSchema)]
@@ -49,7 +49,12 @@ pub async fn ready(State(edge): State<Arc<Edge>>) -> Result<axum::Json<Health>, 
     if causes.is_empty() {
         Ok(axum::Json(Health { status: "ok" }))
     } else {
-        Err(HttpProblem::unavailable(not_ready(causes.join("; "))))
+        Err(HttpProblem::unavailable(Problem::new(
+            "not_ready",
+            "Gantry cannot take submissions now",
+            causes.join("; "),
+            "It goes on by itself when the cause is gone",
+        )))
     }
 }
 
@@ -62,7 +67,7 @@ pub async fn numbers(
     Authenticated(caller): Authenticated,
 ) -> Result<Response, HttpProblem> {
     if caller.role != Role::Admin {
-        let problem = crate::model::Problem::new(
+        let problem = Problem::new(
             "admins_only",
             "An admin's key is required",
             "the numbers are about every user",

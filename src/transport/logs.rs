@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::Edge;
-use super::body::{ProblemBody, Query};
+use super::body::{ProblemBody, Query, field_refused};
 use super::caller::Authenticated;
 use super::problem::HttpProblem;
 use crate::auth::{Caller, Role};
@@ -204,9 +204,9 @@ pub fn parse<T: std::str::FromStr>(
         .transpose()
 }
 
-fn wrong(name: &str, reason: &str) -> HttpProblem {
-    let problem = super::wire::field_problem(&FieldError::new(name, reason));
-    HttpProblem::new(axum::http::StatusCode::BAD_REQUEST, problem)
+/// A value of the query that cannot be used.
+pub fn wrong(name: &str, reason: &str) -> HttpProblem {
+    field_refused(&FieldError::new(name, reason))
 }
 
 fn failed(error: &SearchError) -> Problem {

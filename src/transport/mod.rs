@@ -340,7 +340,15 @@ pub fn router(edge: Arc<Edge>) -> Router {
 }
 
 async fn no_route() -> HttpProblem {
-    HttpProblem::not_found("route")
+    HttpProblem::new(
+        StatusCode::NOT_FOUND,
+        crate::model::Problem::new(
+            "not_found",
+            "There is no such route",
+            "nothing is served at this path",
+            "/docs shows every route",
+        ),
+    )
 }
 
 async fn wrong_method(method: Method) -> HttpProblem {

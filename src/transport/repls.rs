@@ -9,11 +9,11 @@ use serde_json::{Value, json};
 use utoipa::ToSchema;
 
 use super::Edge;
-use super::body::{Json, ProblemBody};
+use super::body::{Json, ProblemBody, field_refused};
 use super::caller::Authenticated;
 use super::problem::HttpProblem;
 use crate::auth::Caller;
-use crate::model::{Problem, Release, ReplId, ReplStatus, UserId};
+use crate::model::{FieldError, Release, ReplId, ReplStatus, UserId};
 use crate::platform::PlatformError;
 
 /// The repls of a caller.
@@ -154,9 +154,8 @@ pub async fn stop(
 ) -> Result<axum::Json<Stopped>, HttpProblem> {
     let Json(Stop { repl_id }) = body.map_err(unsuccessful)?;
     let repl: ReplId = repl_id.parse().map_err(|error: crate::model::IdError| {
-        let error = crate::model::FieldError::new("replId", error.to_string());
-        let problem = super::wire::field_problem(&error);
-        unsuccessful(HttpProblem::new(StatusCode::BAD_REQUEST, problem))
+        let error = FieldError::new("replId", error.to_string());
+        unsuccessful(field_refused(&error))
     })?;
     let stopped = match edge.platform.owner(&repl).await {
         Ok(Some(user)) if caller.may_act_for(&user) => edge.pipeline.stop(&user, &repl).await,
@@ -201,14 +200,4 @@ pub fn platform_problem(error: PlatformError) -> HttpProblem {
         // The previous release serves on: a conflict with what the program does, not a fault here.
         PlatformError::NotReady(problem) => HttpProblem::new(StatusCode::CONFLICT, problem),
     }
-}
-
-/// The problem of something that cannot be reached now.
-pub fn not_ready(cause: impl Into<String>) -> Problem {
-    Problem::new(
-        "not_ready",
-        "Gantry cannot take submissions now",
-        cause,
-        "It goes on by itself when the cause is gone",
-    )
 }

@@ -10,7 +10,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::Edge;
 use super::body::{ProblemBody, Query};
 use super::caller::Authenticated;
-use super::logs::{given, parse, search_problem, visible_user};
+use super::logs::{given, parse, search_problem, visible_user, wrong};
 use super::problem::HttpProblem;
 use super::wire;
 use crate::journal::JournalError;
@@ -66,11 +66,14 @@ pub async fn list(
         return Ok(axum::Json(nothing));
     };
     let limit = parse("limit", params.limit, "a number from 1 to 500")?.unwrap_or(DEFAULT_LIMIT);
+    if !(1..=MAX_LIMIT).contains(&limit) {
+        return Err(wrong("limit", "must be a number from 1 to 500"));
+    }
     let query = SubmissionQuery {
         users,
         repl_id: parse("repl_id", params.repl_id, "a repl's name")?,
         status: given(params.status),
-        limit: limit.clamp(1, MAX_LIMIT),
+        limit,
         before: given(params.before),
     };
     let page = edge

@@ -142,7 +142,30 @@ fn field_error(path: String, message: &str) -> FieldError {
              [\"test_a.py\"] or files {\"test_a.py\": \"…\"}",
         );
     }
-    FieldError::new(path, message.chars().take(400).collect::<String>())
+    let reason = wrong_type(message).unwrap_or_else(|| message.to_owned());
+    FieldError::new(path, reason.chars().take(400).collect::<String>())
+}
+
+/// Says in a user's words what serde says in Rust's.
+fn wrong_type(message: &str) -> Option<String> {
+    if let Some(why) = message.strip_prefix("UUID parsing failed: ") {
+        return Some(format!("is not a UUID: {why}"));
+    }
+    let rest = ["invalid type: ", "invalid value: "]
+        .iter()
+        .find_map(|start| message.strip_prefix(start))?;
+    let (found, expected) = rest.rsplit_once(", expected ")?;
+    let expected = match expected {
+        "u64" => "a whole number, 0 or more",
+        "a sequence" => "a list",
+        "a map" => "an object",
+        other if other.starts_with("struct ") => "an object",
+        other => other,
+    };
+    Some(format!(
+        "must be {expected}, not {}",
+        found.replace('`', "")
+    ))
 }
 
 /// What is found by walking through the whole message once, before any of it is believed.
@@ -508,6 +531,34 @@ mod tests {
             (r#"{"cancel":5}"#, "cancel"),
         ] {
             assert_eq!(refused_field(text), field, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_speaks_of_json_not_of_rust() {
+        for (text, reason) in [
+            (
+                r#"{"resume":"x"}"#,
+                "is not a UUID: invalid character: found `x` at 0",
+            ),
+            (
+                r#"{"user_id":"t","args":"x"}"#,
+                "must be a list, not string \"x\"",
+            ),
+            (
+                r#"{"user_id":"t","env":[]}"#,
+                "must be an object, not sequence",
+            ),
+            (
+                r#"{"user_id":"t","limits":5}"#,
+                "must be an object, not integer 5",
+            ),
+            (
+                r#"{"user_id":"t","limits":{"wall_ms":1.5}}"#,
+                "must be a whole number, 0 or more, not floating point 1.5",
+            ),
+        ] {
+            assert_eq!(parse(text).unwrap_err().error.reason, reason, "{text}");
         }
     }
 
