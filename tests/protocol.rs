@@ -285,6 +285,31 @@ async fn a_sign_in_link_works_once_and_its_session_survives_a_restart() {
 }
 
 #[tokio::test]
+async fn places_on_a_connection_are_free_again_when_their_submissions_end() {
+    const PLACES: usize = 1_000;
+    let server = Server::start();
+    let mut socket = server.connect(&server.admin).await;
+    let id = uuid::Uuid::now_v7();
+    let waiting =
+        json!({ "user_id": "ann", "code": "input()", "deploy": false, "submission_id": id });
+    socket.send(waiting.to_string()).await;
+    let resume = json!({ "resume": id, "after": 1_000_000 }).to_string();
+    for _ in 1..PLACES {
+        socket.send(resume.clone()).await;
+    }
+    let refused = socket.ask(resume.clone()).await;
+    assert_eq!(refused["error"]["code"], "too_many_in_flight", "{refused}");
+    socket.send(json!({ "cancel": id }).to_string()).await;
+    let mut replies = 0;
+    while replies < PLACES {
+        let frame = socket.next().await;
+        replies += usize::from(frame["status"] == "cancelled");
+    }
+    let after = socket.ask(resume).await;
+    assert_eq!(after["status"], "cancelled", "{after}");
+}
+
+#[tokio::test]
 async fn revoking_a_key_ends_its_sockets_sessions_and_tickets_within_five_seconds() {
     let server = Server::start();
     let (id, key) = server.user("ann").await;

@@ -96,7 +96,7 @@ pub async fn run(edge: Arc<Edge>, caller: Caller, io: hyper::upgrade::Upgraded) 
     let shared = Shared {
         started: Instant::now(),
         heard_ms: AtomicU64::new(0),
-        in_flight: AtomicUsize::new(0),
+        in_flight: Arc::default(),
     };
     let key_id = caller.key_id.clone();
     let reader = Reader {
@@ -162,7 +162,23 @@ async fn goodbye(mut sink: SplitSink<Socket, Message>, source: SplitStream<Socke
 struct Shared {
     started: Instant,
     heard_ms: AtomicU64,
-    in_flight: AtomicUsize,
+    in_flight: Arc<AtomicUsize>,
+}
+
+/// The place of one followed submission on its connection, until it is dropped.
+struct Place(Arc<AtomicUsize>);
+
+impl Place {
+    fn take(in_flight: &Arc<AtomicUsize>) -> Self {
+        in_flight.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(in_flight))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Shared {
@@ -211,7 +227,6 @@ async fn write(
             Ok(Err(_)) => return End::Gone,
             Err(_) => return End::Dead("it did not take what was sent"),
         }
-        shared.in_flight.store(followed.len(), Ordering::Relaxed);
     }
 }
 
@@ -361,10 +376,14 @@ impl Reader<'_> {
         if self.full() {
             return self.reply(&too_many(Some(id))).await;
         }
-        self.shared.in_flight.fetch_add(1, Ordering::Relaxed);
+        let place = Place::take(&self.shared.in_flight);
         let records = self.edge.journal.follow_submission(id, after);
         let frames = records
-            .filter_map(move |record| future::ready(outgoing(id, record, events)))
+            .filter_map(move |record| {
+                // Given back with the stream, which ends behind the reply.
+                let _held = &place;
+                future::ready(outgoing(id, record, events))
+            })
             .boxed();
         self.commands
             .send(Command::Follow(frames))
