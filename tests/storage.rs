@@ -54,6 +54,25 @@ impl Look for Folder {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_forgotten_release_leaves_no_files_and_the_others_theirs() {
+    let data = tempfile::tempdir().unwrap();
+    let store = DirectoryStore::open(data.path().to_owned()).unwrap();
+    let look = Folder(data.path().to_owned(), store.clone());
+    let (repl, old, new) = (repl(), SubmissionId::new(), SubmissionId::new());
+    let files = [("a/b.py".to_owned().try_into().unwrap(), "text".to_owned())];
+    for submission in [old, new] {
+        let files = files.clone().into();
+        store.publish(&repl, submission, &files).await.unwrap();
+    }
+    for _ in 0..2 {
+        store.forget(&repl, old).await.unwrap();
+    }
+    assert!(!store.release(&repl, old).exists());
+    assert_eq!(look.release(&repl, new).await.unwrap().len(), 1);
+    assert_eq!(look.current(&repl).await.unwrap().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_directory_store_keeps_the_contract() {
     let data = tempfile::tempdir().unwrap();
     let store = DirectoryStore::open(data.path().to_owned()).unwrap();

@@ -34,6 +34,15 @@ impl DirectoryStore {
             .join(repl.as_str())
             .join(submission.to_string())
     }
+
+    /// Removes a release's files; absent is fine. Nothing may need them any more.
+    pub async fn forget(&self, repl: &ReplId, submission: SubmissionId) -> io::Result<()> {
+        let release = self.release(repl, submission);
+        tokio::task::spawn_blocking(move || remove(&release))
+            .await
+            .map_err(io::Error::other)
+            .flatten()
+    }
 }
 
 #[async_trait]

@@ -4,6 +4,7 @@ mod cgroup;
 mod host;
 mod launch;
 mod program;
+mod record;
 mod releases;
 mod sandboxes;
 

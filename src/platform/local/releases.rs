@@ -1,6 +1,6 @@
 //! Repls and their releases on this machine: a record per repl, a program per current release.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
@@ -9,11 +9,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::program::{Owner, Program};
+use super::record::{Record, Stored};
 use super::sandboxes::{Sandboxes, Tenant};
 use super::{DEPLOY_PATIENCE, LocalConfig, unavailable};
 use crate::model::{Limits, Problem, Release, ReleaseState, ReplId, ReplState, ReplStatus, UserId};
@@ -22,33 +22,11 @@ use crate::runner::app::{AppConfig, ProgramConfig};
 use crate::runner::sandbox::{Isolation, Placed, Role};
 use crate::storage::DirectoryStore;
 
-/// Releases remembered of one repl; older ones can no longer be rolled back to.
-const MAX_RELEASES: usize = 50;
-
 /// How long requests that the previous release is answering may take to finish.
 const DRAIN: Duration = Duration::from_secs(2);
 
 /// Where a program finds the folder that outlives its releases.
 const DATA: &str = "data";
-
-/// A repl as it is stored.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct Record {
-    user_id: UserId,
-    /// Whether it should be serving.
-    wanted: bool,
-    releases: Vec<Stored>,
-    since: Timestamp,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct Stored {
-    #[serde(flatten)]
-    release: Release,
-    argv: Vec<String>,
-    env: BTreeMap<String, String>,
-    database: bool,
-}
 
 #[derive(Debug)]
 struct Repl {
@@ -145,7 +123,8 @@ impl Releases {
         if let Some(done) = self.already(spec) {
             return Ok(done);
         }
-        let number = self.last_number(&spec.repl_id) + 1;
+        let last = self.with(&spec.repl_id, |repl| repl.record.last_number());
+        let number = last.unwrap_or(0) + 1;
         let stored = Stored {
             release: Release {
                 release: number,
@@ -168,26 +147,7 @@ impl Releases {
     ) -> Result<RunningRelease, PlatformError> {
         let changing = self.changing(repl);
         let _one = changing.lock().await;
-        let target = self.with(repl, |repl| {
-            let releases = &repl.record.releases;
-            let current = releases
-                .iter()
-                .find(|s| s.release.state == ReleaseState::Current);
-            let before = current.map_or(u64::MAX, |s| s.release.release);
-            let served = |s: &&Stored| s.release.state != ReleaseState::Failed;
-            match release {
-                Some(number) => releases
-                    .iter()
-                    .filter(served)
-                    .find(|s| s.release.release == number),
-                None => releases
-                    .iter()
-                    .rev()
-                    .filter(served)
-                    .find(|s| s.release.release < before),
-            }
-            .cloned()
-        });
+        let target = self.with(repl, |repl| repl.record.earlier(release).cloned());
         let target = target.flatten().ok_or_else(|| {
             PlatformError::NotFound(match release {
                 Some(number) => format!("release {number} of {repl} that served"),
@@ -202,13 +162,7 @@ impl Releases {
         let changing = self.changing(repl);
         let _one = changing.lock().await;
         let program = self.with(repl, |repl| {
-            repl.record.wanted = false;
-            repl.record.since = Timestamp::now();
-            for stored in &mut repl.record.releases {
-                if stored.release.state == ReleaseState::Current {
-                    stored.release.state = ReleaseState::Stopped;
-                }
-            }
+            repl.record.stopped();
             repl.program.take()
         });
         if let Some(program) = program {
@@ -244,12 +198,7 @@ impl Releases {
             if let Some(known) = repls.get(repl) {
                 return Ok(known.record.user_id.clone());
             }
-            let record = Record {
-                user_id: user.clone(),
-                wanted: false,
-                releases: Vec::new(),
-                since: Timestamp::now(),
-            };
+            let record = Record::new(user.clone());
             let program = None;
             repls.insert(repl.clone(), Repl { record, program });
             user.clone()
@@ -320,35 +269,17 @@ impl Releases {
                     format!("{error:#}"),
                     "Look at the server's log; the previous release serves on.",
                 );
-                self.note_failure(repl, stored)?;
+                self.note_failure(repl, stored).await?;
                 return Err(PlatformError::Unavailable(problem));
             }
         };
         if let Err(problem) = wait_until_ready(&program).await {
             program.stop().await;
-            self.note_failure(repl, stored)?;
+            self.note_failure(repl, stored).await?;
             return Err(PlatformError::NotReady(problem));
         }
-        self.with(repl, |repl| {
-            let record = &mut repl.record;
-            record.wanted = true;
-            for other in &mut record.releases {
-                if other.release.state == ReleaseState::Current {
-                    other.release.state = ReleaseState::Superseded;
-                }
-            }
-            match record
-                .releases
-                .iter_mut()
-                .find(|s| s.release.release == number)
-            {
-                Some(known) => known.release.state = ReleaseState::Current,
-                None => record.releases.push(stored),
-            }
-            let excess = record.releases.len().saturating_sub(MAX_RELEASES);
-            record.releases.drain(..excess);
-        });
-        self.save(repl)?;
+        self.with(repl, |repl| repl.record.serves(stored));
+        self.remember(repl).await?;
         self.install(repl, program);
         Ok(RunningRelease {
             release: number,
@@ -356,19 +287,21 @@ impl Releases {
         })
     }
 
-    fn note_failure(&self, repl: &ReplId, mut stored: Stored) -> Result<(), PlatformError> {
-        let known = self.with(repl, |repl| {
-            let releases = &mut repl.record.releases;
-            // A rollback that failed leaves the release as good as it was.
-            if releases
-                .iter()
-                .all(|s| s.release.release != stored.release.release)
-            {
-                stored.release.state = ReleaseState::Failed;
-                releases.push(stored);
+    async fn note_failure(&self, repl: &ReplId, stored: Stored) -> Result<(), PlatformError> {
+        self.with(repl, |repl| repl.record.failed(stored));
+        self.remember(repl).await
+    }
+
+    /// Stores the repl's record, and removes the files of releases that are no longer in it.
+    async fn remember(&self, repl: &ReplId) -> Result<(), PlatformError> {
+        let forgotten = self.with(repl, |repl| repl.record.forget_old());
+        self.save(repl)?;
+        for submission in forgotten.unwrap_or_default() {
+            if let Err(error) = self.inner.store.forget(repl, submission).await {
+                tracing::warn!(%repl, %submission, %error, "the files of an old release stay behind");
             }
-        });
-        known.map_or(Ok(()), |()| self.save(repl))
+        }
+        Ok(())
     }
 
     /// Makes it the one that callers reach; the previous one finishes what it is answering.
@@ -490,19 +423,8 @@ impl Releases {
         })
     }
 
-    fn last_number(&self, repl: &ReplId) -> u64 {
-        self.with(repl, |repl| {
-            repl.record.releases.iter().map(|s| s.release.release).max()
-        })
-        .flatten()
-        .unwrap_or(0)
-    }
-
     fn current(&self, repl: &ReplId) -> Option<Stored> {
-        self.with(repl, |repl| {
-            let current = |s: &&Stored| s.release.state == ReleaseState::Current;
-            repl.record.releases.iter().find(current).cloned()
-        })?
+        self.with(repl, |repl| repl.record.current().cloned())?
     }
 
     fn wanted(&self) -> Vec<ReplId> {

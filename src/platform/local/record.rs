@@ -1,0 +1,207 @@
+//! What is remembered of a repl and its releases. Pure: reading and storing it is done elsewhere.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::model::{Release, ReleaseState, SubmissionId, UserId};
+
+/// Releases remembered of one repl; older ones can no longer be rolled back to.
+const MAX_RELEASES: usize = 50;
+
+/// A repl as it is stored.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Record {
+    /// Whose.
+    pub user_id: UserId,
+    /// Whether it should be serving.
+    pub wanted: bool,
+    /// Oldest first.
+    pub releases: Vec<Stored>,
+    /// Since when it has been stopped, or known.
+    pub since: Timestamp,
+}
+
+/// A release and what it takes to start it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Stored {
+    /// What is told of it.
+    #[serde(flatten)]
+    pub release: Release,
+    /// Command, entrypoint and arguments.
+    pub argv: Vec<String>,
+    /// The program's own variables.
+    pub env: BTreeMap<String, String>,
+    /// Whether it has a database.
+    pub database: bool,
+}
+
+impl Record {
+    /// Of a name that was just claimed.
+    pub fn new(user_id: UserId) -> Self {
+        Self {
+            user_id,
+            wanted: false,
+            releases: Vec::new(),
+            since: Timestamp::now(),
+        }
+    }
+
+    /// The release that serves, or should.
+    pub fn current(&self) -> Option<&Stored> {
+        let current = |stored: &&Stored| stored.release.state == ReleaseState::Current;
+        self.releases.iter().find(current)
+    }
+
+    /// The highest number given out.
+    pub fn last_number(&self) -> u64 {
+        let numbers = self.releases.iter().map(|stored| stored.release.release);
+        numbers.max().unwrap_or(0)
+    }
+
+    /// The release to go back to: the one of this number, or the last that served before the current.
+    pub fn earlier(&self, number: Option<u64>) -> Option<&Stored> {
+        let before = self.current().map_or(u64::MAX, |s| s.release.release);
+        let mut served = self
+            .releases
+            .iter()
+            .rev()
+            .filter(|stored| stored.release.state != ReleaseState::Failed);
+        served.find(|stored| match number {
+            Some(number) => stored.release.release == number,
+            None => stored.release.release < before,
+        })
+    }
+
+    /// This release serves from now on.
+    pub fn serves(&mut self, mut stored: Stored) {
+        self.wanted = true;
+        self.end_current(ReleaseState::Superseded);
+        let number = stored.release.release;
+        stored.release.state = ReleaseState::Current;
+        match self.numbered(number) {
+            Some(known) => known.release.state = ReleaseState::Current,
+            None => self.releases.push(stored),
+        }
+    }
+
+    /// This release did not come up. A rollback that failed leaves it as good as it was.
+    pub fn failed(&mut self, mut stored: Stored) {
+        if self.numbered(stored.release.release).is_none() {
+            stored.release.state = ReleaseState::Failed;
+            self.releases.push(stored);
+        }
+    }
+
+    /// Nothing serves any more.
+    pub fn stopped(&mut self) {
+        self.wanted = false;
+        self.since = Timestamp::now();
+        self.end_current(ReleaseState::Stopped);
+    }
+
+    /// Lets go of releases beyond those that are remembered: those that never served first, then
+    /// the oldest. Never of the one that serves, nor of the newest, whose number must not be given
+    /// out again.
+    pub fn forget_old(&mut self) -> Vec<SubmissionId> {
+        let mut forgotten = Vec::new();
+        while self.releases.len() > MAX_RELEASES {
+            let older = &self.releases[..self.releases.len() - 1];
+            let first = |fits: fn(ReleaseState) -> bool| {
+                older.iter().position(|stored| fits(stored.release.state))
+            };
+            let Some(at) = first(|state| state == ReleaseState::Failed)
+                .or_else(|| first(|state| state != ReleaseState::Current))
+            else {
+                break;
+            };
+            forgotten.push(self.releases.remove(at).release.submission_id);
+        }
+        forgotten
+    }
+
+    fn numbered(&mut self, number: u64) -> Option<&mut Stored> {
+        let mut releases = self.releases.iter_mut();
+        releases.find(|stored| stored.release.release == number)
+    }
+
+    fn end_current(&mut self, state: ReleaseState) {
+        for stored in &mut self.releases {
+            if stored.release.state == ReleaseState::Current {
+                stored.release.state = state;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn next(record: &Record) -> Stored {
+        Stored {
+            release: Release {
+                release: record.last_number() + 1,
+                submission_id: SubmissionId::new(),
+                time: Timestamp::now(),
+                state: ReleaseState::Current,
+            },
+            argv: Vec::new(),
+            env: BTreeMap::new(),
+            database: false,
+        }
+    }
+
+    fn record(served: usize, failed: usize) -> Record {
+        let mut record = Record::new("t".parse().unwrap());
+        for _ in 0..served {
+            record.serves(next(&record));
+            record.forget_old();
+        }
+        for _ in 0..failed {
+            record.failed(next(&record));
+            record.forget_old();
+        }
+        record
+    }
+
+    #[test]
+    fn failures_push_out_neither_what_serves_nor_what_served() {
+        let mut record = record(2, 200);
+        assert_eq!(record.releases.len(), MAX_RELEASES);
+        assert_eq!(record.current().unwrap().release.release, 2);
+        assert_eq!(record.last_number(), 202);
+        let first = record.earlier(None).unwrap().clone();
+        assert_eq!(first.release.release, 1);
+        record.serves(first);
+        assert!(record.forget_old().is_empty());
+        assert_eq!(record.current().unwrap().release.release, 1);
+    }
+
+    #[test]
+    fn the_oldest_is_forgotten_and_its_number_not_given_out_again() {
+        let mut full = record(MAX_RELEASES, 0);
+        let oldest = full.releases[0].release.submission_id;
+        full.serves(next(&full));
+        assert_eq!(full.forget_old(), [oldest]);
+        // All have served: the newest failure stays for now, for its number.
+        full.failed(next(&full));
+        full.forget_old();
+        assert_eq!(full.last_number(), MAX_RELEASES as u64 + 2);
+    }
+
+    #[test]
+    fn a_failed_release_is_not_gone_back_to() {
+        let mut record = record(2, 1);
+        assert_eq!(record.earlier(None).unwrap().release.release, 1);
+        assert!(record.earlier(Some(3)).is_none());
+        let current = record.current().unwrap().clone();
+        record.failed(current);
+        assert_eq!(record.current().unwrap().release.release, 2);
+        record.stopped();
+        assert!(record.current().is_none() && !record.wanted);
+        assert_eq!(record.earlier(None).unwrap().release.release, 2);
+    }
+}
