@@ -13,7 +13,7 @@ use super::body::{Json, ProblemBody, field_refused};
 use super::caller::Authenticated;
 use super::problem::HttpProblem;
 use crate::auth::Caller;
-use crate::model::{FieldError, Release, ReplId, ReplStatus, UserId};
+use crate::model::{FieldError, Problem, Release, ReplId, ReplStatus, UserId};
 use crate::platform::PlatformError;
 
 /// The repls of a caller.
@@ -113,7 +113,15 @@ pub async fn rollback(
         .rollback(&user, &repl, release)
         .await
         .map_err(|error| match error {
-            PlatformError::NotFound(_) => HttpProblem::not_found("release"),
+            PlatformError::NotFound(what) => HttpProblem::new(
+                StatusCode::NOT_FOUND,
+                Problem::new(
+                    "not_found",
+                    "There is no such release to go back to",
+                    format!("{what} does not exist"),
+                    "GET /repls/{id}/releases lists them; one that failed never served",
+                ),
+            ),
             error => platform_problem(error),
         })?;
     Ok(axum::Json(RolledBack {

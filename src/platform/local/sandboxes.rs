@@ -182,8 +182,24 @@ impl Sandboxes {
         tenant: Tenant,
         role: impl FnOnce(AgentConfig) -> Role,
     ) -> anyhow::Result<Sandbox> {
-        let interpreters = self.interpreters().await;
         let number = self.take_number();
+        let group = self.group(&tenant.name);
+        let made = self.make_numbered(number, tenant, role).await;
+        if made.is_err() {
+            self.return_number(number);
+            // It may wait for processes to leave; the next sandbox of this name makes it anew.
+            tokio::task::spawn_blocking(move || Cgroup::remove(&group));
+        }
+        made
+    }
+
+    async fn make_numbered(
+        &self,
+        number: u32,
+        tenant: Tenant,
+        role: impl FnOnce(AgentConfig) -> Role,
+    ) -> anyhow::Result<Sandbox> {
+        let interpreters = self.interpreters().await;
         let folder = self.folder(&tenant.name);
         fs::create_dir_all(folder.join("root"))?;
         let cgroups = if self.host.cgroups {
@@ -207,11 +223,11 @@ impl Sandboxes {
         let runner = self.config.runner.clone();
         let launched =
             tokio::task::spawn_blocking(move || launch(&runner, &spec, Some(listener), Some(log)));
-        let process = launched
-            .await?
-            .inspect_err(|_| self.return_number(number))?;
+        let process = launched.await??;
         let sandbox = Sandbox { process, number };
-        fs::write(folder.join("process.json"), serde_json::to_vec(&sandbox)?)?;
+        let text = serde_json::to_vec(&sandbox)?;
+        // What is not recorded would not be found again.
+        fs::write(folder.join("process.json"), text).inspect_err(|_| self.end(sandbox))?;
         Ok(sandbox)
     }
 
