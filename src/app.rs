@@ -14,7 +14,10 @@ use secrecy::{ExposeSecret, SecretString};
 use crate::auth::{Keys, NewKey, Role, Sessions};
 use crate::config::{CleanUpConfig, ClusterConfig, Config, PlatformConfig};
 use crate::journal::{Journal, JournalOptions};
-use crate::logs::Search;
+use crate::logs::{
+    Elasticsearch, ElasticsearchSearch, ElasticsearchSettings, EmbeddedSearch, LogSearch, Shipper,
+    ShipperOptions,
+};
 use crate::pipeline::{Pipeline, PipelineOptions};
 use crate::platform::kubernetes::{
     BUILT_IN_TEMPLATE, CleanUp, KubernetesConfig, KubernetesPlatform, Template,
@@ -29,6 +32,7 @@ use crate::transport::{Edge, Guard, Numbers, Parts, Server, raise_open_files, ro
 const JOURNAL: JournalOptions = JournalOptions {
     segment_bytes: 64 << 20,
     retain_bytes: 1 << 30,
+    backlog_bytes: 8 << 30,
 };
 
 /// Between two clean-ups of the numbers behind `/metrics`: what is asked for every 15 s or so.
@@ -55,7 +59,8 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let Backends { platform, store } = backends(&config, address, &shutdown).await?;
     let checks = platform.checks();
     require_sandbox(&config, &checks)?;
-    let search = Search::open(&config.data_dir.join("search.sqlite"), journal.clone())?;
+    // Before anything is appended: from here on the journal keeps what was not shipped.
+    let search = log_search(&config, &journal, &shutdown)?;
     let options = PipelineOptions {
         runs: config.max_runs,
         runs_per_user: match config.platform {
@@ -74,7 +79,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         keys: keys.clone(),
         sessions: Sessions::open(&config.data_dir)?,
         journal: journal.clone(),
-        search: search.clone(),
+        search,
         pipeline: pipeline.clone(),
         platform: Arc::clone(&platform),
         numbers: Numbers(numbers.clone()),
@@ -83,7 +88,6 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let edge = Arc::new(Edge::new(parts, &config, Guard::new(&config, address))?);
     let token = shutdown.token.clone();
     shutdown.tasks.spawn(keys.clone().watch(token.clone()));
-    shutdown.tasks.spawn(search.run(token.clone()));
     shutdown.tasks.spawn(upkeep(numbers, token));
     banner(&config, address, &edge, new_key.as_ref(), &checks)?;
     tracing::info!(%address, platform = platform.name(), "serving");
@@ -133,6 +137,29 @@ async fn open_journal(data_dir: &Path) -> anyhow::Result<Journal> {
     let folder = data_dir.join("journal");
     let opened = tokio::task::spawn_blocking(move || Journal::open(&folder, JOURNAL)).await?;
     opened.context("the journal cannot be opened")
+}
+
+/// Where records are found again, and what brings them there.
+fn log_search(
+    config: &Config,
+    journal: &Journal,
+    shutdown: &Shutdown,
+) -> anyhow::Result<Arc<dyn LogSearch>> {
+    let token = shutdown.token.clone();
+    let Some(settings) = ElasticsearchSettings::from_variables(|name| std::env::var(name).ok())?
+    else {
+        let file = config.data_dir.join("search.sqlite");
+        let search = EmbeddedSearch::open(&file, journal.clone())?;
+        shutdown.tasks.spawn(search.clone().run(token));
+        return Ok(Arc::new(search));
+    };
+    let elastic = Elasticsearch::new(&settings)?;
+    let options = ShipperOptions::in_folder(config.data_dir.join("shipper"));
+    let shipper = Shipper::open(journal.clone(), elastic.clone(), options)
+        .context("the folder of the log shipper cannot be used")?;
+    shutdown.tasks.spawn(shipper.clone().run(token));
+    let search = ElasticsearchSearch::new(elastic, journal.clone(), shipper);
+    Ok(Arc::new(search))
 }
 
 /// The backends this server runs on: the platform and the code store.
@@ -341,8 +368,42 @@ fn metrics() -> anyhow::Result<PrometheusHandle> {
         metrics::Unit::Bytes,
         "Size of the journal"
     );
+    describe_shipping();
     metrics::gauge!("gantry_websocket_connections").set(0.0);
     Ok(handle)
+}
+
+fn describe_shipping() {
+    metrics::describe_gauge!(
+        "gantry_elasticsearch_up",
+        "1 while Elasticsearch takes records, 0 while they wait in the journal"
+    );
+    metrics::describe_gauge!(
+        "gantry_logs_shipping_lag_seconds",
+        metrics::Unit::Seconds,
+        "Age of the last record shipped, while others wait"
+    );
+    metrics::describe_counter!(
+        "gantry_logs_shipped_total",
+        "Records that Elasticsearch has, those it had before included"
+    );
+    metrics::describe_counter!(
+        "gantry_logs_retries_total",
+        "Records that were sent and must be sent again"
+    );
+    metrics::describe_counter!(
+        "gantry_logs_refused_total",
+        "Records that Elasticsearch refused for good: they are in the dead-letter file"
+    );
+    metrics::describe_counter!(
+        "gantry_logs_damaged_total",
+        "Journal files that could not be shipped because they are damaged"
+    );
+    metrics::describe_counter!(
+        "gantry_journal_unshipped_deleted_bytes_total",
+        metrics::Unit::Bytes,
+        "Journal deleted before it was shipped, because the backlog was too large"
+    );
 }
 
 async fn upkeep(numbers: PrometheusHandle, stop: tokio_util::sync::CancellationToken) {

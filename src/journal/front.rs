@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -96,6 +96,8 @@ pub(super) struct Shared {
     pub(super) durable: Mutex<Option<watch::Sender<u64>>>,
     pub(super) watching: watch::Receiver<u64>,
     pub(super) healthy: AtomicBool,
+    /// The first position that a reader outside still needs; the largest number: nobody does.
+    pub(super) needed_from: AtomicU64,
 }
 
 impl Shared {

@@ -10,6 +10,7 @@ mod error;
 mod follow;
 mod frame;
 mod front;
+mod identity;
 mod index;
 mod segment;
 mod store;
@@ -20,7 +21,7 @@ mod writer;
 
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
@@ -50,8 +51,11 @@ const MAX_SEGMENT: u64 = 1 << 30;
 pub struct JournalOptions {
     /// A new segment begins when the last one has this many bytes (at most 1 GiB).
     pub segment_bytes: u64,
-    /// Past this the oldest segments are deleted, unless they hold an unfinished submission.
+    /// Past this the oldest segments are deleted, unless they hold an unfinished submission or a
+    /// reader still needs them ([`Journal::keep_from`]).
     pub retain_bytes: u64,
+    /// Past this they are deleted even when a reader still needs them.
+    pub backlog_bytes: u64,
 }
 
 impl Default for JournalOptions {
@@ -59,6 +63,7 @@ impl Default for JournalOptions {
         Self {
             segment_bytes: 64 << 20,
             retain_bytes: 1 << 30,
+            backlog_bytes: 8 << 30,
         }
     }
 }
@@ -126,6 +131,7 @@ struct Handle {
     shared: Arc<Shared>,
     writer: Mutex<Option<JoinHandle<()>>>,
     recovery: Recovery,
+    identity: String,
 }
 
 impl Drop for Handle {
@@ -163,6 +169,7 @@ impl Journal {
         };
         disk::make_folder(dir)?;
         let folder_lock = disk::lock_folder(dir)?;
+        let identity = identity::load_or_make(dir)?;
         let found = segment::find(dir)?;
         let recovery = Recovery {
             torn: found.torn,
@@ -217,6 +224,7 @@ impl Journal {
             durable: Mutex::new(Some(sender)),
             watching,
             healthy: AtomicBool::new(true),
+            needed_from: AtomicU64::new(u64::MAX),
         });
         let writer = writer::Writer::new(Arc::clone(&shared));
         let thread = std::thread::Builder::new()
@@ -230,6 +238,7 @@ impl Journal {
             shared,
             writer: Mutex::new(Some(thread)),
             recovery,
+            identity,
         })))
     }
 
@@ -353,6 +362,23 @@ impl Journal {
         let records =
             blocking(move || store::read_from(&shared.store, position, max_bytes)).await?;
         Ok(records.into_iter().map(Arc::new).collect())
+    }
+
+    /// A name no other journal has, the same for as long as this folder lives: with a position it
+    /// names a record wherever records of several servers meet.
+    pub fn identity(&self) -> &str {
+        &self.0.identity
+    }
+
+    /// Says that a reader still needs the records from this position on: they are kept past the
+    /// usual size, up to [`JournalOptions::backlog_bytes`].
+    pub fn keep_from(&self, position: u64) {
+        self.0.shared.needed_from.store(position, Ordering::Relaxed);
+    }
+
+    /// The position from which everything is kept.
+    pub fn oldest_position(&self) -> u64 {
+        lock(&self.0.shared.store).oldest()
     }
 
     /// False while the disk is full or refuses to write.

@@ -5,11 +5,11 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::JournalError;
 use super::frame::HEADER;
 use super::index::{Entry, Extent, Indexed, Unfinished, fingerprint};
 use super::segment::{self, Active, Sealed};
 use super::tail::Tail;
+use super::{JournalError, JournalOptions};
 use crate::model::{Event, Record, SubmissionId};
 
 /// Locks, also after a panic of another holder: every holder leaves whole values behind.
@@ -60,7 +60,7 @@ impl Store {
     }
 
     /// The position from which everything is kept.
-    fn oldest(&self) -> u64 {
+    pub(super) fn oldest(&self) -> u64 {
         self.sealed.first().map_or(self.active.base, |s| s.base)
     }
 
@@ -223,29 +223,57 @@ pub(super) fn read_from(
     Ok(out)
 }
 
+/// What keeps old segments from being removed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pins {
+    /// Where the oldest submission that is not done began.
+    pub(super) oldest_live: Option<u64>,
+    /// The first position that a reader outside still needs.
+    pub(super) needed_from: u64,
+}
+
 /// Removes the oldest sealed segments until at most `retain_bytes` are left. A segment that holds
-/// records of a submission in `live` (by the position it started at) stays, and with it all later
-/// ones, so that what is kept has no holes.
-pub(super) fn retain(store: &Mutex<Store>, retain_bytes: u64, oldest_live: Option<u64>) {
+/// records of a live submission stays, and one that a reader still needs stays up to
+/// `backlog_bytes`; with each of them all later ones stay, so that what is kept has no holes.
+pub(super) fn retain(store: &Mutex<Store>, options: &JournalOptions, pins: Pins) {
     let mut removed = Vec::new();
+    let mut unread_bytes = 0;
     {
         let mut store = lock(store);
         let mut total: u64 = store.active.len + store.sealed.iter().map(|s| s.len).sum::<u64>();
         let mut count = 0;
         for segment in &store.sealed {
-            let pinned = oldest_live.is_some_and(|start| start <= segment.index.last_position);
-            if total <= retain_bytes || pinned {
+            let last = segment.index.last_position;
+            let live = pins.oldest_live.is_some_and(|start| start <= last);
+            let needed = pins.needed_from <= last;
+            let most = match needed {
+                true => options.backlog_bytes.max(options.retain_bytes),
+                false => options.retain_bytes,
+            };
+            if total <= most || live {
                 break;
             }
             total -= segment.len;
+            unread_bytes += if needed { segment.len } else { 0 };
             count += 1;
         }
         removed.extend(store.sealed.drain(..count));
         let oldest = store.oldest();
         store.tail.forget_before(oldest);
     }
+    if unread_bytes > 0 {
+        metrics::counter!("gantry_journal_unshipped_deleted_bytes_total").increment(unread_bytes);
+        tracing::error!(
+            "{unread_bytes} bytes of the journal were deleted before they were shipped: the backlog is larger than the {} bytes it may have. Those records are lost to the search; bring Elasticsearch back, or allow a larger backlog",
+            options.backlog_bytes
+        );
+    }
+    remove_files(&removed);
+}
+
+fn remove_files(removed: &[Arc<Sealed>]) {
     let mut failed = HashSet::new();
-    for segment in &removed {
+    for segment in removed {
         for path in [
             segment.path.clone(),
             super::index::index_path(&segment.path),

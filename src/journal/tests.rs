@@ -19,6 +19,7 @@ fn options(segment_bytes: u64, retain_bytes: u64) -> JournalOptions {
     JournalOptions {
         segment_bytes,
         retain_bytes,
+        backlog_bytes: retain_bytes,
     }
 }
 
@@ -426,6 +427,50 @@ async fn old_segments_go_but_never_those_of_an_unfinished_submission() {
     }
     journal.close().await.unwrap();
     assert!(segments(&dir).len() <= 6);
+}
+
+#[tokio::test]
+async fn what_a_reader_still_needs_is_kept_up_to_the_backlogs_size() {
+    let dir = TempDir::new().unwrap();
+    let options = JournalOptions {
+        backlog_bytes: 80_000,
+        ..options(4096, 20_000)
+    };
+    let journal = Journal::open(dir.path(), options).unwrap();
+    let fill = async |count: usize| {
+        for _ in 0..count {
+            submit(&journal, SubmissionId::new(), 2).await;
+        }
+        let last = submit(&journal, SubmissionId::new(), 1).await;
+        journal.durable(last).await.unwrap();
+    };
+    journal.keep_from(1);
+    fill(60).await;
+    assert_eq!(journal.oldest_position(), 1);
+    assert!(segments(&dir).len() > 6);
+    // Past the backlog's size the oldest go all the same.
+    fill(200).await;
+    let oldest = journal.oldest_position();
+    assert!(oldest > 1);
+    assert!(segments(&dir).len() > 12 && segments(&dir).len() <= 21);
+    assert_eq!(journal.read_from(1, 1).await.unwrap()[0].position, oldest);
+    // What was read is kept no longer than usual.
+    journal.keep_from(u64::MAX);
+    fill(10).await;
+    assert!(segments(&dir).len() <= 6);
+}
+
+#[test]
+fn a_journal_keeps_its_name_and_no_other_has_it() {
+    let (one, two) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let name = open(&one).identity().to_owned();
+    assert_eq!(open(&one).identity(), name);
+    assert_ne!(open(&two).identity(), name);
+    std::fs::write(one.path().join("identity"), "not a name").unwrap();
+    assert!(matches!(
+        Journal::open(one.path(), JournalOptions::default()),
+        Err(JournalError::Corrupt { .. })
+    ));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

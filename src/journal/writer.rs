@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::disk::{Disk, Sink, sync_folder};
@@ -171,12 +172,11 @@ impl Writer {
             index: super::index::OpenIndex::default(),
         };
         seal(&self.shared, fresh);
-        let oldest_live = self.shared.oldest_live();
-        store::retain(
-            &self.shared.store,
-            self.shared.options.retain_bytes,
-            oldest_live,
-        );
+        let pins = store::Pins {
+            oldest_live: self.shared.oldest_live(),
+            needed_from: self.shared.needed_from.load(Ordering::Relaxed),
+        };
+        store::retain(&self.shared.store, &self.shared.options, pins);
         Ok(())
     }
 }

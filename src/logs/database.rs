@@ -17,7 +17,7 @@ use super::record::ecs;
 use crate::model::{Event, Outcome, Record};
 
 /// Another number rebuilds the file from the journal.
-const SCHEMA_VERSION: i64 = 1;
+const SCHEMA_VERSION: i64 = 2;
 /// Wait for another connection's lock. Readers never wait in WAL mode; this covers recovery of the
 /// file after a crash.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);

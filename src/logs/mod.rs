@@ -1,17 +1,27 @@
-//! The record's shape, and finding records again.
+//! The record's shape, shipping records, and finding them again.
 //!
-//! [`ecs`] gives every journal record its one public shape. [`Search`] is the embedded search: an
-//! SQLite file fed from the journal. It holds nothing of its own, and is rebuilt when it is lost.
+//! [`ecs`] gives every journal record its one public shape. [`LogSearch`] is what finds records
+//! again; it has two implementations. [`EmbeddedSearch`] is an SQLite file fed from the journal: it
+//! holds nothing of its own, and is rebuilt when it is lost. [`ElasticsearchSearch`] asks the
+//! Elasticsearch that [`Shipper`] brings the records to.
 
 mod database;
+mod elasticsearch;
+mod embedded;
 mod query;
 mod record;
 mod search;
+mod shipper;
 #[cfg(test)]
 mod tests;
 
+pub use elasticsearch::{
+    Elasticsearch, ElasticsearchError, ElasticsearchSearch, ElasticsearchSettings,
+};
+pub use embedded::{EmbeddedSearch, SearchOptions};
 pub use query::{
     LogPage, LogQuery, LogRecord, SearchError, SubmissionPage, SubmissionQuery, SubmissionSummary,
 };
 pub use record::ecs;
-pub use search::{Search, SearchOptions};
+pub use search::LogSearch;
+pub use shipper::{Shipper, ShipperOptions};

@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::elasticsearch::ElasticsearchError;
 use super::record::{self, Level};
 use crate::journal::JournalError;
 use crate::model::{FieldError, Reason, Record, ReplId, Status, Step, SubmissionId, UserId};
@@ -74,13 +75,6 @@ impl Default for LogQuery {
             limit: DEFAULT_LIMIT,
             after: None,
         }
-    }
-}
-
-impl LogQuery {
-    /// Says which field is wrong, if one is, before anything is searched.
-    pub fn check(&self) -> Result<(), FieldError> {
-        Filter::try_from(self.clone()).map(|_| ())
     }
 }
 
@@ -175,6 +169,9 @@ pub enum SearchError {
         "the search index failed: {0}; restart the server, or delete search.sqlite: it is rebuilt from the journal"
     )]
     Database(#[from] rusqlite::Error),
+    /// Elasticsearch failed.
+    #[error(transparent)]
+    Elasticsearch(#[from] ElasticsearchError),
     /// The journal failed.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -238,6 +235,12 @@ impl Filter {
             format!("\"{}\"{star}", phrase.words.join(" "))
         });
         (!self.phrases.is_empty()).then(|| quoted.collect::<Vec<_>>().join(" "))
+    }
+
+    /// Words that stand together, and whether the last is only a beginning.
+    pub(super) fn phrases(&self) -> impl Iterator<Item = (&[String], bool)> {
+        let phrases = self.phrases.iter();
+        phrases.map(|phrase| (phrase.words.as_slice(), phrase.open_end))
     }
 
     /// The record's public shape, when it matches.
@@ -353,6 +356,12 @@ pub(super) fn searchable(fields: &Map<String, Value>) -> String {
         Some(error) => format!("{message}\n{error}"),
         None => message.to_owned(),
     }
+}
+
+/// The searchable text as the words it is made of, one space between two. An index that splits at
+/// spaces alone finds in it what [`Filter::accept`] finds in the record.
+pub(super) fn spoken(fields: &Map<String, Value>) -> String {
+    words(&searchable(fields)).join(" ")
 }
 
 /// Runs of letters and digits in lower case, as the full-text index splits text.

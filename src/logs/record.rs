@@ -44,6 +44,10 @@ struct Parts<'a> {
     error: Option<&'a Problem>,
     /// Whether it happened in the user's sandbox; otherwise it concerns the repl.
     in_sandbox: bool,
+    /// `gantry.language`, of a submission that came in.
+    language: Option<&'static str>,
+    /// `gantry.status` and `url.full`, of one that ended.
+    ended: Option<&'a Outcome>,
 }
 
 impl Parts<'_> {
@@ -59,6 +63,8 @@ impl Parts<'_> {
             error_type: None,
             error: None,
             in_sandbox: false,
+            language: None,
+            ended: None,
         }
     }
 }
@@ -101,6 +107,15 @@ pub fn ecs(record: &Record) -> Map<String, Value> {
     if let Some(step) = parts.step {
         put("gantry.step", step.as_str().into());
     }
+    if let Some(language) = parts.language {
+        put("gantry.language", language.into());
+    }
+    if let Some(outcome) = parts.ended {
+        put("gantry.status", outcome.status.as_str().into());
+        if let Some(url) = &outcome.url {
+            put("url.full", url.as_str().into());
+        }
+    }
     if let Some(kind) = parts.error_type {
         put("error.type", kind.into());
     }
@@ -134,6 +149,7 @@ fn parts(event: &Event) -> Parts<'_> {
     match event {
         Event::Received { submission } => Parts {
             step: Some(Step::Receive),
+            language: Some(submission.language.name),
             ..Parts::new(
                 "submission.received",
                 match submission.files.len() {
@@ -312,6 +328,7 @@ fn reply_parts(outcome: &Outcome) -> Parts<'_> {
         release: outcome.release,
         error_type: outcome.reason.map(crate::model::Reason::as_str),
         error: outcome.error.as_ref(),
+        ended: Some(outcome),
         ..Parts::new("submission.ended", message)
     }
 }

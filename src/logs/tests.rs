@@ -1,9 +1,11 @@
 //! The search's promises.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod servers;
 mod shape;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -20,30 +22,64 @@ use crate::model::{
     Event, Limits, Outcome, OutputStream, Record, Status, SubmissionId, SubmissionRequest,
 };
 
+/// A journal, and a search of it.
 struct House {
     dir: TempDir,
     journal: Journal,
-    search: Search,
+    search: Arc<dyn LogSearch>,
+    elastic: Option<Elasticsearch>,
     stop: CancellationToken,
     task: JoinHandle<()>,
 }
 
 impl House {
-    fn new() -> Self {
+    fn embedded() -> Self {
         Self::on(TempDir::new().unwrap(), SearchOptions::default())
     }
 
     fn on(dir: TempDir, options: SearchOptions) -> Self {
-        let journal =
-            Journal::open(&dir.path().join("journal"), JournalOptions::default()).unwrap();
+        let journal = open_journal(&dir);
         let path = dir.path().join("search.sqlite");
-        let search = Search::open_with(&path, journal.clone(), options).unwrap();
+        let search = EmbeddedSearch::open_with(&path, journal.clone(), options).unwrap();
         let stop = CancellationToken::new();
         let task = tokio::spawn(search.clone().run(stop.clone()));
         Self {
             dir,
             journal,
-            search,
+            search: Arc::new(search),
+            elastic: None,
+            stop,
+            task,
+        }
+    }
+
+    /// On the server in `ELASTICSEARCH_HOST`, with indices of its own.
+    async fn elasticsearch() -> Self {
+        let house = Self::sharing(&format!("test-{}", SubmissionId::new()));
+        house.elastic.as_ref().unwrap().make_today().await.unwrap();
+        house
+    }
+
+    /// One of several servers whose indices begin like this.
+    fn sharing(prefix: &str) -> Self {
+        let dir = TempDir::new().unwrap();
+        let journal = open_journal(&dir);
+        let settings = ElasticsearchSettings::from_variables(|name| match name {
+            "ELASTICSEARCH_INDEX_PREFIX" => Some(prefix.to_owned()),
+            _ => std::env::var(name).ok(),
+        });
+        let settings = settings.unwrap().expect("ELASTICSEARCH_HOST is not set");
+        let elastic = Elasticsearch::new(&settings).unwrap();
+        let options = ShipperOptions::in_folder(dir.path().join("shipper"));
+        let shipper = Shipper::open(journal.clone(), elastic.clone(), options).unwrap();
+        let stop = CancellationToken::new();
+        let task = tokio::spawn(shipper.clone().run(stop.clone()));
+        let search = ElasticsearchSearch::new(elastic.clone(), journal.clone(), shipper);
+        Self {
+            dir,
+            journal,
+            search: Arc::new(search),
+            elastic: Some(elastic),
             stop,
             task,
         }
@@ -57,6 +93,9 @@ impl House {
         self.stop.cancel();
         self.task.await.unwrap();
         self.journal.close().await.unwrap();
+        if let Some(elastic) = &self.elastic {
+            elastic.remove_all().await;
+        }
         self.dir
     }
 
@@ -104,6 +143,10 @@ impl House {
     }
 }
 
+fn open_journal(dir: &TempDir) -> Journal {
+    Journal::open(&dir.path().join("journal"), JournalOptions::default()).unwrap()
+}
+
 fn received(user: &str, id: SubmissionId) -> Event {
     let json = json!({"user_id": user, "submission_id": id, "code": "print(1)"});
     let request: SubmissionRequest = serde_json::from_value(json).unwrap();
@@ -126,9 +169,43 @@ fn messages(records: &[LogRecord]) -> Vec<String> {
     records.iter().map(message).collect()
 }
 
-#[tokio::test]
-async fn every_filter_narrows() {
-    let house = House::new();
+/// Every promise of a search, kept by each implementation.
+macro_rules! suite {
+    ($($promise:ident),* $(,)?) => {
+        mod embedded {
+            use super::House;
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $promise() {
+                let house = House::embedded();
+                super::$promise(&house).await;
+                house.close().await;
+            })*
+        }
+        mod elasticsearch {
+            use super::House;
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            #[ignore = "needs Elasticsearch"]
+            async fn $promise() {
+                let house = House::elasticsearch().await;
+                super::$promise(&house).await;
+                house.close().await;
+            })*
+        }
+    };
+}
+
+suite!(
+    every_filter_narrows,
+    times_narrow,
+    words_and_phrases_are_found_and_syntax_is_only_text,
+    a_wrong_field_is_named,
+    pages_go_forward_from_the_newest_and_from_any_cursor,
+    a_client_reads_its_own_writes,
+    submissions_are_listed_newest_first_with_their_state,
+    followers_see_every_match_once_from_wherever_they_begin,
+);
+
+async fn every_filter_narrows(house: &House) {
     let ada = house
         .submit("ada", &["alpha", "beta gamma"], Status::TestsPassed)
         .await;
@@ -186,9 +263,7 @@ async fn every_filter_narrows() {
     assert_eq!(house.find(words).await, ["alpha"]);
 }
 
-#[tokio::test]
-async fn times_narrow() {
-    let house = House::new();
+async fn times_narrow(house: &House) {
     house.submit("ada", &["first"], Status::TestsPassed).await;
     tokio::time::sleep(Duration::from_millis(20)).await;
     let between = Timestamp::now();
@@ -229,9 +304,7 @@ async fn times_narrow() {
     assert!(house.find(future).await.is_empty());
 }
 
-#[tokio::test]
-async fn words_and_phrases_are_found_and_syntax_is_only_text() {
-    let house = House::new();
+async fn words_and_phrases_are_found_and_syntax_is_only_text(house: &House) {
     let texts = [
         "the quick brown fox",
         "quick: brown_dog NEAR(x)",
@@ -261,9 +334,7 @@ async fn words_and_phrases_are_found_and_syntax_is_only_text() {
     assert_eq!(house.find_words("NOT quick").await, [] as [&str; 0]);
 }
 
-#[tokio::test]
-async fn a_wrong_field_is_named() {
-    let house = House::new();
+async fn a_wrong_field_is_named(house: &House) {
     let base = LogQuery::default;
     let cases = [
         (
@@ -334,16 +405,13 @@ async fn a_wrong_field_is_named() {
     assert_eq!(error.field, "status");
 }
 
-#[tokio::test]
-async fn pages_go_forward_from_the_newest_and_from_any_cursor() {
-    let house = House::new();
+async fn pages_go_forward_from_the_newest_and_from_any_cursor(house: &House) {
     let texts: Vec<String> = (0..25).map(|n| format!("line {n}")).collect();
     let id = SubmissionId::new();
     house.add("ada", id, received("ada", id)).await;
-    let mut first = 0;
+    let begin = house.search.query(LogQuery::default()).await.unwrap().next;
     for text in &texts {
-        let position = house.add("ada", id, output(text)).await;
-        first = if first == 0 { position } else { first };
+        house.add("ada", id, output(text)).await;
     }
     let newest = house
         .search
@@ -364,7 +432,7 @@ async fn pages_go_forward_from_the_newest_and_from_any_cursor() {
     assert_eq!(house.find(query).await, ["more"]);
     for q in [None, Some("line".to_owned())] {
         let mut seen = Vec::new();
-        let mut after = Some((first - 1).to_string());
+        let mut after = begin.clone();
         loop {
             let query = LogQuery {
                 limit: 4,
@@ -383,9 +451,7 @@ async fn pages_go_forward_from_the_newest_and_from_any_cursor() {
     }
 }
 
-#[tokio::test]
-async fn a_client_reads_its_own_writes() {
-    let house = House::new();
+async fn a_client_reads_its_own_writes(house: &House) {
     for n in 0..30 {
         let id = house
             .submit("ada", &[&format!("unique{n}")], Status::TestsPassed)
@@ -399,9 +465,7 @@ async fn a_client_reads_its_own_writes() {
     }
 }
 
-#[tokio::test]
-async fn submissions_are_listed_newest_first_with_their_state() {
-    let house = House::new();
+async fn submissions_are_listed_newest_first_with_their_state(house: &House) {
     let mut ids = Vec::new();
     for n in 0..6 {
         let user = if n % 2 == 0 { "ada" } else { "bob" };
@@ -486,7 +550,7 @@ async fn submissions_are_listed_newest_first_with_their_state() {
 
 #[tokio::test]
 async fn every_record_is_indexed_once_over_restarts_and_rebuilds() {
-    let mut house = House::new();
+    let mut house = House::embedded();
     house.submit("ada", &["before"], Status::TestsPassed).await;
     let expected = house.find(LogQuery::default()).await;
     let damages: [fn(&std::path::Path); 4] = [
@@ -540,16 +604,15 @@ async fn old_records_leave_the_index() {
     assert!(small.find(LogQuery::default()).await.len() <= 3);
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn followers_see_every_match_once_from_wherever_they_begin() {
-    let house = House::new();
+async fn followers_see_every_match_once_from_wherever_they_begin(house: &House) {
     let id = SubmissionId::new();
     house.add("ada", id, received("ada", id)).await;
-    let begin = house.add("ada", id, output("begin marker")).await;
+    house.add("ada", id, output("begin marker")).await;
+    let begin = house.search.query(LogQuery::default()).await.unwrap().next;
     let mut followers = Vec::new();
     for n in 0..300 {
         if n % 15 == 0 {
-            let after = (n % 2 == 0).then(|| begin.to_string());
+            let after = begin.clone().filter(|_| n % 2 == 0);
             let query = LogQuery {
                 q: Some("marker".into()),
                 limit: 7,

@@ -81,7 +81,7 @@ pub async fn search(
         .iter()
         .filter_map(|value| value.to_str().ok())
         .any(|value| value.contains("text/event-stream"));
-    let Some(mut query) = log_query(&caller, params)? else {
+    let Some(mut query) = log_query(&edge, &caller, params)? else {
         let nothing = LogsFound {
             records: Vec::new(),
             next: None,
@@ -94,6 +94,7 @@ pub async fn search(
             .get("last-event-id")
             .and_then(|value| value.to_str().ok());
         query.after = last.map(str::to_owned).or(query.after);
+        check(&edge, &query)?;
         return Ok(follow(&edge, &caller, query).into_response());
     }
     let page = edge.search.query(query).await.map_err(search_problem)?;
@@ -149,7 +150,11 @@ fn stream_event(record: Result<LogRecord, SearchError>) -> Event {
 }
 
 /// The query; `None` when it asks for what the caller cannot see.
-fn log_query(caller: &Caller, params: LogParams) -> Result<Option<LogQuery>, HttpProblem> {
+fn log_query(
+    edge: &Edge,
+    caller: &Caller,
+    params: LogParams,
+) -> Result<Option<LogQuery>, HttpProblem> {
     let named: Option<UserId> = parse("user_id", params.user_id, "a user's name")?;
     let Some(user) = visible_user(caller, named) else {
         return Ok(None);
@@ -170,10 +175,13 @@ fn log_query(caller: &Caller, params: LogParams) -> Result<Option<LogQuery>, Htt
         limit,
         after: given(params.after),
     };
-    query
-        .check()
-        .map_err(|error| wrong(&error.field, &error.reason))?;
+    check(edge, &query)?;
     Ok(Some(query))
+}
+
+fn check(edge: &Edge, query: &LogQuery) -> Result<(), HttpProblem> {
+    let checked = edge.search.check(query);
+    checked.map_err(|error| wrong(&error.field, &error.reason))
 }
 
 /// Whose things to look through: `Some(None)` is everybody's, `None` is nothing at all.

@@ -40,7 +40,7 @@ use utoipa_axum::routes;
 use crate::auth::{Keys, OneTime, RateLimits, Sessions};
 use crate::config::Config;
 use crate::journal::Journal;
-use crate::logs::Search;
+use crate::logs::LogSearch;
 use crate::pipeline::Pipeline;
 use crate::platform::Platform;
 use crate::shutdown::Shutdown;
@@ -89,7 +89,7 @@ pub struct Edge {
     /// What happened.
     pub journal: Journal,
     /// What happened, to be searched.
-    pub search: Search,
+    pub search: Arc<dyn LogSearch>,
     /// What happens next.
     pub pipeline: Pipeline,
     /// Who owns sandboxes and releases.
@@ -114,7 +114,7 @@ pub struct Parts {
     /// See [`Edge::journal`].
     pub journal: Journal,
     /// See [`Edge::search`].
-    pub search: Search,
+    pub search: Arc<dyn LogSearch>,
     /// See [`Edge::pipeline`].
     pub pipeline: Pipeline,
     /// See [`Edge::platform`].

@@ -206,6 +206,17 @@ fn actions_levels_and_outcomes_tell_whose_failure_it_is() {
         "It did not come up: port 3000 is closed. Listen on it."
     );
     assert_eq!(failed["gantry.release"], 4);
+    assert_eq!(failed["gantry.status"], "deploy_failed");
+    let first = shape(received("ada", id), None);
+    assert_eq!(first["gantry.language"], "python");
+    let served = Event::Reply(Box::new(Outcome {
+        url: Some("http://shop.apps.localhost/".to_owned()),
+        ..Outcome::new(Status::Deployed)
+    }));
+    assert_eq!(
+        shape(served, None)["url.full"],
+        "http://shop.apps.localhost/"
+    );
     assert_eq!(failed["orchestrator.resource.name"], "shop");
     assert_eq!(
         shape(reply(Status::TestsFailed, exit, None), None)["error.type"],
