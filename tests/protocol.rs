@@ -547,6 +547,34 @@ async fn the_same_submission_twice_runs_once_and_replies_to_both() {
 }
 
 #[tokio::test]
+async fn hundreds_in_flight_are_each_answered_once_and_another_user_does_not_wait_for_them() {
+    const MANY: usize = 600;
+    let server = Server::start();
+    let mut socket = server.connect(&server.admin).await;
+    for _ in 0..MANY {
+        socket.send(hello("many")).await;
+    }
+    socket.send(hello("one")).await;
+    let mut ids = std::collections::HashSet::new();
+    let mut before_the_other = None;
+    while ids.len() <= MANY {
+        let reply = socket.next().await;
+        assert_eq!(reply["status"], "tests_passed", "{reply}");
+        if reply["namespace"] == "user-one" {
+            before_the_other = Some(ids.len());
+        }
+        let id = reply["submission_id"].as_str().unwrap().to_owned();
+        assert!(ids.insert(id), "answered twice: {reply}");
+    }
+    // By its turn it is among the next few; while all were being sent, some had ended already.
+    let before_the_other = before_the_other.expect("the other user was answered");
+    assert!(
+        before_the_other < MANY / 2,
+        "the other user was answered after {before_the_other}"
+    );
+}
+
+#[tokio::test]
 async fn a_submission_can_be_resumed_after_the_server_was_killed() {
     let mut server = Server::start();
     let mut socket = server.connect(&server.admin).await;
