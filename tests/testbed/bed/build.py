@@ -1,13 +1,16 @@
 """Builds the bed's programs from pinned Go modules and fetches Elasticsearch; each is kept under a hash of its inputs."""
 
+import functools
 import hashlib
+import json
 import os
 import pathlib
+import re
 import tempfile
 import zipfile
 
 from .process import installed, run
-from .settings import CACHE, ELASTICSEARCH, KUBERNETES, REPOSITORY, SOURCES, BedError
+from .settings import CACHE, ELASTICSEARCH, GO, KUBERNETES, REPOSITORY, SOURCES, BedError
 
 # The whole of Kubernetes from nothing on two cores takes 7 to 10 minutes; the rest is for slower machines.
 BUILD_SECONDS = 2400
@@ -24,7 +27,7 @@ PROGRAMS = {
 }
 PACKAGES = {
     "etcd": "etcd-server", "containerd": "containerd", "runc": "runc", "ip": "iproute2", "nft": "nftables",
-    "iptables": "iptables", "conntrack": "conntrack", "debootstrap": "debootstrap", "buildah": "buildah",
+    "iptables": "iptables", "conntrack": "conntrack", "go": "golang-go", "debootstrap": "debootstrap", "buildah": "buildah",
     "openssl": "openssl", "setpriv": "util-linux", "java": "openjdk-17-jre-headless", "mvn": "maven", "cc": "build-essential",
     "sysctl": "procps", "mkfs.ext4": "e2fsprogs",
 }
@@ -41,8 +44,28 @@ def packages():
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         run(["apt-get", "update", "-qq"], seconds=DOWNLOAD_SECONDS, env=environment)
         run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing], seconds=DOWNLOAD_SECONDS, env=environment)
+    go()
+
+
+@functools.cache
+def go():
+    """A go command that fetches, by itself, the version that a module asks for: Go 1.21 or newer.
+
+    Debian 12's is older, but it can fetch a newer one as what every Go release is as well: a module.
+    """
     if not installed("go"):
-        raise BedError("Go is not installed, and Debian 12's is too old to fetch the one that is needed: install Go 1.21 or newer")
+        raise BedError("Go is not installed, and there was no apt-get to install it with: see https://go.dev/dl")
+    version = re.search(r"go1\.(\d+)", run(["go", "version"]))
+    if version and int(version[1]) >= 21:
+        return "go"
+    module = f"golang.org/toolchain@v0.0.1-go{GO}.linux-{'arm64' if os.uname().machine == 'aarch64' else 'amd64'}"
+    # Outside of any module, so that no go.mod that the old one cannot read is in its way.
+    found = run(["go", "mod", "download", "-json", module], seconds=DOWNLOAD_SECONDS, cwd="/")
+    folder = pathlib.Path(json.loads(found)["Dir"])
+    # Modules carry no modes.
+    for program in [*folder.glob("bin/*"), *folder.glob("pkg/tool/*/*")]:
+        program.chmod(0o555)
+    return folder / "bin" / "go"
 
 
 def digest(*things):
@@ -75,7 +98,7 @@ def build(name):
     temporary = target.with_suffix(".part")
     run(
         # Niced: a build takes every core for minutes, and other work on the machine goes on.
-        ["nice", "-n", "10", "go", "build", "-trimpath", "-buildvcs=false", "-gcflags=all=-dwarf=false",
+        ["nice", "-n", "10", go(), "build", "-trimpath", "-buildvcs=false", "-gcflags=all=-dwarf=false",
          "-ldflags", f"-s -w {flags}".strip(), "-o", temporary, package],
         cwd=SOURCES / "go" / module, seconds=BUILD_SECONDS, env={**os.environ, "CGO_ENABLED": "0"},
     )
@@ -105,9 +128,8 @@ def elasticsearch():
     return folder
 
 
+@functools.cache
 def own(name):
-    """A program of this repository, for its image."""
-    program = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or REPOSITORY / "target") / "release" / name
-    if not program.exists():
-        run(["cargo", "build", "--release", "--bin", name], cwd=REPOSITORY, seconds=BUILD_SECONDS)
-    return program
+    """A program of this repository as it is now, for its image."""
+    run(["cargo", "build", "--release", "--bin", name], cwd=REPOSITORY, seconds=BUILD_SECONDS)
+    return pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or REPOSITORY / "target") / "release" / name

@@ -80,7 +80,11 @@ class Node:
         return renewed > self.kubelet.file.stat().st_mtime and self.ready()
 
     def kill(self):
-        """As when a machine loses power: kubelet, containerd and every process of its pods at once."""
+        """As when a machine loses power: kubelet, containerd and every process of its pods at once.
+
+        The cable first: a machine without power says goodbye to no connection, but a kernel that ends a process does.
+        """
+        network.cut(self, "down")
         kill_cgroup(self.name)
 
     def stop(self):

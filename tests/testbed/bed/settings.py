@@ -15,6 +15,8 @@ IMAGE_STORE = STATE / "image-store"
 
 KUBERNETES = "1.34.4"
 ELASTICSEARCH = "8.19.0"
+# Fetched only where the machine has none that is new enough.
+GO = "1.26.8"
 
 CGROUP = "gantry-testbed"
 BRIDGE = "gantry-bed0"
