@@ -24,7 +24,7 @@ use crate::platform::kubernetes::{
 };
 use crate::platform::local::{LocalConfig, LocalPlatform};
 use crate::platform::{Check, Finding, Platform};
-use crate::shutdown::{DRAIN_TIMEOUT, PLATFORM_TIMEOUT, Shutdown};
+use crate::shutdown::{DRAIN_TIMEOUT, EndSignals, PLATFORM_TIMEOUT, Shutdown};
 use crate::storage::{CodeStore, DirectoryStore, S3Config, S3Store};
 use crate::transport::{Edge, Guard, Numbers, Parts, Server, raise_open_files, router};
 
@@ -89,13 +89,12 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let token = shutdown.token.clone();
     shutdown.tasks.spawn(keys.clone().watch(token.clone()));
     shutdown.tasks.spawn(upkeep(numbers, token));
+    let end_signals = EndSignals::listen().context("cannot wait for signals")?;
     banner(&config, address, &edge, new_key.as_ref(), &checks)?;
     tracing::info!(%address, platform = platform.name(), "serving");
     let accepting = server.run(Arc::clone(&edge), router(Arc::clone(&edge)));
     let accepting = tokio::spawn(accepting);
-    let signal = Shutdown::signalled()
-        .await
-        .context("cannot wait for signals")?;
+    let signal = end_signals.received().await;
     tracing::info!(signal, "stopping");
     let (connections_ended, all_ended) = tokio::join!(shutdown.drain(), runs_ended(&pipeline));
     if !connections_ended {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -22,17 +22,33 @@ pub struct Shutdown {
     pub tasks: TaskTracker,
 }
 
-impl Shutdown {
-    /// Waits for SIGINT or SIGTERM.
-    pub async fn signalled() -> std::io::Result<&'static str> {
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut terminate = signal(SignalKind::terminate())?;
-        Ok(tokio::select! {
-            _ = interrupt.recv() => "SIGINT",
-            _ = terminate.recv() => "SIGTERM",
+/// The wish to end: SIGINT or SIGTERM. Listened for before anybody is told that the server is there:
+/// until then the kernel ends the process at once.
+#[derive(Debug)]
+pub struct EndSignals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl EndSignals {
+    /// From now on a signal waits until it is asked for.
+    pub fn listen() -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
         })
     }
 
+    /// Waits for one and names it.
+    pub async fn received(mut self) -> &'static str {
+        tokio::select! {
+            _ = self.interrupt.recv() => "SIGINT",
+            _ = self.terminate.recv() => "SIGTERM",
+        }
+    }
+}
+
+impl Shutdown {
     /// Tells everybody to stop and waits for them; `false` when some did not in time.
     pub async fn drain(&self) -> bool {
         self.drain_within(DRAIN_TIMEOUT).await
