@@ -183,7 +183,9 @@ impl Keys {
         };
         self.change(|keys| {
             if keys.len() >= MAX_KEYS {
-                return Err(AuthError::Full(MAX_KEYS));
+                // A revoked key opens nothing, known or not.
+                let revoked = keys.iter().position(|key| key.revoked.is_some());
+                keys.remove(revoked.ok_or(AuthError::Full(MAX_KEYS))?);
             }
             keys.push(stored);
             Ok(())
@@ -412,6 +414,26 @@ mod tests {
             Keys::open(dir.path(), None),
             Err(AuthError::Damaged { .. })
         ));
+    }
+
+    #[test]
+    fn a_full_store_takes_a_key_in_place_of_a_revoked_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let keys = Keys::open(dir.path(), None).unwrap();
+        let first = keys.create(Role::Admin).unwrap();
+        keys.change(|keys| {
+            keys.resize(MAX_KEYS, keys[0].clone());
+            for (number, key) in keys.iter_mut().enumerate().skip(1) {
+                key.id = format!("k{number}");
+            }
+            Ok(())
+        })
+        .unwrap();
+        assert!(matches!(keys.create(Role::Admin), Err(AuthError::Full(_))));
+        keys.revoke(&first.id).unwrap();
+        let key = keys.create(Role::Admin).unwrap();
+        assert!(keys.authenticate(key.text.expose_secret()).is_some());
+        assert_eq!(keys.list().len(), MAX_KEYS);
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use super::cgroup::Cgroup;
 use super::launch::launch;
 use crate::platform::{Check, Finding};
+use crate::runner::confine::landlock_version;
 use crate::runner::sandbox::{Isolation, Role, SandboxSpec};
 
 /// Host paths every program needs: libraries, commands and what they read of `/etc`.
@@ -139,16 +140,7 @@ fn probe_isolation(runner: &Path, folder: &Path, checks: &mut Vec<Check>) -> Iso
 }
 
 fn probe_landlock() -> Check {
-    // SAFETY: asks for the version only (flag 1); no pointer is read.
-    let version = unsafe {
-        libc::syscall(
-            libc::SYS_landlock_create_ruleset,
-            std::ptr::null::<u8>(),
-            0,
-            1,
-        )
-    };
-    if version > 0 {
+    if let Some(version) = landlock_version() {
         Check {
             name: "landlock",
             finding: Finding::Good,
