@@ -34,6 +34,11 @@ const RECONNECT_PATIENCE: Duration = Duration::from_secs(45);
 /// away for ten minutes. The runs go on meanwhile, and are re-attached.
 const AWAY_PATIENCE: Duration = Duration::from_secs(12 * 60);
 
+/// A connection on which nothing has run for this long is let go: a runner without one ends itself
+/// after a while, and with it the sandbox of a user who has left. Long enough for somebody who thinks
+/// between two tries.
+const IDLE: Duration = Duration::from_secs(20 * 60);
+
 /// A run whose runner died before it wrote anything is started once more, and no more.
 const MAX_STARTS: u32 = 2;
 
@@ -124,9 +129,13 @@ pub struct RunHandle {
 impl Session {
     /// A session over connections from `connect`; the first is made when the first run comes.
     pub fn open(connect: impl Connect) -> Session {
+        Self::open_for(connect, IDLE)
+    }
+
+    fn open_for(connect: impl Connect, idle: Duration) -> Session {
         let (commands, receiver) = mpsc::unbounded_channel();
         let (connection, connected) = watch::channel(false);
-        tokio::spawn(keep(connect, receiver, connection));
+        tokio::spawn(keep(connect, idle, receiver, connection));
         Session {
             commands,
             connected,
@@ -259,6 +268,7 @@ type Writer = FrameWriter<Box<dyn ByteStream>>;
 /// Owns the connection for as long as anybody holds the session.
 async fn keep(
     connect: impl Connect,
+    idle: Duration,
     mut commands: mpsc::UnboundedReceiver<Command>,
     connection: watch::Sender<bool>,
 ) {
@@ -293,10 +303,11 @@ async fn keep(
             }
         };
         let frames = std::mem::take(&mut unsent);
-        let ended = converse(reader, writer, frames, &mut commands, &mut runs).await;
+        let ended = converse(reader, writer, frames, idle, &mut commands, &mut runs).await;
         connection.send_replace(false);
         match ended {
-            Ok(()) => return,
+            Ok(Over::Dropped) => return,
+            Ok(Over::Idle) => tracing::debug!("an idle runner's connection was let go"),
             Err(error) if runs.is_empty() => {
                 tracing::debug!(%error, "an idle runner's connection ended");
             }
@@ -389,14 +400,23 @@ fn silent() -> WireError {
     ))
 }
 
-/// Speaks over one connection until it breaks (`Err`) or the session is dropped (`Ok`).
+/// Why a connection that works is no longer needed.
+enum Over {
+    /// Nobody holds the session any more.
+    Dropped,
+    /// Nothing has run for long.
+    Idle,
+}
+
+/// Speaks over one connection until it breaks (`Err`) or is no longer needed.
 async fn converse(
     mut reader: Reader,
     mut writer: Writer,
     first: Vec<ToRunner>,
+    idle: Duration,
     commands: &mut mpsc::UnboundedReceiver<Command>,
     runs: &mut Runs,
-) -> Result<(), WireError> {
+) -> Result<Over, WireError> {
     for (id, run) in runs.iter_mut() {
         say(&mut writer, &run.opening(*id)).await?;
     }
@@ -406,11 +426,13 @@ async fn converse(
     let mut heartbeat = tokio::time::interval(HEARTBEAT);
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut heard = Instant::now();
+    let mut used = Instant::now();
     loop {
         tokio::select! {
             command = commands.recv() => match command {
-                None => return Ok(()),
+                None => return Ok(Over::Dropped),
                 Some(command) => {
+                    used = Instant::now();
                     let id = match &command {
                         Command::Start(job, _) => Some(job.id),
                         Command::Attach(id, ..) => Some(*id),
@@ -425,7 +447,13 @@ async fn converse(
             },
             frame = reader.next::<FromRunner>() => {
                 heard = Instant::now();
+                if !runs.is_empty() {
+                    used = heard;
+                }
                 receive(frame?, runs);
+            }
+            () = tokio::time::sleep_until(used + idle), if runs.is_empty() => {
+                return Ok(Over::Idle);
             }
             _ = heartbeat.tick() => {
                 if heard.elapsed() > SILENCE {
@@ -459,6 +487,51 @@ fn receive(frame: FromRunner, runs: &mut Runs) {
             if ended {
                 runs.remove(&job);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// Runners that answer and run nothing.
+    struct Runners(mpsc::UnboundedSender<&'static str>);
+
+    #[async_trait]
+    impl Connect for Runners {
+        async fn connect(&self) -> Result<Box<dyn ByteStream>, ConnectError> {
+            let (ours, theirs) = tokio::io::duplex(4_096);
+            tokio::spawn(answer(theirs, self.0.clone()));
+            Ok(Box::new(ours))
+        }
+    }
+
+    async fn answer(stream: tokio::io::DuplexStream, tell: mpsc::UnboundedSender<&'static str>) {
+        tell.send("connected").unwrap();
+        let (mut reader, mut writer) = frames(stream);
+        while let Ok(frame) = reader.next::<ToRunner>().await {
+            let answer = match frame {
+                ToRunner::Hello { version } => FromRunner::Hello { version },
+                _ => FromRunner::Pong,
+            };
+            writer.send(&answer).await.unwrap();
+        }
+        tell.send("let go").unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_idle_connection_is_let_go_and_made_anew_when_it_is_needed() {
+        let (tell, mut told) = mpsc::unbounded_channel();
+        let idle = Duration::from_millis(50);
+        let session = Session::open_for(Runners(tell), idle);
+        for _ in 0..2 {
+            let since = Instant::now();
+            session.ready().await.unwrap();
+            assert_eq!(told.recv().await, Some("connected"));
+            assert_eq!(told.recv().await, Some("let go"));
+            assert!(since.elapsed() >= idle);
         }
     }
 }
