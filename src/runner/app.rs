@@ -53,6 +53,13 @@ const TRY_EVERY: Duration = Duration::from_millis(2);
 /// Output kept for the page that stands in for a program.
 const KEPT_OUTPUT: usize = 64 << 10;
 
+/// Most bytes of output that are passed on at once.
+const PIECE: usize = 8 << 10;
+
+/// How long the rest of a line is waited for: a program that does not buffer writes a line in pieces,
+/// each of which would be a record of its own.
+const LINE_PATIENCE: Duration = Duration::from_millis(20);
+
 /// How often a released program's memory is looked at.
 const MEASURE_EVERY: Duration = Duration::from_millis(500);
 
@@ -490,19 +497,36 @@ async fn read_all(
     echo: Option<File>,
 ) {
     let mut echo = echo.map(tokio::fs::File::from_std);
-    let mut buffer = vec![0; 8 << 10];
-    while let Ok(length) = pipe.read(&mut buffer).await {
-        if length == 0 {
-            return;
-        }
-        let data = buffer[..length].to_vec();
+    let mut buffer = vec![0; PIECE];
+    let mut line = Vec::new();
+    let mut open = true;
+    while open {
+        let patience = if line.is_empty() {
+            Duration::MAX
+        } else {
+            LINE_PATIENCE
+        };
+        // Dropping a read that waits loses nothing.
+        let waited = timeout(patience, pipe.read(&mut buffer)).await;
+        let late = waited.is_err();
+        let length = waited.unwrap_or(Ok(0)).unwrap_or(0);
+        open = late || length > 0;
+        let data = &buffer[..length];
         if let Some(file) = &mut echo
-            && (file.write_all(&data).await.is_err() || file.flush().await.is_err())
+            && (file.write_all(data).await.is_err() || file.flush().await.is_err())
         {
             // Whoever collected it is gone; the program need not be.
             echo = None;
         }
-        if tell.send((stream, data)).await.is_err() {
+        line.extend_from_slice(data);
+        let whole = late || !open || line.ends_with(b"\n") || line.len() >= PIECE;
+        if whole
+            && !line.is_empty()
+            && tell
+                .send((stream, std::mem::take(&mut line)))
+                .await
+                .is_err()
+        {
             return;
         }
     }
@@ -546,4 +570,31 @@ fn escape(text: &str) -> String {
     text.replace('&', "&amp;")
         .replace('<', "&lt;")
         .replace('>', "&gt;")
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[tokio::test]
+    async fn a_line_that_is_written_in_pieces_is_passed_on_whole() {
+        let (mut program, output) = pipe::pipe().unwrap();
+        let (tell, mut told) = mpsc::channel(16);
+        let reading = tokio::spawn(read_all(OutputStream::Stdout, output, tell, None));
+        let mut next = async || told.recv().await.map(|(_, data)| data);
+        for piece in [&b"GET"[..], b" ", b"/x", b"\n"] {
+            program.write_all(piece).await.unwrap();
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(next().await.as_deref(), Some(&b"GET /x\n"[..]));
+        // A prompt is not kept back for ever, and the end of what it wrote is not lost.
+        program.write_all(b"name? ").await.unwrap();
+        assert_eq!(next().await.as_deref(), Some(&b"name? "[..]));
+        program.write_all(b"last").await.unwrap();
+        drop(program);
+        assert_eq!(next().await.as_deref(), Some(&b"last"[..]));
+        assert_eq!(next().await, None);
+        reading.await.unwrap();
+    }
 }

@@ -9,7 +9,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 
 use super::sandboxes::{Sandbox, Sandboxes};
-use crate::model::{Ending, Event, OutputStream, ReplId, ReplState, UserId};
+use crate::model::{Ending, Event, OutputStream, Problem, ReplId, ReplState, UserId};
 use crate::platform::ProgramEvent;
 use crate::runner::app::describe;
 use crate::runner::wire::{AppPort, FromApp, frames};
@@ -163,7 +163,7 @@ async fn follow(
             FromApp::Ended { ending, again } => {
                 let words = format!("The program {}", describe(&ending));
                 set.send_modify(|standing| note_end(standing, &ending, again, &words));
-                repl_event("repl.exited", &words, release)
+                exit_event(&ending, again, words, release)
             }
         };
         let event = ProgramEvent {
@@ -212,10 +212,44 @@ fn repl_event(action: &str, message: &str, release: u64) -> Event {
     }
 }
 
+/// A program that ended badly is an error in its user's log, whatever comes of it.
+fn exit_event(ending: &Ending, again: bool, words: String, release: u64) -> Event {
+    let next = if again {
+        "it is started again after a pause"
+    } else {
+        "it is not started again"
+    };
+    let error = (*ending != Ending::Exited(0)).then(|| {
+        let remediation = "Look at what it wrote before; mend it and submit it again.";
+        Problem::new("program_failed", words.clone(), next, remediation)
+    });
+    Event::Repl {
+        action: "repl.exited".to_owned(),
+        message: words,
+        release: Some(release),
+        error,
+    }
+}
+
 fn output_event(stream: OutputStream, data: &[u8], release: u64) -> Event {
     Event::ProgramOutput {
         release,
         stream,
         data: String::from_utf8_lossy(data).into_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_good_end_is_no_error() {
+        let failed = |ending| {
+            let event = exit_event(&ending, false, describe(&ending), 1);
+            matches!(event, Event::Repl { error: Some(_), .. })
+        };
+        assert!(!failed(Ending::Exited(0)));
+        assert!(failed(Ending::Exited(1)) && failed(Ending::Signalled(9)));
     }
 }
