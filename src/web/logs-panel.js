@@ -7,7 +7,8 @@ import { href, replaceQuery, route } from "./router.js";
 import { Empty, FilterInput, ProblemNote } from "./ui.js";
 import { count, duration, fullTime, logTime } from "./format.js";
 
-const LEVELS = ["debug", "info", "warn", "error"];
+/** Those that records have; the server refuses others. */
+const LEVELS = ["info", "warn", "error"];
 /** Closer to the end than this counts as "at the end". */
 const END_SLACK_PX = 40;
 
@@ -116,6 +117,7 @@ function LogList({ feed, follow }) {
       <ol class="log-list" ref=${list} tabindex="0" aria-label="Log records" data-testid="logs" onScroll=${onScroll}>
         ${feed.dropped.value > 0 && html`<li key="dropped" class="muted pad">${count(feed.dropped.value, "older record")} not shown; narrow the search to see them.</li>`}
         ${records.map((record) => html`<${LogRow} key=${rowKey(record)} record=${record} />`)}
+        ${feed.loading.value && !records.length && html`<li key="loading" class="muted pad">Loading…</li>`}
         ${!feed.loading.value && !records.length && !feed.problem.value && html`<li key="empty"><${Empty} title="No records">Nothing matches yet. ${
           follow ? "What comes in shows up here." : "Switch on Follow to see what comes in."}<//></li>`}
         ${feed.more.value && !follow && html`<li key="more" class="pad"><button type="button" class="small" onClick=${() => feed.load()}>Show more</button></li>`}

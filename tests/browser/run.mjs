@@ -260,6 +260,17 @@ async function logChecks() {
     await shot("logs-search");
     await byId("log-search").fill("");
   });
+  await checks.check("every level that can be chosen is one the server knows", async () => {
+    const list = byId("log-level");
+    const levels = await list.locator("option").evaluateAll((options) => options.map((option) => option.value).filter(Boolean));
+    assert.ok(levels.length > 1);
+    for (const level of levels) {
+      const answered = page.waitForResponse((response) => response.url().includes(`level=${level}`));
+      await list.selectOption(level);
+      assert.equal((await answered).status(), 200, level);
+    }
+    await list.selectOption("");
+  });
   await checks.check("following pauses on scrolling up and jumps back to the end", async () => {
     const atEnd = () => page.evaluate(() => {
       const list = document.querySelector("[data-testid=logs]");
