@@ -1,6 +1,8 @@
 //! The search's promises.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod faults;
+mod scripted;
 mod servers;
 mod shape;
 

@@ -238,7 +238,10 @@ impl Shipper {
         let mut batch = Batch::default();
         let mut deadline = None;
         loop {
-            let records = match self.0.journal.read_shared(place.next, READ_BYTES).await {
+            let most = self.0.batch_bytes.load(Ordering::Relaxed);
+            // A record's lines are larger than what the journal has of it.
+            let read = READ_BYTES.min(most / 2);
+            let records = match self.0.journal.read_shared(place.next, read).await {
                 Ok(records) => records,
                 Err(error) => {
                     self.skip_damage(&error, place).await;
@@ -281,8 +284,7 @@ impl Shipper {
             (batch, place.clock) = encoded.await.map_err(|_| JournalError::Closed)?;
             place.next = last + 1;
             let deadline = *deadline.get_or_insert(Instant::now() + self.0.options.batch_age);
-            let full = batch.body().len() >= self.0.batch_bytes.load(Ordering::Relaxed);
-            if full || Instant::now() >= deadline {
+            if batch.body().len() >= most || Instant::now() >= deadline {
                 return Ok(batch);
             }
         }
