@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod faults;
+mod load;
 mod scripted;
 mod servers;
 mod shape;

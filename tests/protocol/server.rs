@@ -37,6 +37,7 @@ fn gantry(data: &Path) -> Command {
         "DOMAIN",
         "APP_DOMAIN",
         "CORS_ORIGINS",
+        "ELASTICSEARCH_HOST",
         "GANTRY_PLATFORM",
     ] {
         command.env_remove(name);

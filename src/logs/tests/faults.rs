@@ -292,7 +292,11 @@ async fn without_its_template_no_record_goes() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_way_in_is_shown_to_the_server() {
-    let ways: [(&[(&str, &str)], Option<&str>); 4] = [
+    type Way = (
+        &'static [(&'static str, &'static str)],
+        Option<&'static str>,
+    );
+    let ways: [Way; 4] = [
         (&[], None),
         (
             &[("ELASTICSEARCH_API_KEY", "aWQ6a2V5")],
