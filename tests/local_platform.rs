@@ -4,6 +4,7 @@
 //! once more with less: as another user, or behind a filter that forbids namespaces.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+use std::collections::BTreeMap;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -11,11 +12,11 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use gantry::model::Limits;
+use gantry::model::{Limits, SubmissionId, Tested, Tests};
 use gantry::platform::conformance::{Subject, all};
 use gantry::platform::local::{LocalConfig, LocalPlatform};
-use gantry::platform::{Finding, Platform};
-use gantry::storage::DirectoryStore;
+use gantry::platform::{Finding, Platform, ReleaseSpec};
+use gantry::storage::{CodeStore, DirectoryStore};
 
 /// The test that a child process runs.
 const SUITE: &str = "the_local_platform_keeps_the_contract";
@@ -80,6 +81,36 @@ async fn the_local_platform_keeps_the_contract() {
     result.unwrap();
     let left = below(data.path());
     assert!(left.is_empty(), "processes are left behind: {left:?}");
+}
+
+/// One thread: what the start leaves to a task of its own runs after the submission is back.
+#[tokio::test]
+async fn a_submission_that_is_back_before_its_release_is_released_once() {
+    let data = tempfile::tempdir().unwrap();
+    let files = [(
+        "main.py".to_owned().try_into().unwrap(),
+        "print(1)".to_owned(),
+    )]
+    .into();
+    let spec = ReleaseSpec {
+        user_id: "back".parse().unwrap(),
+        repl_id: "back-prod".parse().unwrap(),
+        submission_id: SubmissionId::new(),
+        tested: Tested::of(&files, &Tests::ExitCode),
+        argv: vec!["python3".to_owned(), "main.py".to_owned()],
+        env: BTreeMap::new(),
+        database: false,
+    };
+    for _ in 0..2 {
+        let (platform, store) = platform(data.path()).await;
+        let (repl, submission) = (&spec.repl_id, spec.submission_id);
+        store.publish(repl, submission, &files).await.unwrap();
+        let running = platform.ensure_release(&spec).await.unwrap();
+        assert_eq!(running.release, 1);
+        assert_eq!(platform.releases(repl).await.unwrap().len(), 1);
+        platform.dial(repl).await.unwrap();
+        platform.shutdown().await;
+    }
 }
 
 #[test]

@@ -54,6 +54,14 @@ impl Record {
         self.releases.iter().find(current)
     }
 
+    /// The release that this submission became, unless it never came up.
+    pub fn of(&self, submission: SubmissionId) -> Option<&Stored> {
+        self.releases.iter().find(|stored| {
+            stored.release.submission_id == submission
+                && stored.release.state != ReleaseState::Failed
+        })
+    }
+
     /// The highest number given out.
     pub fn last_number(&self) -> u64 {
         let numbers = self.releases.iter().map(|stored| stored.release.release);

@@ -104,7 +104,9 @@ impl Releases {
             for repl in this.wanted() {
                 let changing = this.changing(&repl);
                 let _one = changing.lock().await;
-                let Some(stored) = this.current(&repl) else {
+                // A submission that was taken up again may have been faster.
+                let has_program = this.with(&repl, |repl| repl.program.is_some());
+                let Some(stored) = this.current(&repl).filter(|_| has_program != Some(true)) else {
                     continue;
                 };
                 match this.start(&repl, &stored).await {
@@ -120,8 +122,20 @@ impl Releases {
         let changing = self.changing(&spec.repl_id);
         let _one = changing.lock().await;
         self.claim(&spec.repl_id, &spec.user_id).await?;
-        if let Some(done) = self.already(spec) {
-            return Ok(done);
+        let known = self.with(&spec.repl_id, |repl| {
+            let known = repl.record.of(spec.submission_id)?.clone();
+            Some((known, repl.program.is_some()))
+        });
+        if let Some((known, has_program)) = known.flatten() {
+            // It serves, or a later one took over from it: it was released once, and that is enough.
+            if has_program || known.release.state != ReleaseState::Current {
+                return Ok(RunningRelease {
+                    release: known.release.release,
+                    url: self.url(&spec.repl_id),
+                });
+            }
+            // An earlier server released it and was killed before it said so.
+            return self.switch(&spec.repl_id, known).await;
         }
         let last = self.with(&spec.repl_id, |repl| repl.record.last_number());
         let number = last.unwrap_or(0) + 1;
@@ -406,21 +420,6 @@ impl Releases {
             }
         }
         Ok(folder)
-    }
-
-    fn already(&self, spec: &ReleaseSpec) -> Option<RunningRelease> {
-        let number = self.with(&spec.repl_id, |repl| {
-            let same = |s: &&Stored| {
-                s.release.submission_id == spec.submission_id
-                    && s.release.state == ReleaseState::Current
-            };
-            let found = repl.record.releases.iter().find(same)?;
-            repl.program.is_some().then_some(found.release.release)
-        })??;
-        Some(RunningRelease {
-            release: number,
-            url: self.url(&spec.repl_id),
-        })
     }
 
     fn current(&self, repl: &ReplId) -> Option<Stored> {
