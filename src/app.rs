@@ -26,7 +26,7 @@ use crate::platform::local::{LocalConfig, LocalPlatform};
 use crate::platform::{Check, Finding, Platform};
 use crate::shutdown::{DRAIN_TIMEOUT, EndSignals, PLATFORM_TIMEOUT, Shutdown};
 use crate::storage::{CodeStore, DirectoryStore, S3Config, S3Store};
-use crate::transport::{Edge, Guard, Numbers, Parts, Server, raise_open_files, router};
+use crate::transport::{Edge, Guard, Numbers, Parts, Peers, Server, raise_open_files, router};
 
 /// Bytes of one journal file, and of all of them together: weeks of a small team's submissions.
 const JOURNAL: JournalOptions = JournalOptions {
@@ -75,6 +75,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         .recover()
         .await
         .context("what an earlier server left cannot be taken up")?;
+    let peers = Arc::new(Peers::new(&config.peers)?);
     let parts = Parts {
         keys: keys.clone(),
         sessions: Sessions::open(&config.data_dir)?,
@@ -82,12 +83,18 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         search,
         pipeline: pipeline.clone(),
         platform: Arc::clone(&platform),
+        peers: Arc::clone(&peers),
         numbers: Numbers(numbers.clone()),
         shutdown: shutdown.clone(),
     };
     let edge = Arc::new(Edge::new(parts, &config, Guard::new(&config, address))?);
     let token = shutdown.token.clone();
     shutdown.tasks.spawn(keys.clone().watch(token.clone()));
+    if peers.any() {
+        shutdown
+            .tasks
+            .spawn(peers.watch(keys.clone(), token.clone()));
+    }
     shutdown.tasks.spawn(upkeep(numbers, token));
     let end_signals = EndSignals::listen().context("cannot wait for signals")?;
     banner(&config, address, &edge, new_key.as_ref(), &checks)?;

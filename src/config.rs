@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::Args;
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 
 use crate::model::Limits;
 
@@ -93,6 +93,12 @@ pub struct ServeArgs {
     /// The program that runs inside sandboxes [default: this one]
     #[arg(long, env = "GANTRY_RUNNER", value_name = "FILE")]
     runner: Option<PathBuf>,
+    /// Other replicas of this server, as host:port separated by commas; this one may be among them
+    #[arg(long, env = "GANTRY_PEERS", value_name = "ADDRESSES")]
+    peers: Option<String>,
+    /// This replica's name, which no other has [default: the machine's name]
+    #[arg(long, env = "GANTRY_REPLICA", value_name = "NAME")]
+    replica: Option<String>,
     /// What to log, such as info or gantry=debug [default: info]
     #[arg(long, env = "GANTRY_LOG", value_name = "FILTER")]
     log: Option<String>,
@@ -125,8 +131,46 @@ pub struct Config {
     pub runner: PathBuf,
     /// What owns sandboxes and releases.
     pub platform: PlatformConfig,
+    /// Other replicas.
+    pub peers: PeersConfig,
     /// The log filter.
     pub log: String,
+}
+
+/// Other replicas of this server.
+#[derive(Debug)]
+pub struct PeersConfig {
+    /// This one's name.
+    pub replica: String,
+    /// `host:port` of each; this one may be among them.
+    pub addresses: Vec<String>,
+    /// The secret they know each other by.
+    pub key: Option<SecretString>,
+}
+
+/// The secrets of the environment: never flags, because every process of the machine can read those.
+#[derive(Debug, Default)]
+pub struct Secrets {
+    /// `API_KEY`: an admin key.
+    pub api_key: Option<SecretString>,
+    /// `GANTRY_PEER_KEY`: what replicas know each other by.
+    pub peer_key: Option<SecretString>,
+}
+
+impl Secrets {
+    /// Those that are set and not empty.
+    pub fn from_environment() -> Self {
+        let secret = |name| {
+            let value = std::env::var(name).ok();
+            value
+                .filter(|text| !text.is_empty())
+                .map(SecretString::from)
+        };
+        Self {
+            api_key: secret("API_KEY"),
+            peer_key: secret("GANTRY_PEER_KEY"),
+        }
+    }
 }
 
 /// What owns sandboxes and releases.
@@ -276,9 +320,8 @@ fn xdg_data_folder() -> Option<PathBuf> {
 }
 
 impl Config {
-    /// Checks every argument. `api_key` is the variable `API_KEY`: never a flag, because every
-    /// process of the machine can read those.
-    pub fn new(args: ServeArgs, api_key: Option<String>) -> Result<Self, ConfigError> {
+    /// Checks every argument.
+    pub fn new(args: ServeArgs, secrets: Secrets) -> Result<Self, ConfigError> {
         let platform = match given(&args.platform).unwrap_or("local") {
             "local" => PlatformConfig::Local,
             "kubernetes" => PlatformConfig::Kubernetes(cluster(&args)?),
@@ -299,9 +342,8 @@ impl Config {
                 .unwrap_or(IpAddr::from([127, 0, 0, 1])),
                 parse("PORT", &args.port, "a number from 0 to 65535")?.unwrap_or(8_000),
             ),
-            api_key: api_key
-                .filter(|key| !key.is_empty())
-                .map(SecretString::from),
+            api_key: secrets.api_key,
+            peers: peers(&args, secrets.peer_key)?,
             domain: host_name("DOMAIN", &args.domain, "localhost")?,
             app_domain: host_name("APP_DOMAIN", &args.app_domain, "apps.localhost")?,
             cors_origins: origins(&args.cors_origins)?,
@@ -387,6 +429,50 @@ fn origins(value: &Option<String>) -> Result<Vec<Origin>, ConfigError> {
             })
         })
         .collect()
+}
+
+/// A peer key that is shorter can be guessed, and whoever has it may act for everybody.
+const SHORTEST_PEER_KEY: usize = 32;
+
+fn peers(args: &ServeArgs, key: Option<SecretString>) -> Result<PeersConfig, ConfigError> {
+    let texts = given(&args.peers)
+        .into_iter()
+        .flat_map(|list| list.split(','));
+    let texts = texts.map(str::trim).filter(|text| !text.is_empty());
+    let addresses: Vec<String> = texts
+        .map(|text| {
+            let (host, port) = text.rsplit_once(':').unwrap_or((text, ""));
+            let plain = |b: u8| b.is_ascii_alphanumeric() || b"-.:[]".contains(&b);
+            if port.parse::<u16>().is_ok() && !host.is_empty() && host.bytes().all(plain) {
+                Ok(text.to_owned())
+            } else {
+                let expected = "addresses such as gantry-0.gantry-peers:8000, separated by commas";
+                Err(wrong("GANTRY_PEERS", text, expected))
+            }
+        })
+        .collect::<Result<_, _>>()?;
+    let long = |key: &SecretString| key.expose_secret().len() >= SHORTEST_PEER_KEY;
+    if !addresses.is_empty() && !key.as_ref().is_some_and(long) {
+        return Err(ConfigError {
+            variable: "GANTRY_PEER_KEY",
+            value: None,
+            expected: format!(
+                "is required with GANTRY_PEERS: one secret of at least {SHORTEST_PEER_KEY} characters for all replicas"
+            ),
+        });
+    }
+    let replica = match given(&args.replica) {
+        Some(name) => name.to_owned(),
+        None => rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .into_owned(),
+    };
+    Ok(PeersConfig {
+        replica,
+        addresses,
+        key,
+    })
 }
 
 fn max_runs(value: &Option<String>) -> Result<usize, ConfigError> {
@@ -536,7 +622,7 @@ mod tests {
     #[test]
     fn defaults_are_those_of_the_contract() {
         let (_dir, args) = args();
-        let config = Config::new(args, None).unwrap();
+        let config = Config::new(args, Secrets::default()).unwrap();
         assert_eq!(config.listen.to_string(), "127.0.0.1:8000");
         assert_eq!(config.domain, "localhost");
         assert_eq!(config.app_domain, "apps.localhost");
@@ -554,7 +640,9 @@ mod tests {
             (dir, args)
         };
         let (_dir, args) = cluster();
-        let PlatformConfig::Kubernetes(found) = Config::new(args, None).unwrap().platform else {
+        let PlatformConfig::Kubernetes(found) =
+            Config::new(args, Secrets::default()).unwrap().platform
+        else {
             panic!("not the platform that was named");
         };
         assert_eq!(
@@ -582,7 +670,9 @@ mod tests {
         for (variable, set, value) in cases {
             let (_dir, mut args) = cluster();
             set(&mut args, Some(value.to_owned()));
-            let message = Config::new(args, None).unwrap_err().to_string();
+            let message = Config::new(args, Secrets::default())
+                .unwrap_err()
+                .to_string();
             assert!(message.starts_with(variable), "{message}");
         }
     }
@@ -609,7 +699,9 @@ mod tests {
         for (variable, set, value) in cases {
             let (_dir, mut args) = args();
             set(&mut args, Some(value.to_owned()));
-            let message = Config::new(args, None).unwrap_err().to_string();
+            let message = Config::new(args, Secrets::default())
+                .unwrap_err()
+                .to_string();
             assert!(message.starts_with(variable), "{message}");
             assert!(message.contains("expected "), "{message}");
         }
@@ -620,7 +712,7 @@ mod tests {
         let (_dir, mut args) = args();
         args.port = Some(String::new());
         args.cors_origins = Some(" ".to_owned());
-        let config = Config::new(args, Some(String::new())).unwrap();
+        let config = Config::new(args, Secrets::default()).unwrap();
         assert_eq!(config.listen.port(), 8_000);
         assert!(config.api_key.is_none() && config.cors_origins.is_empty());
     }

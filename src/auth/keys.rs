@@ -1,5 +1,6 @@
 //! The key store: `keys.json` in the data folder, hashes only.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -90,6 +91,8 @@ pub struct Keys {
 struct Inner {
     path: PathBuf,
     state: RwLock<State>,
+    /// Keys of other replicas of this server, by replica.
+    adopted: RwLock<HashMap<String, Vec<StoredKey>>>,
     /// The key given in the environment, as an admin key.
     environment: Option<StoredKey>,
     changes: watch::Sender<u64>,
@@ -119,6 +122,7 @@ impl Keys {
             inner: Arc::new(Inner {
                 path: data_dir.join("keys.json"),
                 state: RwLock::default(),
+                adopted: RwLock::default(),
                 environment,
                 changes: watch::Sender::new(0),
             }),
@@ -137,9 +141,50 @@ impl Keys {
             return Some(key.caller());
         }
         let id = well_formed_id(text)?;
+        self.find(id, matches)
+    }
+
+    /// The key of this id, of this replica's or another's, if it is not revoked and `fits`.
+    fn find(&self, id: &str, fits: impl Fn(&StoredKey) -> bool) -> Option<Caller> {
+        let found = |keys: &[StoredKey]| {
+            let key = keys.iter().find(|key| key.id == id)?;
+            Some((fits(key) && key.revoked.is_none()).then(|| key.caller()))
+        };
+        let own = found(&self.state().keys);
+        own.or_else(|| self.adopted().values().find_map(|keys| found(keys)))?
+    }
+
+    /// This replica's own keys as text, hashes only, with the version of it.
+    pub fn own(&self) -> (String, String) {
         let state = self.state();
-        let key = state.keys.iter().find(|key| key.id == id)?;
-        (matches(key) && key.revoked.is_none()).then(|| key.caller())
+        let version = format!(
+            "{:08x}-{}",
+            crc32fast::hash(&state.bytes),
+            state.bytes.len()
+        );
+        let text = String::from_utf8_lossy(&state.bytes).into_owned();
+        (version, text)
+    }
+
+    /// Takes another replica's keys in, in the place of those it had before.
+    pub fn adopt(&self, replica: &str, text: &[u8]) -> Result<(), AuthError> {
+        let keys = parse(Path::new(replica), text)?.keys;
+        let mut adopted = self
+            .inner
+            .adopted
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        adopted.insert(replica.to_owned(), keys);
+        drop(adopted);
+        self.inner.changes.send_modify(|version| *version += 1);
+        Ok(())
+    }
+
+    fn adopted(&self) -> std::sync::RwLockReadGuard<'_, HashMap<String, Vec<StoredKey>>> {
+        self.inner
+            .adopted
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The caller of a key id, while the key is not revoked.
@@ -149,9 +194,7 @@ impl Keys {
         {
             return Some(key.caller());
         }
-        let state = self.state();
-        let key = state.keys.iter().find(|key| key.id == key_id)?;
-        key.revoked.is_none().then(|| key.caller())
+        self.find(key_id, |_| true)
     }
 
     /// Some admin key that is not revoked, the environment's first.

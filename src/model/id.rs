@@ -105,6 +105,13 @@ impl UserId {
 pub struct SubmissionId(Uuid);
 
 impl SubmissionId {
+    /// When it was made, if it says so: version 7 does.
+    pub fn time(&self) -> Option<jiff::Timestamp> {
+        let (seconds, nanoseconds) = self.0.get_timestamp()?.to_unix();
+        let nanoseconds = i32::try_from(nanoseconds).ok()?;
+        jiff::Timestamp::new(i64::try_from(seconds).ok()?, nanoseconds).ok()
+    }
+
     /// A new UUIDv7: ids sort by the time they were made.
     pub fn new() -> Self {
         Self(Uuid::now_v7())

@@ -9,6 +9,7 @@ use utoipa::openapi::OpenApi;
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
 
 use super::Edge;
+use super::peers::Kind;
 use super::problem::HttpProblem;
 use super::server::Peer;
 use crate::auth::{Caller, TooMany};
@@ -37,9 +38,13 @@ impl FromRequestParts<Arc<Edge>> for Authenticated {
     type Rejection = HttpProblem;
 
     async fn from_request_parts(parts: &mut Parts, edge: &Arc<Edge>) -> Result<Self, HttpProblem> {
+        if let Some(caller) = by_peer(edge, &parts.headers) {
+            // The replica that was asked has counted it.
+            return Ok(Self(caller));
+        }
         let caller = match by_key(edge, parts)? {
             Some(caller) => caller,
-            None => by_cookie(edge, &parts.headers).ok_or_else(|| {
+            None => by_cookie(edge, &parts.headers).await.ok_or_else(|| {
                 HttpProblem::unauthorized("the request carries no key and no valid session")
             })?,
         };
@@ -61,6 +66,25 @@ pub fn by_key(edge: &Edge, parts: &Parts) -> Result<Option<Caller>, HttpProblem>
             parts,
             "the key is unknown, revoked or mistyped",
         )),
+    }
+}
+
+/// The caller for whom another replica asks.
+pub fn by_peer(edge: &Edge, headers: &HeaderMap) -> Option<Caller> {
+    edge.keys.caller(edge.peers.caller(headers)?)
+}
+
+/// Whether another replica asks: then what is not here is not looked for elsewhere.
+pub struct Passed(pub bool);
+
+impl FromRequestParts<Arc<Edge>> for Passed {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request_parts(
+        parts: &mut Parts,
+        edge: &Arc<Edge>,
+    ) -> Result<Self, Self::Rejection> {
+        Ok(Self(edge.peers.is_peer(&parts.headers)))
     }
 }
 
@@ -92,8 +116,12 @@ fn header_key(headers: &HeaderMap) -> Option<&str> {
     })
 }
 
-fn by_cookie(edge: &Edge, headers: &HeaderMap) -> Option<Caller> {
-    let key_id = edge.sessions.key_id(session_cookie(headers)?)?;
+async fn by_cookie(edge: &Edge, headers: &HeaderMap) -> Option<Caller> {
+    let cookie = session_cookie(headers)?;
+    let key_id = match edge.sessions.key_id(cookie) {
+        Some(key_id) => key_id,
+        None => edge.peers.redeem(Kind::Session, cookie).await?,
+    };
     // The key may have been revoked since: its sessions end with it.
     edge.keys.caller(&key_id)
 }

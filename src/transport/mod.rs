@@ -10,6 +10,7 @@ mod guard;
 mod health;
 mod logs;
 mod page;
+mod peers;
 mod problem;
 mod proxy;
 mod repls;
@@ -48,6 +49,7 @@ use crate::shutdown::Shutdown;
 use caller::KeySchemes;
 pub use guard::Guard;
 use guard::Target;
+pub use peers::Peers;
 use problem::HttpProblem;
 pub use server::{Server, raise_open_files};
 
@@ -94,6 +96,8 @@ pub struct Edge {
     pub pipeline: Pipeline,
     /// Who owns sandboxes and releases.
     pub platform: Arc<dyn Platform>,
+    /// Other replicas of this server.
+    pub peers: Arc<Peers>,
     /// Numbers for `/metrics`.
     pub numbers: Numbers,
     /// When to stop.
@@ -119,6 +123,8 @@ pub struct Parts {
     pub pipeline: Pipeline,
     /// See [`Edge::platform`].
     pub platform: Arc<dyn Platform>,
+    /// See [`Edge::peers`].
+    pub peers: Arc<Peers>,
     /// See [`Edge::numbers`].
     pub numbers: Numbers,
     /// See [`Edge::shutdown`].
@@ -149,6 +155,7 @@ impl Edge {
             search: parts.search,
             pipeline: parts.pipeline,
             platform: parts.platform,
+            peers: parts.peers,
             numbers: parts.numbers,
             shutdown: parts.shutdown,
             journal_folder: config.data_dir.join("journal"),
@@ -332,6 +339,7 @@ pub fn router(edge: Arc<Edge>) -> Router {
     routes
         .route("/", axum::routing::get(page::index))
         .route("/assets/{*path}", axum::routing::get(page::asset))
+        .merge(peers::routes())
         .with_state(edge)
         .merge(docs)
         .fallback(no_route)

@@ -4,6 +4,7 @@
 //! polled only when the socket takes the next frame, so a client that never reads costs the memory
 //! of one frame, and the submission runs on regardless.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -12,7 +13,8 @@ use futures_util::stream::{BoxStream, SelectAll, SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt, future};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::mpsc;
+use tokio::net::TcpStream;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, timeout};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::error::{CapacityError, Error as WsError};
@@ -21,6 +23,7 @@ use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Message, Role, WebSoc
 use tokio_tungstenite::tungstenite::{Bytes, Utf8Bytes};
 
 use super::Edge;
+use super::peers::{Found, Peer, Settled};
 use super::wire::{self, Frame};
 use crate::auth::Caller;
 use crate::journal::JournalError;
@@ -79,8 +82,8 @@ enum End {
     Close(CloseCode, &'static str),
 }
 
-/// Speaks the protocol until one side ends it.
-pub async fn run(edge: Arc<Edge>, caller: Caller, io: hyper::upgrade::Upgraded) {
+/// Speaks the protocol until one side ends it. `passed`: another replica passes its client's frames on.
+pub async fn run(edge: Arc<Edge>, caller: Caller, passed: bool, io: hyper::upgrade::Upgraded) {
     let config = WebSocketConfig::default()
         .read_buffer_size(READ_BUFFER)
         // Every frame is written at once.
@@ -97,17 +100,22 @@ pub async fn run(edge: Arc<Edge>, caller: Caller, io: hyper::upgrade::Upgraded) 
         started: Instant::now(),
         heard_ms: AtomicU64::new(0),
         in_flight: Arc::default(),
+        relay_ended: Notify::new(),
     };
+    let shared = Arc::new(shared);
     let key_id = caller.key_id.clone();
     let reader = Reader {
         edge: &edge,
         caller,
+        passed,
         commands,
-        shared: &shared,
+        shared: Arc::clone(&shared),
+        relays: HashMap::new(),
     };
     let end = tokio::select! {
         end = reader.run(&mut source) => end,
         end = write(&mut sink, inbox, &shared) => end,
+        () = shared.relay_ended.notified() => End::Close(CloseCode::Restart, "another replica that answered here has ended; connect again and resume"),
         () = revoked(&edge, &key_id) => End::Close(CloseCode::Policy, "the key was revoked"),
         () = edge.shutdown.token.cancelled() => End::Close(CloseCode::Away, "the server is stopping"),
     };
@@ -163,6 +171,8 @@ struct Shared {
     started: Instant,
     heard_ms: AtomicU64,
     in_flight: Arc<AtomicUsize>,
+    /// Another replica no longer answers for what this client follows there.
+    relay_ended: Notify,
 }
 
 /// The place of one followed submission on its connection, until it is dropped.
@@ -233,8 +243,11 @@ async fn write(
 struct Reader<'a> {
     edge: &'a Arc<Edge>,
     caller: Caller,
+    passed: bool,
     commands: mpsc::Sender<Command>,
-    shared: &'a Shared,
+    shared: Arc<Shared>,
+    /// Connections to other replicas, by address.
+    relays: HashMap<String, SplitSink<WebSocketStream<TcpStream>, Message>>,
 }
 
 impl Reader<'_> {
@@ -271,12 +284,13 @@ impl Reader<'_> {
 
     async fn frame(&mut self, text: Utf8Bytes) -> Result<(), Gone> {
         let frame = wire::parse(&text);
-        drop(text);
+        // What may have to be passed on.
+        let text = self.edge.peers.any().then_some(text);
         match frame {
             Err(refused) => self.reply(&wire::invalid(&refused)).await,
-            Ok(Frame::Submission(request)) => self.submission(*request).await,
+            Ok(Frame::Submission(request)) => self.submission(*request, text).await,
             Ok(Frame::Resume(resume)) => match self.visible(resume.id) {
-                None => self.reply(&wire::not_found(resume.id)).await,
+                None => self.elsewhere(resume.id, text).await,
                 Some(known) => {
                     // A client that has it all still gets the reply: it may have missed it.
                     let last = if known.ended {
@@ -288,18 +302,22 @@ impl Reader<'_> {
                 }
             },
             Ok(Frame::Cancel(cancel)) => match self.visible(cancel.id) {
-                None => self.reply(&wire::not_found(cancel.id)).await,
+                None => self.elsewhere(cancel.id, text).await,
                 Some(_) => {
                     // One that has ended stays as it ended; its reply is on its way or was read.
                     self.edge.pipeline.cancel(cancel.id);
                     Ok(())
                 }
             },
-            Ok(Frame::Stdin(stdin)) => self.stdin(stdin).await,
+            Ok(Frame::Stdin(stdin)) => self.stdin(stdin, text).await,
         }
     }
 
-    async fn submission(&mut self, request: SubmissionRequest) -> Result<(), Gone> {
+    async fn submission(
+        &mut self,
+        request: SubmissionRequest,
+        text: Option<Utf8Bytes>,
+    ) -> Result<(), Gone> {
         let user = request.user_id().clone();
         let id = request.submission_id();
         let stream = request.stream();
@@ -331,7 +349,23 @@ impl Reader<'_> {
                 return self.reply(&outcome).await;
             }
         };
+        let settled = match id {
+            Some(id) if !self.passed && self.edge.journal.submission(id).is_none() => {
+                self.edge.peers.settle(id).await
+            }
+            _ => Settled::Here(None),
+        };
         let id = submission.id;
+        // Held until the journal knows it.
+        let _claim = match settled {
+            Settled::Here(claim) => claim,
+            Settled::There(peer) => return self.pass_on(id, &peer, text).await,
+            Settled::Unknown => {
+                let unknown = self.edge.peers.unknown();
+                let outcome = wire::unavailable(Some(id), Some(&user), unknown);
+                return self.reply(&outcome).await;
+            }
+        };
         match self.edge.pipeline.submit(submission).await {
             Ok(Admission::Accepted(id) | Admission::Known(id)) => self.follow(id, 0, stream).await,
             Err(Refusal::Invalid(error)) => {
@@ -345,9 +379,63 @@ impl Reader<'_> {
         }
     }
 
-    async fn stdin(&mut self, stdin: wire::Stdin) -> Result<(), Gone> {
+    /// A frame about a submission that is not here, or not this caller's.
+    async fn elsewhere(&mut self, id: SubmissionId, text: Option<Utf8Bytes>) -> Result<(), Gone> {
+        let peers = &self.edge.peers;
+        if self.passed || !peers.any() || self.edge.journal.submission(id).is_some() {
+            return self.reply(&wire::not_found(id)).await;
+        }
+        match peers.find(id).await {
+            Found::At(peer) => self.pass_on(id, &peer, text).await,
+            Found::Nowhere => self.reply(&wire::not_found(id)).await,
+            Found::Unknown => {
+                let outcome = wire::unavailable(Some(id), None, peers.unknown());
+                self.reply(&outcome).await
+            }
+        }
+    }
+
+    /// Has another replica answer a frame of this client's.
+    async fn pass_on(
+        &mut self,
+        id: SubmissionId,
+        peer: &Peer,
+        text: Option<Utf8Bytes>,
+    ) -> Result<(), Gone> {
+        let address = peer.address();
+        if !self.relays.contains_key(address) {
+            let key_id = &self.caller.key_id;
+            match self.edge.peers.connect(peer, key_id).await {
+                Ok(socket) => {
+                    let (sink, source) = socket.split();
+                    self.relays.insert(address.to_owned(), sink);
+                    let frames = relayed(source, Arc::clone(&self.shared));
+                    let follow = Command::Follow(frames);
+                    self.commands.send(follow).await.map_err(|_| Gone)?;
+                }
+                Err(error) => {
+                    tracing::warn!(peer = address, %error, "another replica cannot be connected to");
+                    let outcome = wire::unavailable(Some(id), None, self.edge.peers.unknown());
+                    return self.reply(&outcome).await;
+                }
+            }
+        }
+        let (Some(sink), Some(text)) = (self.relays.get_mut(address), text) else {
+            return Ok(());
+        };
+        match timeout(WRITE_STALL, sink.send(Message::Text(text))).await {
+            Ok(Ok(())) => Ok(()),
+            // Its stream has ended as well, and the client is told so.
+            _ => {
+                self.shared.relay_ended.notify_one();
+                Ok(())
+            }
+        }
+    }
+
+    async fn stdin(&mut self, stdin: wire::Stdin, text: Option<Utf8Bytes>) -> Result<(), Gone> {
         let Some(known) = self.visible(stdin.id) else {
-            return self.reply(&wire::not_found(stdin.id)).await;
+            return self.elsewhere(stdin.id, text).await;
         };
         if known.ended {
             return Ok(());
@@ -405,6 +493,21 @@ impl Reader<'_> {
 
 /// The writing side has ended.
 struct Gone;
+
+/// The frames that another replica sends for this client. Its end ends this connection: the client
+/// resumes, and is told whether what it followed there can be known.
+fn relayed(source: SplitStream<WebSocketStream<TcpStream>>, shared: Arc<Shared>) -> Frames {
+    let texts = source.filter_map(|message| {
+        future::ready(match message {
+            Ok(Message::Text(text)) => Some(text),
+            _ => None,
+        })
+    });
+    let end = futures_util::stream::once(async move { shared.relay_ended.notify_one() });
+    texts
+        .chain(end.filter_map(|()| future::ready(None)))
+        .boxed()
+}
 
 /// The frame a record becomes, if the client wants it.
 fn outgoing(

@@ -3,16 +3,20 @@
 use std::sync::Arc;
 
 use axum::extract::{Path, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
 
 use super::Edge;
 use super::body::{ProblemBody, Query};
-use super::caller::Authenticated;
+use super::caller::{Authenticated, Passed};
 use super::logs::{given, parse, search_problem, visible_user, wrong};
+use super::peers::Found;
 use super::problem::HttpProblem;
 use super::wire;
+use crate::auth::Caller;
 use crate::journal::JournalError;
 use crate::logs::{SubmissionQuery, SubmissionSummary};
 use crate::model::{Event, Outcome, Problem, Record, ReplId, Submission, SubmissionId, UserId};
@@ -121,11 +125,17 @@ pub struct WholeSubmission {
 pub async fn one(
     State(edge): State<Arc<Edge>>,
     Authenticated(caller): Authenticated,
+    Passed(passed): Passed,
     Path(id): Path<String>,
-) -> Result<axum::Json<WholeSubmission>, HttpProblem> {
+) -> Result<Response, HttpProblem> {
     let not_found = || HttpProblem::not_found("submission");
     let id: SubmissionId = id.parse().map_err(|_| not_found())?;
-    let known = edge.journal.submission(id).ok_or_else(not_found)?;
+    let Some(known) = edge.journal.submission(id) else {
+        return match passed {
+            true => Err(not_found()),
+            false => elsewhere(&edge, &caller, id).await,
+        };
+    };
     if !caller.sees(&known.user_id) {
         return Err(not_found());
     }
@@ -154,7 +164,36 @@ pub async fn one(
     for record in records {
         whole.add(record);
     }
-    Ok(axum::Json(whole))
+    Ok(axum::Json(whole).into_response())
+}
+
+/// Another replica's submission, as that one answers.
+async fn elsewhere(
+    edge: &Edge,
+    caller: &Caller,
+    id: SubmissionId,
+) -> Result<Response, HttpProblem> {
+    let peers = &edge.peers;
+    match peers.find(id).await {
+        Found::Nowhere => Err(HttpProblem::not_found("submission")),
+        Found::Unknown => Err(HttpProblem::unavailable(peers.unknown())),
+        Found::At(peer) => {
+            let path = format!("/submissions/{id}");
+            let answer = peers.get(&peer, &path, &caller.key_id).await;
+            let (status, body) = answer.map_err(|error| {
+                tracing::warn!(peer = peer.address(), %error, "another replica did not answer");
+                HttpProblem::unavailable(peers.unknown())
+            })?;
+            match StatusCode::from_u16(status) {
+                Ok(StatusCode::OK) => {
+                    let json = (header::CONTENT_TYPE, "application/json");
+                    Ok(([json], body).into_response())
+                }
+                Ok(StatusCode::NOT_FOUND) => Err(HttpProblem::not_found("submission")),
+                _ => Err(HttpProblem::unavailable(peers.unknown())),
+            }
+        }
+    }
 }
 
 impl WholeSubmission {

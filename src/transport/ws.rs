@@ -14,6 +14,7 @@ use utoipa::ToSchema;
 use super::Edge;
 use super::body::{ProblemBody, Query};
 use super::caller::{self, Authenticated};
+use super::peers::Kind;
 use super::problem::HttpProblem;
 use super::server::Peer;
 use super::session;
@@ -71,13 +72,14 @@ pub async fn code(
     let upgrade = hyper::upgrade::on(&mut request);
     let (mut parts, _) = request.into_parts();
     let Query(CodeQuery { ticket }) = Query::from_request_parts(&mut parts, &edge).await?;
-    let caller = caller_of(&edge, &parts, ticket)?;
+    let passed = edge.peers.is_peer(&parts.headers);
+    let caller = caller_of(&edge, &parts, ticket).await?;
     let accept = accept_key(&parts.headers)?;
     let peer = parts.extensions.get::<Peer>().cloned();
     let task_edge = Arc::clone(&edge);
     edge.shutdown.tasks.spawn(async move {
         if let Ok(io) = upgrade.await {
-            session::run(task_edge, caller, io).await;
+            session::run(task_edge, caller, passed, io).await;
         }
         // Held until here: an upgraded connection counts as one.
         drop(peer);
@@ -90,11 +92,14 @@ pub async fn code(
     Ok((StatusCode::SWITCHING_PROTOCOLS, headers, Body::empty()).into_response())
 }
 
-fn caller_of(
+async fn caller_of(
     edge: &Edge,
     parts: &axum::http::request::Parts,
     ticket: Option<String>,
 ) -> Result<Caller, HttpProblem> {
+    if let Some(caller) = caller::by_peer(edge, &parts.headers) {
+        return Ok(caller);
+    }
     if let Some(caller) = caller::by_key(edge, parts)? {
         return Ok(caller);
     }
@@ -103,8 +108,11 @@ fn caller_of(
             "the request carries no key and no ticket",
         ));
     };
-    edge.tickets
-        .redeem(&ticket)
+    let key_id = match edge.tickets.redeem(&ticket) {
+        Some(key_id) => Some(key_id),
+        None => edge.peers.redeem(Kind::Ticket, &ticket).await,
+    };
+    key_id
         .and_then(|key_id| edge.keys.caller(&key_id))
         .ok_or_else(|| {
             let cause = "the ticket was used before, is older than 30 s, or is not one";

@@ -22,6 +22,7 @@ const MAX_REPLY_BYTES: usize = 64 << 20;
 
 pub struct Server {
     child: Child,
+    variables: Vec<(String, String)>,
     pub data: tempfile::TempDir,
     pub address: SocketAddr,
     pub admin: String,
@@ -39,6 +40,9 @@ fn gantry(data: &Path) -> Command {
         "CORS_ORIGINS",
         "ELASTICSEARCH_HOST",
         "GANTRY_PLATFORM",
+        "GANTRY_PEERS",
+        "GANTRY_PEER_KEY",
+        "GANTRY_REPLICA",
     ] {
         command.env_remove(name);
     }
@@ -49,8 +53,13 @@ fn gantry(data: &Path) -> Command {
 }
 
 /// Starts it and reads what it prints until it says how to sign in.
-fn start(data: &Path, port: u16) -> (Child, SocketAddr, Option<String>, String) {
+fn start(
+    data: &Path,
+    port: u16,
+    variables: &[(String, String)],
+) -> (Child, SocketAddr, Option<String>, String) {
     let mut child = gantry(data)
+        .envs(variables.iter().cloned())
         .args(["serve", "--port", &port.to_string()])
         .stdout(Stdio::piped())
         .spawn()
@@ -78,11 +87,19 @@ fn start(data: &Path, port: u16) -> (Child, SocketAddr, Option<String>, String) 
 
 impl Server {
     pub fn start() -> Self {
+        Self::start_as(0, &[])
+    }
+
+    /// On this port, with these variables.
+    pub fn start_as(port: u16, variables: &[(&str, &str)]) -> Self {
         let data = tempfile::tempdir().unwrap();
-        let (child, address, admin, sign_in) = start(data.path(), 0);
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        let variables: Vec<_> = variables.iter().map(owned).collect();
+        let (child, address, admin, sign_in) = start(data.path(), port, &variables);
         let admin = admin.expect("the first start prints a key");
         Self {
             child,
+            variables,
             data,
             address,
             admin,
@@ -92,13 +109,19 @@ impl Server {
 
     /// Ends it as a power cut would, and starts it again on the same port and data.
     pub fn restart(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-        let (child, address, admin, sign_in) = start(self.data.path(), self.address.port());
+        self.kill();
+        let (child, address, admin, sign_in) =
+            start(self.data.path(), self.address.port(), &self.variables);
         assert_eq!(address, self.address);
         assert!(admin.is_none(), "a key is made once");
         self.child = child;
         self.sign_in = sign_in;
+    }
+
+    /// Ends it as a power cut would.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
     }
 
     fn ask_to_end(&self) {

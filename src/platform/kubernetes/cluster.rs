@@ -238,6 +238,13 @@ impl Cluster {
         body
     }
 
+    /// Whether this installation made the object.
+    pub fn made(&self, object: &DynamicObject) -> bool {
+        let labels = object.metadata.labels.as_ref();
+        let made_by = labels.and_then(|labels| labels.get(INSTALLATION));
+        made_by.map(String::as_str) == Some(&*self.installation)
+    }
+
     /// Selects what this installation made.
     pub fn made_here(&self) -> String {
         format!("{MANAGED},{INSTALLATION}={}", self.installation)

@@ -361,6 +361,12 @@ impl Namespaces {
 
     /// Puts right what somebody changed.
     async fn repair(self, mut changes: mpsc::UnboundedReceiver<Changed>, stop: CancellationToken) {
+        // Until everything was seen once, much seems to be missing.
+        while self.synced().await.is_err() {
+            if stop.is_cancelled() {
+                return;
+            }
+        }
         loop {
             let change = tokio::select! {
                 change = changes.recv() => change,
@@ -397,10 +403,11 @@ impl Namespaces {
         }
     }
 
-    /// The user of a namespace that lives. One that is being deleted is let go.
+    /// The user of a namespace that lives and that this installation made. One that is being deleted is
+    /// let go.
     fn user_of(&self, namespace: &str) -> Option<UserId> {
         let object = self.inner.namespaces.get("", namespace)?;
-        if object.metadata.deletion_timestamp.is_some() {
+        if object.metadata.deletion_timestamp.is_some() || !self.inner.cluster.made(&object) {
             return None;
         }
         object.metadata.labels.as_ref()?.get(USER)?.parse().ok()
@@ -422,9 +429,13 @@ fn is_as_wanted(manifest: &Manifest, actual: &DynamicObject) -> bool {
     if actual.metadata.deletion_timestamp.is_some() {
         return false;
     }
-    let Ok(actual) = serde_json::to_value(actual) else {
+    let Ok(mut actual) = serde_json::to_value(actual) else {
         return false;
     };
+    // Lists leave out what each of their objects is.
+    for field in ["apiVersion", "kind"] {
+        actual[field] = manifest.body[field].clone();
+    }
     agrees(&manifest.body, &actual)
 }
 

@@ -1,0 +1,445 @@
+//! Several replicas of the server side by side: each answers for all.
+//!
+//! A submission lives where it was taken in: its records are in that replica's journal. Whoever is asked
+//! for one it does not have asks the others, and passes on what they say. A client's own submission id
+//! is settled between all replicas before it runs anywhere, so that the same id sent to two of them runs
+//! once. When a replica that may have it cannot be asked, the answer is that nobody knows: never a
+//! second run.
+
+mod claims;
+mod routes;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::http::{HeaderMap, header};
+use futures_util::future::join_all;
+use jiff::{SignedDuration, Timestamp};
+use secrecy::{ExposeSecret, SecretString};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use subtle::ConstantTimeEq;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_util::sync::CancellationToken;
+
+use crate::auth::Keys;
+use crate::config::PeersConfig;
+use crate::model::{Problem, SubmissionId};
+pub use claims::Claim;
+use claims::Claims;
+pub use routes::routes;
+
+/// How often each replica is greeted: a key made or revoked on one counts on all within this.
+const GREET_EVERY: Duration = Duration::from_secs(2);
+
+/// Longest wait for a replica: it is in the same network, and has the answer in memory.
+const ANSWER: Duration = Duration::from_secs(2);
+
+/// Longest wait for a connection to one.
+const CONNECT: Duration = Duration::from_secs(1);
+
+/// How far replicas' and clients' clocks may differ.
+const SKEW: SignedDuration = SignedDuration::from_secs(60);
+
+/// The secret that replicas know each other by.
+const PEER_KEY: &str = "x-gantry-peer-key";
+
+/// For whom a replica asks.
+const CALLER: &str = "x-gantry-caller";
+
+/// The name that a replica is asked under: every server answers to it.
+const OWN_HOST: &str = "localhost";
+
+/// One of the replicas, perhaps this one.
+#[derive(Debug)]
+pub struct Peer {
+    address: String,
+    /// It is this very server.
+    myself: AtomicBool,
+    /// It answered last time; before the first time it is asked.
+    away: AtomicBool,
+    /// Which keys of it are known.
+    keys: Mutex<String>,
+}
+
+/// Every replica of this server.
+#[derive(Debug)]
+pub struct Peers {
+    replica: String,
+    key: Option<SecretString>,
+    all: Vec<Arc<Peer>>,
+    claims: Claims,
+    http: reqwest::Client,
+    started: Timestamp,
+}
+
+/// Where a submission is.
+#[derive(Debug)]
+pub enum Found {
+    /// At this replica.
+    At(Arc<Peer>),
+    /// At none.
+    Nowhere,
+    /// A replica that may have it cannot be asked.
+    Unknown,
+}
+
+/// Where a submission with an id of the client's runs.
+#[derive(Debug)]
+pub enum Settled {
+    /// Here; nobody else takes it while the claim is held.
+    Here(Option<Claim>),
+    /// There; it is known there already.
+    There(Arc<Peer>),
+    /// A replica that may have it cannot be asked.
+    Unknown,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Greeting {
+    replica: String,
+    keys: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Greeted {
+    replica: String,
+    /// The version of the keys, and their text unless it is the one that is known.
+    version: String,
+    keys: Option<String>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Question {
+    replica: String,
+    submission: SubmissionId,
+    /// The asker is about to run it.
+    claim: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Answer {
+    replica: String,
+    /// It is here.
+    mine: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Credential {
+    kind: Kind,
+    text: String,
+}
+
+/// What a browser proves with who it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// A session's cookie.
+    Session,
+    /// A ticket for a WebSocket.
+    Ticket,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct KeyOf {
+    key_id: Option<String>,
+}
+
+impl Peers {
+    /// The replicas that the configuration names.
+    pub fn new(config: &PeersConfig) -> anyhow::Result<Self> {
+        let peer = |address: &String| {
+            Arc::new(Peer {
+                address: address.clone(),
+                myself: AtomicBool::new(false),
+                away: AtomicBool::new(false),
+                keys: Mutex::default(),
+            })
+        };
+        let http = reqwest::Client::builder()
+            .connect_timeout(CONNECT)
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .build()?;
+        Ok(Self {
+            replica: config.replica.clone(),
+            key: config.key.clone(),
+            all: config.addresses.iter().map(peer).collect(),
+            claims: Claims::default(),
+            http,
+            started: Timestamp::now(),
+        })
+    }
+
+    /// Whether there are others.
+    pub fn any(&self) -> bool {
+        !self.all.is_empty()
+    }
+
+    /// Greets the others until stopped, and keeps what they say of their keys.
+    pub async fn watch(self: Arc<Self>, keys: Keys, stop: CancellationToken) {
+        loop {
+            join_all(self.others().map(|peer| self.greet(peer, &keys))).await;
+            let pause = tokio::time::sleep(GREET_EVERY);
+            if stop.run_until_cancelled(pause).await.is_none() {
+                return;
+            }
+        }
+    }
+
+    /// Whether these headers are another replica's.
+    pub fn is_peer(&self, headers: &HeaderMap) -> bool {
+        let (Some(key), Some(said)) = (&self.key, headers.get(PEER_KEY)) else {
+            return false;
+        };
+        key.expose_secret().as_bytes().ct_eq(said.as_bytes()).into()
+    }
+
+    /// The public name of the key for whose caller another replica asks.
+    pub fn caller<'a>(&self, headers: &'a HeaderMap) -> Option<&'a str> {
+        self.is_peer(headers)
+            .then(|| headers.get(CALLER)?.to_str().ok())
+            .flatten()
+    }
+
+    /// Which replica has the submission. It is not here.
+    pub async fn find(&self, id: SubmissionId) -> Found {
+        let answers = self.ask_all(id, false).await;
+        let mut away = false;
+        for (peer, mine) in answers {
+            match mine {
+                Some(true) => return Found::At(peer),
+                Some(false) => {}
+                None => away = true,
+            }
+        }
+        if away { Found::Unknown } else { Found::Nowhere }
+    }
+
+    /// Settles where a submission with this id runs. It is not here yet.
+    pub async fn settle(self: &Arc<Self>, id: SubmissionId) -> Settled {
+        if !self.any() {
+            return Settled::Here(None);
+        }
+        if self.claims.is_noted(id) {
+            match self.find(id).await {
+                Found::At(peer) => return Settled::There(peer),
+                Found::Unknown => return Settled::Unknown,
+                // It was refused there after all.
+                Found::Nowhere => self.claims.forget(id),
+            }
+        }
+        let claim = Claims::claim(self, id);
+        let mut away = false;
+        for (peer, mine) in self.ask_all(id, true).await {
+            match mine {
+                Some(true) => return Settled::There(peer),
+                Some(false) => {}
+                None => away = true,
+            }
+        }
+        // Whatever an absent replica took while it could be reached it had asked here for; it can only
+        // have an id that is older than this server.
+        if away && !self.is_new(id) {
+            return Settled::Unknown;
+        }
+        Settled::Here(Some(claim))
+    }
+
+    /// The problem of a submission that a replica may have which cannot be asked.
+    pub fn unknown(&self) -> Problem {
+        let away: Vec<&str> = self
+            .others()
+            .filter(|peer| peer.away.load(Ordering::Relaxed))
+            .map(|peer| peer.address.as_str())
+            .collect();
+        Problem::new(
+            "replica_away",
+            "Whether the submission ran is not known now",
+            format!(
+                "another replica of the server may have it and does not answer: {}",
+                away.join(", ")
+            ),
+            "Ask again when that replica is back; it takes up what it has.",
+        )
+    }
+
+    /// A WebSocket to the other replica, for this caller.
+    pub async fn connect(
+        &self,
+        peer: &Peer,
+        key_id: &str,
+    ) -> Result<WebSocketStream<TcpStream>, String> {
+        let opening = async {
+            let address = &peer.address;
+            let stream = TcpStream::connect(address).await?;
+            stream.set_nodelay(true)?;
+            let mut request = format!("ws://{address}/ws/code")
+                .into_client_request()
+                .map_err(std::io::Error::other)?;
+            let headers = request.headers_mut();
+            let own = |text: &str| text.parse().map_err(std::io::Error::other);
+            headers.insert(header::HOST, own(OWN_HOST)?);
+            headers.insert(PEER_KEY, own(self.secret())?);
+            headers.insert(CALLER, own(key_id)?);
+            let opened = tokio_tungstenite::client_async(request, stream).await;
+            let (socket, _) = opened.map_err(std::io::Error::other)?;
+            Ok::<_, std::io::Error>(socket)
+        };
+        match timeout(ANSWER, opening).await {
+            Ok(Ok(socket)) => Ok(socket),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err(format!("no answer within {} s", ANSWER.as_secs())),
+        }
+    }
+
+    /// What the other replica answers to a GET of this caller's: status and JSON.
+    pub async fn get(
+        &self,
+        peer: &Peer,
+        path: &str,
+        key_id: &str,
+    ) -> Result<(u16, bytes::Bytes), String> {
+        let request = self
+            .http
+            .get(format!("http://{}{path}", peer.address))
+            .header(header::HOST.as_str(), OWN_HOST)
+            .header(PEER_KEY, self.secret())
+            .header(CALLER, key_id)
+            .timeout(ANSWER);
+        let answer = request.send().await.map_err(|error| error.to_string())?;
+        let status = answer.status().as_u16();
+        let body = answer.bytes().await.map_err(|error| error.to_string())?;
+        Ok((status, body))
+    }
+
+    /// The key that a credential stands for which another replica gave out.
+    pub async fn redeem(&self, kind: Kind, text: &str) -> Option<String> {
+        let credential = Credential {
+            kind,
+            text: text.to_owned(),
+        };
+        let asked = self
+            .others()
+            .map(|peer| self.post::<_, KeyOf>(peer, "/peer/credential", &credential));
+        let answers = join_all(asked).await;
+        answers.into_iter().flatten().find_map(|known| known.key_id)
+    }
+
+    fn others(&self) -> impl Iterator<Item = &Arc<Peer>> {
+        let other = |peer: &&Arc<Peer>| !peer.myself.load(Ordering::Relaxed);
+        self.all.iter().filter(other)
+    }
+
+    fn secret(&self) -> &str {
+        self.key.as_ref().map_or("", |key| key.expose_secret())
+    }
+
+    /// `Some(true)`: it has it; `None`: it cannot be asked.
+    async fn ask_all(&self, id: SubmissionId, claim: bool) -> Vec<(Arc<Peer>, Option<bool>)> {
+        let asked = self.others().map(|peer| async move {
+            // One that did not answer a moment ago is greeted every other second: nobody waits for it.
+            if peer.away.load(Ordering::Relaxed) {
+                return (Arc::clone(peer), None);
+            }
+            let question = Question {
+                replica: self.replica.clone(),
+                submission: id,
+                claim,
+            };
+            let answer = self.post::<_, Answer>(peer, "/peer/ask", &question).await;
+            let mine = answer.map(|answer| self.is_other(peer, &answer.replica) && answer.mine);
+            (Arc::clone(peer), mine)
+        });
+        join_all(asked).await
+    }
+
+    async fn greet(&self, peer: &Peer, keys: &Keys) {
+        let known = peer.keys().clone();
+        let greeting = Greeting {
+            replica: self.replica.clone(),
+            keys: known,
+        };
+        let Some(greeted) = self
+            .post::<_, Greeted>(peer, "/peer/hello", &greeting)
+            .await
+        else {
+            return;
+        };
+        if !self.is_other(peer, &greeted.replica) {
+            return;
+        }
+        if let Some(text) = greeted.keys {
+            match keys.adopt(&greeted.replica, text.as_bytes()) {
+                Ok(()) => *peer.keys() = greeted.version,
+                Err(error) => {
+                    tracing::warn!(peer = %peer.address, %error, "another replica's keys cannot be read");
+                }
+            }
+        }
+    }
+
+    /// Whether the one that answered is not this very server.
+    fn is_other(&self, peer: &Peer, replica: &str) -> bool {
+        let myself = replica == self.replica;
+        peer.myself.store(myself, Ordering::Relaxed);
+        !myself
+    }
+
+    async fn post<Q: Serialize, A: DeserializeOwned>(
+        &self,
+        peer: &Peer,
+        path: &str,
+        question: &Q,
+    ) -> Option<A> {
+        let asked = self
+            .http
+            .post(format!("http://{}{path}", peer.address))
+            .header(header::HOST.as_str(), OWN_HOST)
+            .header(PEER_KEY, self.secret())
+            .json(question)
+            .timeout(ANSWER)
+            .send();
+        let answered = async {
+            let answer = asked.await?.error_for_status()?;
+            answer.json::<A>().await
+        };
+        match answered.await {
+            Ok(answer) => {
+                if peer.away.swap(false, Ordering::Relaxed) {
+                    tracing::info!(peer = %peer.address, "another replica answers again");
+                }
+                Some(answer)
+            }
+            Err(error) => {
+                if !peer.away.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(peer = %peer.address, %error, "another replica does not answer; what it has cannot be shown meanwhile");
+                }
+                None
+            }
+        }
+    }
+
+    /// Whether the id was made after this server began: then every replica that took it had asked here.
+    fn is_new(&self, id: SubmissionId) -> bool {
+        let began = self.started.checked_add(SKEW);
+        id.time()
+            .zip(began.ok())
+            .is_some_and(|(made, began)| made > began)
+    }
+}
+
+impl Peer {
+    fn keys(&self) -> std::sync::MutexGuard<'_, String> {
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where it is.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+}
