@@ -18,7 +18,7 @@ use crate::logs::{
     Elasticsearch, ElasticsearchSearch, ElasticsearchSettings, EmbeddedSearch, LogSearch, Shipper,
     ShipperOptions,
 };
-use crate::pipeline::{Pipeline, PipelineOptions};
+use crate::pipeline::{Pipeline, PipelineOptions, Share};
 use crate::platform::kubernetes::{
     BUILT_IN_TEMPLATE, CleanUp, KubernetesConfig, KubernetesPlatform, Template,
 };
@@ -61,6 +61,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     require_sandbox(&config, &checks)?;
     // Before anything is appended: from here on the journal keeps what was not shipped.
     let search = log_search(&config, &journal, &shutdown)?;
+    let peers = Arc::new(Peers::new(&config.peers)?);
     let options = PipelineOptions {
         runs: config.max_runs,
         runs_per_user: match config.platform {
@@ -69,13 +70,13 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
             PlatformConfig::Kubernetes(_) => 1,
         },
         maximum: config.maximum_limits,
+        share: share(&config.platform, &peers),
     };
     let pipeline = Pipeline::new(journal.clone(), Arc::clone(&platform), store, &options);
     pipeline
         .recover()
         .await
         .context("what an earlier server left cannot be taken up")?;
-    let peers = Arc::new(Peers::new(&config.peers)?);
     let parts = Parts {
         keys: keys.clone(),
         sessions: Sessions::open(&config.data_dir)?,
@@ -317,6 +318,17 @@ async fn local(config: &Config, address: SocketAddr) -> anyhow::Result<Backends>
         platform: Arc::new(platform.context("the local platform cannot start")?),
         store: Arc::new(store),
     })
+}
+
+/// Which repls' programs are recorded here: in a cluster every replica sees all of them.
+fn share(platform: &PlatformConfig, peers: &Arc<Peers>) -> Share {
+    match platform {
+        PlatformConfig::Local => Share(Arc::new(|_| true)),
+        PlatformConfig::Kubernetes(_) => {
+            let peers = Arc::clone(peers);
+            Share(Arc::new(move |repl| peers.records(repl)))
+        }
+    }
 }
 
 /// One user may fill three quarters of the places: the rest is there at once for the next user.

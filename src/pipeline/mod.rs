@@ -55,6 +55,19 @@ pub struct PipelineOptions {
     pub runs_per_user: usize,
     /// The most a submission may ask for.
     pub maximum: Limits,
+    /// Which repls' programs are recorded here.
+    pub share: Share,
+}
+
+/// Which repls' programs are recorded here: with several replicas of the server each sees all of them,
+/// and one records each.
+#[derive(Clone)]
+pub struct Share(pub Arc<dyn Fn(&ReplId) -> bool + Send + Sync>);
+
+impl std::fmt::Debug for Share {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Share")
+    }
 }
 
 /// Takes submissions to their one terminal status.
@@ -71,6 +84,7 @@ struct Inner {
     sessions: Sessions,
     queue: FairQueue,
     maximum: Limits,
+    share: Share,
     under_way: Mutex<HashMap<SubmissionId, Arc<Control>>>,
     courses: TaskTracker,
 }
@@ -88,6 +102,7 @@ impl Pipeline {
                 sessions: Sessions::new(Arc::clone(&platform)),
                 queue: FairQueue::new(options.runs, options.runs_per_user),
                 maximum: options.maximum,
+                share: options.share.clone(),
                 under_way: Mutex::default(),
                 courses: TaskTracker::new(),
                 journal,
@@ -269,6 +284,9 @@ impl Pipeline {
 
     async fn follow_programs(&self) {
         while let Some(happened) = self.inner.platform.next_program_event().await {
+            if !(self.inner.share.0)(&happened.repl_id) {
+                continue;
+            }
             let record = NewRecord {
                 user_id: happened.user_id,
                 submission_id: None,

@@ -40,6 +40,9 @@ pub async fn ready(State(edge): State<Arc<Edge>>) -> Result<axum::Json<Health>, 
     if !edge.journal.healthy() {
         causes.push("the journal cannot be written: its disk is full or failing".to_owned());
     }
+    if !edge.peers.acquainted() {
+        causes.push("another replica has not answered yet".to_owned());
+    }
     if let Err(error) = edge.platform.repls().await {
         causes.push(format!(
             "the {} platform does not answer: {error}",

@@ -10,7 +10,7 @@ mod claims;
 mod routes;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use axum::http::{HeaderMap, header};
@@ -21,14 +21,14 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq;
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::Keys;
 use crate::config::PeersConfig;
-use crate::model::{Problem, SubmissionId};
+use crate::model::{Problem, ReplId, SubmissionId};
 pub use claims::Claim;
 use claims::Claims;
 pub use routes::routes;
@@ -41,6 +41,10 @@ const ANSWER: Duration = Duration::from_secs(2);
 
 /// Longest wait for a connection to one.
 const CONNECT: Duration = Duration::from_secs(1);
+
+/// How long a replica that has just begun waits for the others before it says that it is ready: names
+/// that were not there a moment ago are not found for some seconds.
+const ACQUAINTANCE: Duration = Duration::from_secs(40);
 
 /// How far replicas' and clients' clocks may differ.
 const SKEW: SignedDuration = SignedDuration::from_secs(60);
@@ -60,8 +64,10 @@ pub struct Peer {
     address: String,
     /// It is this very server.
     myself: AtomicBool,
-    /// It answered last time; before the first time it is asked.
+    /// It did not answer the last time.
     away: AtomicBool,
+    /// Its name, once it has answered.
+    name: OnceLock<String>,
     /// Which keys of it are known.
     keys: Mutex<String>,
 }
@@ -75,6 +81,7 @@ pub struct Peers {
     claims: Claims,
     http: reqwest::Client,
     started: Timestamp,
+    began: Instant,
 }
 
 /// Where a submission is.
@@ -157,6 +164,7 @@ impl Peers {
                 address: address.clone(),
                 myself: AtomicBool::new(false),
                 away: AtomicBool::new(false),
+                name: OnceLock::new(),
                 keys: Mutex::default(),
             })
         };
@@ -172,7 +180,28 @@ impl Peers {
             claims: Claims::default(),
             http,
             started: Timestamp::now(),
+            began: Instant::now(),
         })
+    }
+
+    /// Whether every other replica has answered once, or was given time to. Before that much would be
+    /// called unknown that is known.
+    pub fn acquainted(&self) -> bool {
+        let met = |peer: &Arc<Peer>| peer.name.get().is_some();
+        self.began.elapsed() >= ACQUAINTANCE || self.others().all(met)
+    }
+
+    /// Whether this replica is the one that records what the repl's program does: all of them see it,
+    /// and one of those that answer keeps it. Around a replica's end a line may be kept by none or twice.
+    pub fn records(&self, repl: &ReplId) -> bool {
+        let rank = |name: &str| crc32fast::hash(format!("{name}/{repl}").as_bytes());
+        let here = (rank(&self.replica), self.replica.as_str());
+        let alive = |peer: &&Arc<Peer>| !peer.away.load(Ordering::Relaxed);
+        let mut others = self
+            .others()
+            .filter(alive)
+            .filter_map(|peer| peer.name.get());
+        others.all(|name| (rank(name), name.as_str()) < here)
     }
 
     /// Whether there are others.
@@ -386,6 +415,7 @@ impl Peers {
     /// Whether the one that answered is not this very server.
     fn is_other(&self, peer: &Peer, replica: &str) -> bool {
         let myself = replica == self.replica;
+        peer.name.get_or_init(|| replica.to_owned());
         peer.myself.store(myself, Ordering::Relaxed);
         !myself
     }
@@ -417,6 +447,9 @@ impl Peers {
             }
             Err(error) => {
                 if !peer.away.swap(true, Ordering::Relaxed) {
+                    let error = error.without_url();
+                    let error = std::error::Error::source(&error)
+                        .map_or_else(|| error.to_string(), ToString::to_string);
                     tracing::warn!(peer = %peer.address, %error, "another replica does not answer; what it has cannot be shown meanwhile");
                 }
                 None
