@@ -215,7 +215,10 @@ async fn kubernetes(
             maximum: config.maximum_limits,
             network: config.allow_network,
         },
-        vec![bucket_check(&store, &s3.bucket).await],
+        vec![
+            bucket_check(&store, &s3.bucket).await,
+            elasticsearch_check(!config.peers.addresses.is_empty()).await?,
+        ],
     );
     let platform = platform
         .await
@@ -243,6 +246,34 @@ async fn bucket_check(store: &S3Store, bucket: &str) -> Check {
         finding,
         detail,
     }
+}
+
+/// Never a reason not to start: records wait in the journal until Elasticsearch takes them.
+async fn elasticsearch_check(replicas: bool) -> anyhow::Result<Check> {
+    let settings = ElasticsearchSettings::from_variables(|name| std::env::var(name).ok())?;
+    let (finding, detail) = match settings {
+        None if replicas => (
+            Finding::Weaker,
+            "ELASTICSEARCH_HOST is not set: each replica lists and searches only what it took in itself"
+                .to_owned(),
+        ),
+        None => (
+            Finding::Good,
+            "not used; logs are searched in the data folder".to_owned(),
+        ),
+        Some(settings) => match Elasticsearch::new(&settings)?.check().await {
+            Ok(said) => (Finding::Good, said),
+            Err(error) => (
+                Finding::Weaker,
+                format!("{error}. Records wait in the journal meanwhile"),
+            ),
+        },
+    };
+    Ok(Check {
+        name: "Elasticsearch",
+        finding,
+        detail,
+    })
 }
 
 /// A name that no other process has: the machine's, or the pod's, and a random part.

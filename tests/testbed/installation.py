@@ -53,7 +53,8 @@ def install():
     make_bucket()
     settings = {
         "S3_BUCKET": BUCKET,
-        **{name: os.environ[name] for name in ("AWS_ENDPOINT_URL", "AWS_REGION", "RUNNER_IMAGE", "DATABASE_IMAGE")},
+        **{name: os.environ[name] for name in ("AWS_ENDPOINT_URL", "AWS_REGION", "RUNNER_IMAGE", "DATABASE_IMAGE",
+                                              "ELASTICSEARCH_HOST")},
     }
     secrets = {
         "API_KEY": KEY,
@@ -170,6 +171,31 @@ def a_release_of_one_is_the_others():
     eventually("the other replica sees the release", seen, ANSWER_SECONDS)
 
 
+def both_find_what_either_did():
+    """Every record is in the index, and there once: also what a program wrote, which both replicas see."""
+    sent = [message(f"print('from {pod}')") for pod in ("gantry-0", "gantry-1")]
+    for pod, one in zip(("gantry-0", "gantry-1"), sent):
+        socket = connect(pod)
+        socket.send(one)
+        to_the_reply(socket)
+    wanted = {one["submission_id"] for one in sent}
+    for pod in ("gantry-0", "gantry-1"):
+        eventually(f"{pod} lists both", lambda: wanted <= {
+            one["submission_id"] for one in get(pod, "/submissions?user_id=two&limit=50")[1]["submissions"]}, ANSWER_SECONDS)
+    socket = connect("gantry-0")
+    word = f"word{uuid7()[:13].replace('-', '')}"
+    socket.send(message(f"print('{word}')", deploy=True, database=False))
+    assert to_the_reply(socket)[-1]["status"] == "deployed"
+
+    def written(pod):
+        records = get(pod, f"/logs?user_id=two&q={word}&limit=100")[1]["records"]
+        return [one for one in records if one["event.action"] == "output.stdout" and "gantry.submission_id" not in one]
+
+    eventually("the program's output is found", lambda: written("gantry-1"), ANSWER_SECONDS)
+    time.sleep(5)  # Twice what shipping takes: a second one would be here.
+    assert len(written("gantry-0")) == len(written("gantry-1")) == 1, written("gantry-0")
+
+
 def a_killed_replica_loses_nothing():
     socket = connect("gantry-0")
     sent = message("import time\nfor i in range(8):\n    print(i, flush=True)\n    time.sleep(1)", limits={"wall_ms": 30000})
@@ -223,7 +249,7 @@ def a_lost_replica_loses_no_record_once_its_volume_is_back():
 
 TESTS = [
     the_other_answers_all_the_same, the_same_id_at_both_runs_once, a_release_of_one_is_the_others,
-    a_killed_replica_loses_nothing, a_lost_replica_loses_no_record_once_its_volume_is_back,
+    both_find_what_either_did, a_killed_replica_loses_nothing, a_lost_replica_loses_no_record_once_its_volume_is_back,
 ]
 
 

@@ -27,6 +27,8 @@ pub(super) use template::install;
 
 /// For a call about a template, a policy or the like. A cluster that is busy takes seconds.
 pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(15);
+/// For the look at the start, which nothing depends on: one that is away must not hold the start up.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(3);
 /// Longest cause that is repeated: the beginning says it, the rest is the request itself.
 const MAX_CAUSE: usize = 500;
 
@@ -128,6 +130,15 @@ impl Elasticsearch {
             prefix: settings.prefix.clone(),
             transport: builder.build().map_err(|error| failed(&error))?,
         })))
+    }
+
+    /// Whether it answers and lets us in; what it says of itself.
+    pub async fn check(&self) -> Result<String, ElasticsearchError> {
+        let path = "/_cluster/health";
+        let health = self.call(Method::Get, path, &[], Payload::None, CHECK_TIMEOUT);
+        let health = health.await?;
+        let said = |name: &str| health[name].as_str().unwrap_or("?").to_owned();
+        Ok(format!("{} is {}", said("cluster_name"), said("status")))
     }
 
     /// Where it is.
