@@ -8,31 +8,32 @@
 
 #[path = "hostile/cases.rs"]
 mod cases;
+#[path = "hostile/judge.rs"]
+mod judge;
 #[path = "hostile/neighbours.rs"]
 mod neighbours;
 #[path = "hostile/programs.rs"]
 mod programs;
+#[path = "hostile/sandbox.rs"]
+mod sandbox;
 #[path = "hostile/traces.rs"]
 mod traces;
 
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::Path;
-use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
-use cases::{Case, Control};
-use gantry::model::{Ending, Limits, UserId};
-use gantry::platform::conformance::{Ended, finish, python};
+use cases::Case;
+use gantry::model::{Limits, UserId};
 use gantry::platform::local::{LocalConfig, LocalPlatform};
 use gantry::platform::{Finding, Platform, Sessions};
 use gantry::runner::client::Session;
-use gantry::runner::wire::Job;
 use gantry::storage::DirectoryStore;
+use judge::{check, hello};
 use programs::Surroundings;
-use traces::Sandbox;
+use sandbox::Sandbox;
 
 /// Tests that measure, and the one that uses the whole machine, take turns.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
@@ -43,16 +44,6 @@ const LANES: usize = 3;
 /// Repeats of a case with one ending.
 const REPEATS: usize = 3;
 const FULL_REPEATS: usize = 20;
-
-/// Longest wait for a control on the machine itself.
-const CONTROL_SECONDS: &str = "20";
-
-/// A run is over this long after its wall-clock limit at the latest. A second is the promise; here
-/// the other lanes' programs, hostile too, have their share of two cores while a full process tree dies.
-const KILLED_WITHIN_MS: u64 = 2_500;
-
-/// Pieces that standard input is sent in.
-const INPUT_PIECE: usize = 1 << 20;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn hostile_programs_end_as_they_should_and_leave_nothing_behind() {
@@ -157,7 +148,7 @@ impl Lanes {
                 return failures;
             };
             let started = Instant::now();
-            let mut result = self.check(&session, &case).await;
+            let mut result = check(&session, &case, self.repeats).await;
             if let Err(error) = self.nothing_is_left(&session, &sandbox).await {
                 let log = sandbox.log();
                 result = result.and(Err(error.context(format!("afterwards; runner.log: {log}"))));
@@ -192,73 +183,12 @@ impl Lanes {
         if self.isolated { 3 } else { 1 }
     }
 
-    async fn check(&self, session: &Session, case: &Case) -> anyhow::Result<()> {
-        let mut first: Option<Ending> = None;
-        let repeats = if case.endings.len() == 1 {
-            self.repeats
-        } else {
-            1
-        };
-        for repeat in 0..repeats {
-            let ended = run(session, case, case.limits).await?;
-            let said = || {
-                String::from_utf8_lossy(&ended.stderr)
-                    .chars()
-                    .take(400)
-                    .collect::<String>()
-            };
-            ensure!(
-                case.endings.contains(&ended.report.ending),
-                "run {repeat} ended with {:?}; expected {:?}; stderr: {}",
-                ended.report,
-                case.endings,
-                said()
-            );
-            ensure!(
-                *first.get_or_insert(ended.report.ending.clone()) == ended.report.ending,
-                "run {repeat} ended with {:?} and not with {first:?}",
-                ended.report.ending
-            );
-            let late = ended.report.duration_ms.saturating_sub(case.limits.wall_ms);
-            ensure!(
-                late <= KILLED_WITHIN_MS,
-                "run {repeat} was ended {late} ms late"
-            );
-            if let Some(output) = case.output {
-                output(&ended.stdout, &ended.stderr)
-                    .map_err(|why| anyhow::anyhow!("run {repeat}: {why}; stderr: {}", said()))?;
-            }
-            if let Some(expected) = case.report {
-                let report = ended.report.test_report.as_deref();
-                ensure!(
-                    report == expected,
-                    "run {repeat}: the report read is {report:?}"
-                );
-            }
-        }
-        match &case.control {
-            Control::None => Ok(()),
-            Control::Limits(limits) => {
-                let ended = run(session, case, *limits).await?;
-                ensure!(
-                    ended.report.ending == Ending::Exited(0),
-                    "the control, with the guard off, ended with {:?}",
-                    ended.report
-                );
-                Ok(())
-            }
-            Control::Host(check) => {
-                let said = on_the_machine(&case.code).await?;
-                check(&said).map_err(|why| anyhow::anyhow!("the control on the machine: {why}"))
-            }
-        }
-    }
-
     /// What has to hold after every case.
     async fn nothing_is_left(&self, session: &Session, sandbox: &Sandbox) -> anyhow::Result<()> {
         let since = Instant::now();
         if self.isolated {
-            sandbox
+            let processes = &sandbox.processes;
+            processes
                 .is_empty_within(Duration::from_secs(1), since)
                 .await?;
         }
@@ -268,61 +198,8 @@ impl Lanes {
         }
         sandbox.is_the_same()?;
         if self.isolated {
-            sandbox.has_its_descriptors_back().await?;
+            sandbox.processes.has_its_descriptors_back().await?;
         }
         Ok(())
     }
-}
-
-/// A run that looks for traces of others.
-async fn hello(session: &Session) -> anyhow::Result<()> {
-    let code = "
-import os, tempfile
-seen = [sorted(os.listdir(f)) for f in (os.getcwd(), tempfile.gettempdir(), '/dev/shm') if f != '/dev/shm' or os.access(f, os.W_OK)]
-print('hello', seen)
-";
-    let ended = finish(&mut session.start(python(code)))
-        .await
-        .context("hello")?;
-    let said = String::from_utf8_lossy(&ended.stdout).into_owned();
-    ensure!(
-        ended.report.ending == Ending::Exited(0) && said.starts_with("hello [['main.py'], []"),
-        "the next hello: {:?} {said:?} {:?}",
-        ended.report,
-        String::from_utf8_lossy(&ended.stderr)
-    );
-    ensure!(!said.contains("[], ['"), "left in /dev/shm: {said}");
-    Ok(())
-}
-
-async fn run(session: &Session, case: &Case, limits: Limits) -> anyhow::Result<Ended> {
-    let mut job: Job = python(&case.code);
-    if case.bash {
-        job.files[0].0 = "main.sh".to_owned();
-        job.argv = vec!["bash".to_owned(), "main.sh".to_owned()];
-    }
-    job.limits = limits;
-    job.stdin_open = case.stdin > 0;
-    job.report = case.report.map(|_| "report".to_owned());
-    let mut run = session.start(job);
-    let handle = run.handle();
-    for _ in 0..case.stdin / INPUT_PIECE {
-        handle.stdin(vec![b'x'; INPUT_PIECE], false);
-    }
-    finish(&mut run).await
-}
-
-/// The same program, outside any sandbox.
-async fn on_the_machine(code: &str) -> anyhow::Result<String> {
-    let folder = tempfile::tempdir()?;
-    std::fs::write(folder.path().join("main.py"), code)?;
-    let mut command = std::process::Command::new("timeout");
-    command
-        .args([CONTROL_SECONDS, "python3", "main.py"])
-        .current_dir(folder.path())
-        .stdin(Stdio::null());
-    let output = tokio::task::spawn_blocking(move || command.output()).await??;
-    ensure!(output.status.code() != Some(124), "the control hangs");
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned()
-        + &String::from_utf8_lossy(&output.stderr))
 }

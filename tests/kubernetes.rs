@@ -9,6 +9,10 @@ mod bed;
 mod bench;
 #[path = "kubernetes/faults.rs"]
 mod faults;
+#[path = "kubernetes/hostile.rs"]
+mod hostile;
+#[path = "kubernetes/outages.rs"]
+mod outages;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -190,6 +194,27 @@ async fn another_server_knows_the_same() {
         )
     })
     .await;
+    bed.forget(user.as_str()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a cluster"]
+async fn a_server_started_anew_asks_for_a_stream_and_nothing_else() {
+    let first = Bed::start().await;
+    let user = first.user("anew");
+    let session = Sessions::new(first.shared()).of(&user);
+    finish(&mut session.start(python("print(1)")))
+        .await
+        .unwrap();
+    first.platform.shutdown().await;
+    let bed = Bed::start().await;
+    let before = bed.requests();
+    let session = Sessions::new(bed.shared()).of(&user);
+    finish(&mut session.start(python("print(1)")))
+        .await
+        .unwrap();
+    // The exec; what the first server left is as it should be.
+    assert_eq!(bed.requests(), before + 1);
     bed.forget(user.as_str()).await;
 }
 

@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, MissedTickBehavior, sleep, timeout};
+use tokio::time::{Instant, MissedTickBehavior, sleep, sleep_until, timeout};
 
 use super::wire::{
     FrameReader, FrameWriter, FromRunner, Job, JobEvent, JobId, ToRunner, VERSION, WireError,
@@ -20,8 +20,9 @@ use super::wire::{
 /// A heartbeat each way this often (design.md §7).
 const HEARTBEAT: Duration = Duration::from_secs(5);
 
-/// Three missed heartbeats: the other side is gone (design.md §7).
-const SILENCE: Duration = Duration::from_secs(15);
+/// Two missed heartbeats: this connection leads nowhere any more, and another one is made. A runner that
+/// does not greet on that either is dead: 15 s in all (design.md §7).
+const SILENCE: Duration = Duration::from_secs(10);
 
 /// Longest wait for the runner's greeting: it has nothing to do before it.
 const GREETING: Duration = Duration::from_secs(5);
@@ -452,15 +453,11 @@ async fn converse(
                 }
                 receive(frame?, runs);
             }
-            () = tokio::time::sleep_until(used + idle), if runs.is_empty() => {
+            () = sleep_until(used + idle), if runs.is_empty() => {
                 return Ok(Over::Idle);
             }
-            _ = heartbeat.tick() => {
-                if heard.elapsed() > SILENCE {
-                    return Err(silent());
-                }
-                say(&mut writer, &ToRunner::Ping).await?;
-            }
+            _ = heartbeat.tick() => say(&mut writer, &ToRunner::Ping).await?,
+            () = sleep_until(heard + SILENCE) => return Err(silent()),
         }
     }
 }

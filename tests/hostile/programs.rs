@@ -628,12 +628,12 @@ for host, port in (('169.254.169.254', 80), ('fd00:ec2::254', 80), ('10.96.0.1',
     except OSError:
         pass
 for family in (socket.AF_INET, socket.AF_INET6):
-    with socket.socket(family, socket.SOCK_DGRAM) as datagrams:
-        try:
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as datagrams:
             datagrams.sendto(b'x', ('1.1.1.1' if family == socket.AF_INET else '2606:4700:4700::1111', 53))
             print('connected datagrams')
-        except OSError:
-            pass
+    except OSError:
+        pass
 ";
 
 /// What stands around the sandboxes in this test.

@@ -1,16 +1,13 @@
 //! What a sandbox looks like from the machine: its processes, its agent, the agent's descriptors.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
-use gantry::model::UserId;
+use anyhow::ensure;
 
-/// One user's sandbox, as it was when it was met.
-pub struct Sandbox {
-    folder: PathBuf,
-    record: String,
+/// A sandbox's processes as this machine numbers them: on a test bed's nodes too, which share its kernel.
+pub struct Processes {
     agent: i32,
     namespace: PathBuf,
     slots: usize,
@@ -20,39 +17,17 @@ pub struct Sandbox {
 /// Descriptors that come and go: a connection, a pipe of a run that is just ending.
 const PASSING_DESCRIPTORS: usize = 12;
 
-impl Sandbox {
-    pub fn of(data: &Path, user: &UserId, slots: usize) -> anyhow::Result<Sandbox> {
-        let folder = data.join("sandboxes").join(format!("user-{user}"));
-        let record = fs::read_to_string(folder.join("process.json")).context("process.json")?;
-        let parsed: serde_json::Value = serde_json::from_str(&record)?;
-        let agent = i32::try_from(parsed["process"]["pid"].as_i64().context("no pid")?)?;
-        let mut sandbox = Sandbox {
-            folder,
-            record,
+impl Processes {
+    /// What belongs to this agent, as it is now.
+    pub fn of(agent: i32, slots: usize) -> anyhow::Result<Self> {
+        let mut processes = Self {
             agent,
             namespace: fs::read_link(format!("/proc/{agent}/ns/pid"))?,
             slots,
             descriptors: 0,
         };
-        sandbox.descriptors = sandbox.open_descriptors()?;
-        Ok(sandbox)
-    }
-
-    /// The process that was met is still there, and gave up nothing.
-    pub fn is_the_same(&self) -> anyhow::Result<()> {
-        let record = fs::read_to_string(self.folder.join("process.json"))?;
-        ensure!(
-            record == self.record,
-            "the agent is another process: {record}"
-        );
-        let log = self.log();
-        ensure!(!log.contains("given up"), "the agent lost a slot: {log}");
-        Ok(())
-    }
-
-    /// What the runner said.
-    pub fn log(&self) -> String {
-        fs::read_to_string(self.folder.join("runner.log")).unwrap_or_default()
+        processes.descriptors = processes.open_descriptors()?;
+        Ok(processes)
     }
 
     /// Nothing but one waiting interpreter in each slot, in time.

@@ -17,44 +17,52 @@ use kube::{Api, ResourceExt};
 use crate::bed::{Bed, SERVER, eventually};
 
 /// A cause that a user can read comes within this (shared with every platform).
-const CAUSE_WITHIN: Duration = Duration::from_secs(30);
+pub const CAUSE_WITHIN: Duration = Duration::from_secs(30);
 
 /// Silence that is taken for death, and one start of a pod on a busy machine.
-const BACK_WITHIN: Duration = Duration::from_secs(15 + 10);
+pub const BACK_WITHIN: Duration = Duration::from_secs(15 + 10);
 
 /// What a cluster may take to make pods again after an outage: its parts' longest pause between two
 /// tries, twice, and the start of a pod.
 const RECOVERED_WITHIN: Duration = Duration::from_secs(90);
 
-async fn hello(session: &Session) -> anyhow::Result<Vec<u8>> {
+pub async fn hello(session: &Session) -> anyhow::Result<Vec<u8>> {
     Ok(finish(&mut session.start(python("print('Hello')")))
         .await?
         .stdout)
 }
 
-fn pods(bed: &Bed, user: &UserId) -> Api<Pod> {
+pub fn pods(bed: &Bed, user: &UserId) -> Api<Pod> {
     Api::namespaced(bed.client.clone(), &user.namespace())
 }
 
-/// Runs a command in the test pod, as an operator would.
-fn in_pod(user: &UserId, script: &str) {
+/// A command in the test pod, as an operator would run it.
+fn exec(user: &UserId, command: &[&str]) -> Command {
     let kubectl = std::env::var("TESTBED_KUBECTL").unwrap_or_else(|_| "kubectl".to_owned());
-    let pod = format!("{user}-test");
-    let status = Command::new(kubectl)
-        .args([
-            "exec",
-            "-n",
-            &user.namespace(),
-            &pod,
-            "--",
-            "bash",
-            "-c",
-            script,
-        ])
-        .status()
-        .unwrap();
+    let mut exec = Command::new(kubectl);
+    exec.args([
+        "exec",
+        "-n",
+        &user.namespace(),
+        &format!("{user}-test"),
+        "--",
+    ]);
+    exec.args(command);
+    exec
+}
+
+/// Runs a script in the test pod.
+pub fn in_pod(user: &UserId, script: &str) {
+    let status = exec(user, &["bash", "-c", script]).status().unwrap();
     // A script that ends its own container has no status of its own.
-    println!("in {pod}: {status}");
+    println!("in {user}-test: {status}");
+}
+
+/// What a command in the test pod writes.
+pub fn said_in_pod(user: &UserId, command: &[&str]) -> String {
+    let output = exec(user, command).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -310,13 +318,13 @@ async fn running_pods(bed: &Bed, user: &UserId) -> Vec<String> {
     names
 }
 
-/// Stops or starts a part of the bed.
-fn part(action: &str, name: &str) {
+/// Breaks or mends something of the bed.
+pub fn testbed(words: &[&str]) {
     let status = Command::new("scripts/testbed")
-        .args(["part", action, name])
+        .args(words)
         .status()
         .unwrap();
-    assert!(status.success());
+    assert!(status.success(), "scripts/testbed {words:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -330,10 +338,19 @@ async fn a_run_goes_on_while_the_api_server_is_away() {
     job.limits.wall_ms = 60_000;
     let mut run = session.start(job);
     assert!(matches!(run.next().await, RunEvent::Event { .. }));
-    part("stop", "apiserver");
+    testbed(&["part", "stop", "apiserver"]);
     let waits = session.start(python("print('after')"));
-    tokio::time::sleep(Duration::from_secs(30)).await;
-    part("start", "apiserver");
+    let away = Instant::now();
+    // The control: it is away.
+    let asked = bed.platform.releases(&bed.repl(&user)).await;
+    let full = std::env::var_os("GANTRY_TEST_FULL").is_some();
+    let outage = Duration::from_secs(if full { 600 } else { 30 });
+    tokio::time::sleep(outage.saturating_sub(away.elapsed())).await;
+    testbed(&["part", "start", "apiserver"]);
+    let Err(PlatformError::Unavailable(problem)) = asked else {
+        panic!("an API server that is away answered: {asked:?}");
+    };
+    assert_eq!(problem.code, gantry::platform::AWAY);
     let started = Instant::now();
     let ended = {
         let mut text = b"0\n".to_vec();

@@ -6,6 +6,12 @@ use kube::{Api, ResourceExt};
 
 use super::cluster::Cluster;
 
+/// How the kubelet begins when it has no log any more; it answers this as if it were one.
+const NO_LOG: &str = "unable to retrieve container logs";
+
+/// The code of a container that ends again and again.
+pub const CRASH_LOOP: &str = "crash_loop";
+
 /// Events told; the newest say most.
 const MAX_EVENTS: usize = 5;
 
@@ -96,7 +102,7 @@ fn container_blocked(container: &ContainerStatus) -> Option<Blocked> {
             .and_then(|s| s.terminated.as_ref());
         let code = ended.map_or_else(String::new, |t| format!(" with exit code {}", t.exit_code));
         return Some(Blocked {
-            code: "crash_loop",
+            code: CRASH_LOOP,
             why: format!(
                 "its container {} ended{code}, {} times",
                 container.name, container.restart_count
@@ -182,6 +188,7 @@ pub async fn last_lines(cluster: &Cluster, pod: &Pod, container: &str) -> String
         };
         if let Ok(text) = cluster.call("read a log", api.logs(&name, &params)).await
             && !text.trim().is_empty()
+            && !text.starts_with(NO_LOG)
         {
             return cut(text.trim_end());
         }

@@ -504,6 +504,19 @@ mod tests {
     }
 
     #[test]
+    fn what_a_list_shows_is_as_wanted() {
+        for manifest in all() {
+            let mut listed = manifest.body.clone();
+            listed.as_object_mut().unwrap().remove("kind");
+            listed.as_object_mut().unwrap().remove("apiVersion");
+            let mut listed: DynamicObject = serde_json::from_value(listed).unwrap();
+            assert!(is_as_wanted(&manifest, &listed), "{manifest:?}");
+            listed.metadata.labels = None;
+            assert!(!is_as_wanted(&manifest, &listed), "{manifest:?}");
+        }
+    }
+
+    #[test]
     fn an_edit_is_seen_and_additions_are_not_an_edit() {
         let wanted = json!({ "spec": { "hard": { "pods": "30" }, "podSelector": {} } });
         let mut actual = json!({ "spec": { "hard": { "pods": "30", "more": "1" } }, "status": {} });

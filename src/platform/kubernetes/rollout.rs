@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout};
 
 use super::cache::{Cache, annotation, label};
 use super::cluster::Cluster;
-use super::explain::{BadEnd, Blocked, blocked, ended_badly, events, last_lines};
+use super::explain::{BadEnd, Blocked, CRASH_LOOP, blocked, ended_badly, events, last_lines};
 use super::labels::{REPL, SUBMISSION};
 use super::record::Stored;
 use super::release::{Owner, PROGRAM_CONTAINER, database_name};
@@ -153,7 +153,7 @@ impl Rollouts {
             None => Vec::new(),
         };
         let mut why = cause.why;
-        if cause.code == "crash_loop"
+        if cause.code == CRASH_LOOP
             && let Some(pod) = pod
         {
             why = self.with_lines(why, pod).await;
@@ -230,7 +230,7 @@ fn progress(
                 return Progress::Ended(format!("the program {how}"));
             }
             return Progress::Held(Blocked {
-                code: "crash_loop",
+                code: CRASH_LOOP,
                 why: format!("its container {container} {how}"),
                 remediation: "Look whether the code store can be reached from the pod.",
             });

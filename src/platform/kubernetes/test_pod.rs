@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::cache::{Cache, Now};
 use super::cluster::{Cluster, Failure, Kind, Manifest};
-use super::explain::{Blocked, blocked, events};
+use super::explain::{Blocked, CRASH_LOOP, blocked, events};
 use super::labels::{ROLE, TEST, of_user};
 use super::namespace::{Namespaces, TEST_ACCOUNT};
 use crate::model::{Limits, Problem, UserId};
@@ -142,6 +142,8 @@ enum Standing {
     Alive(Life),
     /// It may come up; wait.
     Coming,
+    /// Its runner ended again and again, and the kubelet waits ever longer before it starts it.
+    Looping,
     /// It will not run again; remove it.
     Dead,
     /// It is being removed.
@@ -168,7 +170,11 @@ fn standing(pod: Option<&Pod>, image: &str) -> Standing {
     {
         return Standing::Dead;
     }
-    life(pod).map_or(Standing::Coming, Standing::Alive)
+    match life(pod) {
+        Some(life) => Standing::Alive(life),
+        None if blocked(pod).is_some_and(|cause| cause.code == CRASH_LOOP) => Standing::Looping,
+        None => Standing::Coming,
+    }
 }
 
 /// How long a pod that cannot start is watched before its cause is told: images are tried again, and
@@ -230,6 +236,7 @@ impl TestPods {
         self.namespaces.ensure(user).await.map_err(refused)?;
         let mut now = self.follow(user);
         let mut waiting_since = Instant::now();
+        let mut made_anew = false;
         loop {
             let pod = now.borrow_and_update().clone();
             let wait_until = match standing(pod.as_deref(), &self.config.image) {
@@ -243,6 +250,12 @@ impl TestPods {
                     self.remove(user).await.map_err(refused)?;
                     deadline
                 }
+                // A new pod starts at once. When that one loops too, the reason is told below.
+                Standing::Looping if !made_anew => {
+                    made_anew = true;
+                    self.remove(user).await.map_err(refused)?;
+                    deadline
+                }
                 Standing::Leaving => {
                     let by_force = waiting_since + LEAVING;
                     if Instant::now() >= by_force {
@@ -251,7 +264,7 @@ impl TestPods {
                     }
                     deadline.min(waiting_since + LEAVING)
                 }
-                Standing::Coming => {
+                Standing::Coming | Standing::Looping => {
                     let told = waiting_since + CAUSE_AFTER;
                     let cause = pod.as_deref().and_then(blocked);
                     if let (true, Some(cause)) = (Instant::now() >= told, cause) {
@@ -428,6 +441,9 @@ mod tests {
         let mut waiting = running;
         waiting["containerStatuses"][0]["state"] =
             json!({ "waiting": { "reason": "CrashLoopBackOff" } });
+        assert_eq!(of(&pod(waiting.clone())), Standing::Looping);
+        waiting["containerStatuses"][0]["state"] =
+            json!({ "waiting": { "reason": "ContainerCreating" } });
         assert_eq!(of(&pod(waiting)), Standing::Coming);
     }
 }

@@ -256,7 +256,7 @@ def node_command(arguments):
         return
     each = named_node(arguments.name)
     actions = {
-        "kill": [each.kill], "restart": [each.start, each.wait],
+        "kill": [each.kill], "restart": [each.start, each.wait], "bounce": [each.bounce, each.wait],
         "cut": [lambda: network.cut(each, "down")], "heal": [lambda: network.cut(each, "up")],
     }
     timed(f"{each.name} {arguments.action}", *actions[arguments.action])
@@ -296,8 +296,8 @@ def parser():
     command("env", env, "the exports that a program needs to use the bed")
     command("images", rebuild_images, "build the images again and load them into every node").add_argument(
         "--server", action="store_true", help="the server's own image instead, which `up` does not build")
-    sub = command("node", node_command, "add, kill, restart, cut off or reconnect a node")
-    sub.add_argument("action", choices=["add", "kill", "restart", "cut", "heal"])
+    sub = command("node", node_command, "add, kill, restart, cut off or reconnect a node, or crash its kubelet and containerd")
+    sub.add_argument("action", choices=["add", "kill", "restart", "bounce", "cut", "heal"])
     sub.add_argument("name", nargs="?")
     sub = command("part", part_command, "stop or start one part")
     sub.add_argument("action", choices=["stop", "start"])

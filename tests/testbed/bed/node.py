@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 
 from . import api, network, pki
 from .build import binary
@@ -58,6 +59,9 @@ class Node:
         make_cgroup(self.group)
         if not (self.state / "containerd").exists():
             clone_store(self.state / "containerd")
+        self.start_processes()
+
+    def start_processes(self):
         namespace = network.namespace(self)
         self.containerd.start(["containerd", "--config", self.state / "containerd.toml"], namespace)
         self.proxy.start([
@@ -78,6 +82,13 @@ class Node:
         lease = api.get(f"/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/{self.name}")
         renewed = datetime.datetime.fromisoformat(lease["spec"]["renewTime"]).timestamp()
         return renewed > self.kubelet.file.stat().st_mtime and self.ready()
+
+    def bounce(self):
+        """As when kubelet and containerd crash and are started again: pods run on meanwhile."""
+        for each in (self.kubelet, self.containerd):
+            os.kill(each.pid(), signal.SIGKILL)
+            each.stop()
+        self.start_processes()
 
     def kill(self):
         """As when a machine loses power: kubelet, containerd and every process of its pods at once.
