@@ -37,7 +37,7 @@ pub fn pods(bed: &Bed, user: &UserId) -> Api<Pod> {
 }
 
 /// A command in the test pod, as an operator would run it.
-fn exec(user: &UserId, command: &[&str]) -> Command {
+pub fn exec(user: &UserId, command: &[&str]) -> Command {
     let kubectl = std::env::var("TESTBED_KUBECTL").unwrap_or_else(|_| "kubectl".to_owned());
     let mut exec = Command::new(kubectl);
     exec.args([
@@ -52,7 +52,7 @@ fn exec(user: &UserId, command: &[&str]) -> Command {
 }
 
 /// Runs a script in the test pod.
-pub fn in_pod(user: &UserId, script: &str) {
+fn in_pod(user: &UserId, script: &str) {
     let status = exec(user, &["bash", "-c", script]).status().unwrap();
     // A script that ends its own container has no status of its own.
     println!("in {user}-test: {status}");

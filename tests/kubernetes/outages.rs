@@ -16,7 +16,7 @@ use kube::{Api, ResourceExt};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::bed::{Bed, SERVER, eventually};
-use crate::faults::{BACK_WITHIN, CAUSE_WITHIN, hello, in_pod, pods, testbed};
+use crate::faults::{BACK_WITHIN, CAUSE_WITHIN, exec, hello, pods, testbed};
 use crate::hostile::processes;
 
 /// A lost node is seen by the cluster after 10 s of silence and its pods are given up 5 s later, on this
@@ -126,31 +126,44 @@ async fn a_run_that_wrote_nothing_is_repeated_when_its_pod_is_evicted() {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs a cluster"]
-async fn a_runner_that_is_out_of_memory_is_no_verdict_and_comes_back() {
+async fn a_pod_out_of_memory_costs_no_run_its_verdict() {
     let bed = Bed::start().await;
     let user = bed.user("memory");
     let session = Sessions::new(bed.shared()).of(&user);
     assert_eq!(hello(&session).await.unwrap(), b"Hello\n");
-    let container = container(&bed, &user).await;
-    let agent = processes(&container, "agent")[0];
-    let mut run = session.start(ticking(80));
+    let before = container(&bed, &user).await;
+    let mut run = session.start(ticking(40));
     assert!(matches!(run.next().await, RunEvent::Event { .. }));
-    // The kernel takes the runner when an operator's own command in the pod asks for too much.
-    std::fs::write(format!("/proc/{agent}/oom_score_adj"), "1000").unwrap();
-    in_pod(&user, "python3 -c 'x = b\"x\" * (2 << 30)'");
-    let started = Instant::now();
-    let why = run.next_lost().await;
-    println!("lost after {:?}: {why}", started.elapsed());
-    assert_eq!(hello(&session).await.unwrap(), b"Hello\n");
-    println!("out of memory → next answer: {:?}", started.elapsed());
-    assert!(started.elapsed() < BACK_WITHIN);
-    let pod = pods(&bed, &user)
-        .get(&format!("{user}-test"))
-        .await
-        .unwrap();
-    let status = pod.status.unwrap().container_statuses.unwrap().remove(0);
-    let ended = status.last_state.unwrap().terminated.unwrap();
-    assert_eq!(ended.reason.as_deref(), Some("OOMKilled"), "{ended:?}");
+    // An operator's command in the pod asks for more than the pod has: the kernel takes the largest.
+    let hog = exec(&user, &["python3", "-c", "x = b'x' * (2 << 30)"]).status();
+    // The control: the memory did run out.
+    assert_eq!(hog.unwrap().code(), Some(137));
+    let (text, ending, _) = follow(&mut run).await;
+    assert_eq!(format!("0\n{text}"), lines(40));
+    assert_eq!(ending, Ending::Exited(0));
+    assert_eq!(container(&bed, &user).await, before, "the runner was taken");
+    bed.forget(user.as_str()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a cluster"]
+async fn a_runner_killed_under_a_run_is_no_verdict_and_comes_back() {
+    let bed = Bed::start().await;
+    let user = bed.user("killed-under");
+    let session = Sessions::new(bed.shared()).of(&user);
+    // Again and again, so that the kubelet's pauses between two starts count as well.
+    for kill in 0..3 {
+        let mut run = session.start(ticking(80));
+        assert!(matches!(run.next().await, RunEvent::Event { .. }));
+        let container = container(&bed, &user).await;
+        signal(processes(&container, "agent")[0], Signal::KILL);
+        let started = Instant::now();
+        let why = run.next_lost().await;
+        println!("kill {kill}: lost after {:?}: {why}", started.elapsed());
+        assert_eq!(hello(&session).await.unwrap(), b"Hello\n");
+        println!("kill {kill}: next answer after {:?}", started.elapsed());
+        assert!(started.elapsed() < BACK_WITHIN);
+    }
     bed.forget(user.as_str()).await;
 }
 

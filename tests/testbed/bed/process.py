@@ -45,11 +45,13 @@ def make_cgroup(name):
 def cgroup_processes(name=""):
     found = set()
     for hierarchy in hierarchies():
-        for file in (hierarchy / CGROUP / name).rglob("cgroup.procs"):
-            try:
-                found.update(int(pid) for pid in file.read_text().split())
-            except OSError:
-                continue  # the group went away with its last process
+        # Not rglob: it gives up when a group goes away under it, and groups go with their last process.
+        for folder, _, files in os.walk(hierarchy / CGROUP / name):
+            if "cgroup.procs" in files:
+                try:
+                    found.update(int(pid) for pid in (pathlib.Path(folder) / "cgroup.procs").read_text().split())
+                except OSError:
+                    continue
     found.discard(0)  # a process of another pid namespace: its own group lists it there
     return found
 
@@ -72,7 +74,7 @@ def kill_cgroup(name=""):
 def remove_cgroup(name=""):
     for hierarchy in hierarchies():
         top = hierarchy / CGROUP / name
-        for folder in sorted((p for p in top.rglob("*") if p.is_dir()), reverse=True) + [top]:
+        for folder in [pathlib.Path(folder) for folder, *_ in os.walk(top, topdown=False)]:
             for _ in range(50):  # the kernel lets go of a group a moment after its last process
                 try:
                     folder.rmdir()
