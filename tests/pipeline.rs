@@ -86,6 +86,20 @@ async fn cases_are_held_against_what_the_program_wrote() {
     assert_eq!(slow["reason"], "timeout", "{slow}");
 }
 
+#[tokio::test]
+async fn a_case_gets_the_submissions_input_and_arguments_where_it_has_none_of_its_own() {
+    let server = Server::start();
+    let mut client = Client::of(&server).await;
+    let code = "import sys; print(sys.argv[1:], sys.stdin.read())";
+    let tests = json!([
+        { "name": "none", "expected_stdout": "['given'] shared\n" },
+        { "name": "own", "stdin": "own", "args": [], "expected_stdout": "[] own\n" },
+    ]);
+    let extra = json!({ "stdin": "shared", "args": ["given"], "tests": tests });
+    let reply = client.ask(with(message("shared", code), extra)).await;
+    assert_eq!(reply["status"], "tests_passed", "{reply}");
+}
+
 /// Six bytes of JSON for each of the program's: more than a record can hold, and all it may write.
 #[tokio::test]
 async fn a_reply_that_no_record_could_hold_is_cut() {

@@ -99,12 +99,12 @@ impl fmt::Display for RelativePath {
 pub struct Case {
     /// What to call it.
     pub name: String,
-    /// Its standard input.
+    /// Its standard input; absent: the submission's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stdin: Option<String>,
-    /// Its arguments.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub args: Vec<String>,
+    /// Its arguments; absent: the submission's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub args: Option<Vec<String>>,
     /// What must come out on stdout, to the byte; absent: exit code 0 is enough.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expected_stdout: Option<String>,
@@ -469,7 +469,9 @@ fn check_cases(cases: Vec<Case>, maximum: &Limits) -> Result<Tests, FieldError> 
                 format!("must be 1 to {MAX_NAME_BYTES} bytes"),
             ));
         }
-        check_args(&format!("tests[{index}].args"), &case.args)?;
+        if let Some(args) = &case.args {
+            check_args(&format!("tests[{index}].args"), args)?;
+        }
         if case
             .timeout_ms
             .is_some_and(|ms| ms == 0 || ms > maximum.wall_ms)

@@ -24,8 +24,10 @@ pub fn jobs(submission: &Submission) -> Box<dyn Iterator<Item = Job> + Send + '_
     match &submission.tests {
         Tests::ExitCode => Box::new(std::iter::once(whole_program(submission))),
         Tests::Cases(cases) => Box::new((0..).zip(cases).map(|(number, case)| {
-            let mut job = base(submission, number, argv(submission, &case.args));
-            job.stdin = case.stdin.clone().unwrap_or_default().into_bytes();
+            let args = case.args.as_ref().unwrap_or(&submission.args);
+            let mut job = base(submission, number, argv(submission, args));
+            let stdin = case.stdin.as_ref().or(submission.stdin.as_ref());
+            job.stdin = stdin.cloned().unwrap_or_default().into_bytes();
             if let Some(wall_ms) = case.timeout_ms {
                 job.limits.wall_ms = wall_ms;
             }
