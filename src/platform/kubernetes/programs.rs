@@ -23,7 +23,7 @@ use super::record::{Record, StoredState};
 use super::release::{Owner, PROGRAM_CONTAINER};
 use super::releases::{Releases, no_release, unreachable};
 use super::rollout::is_ready;
-use crate::model::{Event, OutputStream, ReplId, ReplState, ReplStatus};
+use crate::model::{Event, OutputStream, Problem, ReplId, ReplState, ReplStatus};
 use crate::platform::{ByteStream, PlatformError, ProgramEvent};
 
 /// The program's port, and the runner's own.
@@ -222,19 +222,24 @@ impl Programs {
 
     /// A program that began or ended to serve is an event of its repl.
     async fn tell_of(&self, pod: &Pod, said: &Said) {
-        let (action, message) = match (said.state.as_str(), said.exit_code) {
-            ("serving", _) => ("repl.serving", "The program serves".to_owned()),
-            ("ended", Some(code)) => (
-                "repl.exited",
-                format!("The program ended with exit code {code}"),
-            ),
+        let (action, message, failed) = match (said.state.as_str(), said.exit_code) {
+            ("serving", _) => ("repl.serving", "The program serves".to_owned(), false),
+            ("ended", Some(code)) => {
+                let message = format!("The program ended with exit code {code}");
+                ("repl.exited", message, code != 0)
+            }
             _ => return,
         };
+        let error = failed.then(|| {
+            let cause = "its supervisor saw it end so";
+            let remediation = "Look at what it wrote before; mend it and submit it again.";
+            Problem::new("program_failed", message.clone(), cause, remediation)
+        });
         let event = |release| Event::Repl {
             action: action.to_owned(),
             message,
             release: Some(release),
-            error: None,
+            error,
         };
         if let Some(told) = about(pod, event) {
             // Nobody listens any more when the server ends.
