@@ -61,6 +61,9 @@ def configure(security):
     (HOME / "config" / "jvm.options.d").mkdir(exist_ok=True)
     (HOME / "config" / "jvm.options").write_text(
         f"-Xms{HEAP}\n-Xmx{HEAP}\n-XX:+UseSerialGC\n-XX:TieredStopAtLevel=1\n-XX:+ExitOnOutOfMemoryError\n"
+        # Every module may read the folder for temporary files, and none may read the programs: with /tmp here,
+        # a copy of the project below /tmp would not start.
+        f"-Djava.io.tmpdir={HOME}/tmp\n"
         f"-XX:ErrorFile={HOME}/logs/hs_err_pid%p.log\n"
     )
     (HOME / "secure").touch() if security else (HOME / "secure").unlink(missing_ok=True)
