@@ -208,7 +208,7 @@ async fn a_server_started_anew_asks_for_a_stream_and_nothing_else() {
         .unwrap();
     first.platform.shutdown().await;
     let bed = Bed::start().await;
-    let before = bed.requests();
+    let before = bed.requests_once_settled().await;
     let session = Sessions::new(bed.shared()).of(&user);
     finish(&mut session.start(python("print(1)")))
         .await

@@ -164,6 +164,21 @@ impl Bed {
             .await;
     }
 
+    /// The same, when what a start does by itself is over: it asks after other tests' programs, too.
+    pub async fn requests_once_settled(&self) -> u64 {
+        let mut last = self.requests();
+        let started = Instant::now();
+        loop {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let now = self.requests();
+            if now == last {
+                return now;
+            }
+            assert!(started.elapsed() < PATIENCE, "the server never rests");
+            last = now;
+        }
+    }
+
     /// Requests that this program has made to the API server, streams and watches included.
     pub fn requests(&self) -> u64 {
         let text = numbers().render();
