@@ -245,6 +245,10 @@ impl Container {
 
 impl Drop for Container {
     fn drop(&mut self) {
+        // `--kill-child` is forgotten by a child that changes its privileges.
+        if let Some(runner) = rustix::process::Pid::from_raw(self.runner) {
+            let _ = rustix::process::kill_process(runner, rustix::process::Signal::KILL);
+        }
         let _ = self.outer.kill();
         let _ = self.outer.wait();
     }
