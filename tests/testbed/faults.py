@@ -3,6 +3,7 @@
 Uses the bed as every other test does: by scripts/testbed and what its `env` prints. The bed must be up.
 """
 
+import base64
 import errno
 import json
 import os
@@ -10,6 +11,7 @@ import pathlib
 import subprocess
 import time
 import unittest
+import urllib.parse
 import urllib.request
 
 TESTBED = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "testbed"
@@ -58,7 +60,12 @@ def node_conditions():
 
 
 def elasticsearch_health():
-    with urllib.request.urlopen(ENV["ELASTICSEARCH_HOST"] + "/_cluster/health", timeout=5) as answer:
+    host = urllib.parse.urlsplit(ENV["ELASTICSEARCH_HOST"])
+    request = urllib.request.Request(f"http://{host.hostname}:{host.port}/_cluster/health")
+    if host.username:  # `up --secure`
+        login = base64.b64encode(f"{host.username}:{host.password}".encode()).decode()
+        request.add_header("Authorization", f"Basic {login}")
+    with urllib.request.urlopen(request, timeout=5) as answer:
         return json.load(answer)["status"]
 
 
