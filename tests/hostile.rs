@@ -31,7 +31,7 @@ use gantry::platform::local::{LocalConfig, LocalPlatform};
 use gantry::platform::{Finding, Platform, Sessions};
 use gantry::runner::client::Session;
 use gantry::storage::DirectoryStore;
-use judge::{check, hello};
+use judge::{check, hello, tell};
 use programs::Surroundings;
 use sandbox::Sandbox;
 
@@ -157,16 +157,7 @@ impl Lanes {
                     sandbox = met;
                 }
             }
-            let verdict = if result.is_ok() { "ok" } else { "FAILED" };
-            println!(
-                "{verdict:6} {:6} ms  {}",
-                started.elapsed().as_millis(),
-                case.name
-            );
-            if let Err(error) = result {
-                println!("       {error:#}");
-                failures.push(format!("- {}: {error:#}", case.name));
-            }
+            tell(&case, started.elapsed(), result, &mut failures);
         }
     }
 

@@ -4,10 +4,16 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
 #[path = "kubernetes/bed.rs"]
-#[allow(dead_code)]
+#[allow(
+    dead_code,
+    reason = "shared with the platform's suite, which uses all of it"
+)]
 mod bed;
 #[path = "storage/put.rs"]
-#[allow(dead_code)]
+#[allow(
+    dead_code,
+    reason = "shared with the stores' suite, which uses all of it"
+)]
 mod put;
 
 use std::collections::{BTreeMap, BTreeSet};

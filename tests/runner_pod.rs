@@ -8,6 +8,9 @@
 mod cases;
 #[path = "runner_pod/container.rs"]
 mod container;
+#[path = "hostile/judge.rs"]
+#[allow(dead_code, reason = "what else a pod's container shows is judged here")]
+mod judge;
 #[path = "hostile/programs.rs"]
 mod programs;
 
@@ -20,16 +23,13 @@ use std::time::{Duration, Instant};
 use anyhow::ensure;
 use cases::{Case, Control};
 use container::{Attach, CAPABILITIES, Container, Privileges};
-use gantry::model::{Ending, Limits};
+use gantry::model::Ending;
 use gantry::platform::conformance::{Ended, finish, python};
 use gantry::runner::client::Session;
 use programs::Surroundings;
 
 /// Longest wait for what takes milliseconds.
 const SOON: Duration = Duration::from_secs(5);
-
-/// Pieces that standard input is sent in.
-const INPUT_PIECE: usize = 1 << 20;
 
 /// Whether containers can be made here. Where results count they must.
 fn can_make_containers() -> bool {
@@ -443,16 +443,7 @@ async fn hostile_programs_end_as_they_should() {
         if result.is_ok() {
             result = nothing_is_left(&session, &agent).await;
         }
-        let verdict = if result.is_ok() { "ok" } else { "FAILED" };
-        println!(
-            "{verdict:6} {:6} ms  {}",
-            started.elapsed().as_millis(),
-            case.name
-        );
-        if let Err(error) = result {
-            println!("       {error:#}");
-            failures.push(format!("- {}: {error:#}", case.name));
-        }
+        judge::tell(&case, started.elapsed(), result, &mut failures);
     }
     let alive = std::path::Path::new(&format!("/proc/{runner}")).exists();
     assert!(alive, "the runner ended: {}", agent.log());
@@ -466,7 +457,7 @@ async fn hostile_programs_end_as_they_should() {
 }
 
 async fn check(session: &Session, case: &Case) -> anyhow::Result<()> {
-    let ended = run_case(session, case, case.limits).await?;
+    let ended = judge::run(session, case, case.limits).await?;
     let said = text(&ended.stderr).chars().take(800).collect::<String>();
     // Internet sockets cannot even be made.
     let no_sockets = case.name == "metadata and other addresses"
@@ -496,7 +487,7 @@ async fn check(session: &Session, case: &Case) -> anyhow::Result<()> {
         ensure!(report == expected, "the report read is {report:?}");
     }
     if let Control::Limits(limits) = &case.control {
-        let ended = run_case(session, case, *limits).await?;
+        let ended = judge::run(session, case, *limits).await?;
         ensure!(
             ended.report.ending == Ending::Exited(0),
             "the control, with the guard off, ended with {:?}",
@@ -504,23 +495,6 @@ async fn check(session: &Session, case: &Case) -> anyhow::Result<()> {
         );
     }
     Ok(())
-}
-
-async fn run_case(session: &Session, case: &Case, limits: Limits) -> anyhow::Result<Ended> {
-    let mut job = python(&case.code);
-    if case.bash {
-        job.files[0].0 = "main.sh".to_owned();
-        job.argv = vec!["bash".to_owned(), "main.sh".to_owned()];
-    }
-    job.limits = limits;
-    job.stdin_open = case.stdin > 0;
-    job.report = case.report.map(|_| "report".to_owned());
-    let mut run = session.start(job);
-    let handle = run.handle();
-    for _ in 0..case.stdin / INPUT_PIECE {
-        handle.stdin(vec![b'x'; INPUT_PIECE], false);
-    }
-    finish(&mut run).await
 }
 
 async fn nothing_is_left(session: &Session, agent: &Container) -> anyhow::Result<()> {

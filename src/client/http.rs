@@ -20,7 +20,8 @@ pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(7);
 pub(super) const FIRST_CONTACT: Duration = Duration::from_secs(2);
 /// Longest wait for an answer: a rollback answers when the release serves, which has 60 s itself.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
-/// Largest answer read: a full page of log records is far below it.
+/// Largest answer read, so that a server gone wrong cannot fill the memory. Far above what pages of log
+/// records come to; a page of nothing but the largest records would pass it and is refused.
 const MAX_ANSWER_BYTES: usize = 64 << 20;
 /// Largest error text read.
 const MAX_PROBLEM_BYTES: usize = 1 << 20;

@@ -1,6 +1,7 @@
 //! What is asked of a case, on every platform: how its runs end, what its control shows.
 
 use std::process::Stdio;
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use gantry::model::{Ending, Limits};
@@ -79,6 +80,16 @@ pub async fn check(session: &Session, case: &Case, repeats: usize) -> anyhow::Re
     }
 }
 
+/// Shows how the case went, and keeps its failure.
+pub fn tell(case: &Case, took: Duration, result: anyhow::Result<()>, failures: &mut Vec<String>) {
+    let verdict = if result.is_ok() { "ok" } else { "FAILED" };
+    println!("{verdict:6} {:6} ms  {}", took.as_millis(), case.name);
+    if let Err(error) = result {
+        println!("       {error:#}");
+        failures.push(format!("- {}: {error:#}", case.name));
+    }
+}
+
 /// A run that looks for traces of others.
 pub async fn hello(session: &Session) -> anyhow::Result<()> {
     let code = "
@@ -100,7 +111,8 @@ print('hello', seen)
     Ok(())
 }
 
-async fn run(session: &Session, case: &Case, limits: Limits) -> anyhow::Result<Ended> {
+/// One run of the case within these limits.
+pub async fn run(session: &Session, case: &Case, limits: Limits) -> anyhow::Result<Ended> {
     let mut job: Job = python(&case.code);
     if case.bash {
         job.files[0].0 = "main.sh".to_owned();

@@ -38,7 +38,7 @@ use kube::{Api, ResourceExt};
 
 use crate::bed::{Bed, SERVER};
 use cases::Case;
-use judge::{check, hello};
+use judge::{check, hello, tell};
 use programs::Surroundings;
 use traces::Processes;
 
@@ -167,16 +167,7 @@ impl Lanes {
                     pod = TestPod::of(&self.bed, user).await?;
                 }
             }
-            let verdict = if result.is_ok() { "ok" } else { "FAILED" };
-            println!(
-                "{verdict:6} {:6} ms  {}",
-                started.elapsed().as_millis(),
-                case.name
-            );
-            if let Err(error) = result {
-                println!("       {error:#}");
-                failures.push(format!("- {}: {error:#}", case.name));
-            }
+            tell(&case, started.elapsed(), result, &mut failures);
         }
     }
 
