@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
 use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 
 use super::agent::Orphans;
@@ -128,6 +129,8 @@ pub struct Supervisor<'a> {
     output_bytes: u64,
     truncated: bool,
     peak: u64,
+    /// A look at the memory that its processes share, under way.
+    closer_look: Option<JoinHandle<u64>>,
     stopped: Option<Ending>,
     /// Since when none of its processes was seen.
     gone_since: Option<Instant>,
@@ -137,6 +140,7 @@ enum Happening {
     Output(OutputStream),
     Exited(Option<Exit>),
     Measure,
+    Looked(u64),
     OutOfTime,
     Told(Option<Command>),
 }
@@ -160,6 +164,7 @@ impl<'a> Supervisor<'a> {
             output_bytes: 0,
             truncated: false,
             peak: 0,
+            closer_look: None,
             stopped: None,
             gone_since: None,
         }
@@ -194,6 +199,7 @@ impl<'a> Supervisor<'a> {
                 command = commands.recv(), if told => Happening::Told(command),
                 () = input.feed(), if input.is_waiting() => continue,
                 _ = measure.tick() => Happening::Measure,
+                resident = looked(&mut self.closer_look) => Happening::Looked(resident),
                 () = &mut deadline => Happening::OutOfTime,
             };
             match happening {
@@ -214,6 +220,7 @@ impl<'a> Supervisor<'a> {
                         break None;
                     }
                 }
+                Happening::Looked(resident) => self.resident(resident).await,
                 // Killed long ago, and its end was never told: the reason is known all the same.
                 Happening::OutOfTime if self.stopped.is_some() => break None,
                 Happening::OutOfTime => self.stop(Ending::Limit(Reason::Timeout)).await,
@@ -267,24 +274,35 @@ impl<'a> Supervisor<'a> {
     }
 
     async fn measure(&mut self) {
-        let Limits {
-            cpu_ms,
-            memory_bytes,
-            ..
-        } = self.job.limits;
         let mut usage = self.tree.usage();
         usage.cpu += self.orphans.cpu();
-        if usage.resident > memory_bytes {
-            // Pages that its processes share were counted once for each; look closer.
-            usage.resident = self.tree.proportional_memory();
+        self.gone_since = match usage.processes {
+            0 => self.gone_since.or_else(|| Some(Instant::now())),
+            _ => None,
+        };
+        if usage.resident <= self.job.limits.memory_bytes {
+            self.peak = self.peak.max(usage.resident);
+        } else if self.closer_look.is_none() {
+            // Pages that its processes share were counted once for each; look closer. Not here: such a
+            // look waits for each process that is changing its memory, and those may be many and wait
+            // for their turn themselves, while other jobs' time runs out.
+            let tree = self.tree.clone();
+            let look = tokio::task::spawn_blocking(move || tree.proportional_memory());
+            self.closer_look = Some(look);
         }
-        self.peak = self.peak.max(usage.resident);
-        if self.peak > memory_bytes {
-            self.stop(Ending::Limit(Reason::Memory)).await;
-        } else if usage.cpu.as_millis() > u128::from(cpu_ms) {
+        if usage.cpu.as_millis() > u128::from(self.job.limits.cpu_ms) {
             self.stop(Ending::Limit(Reason::Cpu)).await;
         } else if self.slot.is_full() {
             self.stop(Ending::Limit(Reason::Disk)).await;
+        }
+    }
+
+    /// Its memory was found to be this much, shared pages counted once.
+    async fn resident(&mut self, bytes: u64) {
+        self.closer_look = None;
+        self.peak = self.peak.max(bytes);
+        if bytes > self.job.limits.memory_bytes {
+            self.stop(Ending::Limit(Reason::Memory)).await;
         }
     }
 
@@ -356,6 +374,15 @@ const END_PATIENCE: Duration = Duration::from_secs(1);
 /// Longest wait for the news of an end after the last process has gone. The news takes
 /// microseconds; it is lost only with the waiting interpreter that had to bring it.
 const EXIT_NEWS: Duration = Duration::from_secs(2);
+
+/// What the look finds; without one, nothing ever. Safe to drop at any time.
+async fn looked(look: &mut Option<JoinHandle<u64>>) -> u64 {
+    match look {
+        // A look that failed found nothing.
+        Some(look) => look.await.unwrap_or(0),
+        None => std::future::pending().await,
+    }
+}
 
 fn measuring(started: Instant) -> Interval {
     let mut interval = interval_at(started + MEASURE_EVERY, MEASURE_EVERY);
