@@ -248,7 +248,8 @@ impl Script {
         }
         let argv = self.argv();
         let bin = python.parent().unwrap().display();
-        let mut child = Command::new(python)
+        let mut command = Command::new(python);
+        command
             .arg0(&argv[0])
             .args(&argv[1..])
             .current_dir(&workspace)
@@ -260,9 +261,18 @@ impl Script {
             .envs(self.env.iter().cloned())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+            .stderr(Stdio::piped());
+        // SAFETY: `signal` may be called between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                // What a shell's background and `nohup` ignore, and a sandbox does not.
+                for number in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
+                    libc::signal(number, libc::SIG_DFL);
+                }
+                Ok(())
+            });
+        }
+        let mut child = command.spawn().unwrap();
         // A script may end without reading.
         let _ = child.stdin.take().unwrap().write_all(&self.stdin);
         let output = child.wait_with_output().unwrap();

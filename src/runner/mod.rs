@@ -23,6 +23,7 @@ pub const PROGRAM: &str = "gantry-runner";
 
 /// `gantry-runner COMMAND`.
 pub fn main(arguments: impl Iterator<Item = String>) -> ExitCode {
+    process::heed_signals();
     match run(arguments) {
         Ok(code) => code,
         Err(error) => {

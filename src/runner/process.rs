@@ -247,6 +247,27 @@ pub fn die_first(pid: i32) {
     }
 }
 
+/// Gives signals that are ignored their default meaning again. Who starts a server with `nohup` or in
+/// a shell's background hands ignored signals down to everything below it, and user code that is
+/// ended by one elsewhere would not be here.
+pub fn heed_signals() {
+    for number in 1..=libc::SIGRTMAX() {
+        // Ignored by every Rust program for itself; its children get it back.
+        if number == libc::SIGPIPE {
+            continue;
+        }
+        // SAFETY: sigaction is plain old data, for which all zeroes is a value; both pointers are to
+        // it. Numbers that are no signal of ours to change are answered with an error.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            let known = libc::sigaction(number, std::ptr::null(), &mut action) == 0;
+            if known && action.sa_sigaction == libc::SIG_IGN {
+                libc::signal(number, libc::SIG_DFL);
+            }
+        }
+    }
+}
+
 /// Sends a signal; a process that is gone already is as good as signalled.
 pub fn signal(pid: i32, signal: i32) {
     // SAFETY: kill has no memory effects; a wrong pid only returns an error.
