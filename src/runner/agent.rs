@@ -304,8 +304,7 @@ impl Agent {
     }
 
     fn is_idle(&self, idle: Duration) -> bool {
-        let running = self.jobs.borrow().values().any(|log| !log.has_ended());
-        self.connections.get() == 0 && !running && self.active.get().elapsed() >= idle
+        self.connections.get() == 0 && self.running() == 0 && self.active.get().elapsed() >= idle
     }
 
     /// Two slots to begin with: one runs while the other is made ready again.
@@ -346,6 +345,23 @@ impl Agent {
         };
         self.free.borrow_mut().push_back(FreeSlot { slot, parked });
         self.slot_freed.notify_one();
+        if self.running() == 0 {
+            self.settle_next();
+        }
+    }
+
+    /// Jobs that have not ended.
+    fn running(&self) -> usize {
+        let jobs = self.jobs.borrow();
+        jobs.values().filter(|log| !log.has_ended()).count()
+    }
+
+    /// Lets the interpreter that runs next use the quiet.
+    fn settle_next(&self) {
+        let mut free = self.free.borrow_mut();
+        if let Some(next) = free.iter_mut().find_map(|free| free.parked.as_mut()) {
+            next.settle();
+        }
     }
 
     async fn park(&self, slot: &Slot) -> anyhow::Result<Option<Parked>> {
@@ -473,12 +489,7 @@ impl Agent {
         // The server bounds the input of one job, and with it this channel.
         let (commands, receiver) = mpsc::unbounded_channel();
         let log = Rc::new(JobLog::new(id, commands));
-        let waiting = self
-            .jobs
-            .borrow()
-            .values()
-            .filter(|log| !log.has_ended())
-            .count();
+        let waiting = self.running();
         self.jobs.borrow_mut().insert(id, Rc::clone(&log));
         if waiting >= self.config.slots + MAX_WAITING_JOBS {
             log.push(JobEvent::Ended(not_started(
