@@ -343,6 +343,7 @@ async fn local(config: &Config, address: SocketAddr) -> anyhow::Result<Backends>
         maximum: config.maximum_limits,
         network: config.allow_network,
         app_authority: format!("{}:{}", config.app_domain, address.port()),
+        authority: format!("{}:{}", config.domain, address.port()),
     };
     let platform = LocalPlatform::start(local, store.clone()).await;
     Ok(Backends {

@@ -390,6 +390,7 @@ async fn sandbox() -> (tempfile::TempDir, Arc<LocalPlatform>, Session) {
         maximum: Limits::MAXIMUM,
         network: false,
         app_authority: "apps.localhost:8000".to_owned(),
+        authority: "localhost:8000".to_owned(),
     };
     let platform = Arc::new(LocalPlatform::start(config, store).await.unwrap());
     let sessions = Sessions::new(Arc::clone(&platform) as Arc<dyn Platform>);

@@ -102,6 +102,7 @@ async fn start(data: &Path) -> LocalPlatform {
         maximum: Limits::MAXIMUM,
         network: false,
         app_authority: "apps.localhost:8000".to_owned(),
+        authority: "localhost:8000".to_owned(),
     };
     LocalPlatform::start(config, store).await.unwrap()
 }

@@ -13,6 +13,8 @@ mod faults;
 mod hostile;
 #[path = "kubernetes/outages.rs"]
 mod outages;
+#[path = "kubernetes/workspace.rs"]
+mod workspace;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -35,7 +37,7 @@ async fn the_kubernetes_platform_keeps_the_contract() {
         assert_ne!(check.finding, Finding::Missing, "{check:?}");
     }
     let result = all(&bed.subject()).await;
-    for name in ["a", "b", "c", "d", "e", "f", "g", "nobody"] {
+    for name in ["a", "b", "c", "d", "e", "f", "g", "h", "nobody"] {
         bed.forget(&format!("conform-{name}")).await;
     }
     result.unwrap();

@@ -43,6 +43,7 @@ async fn platform(data: &Path) -> (Arc<LocalPlatform>, DirectoryStore) {
         maximum: Limits::MAXIMUM,
         network: false,
         app_authority: "apps.localhost:8000".to_owned(),
+        authority: "localhost:8000".to_owned(),
     };
     (
         Arc::new(LocalPlatform::start(config, store.clone()).await.unwrap()),

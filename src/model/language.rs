@@ -91,6 +91,17 @@ impl Language {
         LANGUAGES.iter().find(|language| language.name == name)
     }
 
+    /// The command that runs this file.
+    pub fn command(&self, entrypoint: &str) -> Vec<String> {
+        let command = self.argv.iter().map(|part| (*part).to_owned());
+        command.chain([entrypoint.to_owned()]).collect()
+    }
+
+    /// The command that starts a project, whose files are in the workspace.
+    pub fn start(&self) -> Vec<String> {
+        self.command(self.entrypoint)
+    }
+
     /// Every name, for messages.
     pub fn names() -> String {
         let names: Vec<&str> = LANGUAGES.iter().map(|language| language.name).collect();

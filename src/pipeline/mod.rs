@@ -15,8 +15,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio_util::task::TaskTracker;
 
 use crate::journal::{Journal, JournalError, NewRecord};
-use crate::model::{Event, FieldError, Limits, Problem, ReplId, Submission, SubmissionId, UserId};
-use crate::platform::{Platform, PlatformError, RunningRelease, Sessions};
+use crate::model::{
+    Event, FieldError, LANGUAGES, Language, Limits, Problem, ReplId, Submission, SubmissionId,
+    UserId,
+};
+use crate::platform::{Opened, Platform, PlatformError, RunningRelease, Sessions, WorkspaceSpec};
 use crate::storage::CodeStore;
 use control::Control;
 use course::{Course, History};
@@ -209,6 +212,43 @@ impl Pipeline {
         )
         .await;
         Ok(running)
+    }
+
+    /// Starts the user's repl from its current files. Without a language it is the one whose entrypoint is
+    /// among them.
+    pub async fn start(
+        &self,
+        user: &UserId,
+        repl: &ReplId,
+        language: Option<&'static Language>,
+    ) -> Result<Opened, PlatformError> {
+        let language = match language {
+            Some(language) => language,
+            None => self.language_of(repl).await?,
+        };
+        self.inner.platform.used(user);
+        let spec = WorkspaceSpec {
+            user_id: user.clone(),
+            repl_id: repl.clone(),
+            argv: language.start(),
+        };
+        let opened = self.inner.platform.open_workspace(&spec).await?;
+        if opened.created {
+            let message = format!("Started from its current files, as {}", language.name);
+            self.note(user, repl, "repl.opened", message, None).await;
+        }
+        Ok(opened)
+    }
+
+    async fn language_of(&self, repl: &ReplId) -> Result<&'static Language, PlatformError> {
+        for language in LANGUAGES {
+            let has = self.inner.store.has_current(repl, language.entrypoint);
+            if has.await.map_err(PlatformError::Unavailable)? {
+                return Ok(language);
+            }
+        }
+        // Its start command says that the file is missing; its user can add it then.
+        Ok(&LANGUAGES[0])
     }
 
     /// Stops the user's repl.

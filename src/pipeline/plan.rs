@@ -8,15 +8,8 @@ const REPORT: &str = "gantry-report.xml";
 
 /// The command that runs the program with these arguments.
 pub fn argv(submission: &Submission, args: &[String]) -> Vec<String> {
-    let command = submission
-        .language
-        .argv
-        .iter()
-        .map(|part| (*part).to_owned());
-    command
-        .chain([submission.entrypoint.to_string()])
-        .chain(args.iter().cloned())
-        .collect()
+    let command = submission.language.command(submission.entrypoint.as_str());
+    command.into_iter().chain(args.iter().cloned()).collect()
 }
 
 /// The jobs of a submission, made as they are needed.

@@ -7,9 +7,11 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
-use super::{Finding, Platform, PlatformError, ReleaseSpec, RunningRelease, Sessions};
+use super::{
+    Finding, Platform, PlatformError, ReleaseSpec, RunningRelease, Sessions, WorkspaceSpec,
+};
 use crate::model::{
     Ending, Limits, Reason, RelativePath, ReleaseState, ReplId, ReplState, RunReport, SubmissionId,
     Tested, Tests, UserId,
@@ -21,6 +23,9 @@ use crate::storage::CodeStore;
 /// Longest wait for anything here: far above what the contract allows, so that a slow machine is
 /// not taken for a broken platform.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Pause before something is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// A platform under test, with the store its releases come from.
 #[derive(Debug, Clone)]
@@ -135,6 +140,9 @@ pub async fn all(subject: &Subject) -> anyhow::Result<()> {
     a_program_that_ends_is_a_release(subject)
         .await
         .with_context(context("a program that ends is a release"))?;
+    a_workspace_stays_whatever_its_program_does(subject)
+        .await
+        .with_context(context("a workspace stays, whatever its program does"))?;
     dropping_what_is_absent_is_no_error(subject)
         .await
         .with_context(context("dropping what is absent is no error"))
@@ -403,6 +411,70 @@ async fn a_program_that_ends_is_a_release(subject: &Subject) -> anyhow::Result<(
         "a stopped repl can be reached"
     );
     Ok(())
+}
+
+async fn a_workspace_stays_whatever_its_program_does(subject: &Subject) -> anyhow::Result<()> {
+    let repl: ReplId = "conform-open".parse().map_err(anyhow::Error::msg)?;
+    let platform = &subject.platform;
+    let spec = |user_id: UserId| WorkspaceSpec {
+        user_id,
+        repl_id: repl.clone(),
+        argv: vec!["python3".to_owned(), "main.py".to_owned()],
+    };
+    let code = "print('Hello, workspace', flush=True)\nraise SystemExit(3)";
+    let path = RelativePath::try_from("main.py".to_owned()).map_err(anyhow::Error::msg)?;
+    let files = BTreeMap::from([(path, code.to_owned())]);
+    let store = &subject.store;
+    store.publish(&repl, SubmissionId::new(), &files).await?;
+    // At the same time, as impatient people do it.
+    let own = spec(user("conform-h"));
+    let (one, other) = tokio::join!(platform.open_workspace(&own), platform.open_workspace(&own));
+    let (one, other) = (one?, other?);
+    ensure!(
+        one.created != other.created,
+        "made by {one:?} and {other:?}"
+    );
+    ensure!(one.url == other.url && one.terminal_url.starts_with("ws://conform-open."));
+    ended_page(platform, &repl, "exit code 3").await?;
+    ensure!(
+        platform.releases(&repl).await?.is_empty(),
+        "it became a release"
+    );
+    let theirs = platform.open_workspace(&spec(user("conform-d"))).await;
+    ensure!(
+        matches!(theirs, Err(PlatformError::NotFound(_))),
+        "{theirs:?}"
+    );
+    platform.drop_repl(&repl).await?;
+    ensure!(platform.dial(&repl).await.is_err(), "it was not stopped");
+    ensure!(
+        platform.open_workspace(&own).await?.created,
+        "it did not open again"
+    );
+    let page = ended_page(platform, &repl, "exit code 3").await?;
+    ensure!(page.contains("Hello, workspace"), "{page}");
+    platform.drop_repl(&repl).await?;
+    Ok(())
+}
+
+/// The repl's page, once it says so.
+async fn ended_page(
+    platform: &Arc<dyn Platform>,
+    repl: &ReplId,
+    says: &str,
+) -> anyhow::Result<String> {
+    let started = Instant::now();
+    loop {
+        let page = fetch(platform, repl).await;
+        match page {
+            Ok(page) if page.contains(says) => return Ok(page),
+            other => ensure!(
+                started.elapsed() < PATIENCE,
+                "no page with {says:?}: {other:?}"
+            ),
+        }
+        sleep(LOOK_AGAIN).await;
+    }
 }
 
 async fn dropping_what_is_absent_is_no_error(subject: &Subject) -> anyhow::Result<()> {

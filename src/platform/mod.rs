@@ -85,6 +85,29 @@ pub struct RunningRelease {
     pub url: String,
 }
 
+/// What a repl's workspace is: its current files, whoever put them into the code store, and the
+/// command that starts them. They were not tested; their user is there to look at them.
+#[derive(Debug, Clone)]
+pub struct WorkspaceSpec {
+    /// Whose.
+    pub user_id: UserId,
+    /// Which repl.
+    pub repl_id: ReplId,
+    /// Command, entrypoint and arguments.
+    pub argv: Vec<String>,
+}
+
+/// A repl that runs.
+#[derive(Debug, Clone)]
+pub struct Opened {
+    /// Whether this call made it run.
+    pub created: bool,
+    /// Where its program is served.
+    pub url: String,
+    /// Where its terminal is.
+    pub terminal_url: String,
+}
+
 /// Something a released program did, or that happened to it.
 #[derive(Debug, Clone)]
 pub struct ProgramEvent {
@@ -109,6 +132,9 @@ pub struct ProgramEvent {
 /// - `ensure_release` **returns when the release serves**, and only then does the previous one
 ///   stop. When it fails, the previous one serves on, and the error says why, with the program's
 ///   last lines. Again with the same submission: the same release, not a second one.
+/// - `open_workspace` **returns when everything is made**, which is before the program serves. Again, or
+///   with a release running: nothing changes. A program that ends leaves its workspace there. A later
+///   release takes its place.
 /// - `drop_repl` and `drop_sandbox` **remove all that was made**; absent is `Ok`.
 /// - State is the backend's own: after a restart of the server `repls` and `releases` answer as before.
 /// - Nothing here writes logs about a user's program; program output is returned as a stream.
@@ -140,6 +166,9 @@ pub trait Platform: Send + Sync + fmt::Debug {
         repl: &ReplId,
         release: Option<u64>,
     ) -> Result<RunningRelease, PlatformError>;
+
+    /// Makes the repl's current files run, unless something of the repl's runs already.
+    async fn open_workspace(&self, spec: &WorkspaceSpec) -> Result<Opened, PlatformError>;
 
     /// Stops the repl and removes everything that served it. Its code and database stay.
     async fn drop_repl(&self, repl: &ReplId) -> Result<(), PlatformError>;

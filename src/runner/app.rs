@@ -13,6 +13,7 @@ use std::process::Command;
 use std::rc::Rc;
 use std::time::Duration;
 
+use anyhow::Context;
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
 use hyper::{Request, Response, StatusCode, header};
@@ -60,6 +61,11 @@ const PIECE: usize = 8 << 10;
 /// each of which would be a record of its own.
 const LINE_PATIENCE: Duration = Duration::from_millis(20);
 
+/// Most bytes and files of a release or of a repl's current files, as `gantry-runner fetch` has it: what
+/// somebody else put into the code store may be more.
+const MOST_BYTES: u64 = 256 << 20;
+const MOST_FILES: usize = 10_000;
+
 /// How often a released program's memory is looked at.
 const MEASURE_EVERY: Duration = Duration::from_millis(500);
 
@@ -79,6 +85,9 @@ pub struct AppConfig {
 pub struct ProgramConfig {
     /// Command and arguments.
     pub argv: Vec<String>,
+    /// It is a workspace: however its program ends, it stays for its user to look at, and the program is
+    /// not started again by itself.
+    pub stays: bool,
     /// The program's own variables.
     pub env: Vec<(String, String)>,
     /// Bytes of memory it may use; `None`: something else bounds it.
@@ -144,18 +153,32 @@ pub async fn run(config: AppConfig, listener: UnixListener) -> anyhow::Result<()
 }
 
 fn copy_release(release: &Path, slot: &Slot) -> anyhow::Result<()> {
-    let mut files = Vec::new();
+    let (mut files, mut bytes) = (Vec::new(), 0);
     let mut folders = vec![release.to_owned()];
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(folder)? {
             let entry = entry?;
-            if entry.file_type()?.is_dir() {
-                folders.push(entry.path());
-            } else {
-                let path = entry.path();
-                let name = path.strip_prefix(release)?.to_string_lossy().into_owned();
-                files.push((name, std::fs::read_to_string(&path)?));
+            let (kind, path) = (entry.file_type()?, entry.path());
+            let name = path.strip_prefix(release)?;
+            // Somebody else may have put it there: what a link leads to may be anywhere.
+            anyhow::ensure!(
+                kind.is_dir() || kind.is_file(),
+                "{} is no regular file",
+                name.display()
+            );
+            if kind.is_dir() {
+                folders.push(path);
+                continue;
             }
+            let name = name
+                .to_str()
+                .with_context(|| format!("the name of {} is not UTF-8", name.display()))?;
+            bytes += entry.metadata()?.len();
+            anyhow::ensure!(
+                bytes <= MOST_BYTES && files.len() < MOST_FILES,
+                "it is more than {MOST_FILES} files or {MOST_BYTES} bytes in all"
+            );
+            files.push((name.to_owned(), std::fs::read(&path)?));
         }
     }
     slot.write_files(&files)?;
@@ -280,6 +303,11 @@ impl App {
         response
     }
 
+    /// Whether it stays when its program has ended.
+    pub(super) fn stays(&self) -> bool {
+        self.config.stays
+    }
+
     /// What it is doing.
     pub(super) fn state(&self) -> State {
         self.state.borrow().clone()
@@ -318,7 +346,7 @@ impl App {
             let started = Instant::now();
             let (ending, served) = self.live_once(restarts).await;
             // What served and then failed is started again; what never served failed for good.
-            let again = served && ending != Ending::Exited(0);
+            let again = served && ending != Ending::Exited(0) && !self.config.stays;
             let _ = self.events.send(FromApp::Ended { ending, again });
             if !again {
                 return;

@@ -186,9 +186,9 @@ impl Slot {
     }
 
     /// Puts a job's files into the empty workspace, owned by its user.
-    pub fn write_files(&self, files: &[(String, String)]) -> io::Result<()> {
+    pub fn write_files(&self, files: &[(String, impl AsRef<[u8]>)]) -> io::Result<()> {
         let [workspace, ..] = &self.folders;
-        for (path, text) in files {
+        for (path, content) in files {
             if let Some((folders, _)) = path.rsplit_once('/') {
                 let mut folder = workspace.clone();
                 for part in folders.split('/') {
@@ -207,7 +207,7 @@ impl Slot {
                 .create_new(true)
                 .mode(0o644)
                 .open(workspace.join(path))?;
-            file.write_all(text.as_bytes())?;
+            file.write_all(content.as_ref())?;
             if self.uid.is_some() {
                 std::os::unix::fs::fchown(&file, self.uid, self.uid)?;
             }

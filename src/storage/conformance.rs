@@ -110,6 +110,9 @@ async fn current_code_is_the_last_published(
         .await?;
     let current = look.current(repl).await?;
     ensure!(current == found(&next), "current is {current:?}");
+    let has = |path| store.has_current(repl, path);
+    ensure!(has("main.py").await? && has("files/7.txt").await?);
+    ensure!(!has("files/8.txt").await? && !has("files").await?);
     Ok(())
 }
 

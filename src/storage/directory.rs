@@ -35,6 +35,11 @@ impl DirectoryStore {
             .join(submission.to_string())
     }
 
+    /// Where a repl's current files are.
+    pub fn current(&self, repl: &ReplId) -> PathBuf {
+        self.root.join("code").join(repl.as_str())
+    }
+
     /// Removes a release's files; absent is fine. Nothing may need them any more.
     pub async fn forget(&self, repl: &ReplId, submission: SubmissionId) -> io::Result<()> {
         let release = self.release(repl, submission);
@@ -54,7 +59,7 @@ impl CodeStore for DirectoryStore {
         files: &BTreeMap<RelativePath, String>,
     ) -> Result<(), Problem> {
         let release = self.release(repl, submission);
-        let code = self.root.join("code").join(repl.as_str());
+        let code = self.current(repl);
         let files = files.clone();
         let (lanes, lane) = (Arc::clone(&self.lanes), lane(repl));
         let write = move || {
@@ -76,6 +81,14 @@ impl CodeStore for DirectoryStore {
                     "Check that the data folder is writable and has room, then submit again.",
                 )
             })
+    }
+
+    async fn has_current(&self, repl: &ReplId, path: &str) -> Result<bool, Problem> {
+        let path = DirectoryStore::current(self, repl).join(path);
+        // Not what a link leads to: that may be anywhere.
+        Ok(tokio::fs::symlink_metadata(path)
+            .await
+            .is_ok_and(|about| about.is_file()))
     }
 }
 

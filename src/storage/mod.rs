@@ -30,6 +30,9 @@ pub trait CodeStore: Send + Sync + fmt::Debug {
         submission: SubmissionId,
         files: &BTreeMap<RelativePath, String>,
     ) -> Result<(), Problem>;
+
+    /// Whether this file is among the repl's current files.
+    async fn has_current(&self, repl: &ReplId, path: &str) -> Result<bool, Problem>;
 }
 
 /// Changes of current code that may go on at one time in one server; one repl's never overlap.

@@ -510,4 +510,14 @@ impl CodeStore for S3Store {
             .await?;
         self.make_current(repl, files).await
     }
+
+    async fn has_current(&self, repl: &ReplId, path: &str) -> Result<bool, Problem> {
+        let key = format!("code/{repl}/{path}");
+        let request = self.client.head_object().bucket(&self.bucket).key(&key);
+        match request.send().await {
+            Ok(_) => Ok(true),
+            Err(SdkError::ServiceError(error)) if error.err().is_not_found() => Ok(false),
+            Err(error) => Err(self.problem(&format!("tell of {key}"), &error)),
+        }
+    }
 }

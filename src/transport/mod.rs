@@ -16,6 +16,7 @@ mod proxy;
 mod repls;
 mod server;
 mod session;
+mod start;
 mod submissions;
 mod wire;
 mod ws;
@@ -329,6 +330,7 @@ pub fn router(edge: Arc<Edge>) -> Router {
         .routes(routes!(repls::one))
         .routes(routes!(repls::releases))
         .routes(routes!(repls::rollback))
+        .routes(routes!(start::start))
         .routes(routes!(repls::stop))
         .routes(routes!(logs::search))
         .routes(routes!(health::alive))

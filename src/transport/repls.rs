@@ -149,7 +149,7 @@ pub struct Stop {
 }
 
 /// A name that is checked when it is used.
-type ReplIdText = String;
+pub type ReplIdText = String;
 
 /// Stop a repl; nothing there is fine
 #[utoipa::path(post, path = "/stop", tag = "repls", request_body = Stop,
@@ -181,8 +181,8 @@ pub async fn stop(
     }
 }
 
-/// The members that `/stop` promises with every error.
-fn unsuccessful(problem: HttpProblem) -> HttpProblem {
+/// The members that `/start` and `/stop` promise with every error.
+pub fn unsuccessful(problem: HttpProblem) -> HttpProblem {
     let message = problem.problem().message.clone();
     problem
         .with("success", Value::Bool(false))

@@ -34,8 +34,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    AWAY, ByteStream, CONNECT_TIMEOUT, Check, Finding, Platform, PlatformError, ProgramEvent,
-    ReleaseSpec, RunningRelease,
+    AWAY, ByteStream, CONNECT_TIMEOUT, Check, Finding, Opened, Platform, PlatformError,
+    ProgramEvent, ReleaseSpec, RunningRelease, WorkspaceSpec,
 };
 use crate::model::{Limits, Problem, Release, ReplId, ReplStatus, UserId};
 use crate::storage::S3Store;
@@ -364,6 +364,10 @@ impl Platform for KubernetesPlatform {
         release: Option<u64>,
     ) -> Result<RunningRelease, PlatformError> {
         self.releases.rollback(repl, release).await
+    }
+
+    async fn open_workspace(&self, spec: &WorkspaceSpec) -> Result<Opened, PlatformError> {
+        self.releases.open_workspace(spec).await
     }
 
     async fn drop_repl(&self, repl: &ReplId) -> Result<(), PlatformError> {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use futures_util::{AsyncBufReadExt, TryStreamExt};
 use jiff::Timestamp;
+use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 use kube::api::LogParams;
 use kube::{Api, ResourceExt};
@@ -19,10 +20,10 @@ use tokio_util::sync::CancellationToken;
 use super::cache::{Changed, annotation, label};
 use super::explain::{blocked, ended_badly};
 use super::labels::{RELEASE, REPL, SUBMISSION};
-use super::record::{Record, StoredState};
+use super::record::Record;
 use super::release::{Owner, PROGRAM_CONTAINER};
 use super::releases::{Releases, no_release, unreachable};
-use super::rollout::is_ready;
+use super::rollout::{is_ready, refused};
 use crate::model::{Event, OutputStream, Problem, ReplId, ReplState, ReplStatus};
 use crate::platform::{ByteStream, PlatformError, ProgramEvent};
 
@@ -96,15 +97,12 @@ impl Programs {
         this
     }
 
-    /// Every repl that has or had a release.
+    /// Every repl that has or had a release, or was started.
     pub fn statuses(&self) -> Vec<ReplStatus> {
         let records = self.releases.records.all();
         let mut statuses: Vec<ReplStatus> = records
             .into_iter()
-            .filter(|(_, record)| {
-                let made = |s: &super::record::Stored| s.state != StoredState::Pending;
-                record.releases.iter().any(made)
-            })
+            .filter(|(_, record)| record.is_used())
             .map(|(repl, record)| self.status(repl, &record))
             .collect();
         statuses.sort_by(|a, b| a.repl_id.cmp(&b.repl_id));
@@ -127,7 +125,7 @@ impl Programs {
             .and_then(life)
             .and_then(|life| self.locked_said().get(&life).cloned());
         let (state, cause) = match pod {
-            None if record.wanted => (ReplState::Starting, None),
+            None if record.wanted => (ReplState::Starting, self.refused(&owner)),
             None => (ReplState::Stopped, None),
             Some(pod) => state_of(pod, said.as_ref()),
         };
@@ -140,10 +138,21 @@ impl Programs {
             ready: u32::try_from(ready).unwrap_or(u32::MAX),
             replicas: u32::from(record.wanted),
             restarts: u32::try_from(restarts).unwrap_or(0) + said.map_or(0, |said| said.restarts),
-            release: current.map(|current| current.release),
+            release: current
+                .map(|current| current.release)
+                .filter(|number| *number > 0),
             last_error: cause.or_else(|| record.last_error.clone()),
             since: pod.and_then(since).unwrap_or(record.since),
         }
+    }
+
+    /// Why the cluster does not take the repl's pods, when it does not.
+    fn refused(&self, owner: &Owner) -> Option<String> {
+        let deployments = &self.releases.rollouts.deployments;
+        let deployments = deployments.of(&owner.user.namespace());
+        let own = |d: &&Arc<Deployment>| label(d.as_ref(), REPL) == Some(owner.repl.as_str());
+        let deployment = deployments.iter().find(own)?;
+        refused(deployment).map(|blocked| blocked.why)
     }
 
     /// A connection to the repl's program.
@@ -238,7 +247,7 @@ impl Programs {
         let event = |release| Event::Repl {
             action: action.to_owned(),
             message,
-            release: Some(release),
+            release: Some(release).filter(|number| *number > 0),
             error,
         };
         if let Some(told) = about(pod, event) {
@@ -432,7 +441,19 @@ fn state_of(pod: &Pod, said: Option<&Said>) -> (ReplState, Option<String>) {
         return (ReplState::Exited(said.exit_code.unwrap_or_default()), None);
     }
     let cause = || {
-        let ended = ended_badly(pod).map(|end| format!("the program {}", end.how));
+        let ended = ended_badly(pod).map(|end| {
+            if has_ended_before_the_program(pod, end.container) {
+                // It was to bring the files: what it says is all that its user can go by.
+                format!(
+                    "the container {} {}: {}",
+                    end.container,
+                    end.how,
+                    end.words.trim()
+                )
+            } else {
+                format!("the program {}", end.how)
+            }
+        });
         ended.or_else(|| blocked(pod).map(|blocked| blocked.why))
     };
     if is_ready(pod) {
@@ -442,6 +463,13 @@ fn state_of(pod: &Pod, said: Option<&Said>) -> (ReplState, Option<String>) {
         Some(_) => (ReplState::Crashed, cause()),
         None => (ReplState::Starting, cause()),
     }
+}
+
+/// Whether this is one of the pod's init containers.
+fn has_ended_before_the_program(pod: &Pod, container: &str) -> bool {
+    let status = pod.status.as_ref();
+    let containers = status.and_then(|status| status.init_container_statuses.as_ref());
+    containers.is_some_and(|all| all.iter().any(|c| c.name == container))
 }
 
 #[cfg(test)]
@@ -479,6 +507,25 @@ mod tests {
         assert_eq!(
             state_of(&pod("False", json!({})), None).0,
             ReplState::Starting
+        );
+    }
+
+    #[test]
+    fn the_words_of_what_was_to_bring_the_files_are_told() {
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {},
+            "status": { "initContainerStatuses": [{ "name": "fetch", "image": "", "imageID": "",
+                "ready": false, "restartCount": 1, "state": { "terminated": {
+                    "exitCode": 4, "message": "There is no whole code at s3://b/code/x/\n" } } }] },
+        }))
+        .unwrap();
+        let (state, cause) = state_of(&pod, None);
+        assert_eq!(state, ReplState::Crashed);
+        let cause = cause.unwrap();
+        assert!(cause.contains("fetch ended with exit code 4"), "{cause}");
+        assert!(
+            cause.ends_with("no whole code at s3://b/code/x/"),
+            "{cause}"
         );
     }
 

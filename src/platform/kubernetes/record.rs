@@ -84,6 +84,32 @@ pub struct Record {
     pub last_error: Option<String>,
     /// Every release, oldest first.
     pub releases: Vec<Stored>,
+    /// Its current files, when they were started as they are. Its number is 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workspace: Option<Stored>,
+}
+
+impl Stored {
+    /// The current files, run by this command. The id is this start's.
+    pub fn workspace(argv: Vec<String>, image: String) -> Self {
+        Self {
+            release: 0,
+            submission_id: SubmissionId::new(),
+            time: Timestamp::now(),
+            state: StoredState::Current,
+            argv,
+            env_names: Vec::new(),
+            database: false,
+            code_digest: String::new(),
+            tests_digest: String::new(),
+            image,
+        }
+    }
+
+    /// Whether it is the current files, and no release.
+    pub fn is_workspace(&self) -> bool {
+        self.release == 0
+    }
 }
 
 impl Record {
@@ -94,14 +120,34 @@ impl Record {
             since: Timestamp::now(),
             last_error: None,
             releases: Vec::new(),
+            workspace: None,
         }
     }
 
-    /// The release that serves.
+    /// The release or the workspace that runs.
     pub fn current(&self) -> Option<&Stored> {
-        self.releases
-            .iter()
-            .find(|s| s.state == StoredState::Current)
+        let mut all = self.workspace.iter().chain(&self.releases);
+        all.find(|s| s.state == StoredState::Current)
+    }
+
+    /// What runs, and whether it is this that runs from now on.
+    pub fn open(&mut self, stored: Stored) -> (Stored, bool) {
+        if self.wanted
+            && let Some(current) = self.current()
+        {
+            return (current.clone(), false);
+        }
+        self.wanted = true;
+        self.since = Timestamp::now();
+        self.last_error = None;
+        self.workspace = Some(stored.clone());
+        (stored, true)
+    }
+
+    /// Whether anything of it ever ran or was to run.
+    pub fn is_used(&self) -> bool {
+        let made = |s: &Stored| s.state != StoredState::Pending;
+        self.workspace.is_some() || self.releases.iter().any(made)
     }
 
     /// The release to roll back to: this one, or the last before the current that served.
@@ -113,7 +159,8 @@ impl Record {
             )
         };
         let mut served = self.releases.iter().rev().filter(served);
-        let before = self.current().map_or(u64::MAX, |s| s.release);
+        let current = self.current().filter(|stored| !stored.is_workspace());
+        let before = current.map_or(u64::MAX, |s| s.release);
         match release {
             Some(number) => served.find(|s| s.release == number),
             None => served.find(|s| s.release < before),
@@ -137,7 +184,7 @@ impl Record {
 
     /// This release serves now.
     pub fn switch(&mut self, release: u64) {
-        for stored in &mut self.releases {
+        for stored in self.releases.iter_mut().chain(&mut self.workspace) {
             if stored.release == release {
                 stored.state = StoredState::Current;
             } else if stored.state == StoredState::Current {
@@ -162,7 +209,7 @@ impl Record {
     pub fn stop(&mut self) {
         self.wanted = false;
         self.since = Timestamp::now();
-        for stored in &mut self.releases {
+        for stored in self.releases.iter_mut().chain(&mut self.workspace) {
             if stored.state == StoredState::Current {
                 stored.state = StoredState::Stopped;
             }
@@ -416,6 +463,26 @@ mod tests {
         assert_eq!(record.target(Some(2)), None);
         record.stop();
         assert_eq!(record.target(None).unwrap().release, 4);
+    }
+
+    #[test]
+    fn a_workspace_is_opened_once_and_gives_way_to_a_release() {
+        let mut record = Record::new(&"u".parse().unwrap());
+        record.reserve(stored());
+        record.switch(1);
+        let open = |record: &mut Record| record.open(Stored::workspace(Vec::new(), String::new()));
+        assert!(!open(&mut record).1, "the release runs");
+        record.stop();
+        let (one, fresh) = open(&mut record);
+        let (same, again) = open(&mut record);
+        assert!(fresh && !again && one == same && one.is_workspace());
+        assert_eq!(record.target(None).unwrap().release, 1);
+        assert_eq!(record.target(Some(0)), None);
+        let two = record.reserve(stored()).release;
+        record.switch(two);
+        assert_eq!(record.current().unwrap().release, two);
+        record.stop();
+        assert!(record.current().is_none() && open(&mut record).1);
     }
 
     #[test]

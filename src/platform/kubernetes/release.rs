@@ -58,9 +58,18 @@ impl ReleaseConfig {
         format!("http://{repl}.{}/", self.app_domain)
     }
 
+    /// Where the repl's terminal is.
+    pub fn terminal_url(&self, repl: &ReplId) -> String {
+        format!("ws://{repl}.{}/", self.domain)
+    }
+
     fn words(&self, owner: &Owner, stored: &Stored) -> BTreeMap<&'static str, String> {
         let Owner { user, repl } = owner;
-        let prefix = format!("releases/{repl}/{}/", stored.submission_id);
+        let prefix = if stored.is_workspace() {
+            format!("code/{repl}/")
+        } else {
+            format!("releases/{repl}/{}/", stored.submission_id)
+        };
         BTreeMap::from([
             (SERVICE_NAME, repl.to_string()),
             ("${GANTRY_NAMESPACE}", user.namespace()),
@@ -307,6 +316,9 @@ fn equip(container: &mut Value, owner: &Owner, stored: &Stored) {
         json!({ "name": "GANTRY_APP_ARGV", "value": literal(&argv) }),
         json!({ "name": "PORT", "value": "3000" }),
     ];
+    if stored.is_workspace() {
+        env.push(json!({ "name": "GANTRY_WORKSPACE", "value": "1" }));
+    }
     if stored.database && !stored.env_names.iter().any(|name| name == "DATABASE_URL") {
         let key = json!({ "name": database_name(&owner.repl), "key": "DATABASE_URL" });
         env.push(json!({ "name": "DATABASE_URL", "valueFrom": { "secretKeyRef": key } }));
@@ -513,6 +525,15 @@ mod tests {
           }
         ]
         "#);
+    }
+
+    #[test]
+    fn a_workspace_is_made_of_the_current_files_and_stays() {
+        let stored = Stored::workspace(vec!["true".to_owned()], String::new());
+        let manifests = config().manifests(&owner(), &stored);
+        let text = format!("{manifests:?}");
+        assert!(text.contains("code/test-prod/") && !text.contains("releases/test-prod/"));
+        assert!(text.contains("GANTRY_WORKSPACE"));
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! Every step can be done again: a server that died in the middle finds what is there by name, and
 //! what it applies a second time is already so.
 
+mod workspace;
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -266,15 +268,7 @@ impl Releases {
                 PlatformError::NotReady(problem)
             }
         };
-        self.namespaces.ensure(&owner.user).await.map_err(failed)?;
-        let secret = self.config.store_secret(&owner.user);
-        let prepared = try_join_all([
-            Box::pin(async { self.cluster.apply(&secret).await.map(drop) })
-                as std::pin::Pin<Box<dyn Future<Output = _> + Send>>,
-            Box::pin(self.place_env(owner, stored)),
-            Box::pin(self.apply_database(owner, stored)),
-        ]);
-        prepared.await.map_err(failed)?;
+        self.prepare(owner, stored).await.map_err(failed)?;
         if stored.database {
             let ready = self.rollouts.database(owner).await;
             ready.map_err(PlatformError::NotReady)?;
@@ -282,6 +276,19 @@ impl Releases {
         let (name, generation) = self.apply(owner, stored).await.map_err(failed)?;
         let waited = self.rollouts.wait(owner, stored, &name, generation).await;
         waited.map_err(PlatformError::NotReady)
+    }
+
+    /// Makes what the template's objects refer to.
+    async fn prepare(&self, owner: &Owner, stored: &Stored) -> Result<(), Failure> {
+        self.namespaces.ensure(&owner.user).await?;
+        let secret = self.config.store_secret(&owner.user);
+        let prepared = try_join_all([
+            Box::pin(async { self.cluster.apply(&secret).await.map(drop) })
+                as std::pin::Pin<Box<dyn Future<Output = _> + Send>>,
+            Box::pin(self.place_env(owner, stored)),
+            Box::pin(self.apply_database(owner, stored)),
+        ]);
+        prepared.await.map(drop)
     }
 
     /// Applies the template's objects; the Deployment's name and what it came to.

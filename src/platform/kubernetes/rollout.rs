@@ -239,25 +239,27 @@ fn progress(
             return Progress::Held(cause);
         }
     }
+    refused(deployment).map_or(Progress::Waiting, Progress::Held)
+}
+
+/// Why the cluster does not take the Deployment's pods, when it does not.
+pub fn refused(deployment: &Deployment) -> Option<Blocked> {
     let conditions = deployment
         .status
         .iter()
         .flat_map(|s| s.conditions.iter().flatten());
-    let refused = conditions
+    let message = conditions
         .filter(|c| c.type_ == "ReplicaFailure" && c.status == "True")
-        .find_map(|c| c.message.clone());
-    match refused {
-        Some(message) => Progress::Held(Blocked {
-            code: if message.contains("exceeded quota") {
-                "quota_exceeded"
-            } else {
-                "pod_refused"
-            },
-            why: format!("the cluster does not take its pod: {message}"),
-            remediation: "Stop a repl that is not needed, or ask the operator for a larger quota; when the message names a rule, mend the template.",
-        }),
-        None => Progress::Waiting,
-    }
+        .find_map(|c| c.message.clone())?;
+    Some(Blocked {
+        code: if message.contains("exceeded quota") {
+            "quota_exceeded"
+        } else {
+            "pod_refused"
+        },
+        why: format!("the cluster does not take its pod: {message}"),
+        remediation: "Stop a repl that is not needed, or ask the operator for a larger quota; when the message names a rule, mend the template.",
+    })
 }
 
 /// As `kubectl rollout status` sees it: every replica is of this release and available, no other is

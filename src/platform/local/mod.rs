@@ -17,8 +17,8 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::{
-    ByteStream, CONNECT_TIMEOUT, Check, Platform, PlatformError, ProgramEvent, ReleaseSpec,
-    RunningRelease,
+    ByteStream, CONNECT_TIMEOUT, Check, Opened, Platform, PlatformError, ProgramEvent, ReleaseSpec,
+    RunningRelease, WorkspaceSpec,
 };
 use crate::model::{Limits, Problem, Release, ReplId, ReplStatus, UserId};
 use crate::storage::DirectoryStore;
@@ -41,6 +41,8 @@ pub struct LocalConfig {
     pub network: bool,
     /// `http://{repl}.{this}/` is where a release is served.
     pub app_authority: String,
+    /// `ws://{repl}.{this}/` is where a repl's terminal is.
+    pub authority: String,
 }
 
 /// The local platform.
@@ -124,6 +126,10 @@ impl Platform for LocalPlatform {
         release: Option<u64>,
     ) -> Result<RunningRelease, PlatformError> {
         self.releases.rollback(repl, release).await
+    }
+
+    async fn open_workspace(&self, spec: &WorkspaceSpec) -> Result<Opened, PlatformError> {
+        self.releases.open_workspace(spec).await
     }
 
     async fn drop_repl(&self, repl: &ReplId) -> Result<(), PlatformError> {

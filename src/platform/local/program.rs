@@ -103,6 +103,11 @@ impl Program {
         Ok(stream)
     }
 
+    /// Whether its sandbox is there.
+    pub fn is_alive(&self) -> bool {
+        self.sandbox.process.is_alive()
+    }
+
     /// The last lines it wrote.
     pub fn last_lines(&self) -> String {
         let output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
@@ -207,7 +212,7 @@ fn repl_event(action: &str, message: &str, release: u64) -> Event {
     Event::Repl {
         action: action.to_owned(),
         message: message.to_owned(),
-        release: Some(release),
+        release: numbered(release),
         error: None,
     }
 }
@@ -226,9 +231,14 @@ fn exit_event(ending: &Ending, again: bool, words: String, release: u64) -> Even
     Event::Repl {
         action: "repl.exited".to_owned(),
         message: words,
-        release: Some(release),
+        release: numbered(release),
         error,
     }
+}
+
+/// A workspace is no release.
+fn numbered(release: u64) -> Option<u64> {
+    (release > 0).then_some(release)
 }
 
 fn output_event(stream: OutputStream, data: &[u8], release: u64) -> Event {

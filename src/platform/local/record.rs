@@ -19,6 +19,10 @@ pub struct Record {
     pub wanted: bool,
     /// Oldest first.
     pub releases: Vec<Stored>,
+    /// Its current files, when they were started as they are, for as long as no release took their
+    /// place. Its number is 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workspace: Option<Stored>,
     /// Since when it has been stopped, or known.
     pub since: Timestamp,
 }
@@ -44,14 +48,21 @@ impl Record {
             user_id,
             wanted: false,
             releases: Vec::new(),
+            workspace: None,
             since: Timestamp::now(),
         }
     }
 
-    /// The release that serves, or should.
+    /// The release or the workspace that runs, or should.
     pub fn current(&self) -> Option<&Stored> {
         let current = |stored: &&Stored| stored.release.state == ReleaseState::Current;
-        self.releases.iter().find(current)
+        let mut all = self.workspace.iter().chain(&self.releases);
+        all.find(current)
+    }
+
+    /// Whether anything of it ever ran or was to run.
+    pub fn is_used(&self) -> bool {
+        self.workspace.is_some() || !self.releases.is_empty()
     }
 
     /// The release that this submission became, unless it never came up.
@@ -70,7 +81,8 @@ impl Record {
 
     /// The release to go back to: the one of this number, or the last that served before the current.
     pub fn earlier(&self, number: Option<u64>) -> Option<&Stored> {
-        let before = self.current().map_or(u64::MAX, |s| s.release.release);
+        let current = self.current().filter(|stored| !stored.is_workspace());
+        let before = current.map_or(u64::MAX, |s| s.release.release);
         let mut served = self
             .releases
             .iter()
@@ -92,6 +104,13 @@ impl Record {
             Some(known) => known.release.state = ReleaseState::Current,
             None => self.releases.push(stored),
         }
+    }
+
+    /// The current files run from now on.
+    pub fn opens(&mut self, stored: Stored) {
+        self.wanted = true;
+        self.since = Timestamp::now();
+        self.workspace = Some(stored);
     }
 
     /// This release did not come up. A rollback that failed leaves it as good as it was.
@@ -135,11 +154,33 @@ impl Record {
     }
 
     fn end_current(&mut self, state: ReleaseState) {
-        for stored in &mut self.releases {
+        for stored in self.releases.iter_mut().chain(&mut self.workspace) {
             if stored.release.state == ReleaseState::Current {
                 stored.release.state = state;
             }
         }
+    }
+}
+
+impl Stored {
+    /// The current files, run by this command.
+    pub fn workspace(argv: Vec<String>) -> Self {
+        Self {
+            release: Release {
+                release: 0,
+                submission_id: SubmissionId::new(),
+                time: Timestamp::now(),
+                state: ReleaseState::Current,
+            },
+            argv,
+            env: BTreeMap::new(),
+            database: false,
+        }
+    }
+
+    /// Whether it is the current files, and no release.
+    pub fn is_workspace(&self) -> bool {
+        self.release.release == 0
     }
 }
 
@@ -198,6 +239,20 @@ mod tests {
         full.failed(next(&full));
         full.forget_old();
         assert_eq!(full.last_number(), MAX_RELEASES as u64 + 2);
+    }
+
+    #[test]
+    fn a_workspace_is_no_release_to_go_back_to_and_gives_way_to_one() {
+        let mut record = record(2, 0);
+        record.stopped();
+        record.opens(Stored::workspace(Vec::new()));
+        assert!(record.current().unwrap().is_workspace());
+        assert_eq!(record.earlier(None).unwrap().release.release, 2);
+        assert!(record.earlier(Some(0)).is_none());
+        record.serves(next(&record));
+        assert_eq!(record.current().unwrap().release.release, 3);
+        record.stopped();
+        assert!(record.current().is_none());
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Repls and their releases on this machine: a record per repl, a program per current release.
 
+mod workspace;
+
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::Write;
@@ -221,12 +223,12 @@ impl Releases {
         Ok(owner)
     }
 
-    /// Every repl that has or had a release.
+    /// Every repl that has or had a release, or was started.
     pub fn statuses(&self) -> Vec<ReplStatus> {
         let repls = self.locked();
         let mut statuses: Vec<ReplStatus> = repls
             .iter()
-            .filter(|(_, repl)| !repl.record.releases.is_empty())
+            .filter(|(_, repl)| repl.record.is_used())
             .map(|(id, repl)| self.status(id, repl))
             .collect();
         statuses.sort_by(|a, b| a.repl_id.cmp(&b.repl_id));
@@ -335,7 +337,16 @@ impl Releases {
             .owner(repl)
             .ok_or_else(|| anyhow::anyhow!("the repl {repl} is gone"))?;
         let name = format!("repl-{repl}-{}-{}", stored.release.release, nonce());
-        let release = inner.store.release(repl, stored.release.submission_id);
+        let release = if stored.is_workspace() {
+            inner.store.current(repl)
+        } else {
+            inner.store.release(repl, stored.release.submission_id)
+        };
+        anyhow::ensure!(
+            release.is_dir(),
+            "there are no files of the repl: {} is not there",
+            release.display()
+        );
         let mut placed = vec![Placed {
             from: release,
             name: "release".to_owned(),
@@ -362,7 +373,7 @@ impl Releases {
             let url = format!("sqlite:///{}/db.sqlite3", data.display());
             env.entry("DATABASE_URL".to_owned()).or_insert(url);
         }
-        let argv = stored.argv.clone();
+        let (argv, stays) = (stored.argv.clone(), stored.is_workspace());
         let tenant = Tenant {
             name: name.clone(),
             placed,
@@ -375,6 +386,7 @@ impl Releases {
             .make(tenant, |sandbox| {
                 let program = ProgramConfig {
                     argv,
+                    stays,
                     env: env.into_iter().collect(),
                     memory_bytes: Some(memory_bytes),
                     processes: Some(Limits::MAXIMUM.processes),
@@ -440,15 +452,16 @@ impl Releases {
             None => (ReplState::Stopped, repl.record.since),
         };
         let wanted = u32::from(repl.record.wanted);
+        let number = repl.program.as_ref().map(|program| program.release);
         ReplStatus {
             repl_id: id.clone(),
             user_id: repl.record.user_id.clone(),
             state,
-            ready: u32::from(matches!(state, ReplState::Running | ReplState::Exited(0))),
+            ready: u32::from(is_ready(state, repl.record.current())),
             replicas: wanted,
             restarts: standing.as_ref().map_or(0, |s| s.restarts),
             url: self.url(id),
-            release: repl.program.as_ref().map(|program| program.release),
+            release: number.filter(|number| *number > 0),
             last_error: standing.and_then(|s| s.last_error),
             since,
         }
@@ -506,6 +519,16 @@ impl Releases {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         Arc::clone(changing.entry(repl.clone()).or_default())
+    }
+}
+
+/// A program that ended with exit code 0 is as good as one that serves, and a workspace is there for its
+/// user whatever its program does.
+fn is_ready(state: ReplState, current: Option<&Stored>) -> bool {
+    match state {
+        ReplState::Running | ReplState::Exited(0) => true,
+        ReplState::Exited(_) => current.is_some_and(Stored::is_workspace),
+        ReplState::Starting | ReplState::Crashed | ReplState::Stopped => false,
     }
 }
 

@@ -7,7 +7,8 @@
 //!
 //! A program that listens on loopback only is reached all the same: this side then listens on the
 //! pod's own address and passes on. A program that fails before it ever served ends the container
-//! with its exit code, so that the cluster sees it, and starts it again.
+//! with its exit code, so that the cluster sees it, and starts it again. In a workspace
+//! (`GANTRY_WORKSPACE` is set) it does not: its user is there to look at what happened.
 
 use std::cell::Cell;
 use std::convert::Infallible;
@@ -116,6 +117,7 @@ fn config() -> anyhow::Result<ProgramConfig> {
     };
     Ok(ProgramConfig {
         argv,
+        stays: variable("GANTRY_WORKSPACE").is_some(),
         env: environment(std::env::vars_os()),
         memory_bytes: None,
         processes: None,
@@ -180,6 +182,9 @@ impl Pod {
             };
             let words = format!("the program {}", describe(&ending));
             tracing::warn!("{words}");
+            if self.app.stays() {
+                self.stand_in().await;
+            }
             self.say_why(&words);
             if !served {
                 return ExitCode::from(code);
@@ -251,7 +256,8 @@ impl Pod {
 
     fn reply(&self, path: &str) -> Response<Full<Bytes>> {
         let state = self.app.state();
-        let ready = matches!(state, State::Serving | State::Ended(Ending::Exited(0)));
+        let good = matches!(state, State::Serving | State::Ended(Ending::Exited(0)));
+        let ready = good || self.app.stays();
         let status = match path {
             "/live" | "/state" => StatusCode::OK,
             "/ready" if ready => StatusCode::OK,

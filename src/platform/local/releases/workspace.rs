@@ -1,0 +1,62 @@
+//! A repl's workspace on this machine: its current files, run as they are.
+
+use super::{Releases, Stored};
+use crate::model::{Problem, ReplId};
+use crate::platform::{Opened, PlatformError, WorkspaceSpec};
+
+impl Releases {
+    /// See [`Platform::open_workspace`](crate::platform::Platform::open_workspace).
+    pub async fn open_workspace(&self, spec: &WorkspaceSpec) -> Result<Opened, PlatformError> {
+        let repl = &spec.repl_id;
+        let changing = self.changing(repl);
+        let _one = changing.lock().await;
+        if self.claim(repl, &spec.user_id).await? != spec.user_id {
+            return Err(PlatformError::NotFound(format!("the repl {repl}")));
+        }
+        let created = !self.runs(repl);
+        if created {
+            // What an earlier server was running comes back; it was killed in between.
+            let stored = match self.current(repl) {
+                Some(stored) => stored,
+                None => Stored::workspace(spec.argv.clone()),
+            };
+            self.begin(repl, stored).await?;
+        }
+        Ok(Opened {
+            created,
+            url: self.url(repl),
+            terminal_url: format!("ws://{repl}.{}/", self.inner.config.authority),
+        })
+    }
+
+    /// Recorded first: a server that is killed in between brings it up at its next start.
+    async fn begin(&self, repl: &ReplId, stored: Stored) -> Result<(), PlatformError> {
+        self.with(repl, |repl| repl.record.opens(stored.clone()));
+        self.save(repl)?;
+        match self.start(repl, &stored).await {
+            Ok(program) => {
+                self.install(repl, program);
+                Ok(())
+            }
+            Err(error) => {
+                self.with(repl, |repl| repl.record.stopped());
+                self.save(repl)?;
+                Err(PlatformError::NotReady(Problem::new(
+                    "start_failed",
+                    "The repl could not be started",
+                    format!("{error:#}"),
+                    "Look whether its files are in the code store; the server's log says more.",
+                )))
+            }
+        }
+    }
+
+    /// Whether its sandbox is there and meant to be.
+    fn runs(&self, repl: &ReplId) -> bool {
+        let runs = self.with(repl, |repl| {
+            let program = repl.program.as_ref();
+            repl.record.wanted && program.is_some_and(|program| program.is_alive())
+        });
+        runs == Some(true)
+    }
+}

@@ -1,0 +1,161 @@
+//! `POST /start`: a repl runs from the files that are in the code store, whoever put them there.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use utoipa::ToSchema;
+
+use super::Edge;
+use super::body::{Json, ProblemBody, field_refused};
+use super::caller::Authenticated;
+use super::problem::HttpProblem;
+use super::repls::{ReplIdText, platform_problem, unsuccessful};
+use crate::auth::{Caller, Role};
+use crate::model::{FieldError, Language, Problem, ReplId, UserId};
+use crate::platform::PlatformError;
+
+/// What `POST /start` takes: `replId`, and `language` or `userId` or both.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Start {
+    /// Which repl.
+    #[serde(rename = "replId")]
+    repl_id: Option<ReplIdText>,
+    /// Whose it is. Left out: the key's own user; with an admin's key the repl's owner, or, for a new
+    /// repl, a user of the repl's name.
+    #[serde(rename = "userId")]
+    user_id: Option<String>,
+    /// What it is written in. Left out: the language whose entrypoint is among its files.
+    language: Option<String>,
+}
+
+/// What `POST /start` answers.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Started {
+    /// Always true here; errors carry false.
+    success: bool,
+    /// Whether this request made it run; false: it was running.
+    #[serde(rename = "podCreated")]
+    pod_created: bool,
+    /// The same whenever it runs.
+    message: &'static str,
+    /// The repl.
+    #[serde(rename = "replId")]
+    repl_id: String,
+    /// Where everything of its user's is.
+    namespace: String,
+    /// Where its program is served, as soon as it listens.
+    url: String,
+    /// Where its terminal is.
+    #[serde(rename = "terminalUrl")]
+    terminal_url: String,
+}
+
+/// Start a repl from its current files; running is fine
+#[utoipa::path(post, path = "/start", tag = "repls", request_body = Start,
+    responses((status = 200, body = Started), (status = 400, body = ProblemBody),
+              (status = 500, body = ProblemBody)))]
+pub async fn start(
+    State(edge): State<Arc<Edge>>,
+    Authenticated(caller): Authenticated,
+    body: Result<Json<Start>, HttpProblem>,
+) -> Result<axum::Json<Started>, HttpProblem> {
+    let Json(body) = body.map_err(unsuccessful)?;
+    let wanted = Wanted::of(&body).map_err(refused)?;
+    let repl = wanted.repl;
+    let user = match wanted.user {
+        Some(user) if caller.may_act_for(&user) => user,
+        Some(_) => {
+            let error = FieldError::new("userId", "is not one this key may act for");
+            return Err(refused(error));
+        }
+        None => user_of(&edge, &caller, &repl).await?,
+    };
+    match edge.pipeline.start(&user, &repl, wanted.language).await {
+        Ok(opened) => Ok(axum::Json(Started {
+            success: true,
+            pod_created: opened.created,
+            message: "Resources created successfully",
+            namespace: user.namespace(),
+            repl_id: repl.into(),
+            url: opened.url,
+            terminal_url: opened.terminal_url,
+        })),
+        // Another's: as if the name were reserved.
+        Err(PlatformError::NotFound(_)) => {
+            let error = FieldError::new("replId", "is not available; choose another");
+            Err(refused(error))
+        }
+        Err(PlatformError::Unavailable(problem) | PlatformError::NotReady(problem)) => {
+            tracing::error!(repl_id = %repl, error = %problem, "a repl could not be started");
+            Err(failed(problem))
+        }
+    }
+}
+
+struct Wanted {
+    repl: ReplId,
+    user: Option<UserId>,
+    language: Option<&'static Language>,
+}
+
+impl Wanted {
+    fn of(body: &Start) -> Result<Self, FieldError> {
+        let Some(repl) = body.repl_id.as_deref() else {
+            return Err(FieldError::new("replId", "is required"));
+        };
+        if body.user_id.is_none() && body.language.is_none() {
+            return Err(FieldError::new("language", "or userId is required"));
+        }
+        let user = body.user_id.as_deref().map(str::parse);
+        let language = body.language.as_deref().map(|name| {
+            Language::named(name).ok_or_else(|| {
+                let name: String = name.chars().take(40).collect();
+                let known = Language::names();
+                FieldError::new(
+                    "language",
+                    format!("{name:?} is unknown; known are {known}"),
+                )
+            })
+        });
+        let wrong =
+            |field: &str, error: crate::model::IdError| FieldError::new(field, error.to_string());
+        Ok(Self {
+            repl: repl.parse().map_err(|error| wrong("replId", error))?,
+            user: user.transpose().map_err(|error| wrong("userId", error))?,
+            language: language.transpose()?,
+        })
+    }
+}
+
+async fn user_of(edge: &Edge, caller: &Caller, repl: &ReplId) -> Result<UserId, HttpProblem> {
+    if let Role::User(user) = &caller.role {
+        return Ok(user.clone());
+    }
+    let owner = edge.platform.owner(repl).await;
+    match owner.map_err(|error| failed(platform_problem(error).problem().clone()))? {
+        Some(owner) => Ok(owner),
+        None => repl
+            .as_str()
+            .parse()
+            .map_err(|error: crate::model::IdError| {
+                refused(FieldError::new("userId", error.to_string()))
+            }),
+    }
+}
+
+fn refused(error: FieldError) -> HttpProblem {
+    unsuccessful(field_refused(&error))
+}
+
+/// Gantry's side or the operator's: one message for all, and what is wrong beside it.
+fn failed(problem: Problem) -> HttpProblem {
+    let error = json!(problem);
+    let problem = HttpProblem::new(StatusCode::INTERNAL_SERVER_ERROR, problem);
+    unsuccessful(problem)
+        .with("message", "Failed to create resources".into())
+        .with("error", error)
+}
