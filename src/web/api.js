@@ -93,6 +93,13 @@ export const api = {
   rollback: (replId, release) =>
     request("POST", `/repls/${encodeURIComponent(replId)}/rollback`, { body: release == null ? {} : { release } }),
   stop: (replId) => request("POST", "/stop", { body: { replId } }),
+  state: (signal) => request("GET", "/state", { signal }),
+  serviceEvents: ({ serviceName, userId }, signal) =>
+    request("GET", `/service/${encodeURIComponent(serviceName)}/events`, { query: { userId }, signal }),
+  scaleService: ({ serviceName, userId }, replicas) =>
+    request("POST", "/service", { body: { userId, services: [{ serviceName, replicas }] } }),
+  deleteService: ({ serviceName, userId }) =>
+    request("DELETE", `/service/${encodeURIComponent(serviceName)}`, { query: { userId } }),
   logs: (query, signal) => request("GET", "/logs", { query, signal }),
 };
 

@@ -245,6 +245,11 @@ async function listChecks() {
     await byId("releases").getByText("current").waitFor();
     await shot("repls");
   });
+  await checks.check("without a cluster the Services tab says how to get one", async () => {
+    await openTab("services");
+    await byId("no-services").getByText("GANTRY_PLATFORM=kubernetes").waitFor();
+    await shot("no-services");
+  });
 }
 
 async function logChecks() {
@@ -321,7 +326,7 @@ async function lookChecks() {
     await byId("theme").click();
     await page.emulateMedia({ colorScheme: "light" });
     await page.setViewportSize(NARROW);
-    for (const tab of ["submissions", "repls", "logs", "run"]) {
+    for (const tab of ["submissions", "repls", "services", "logs", "run"]) {
       await openTab(tab);
       await sleep(400);
       const width = await page.evaluate(() => document.documentElement.scrollWidth);
