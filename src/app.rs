@@ -214,6 +214,7 @@ async fn kubernetes(
             ingress_class: cluster.ingress_class.clone(),
             maximum: config.maximum_limits,
             network: config.allow_network,
+            heartbeat_late: cluster.heartbeat_late,
         },
         vec![
             bucket_check(&store, &s3.bucket).await,

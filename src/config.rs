@@ -90,6 +90,9 @@ pub struct ServeArgs {
     /// Kubernetes: days without use after which a namespace or files count as not needed [default: 30]
     #[arg(long, env = "GANTRY_IDLE_DAYS", value_name = "NUMBER")]
     idle_days: Option<String>,
+    /// Kubernetes: a node counts as failed when its heartbeat is this many seconds late [default: 5]
+    #[arg(long, env = "GANTRY_HEARTBEAT_LATE", value_name = "SECONDS")]
+    heartbeat_late: Option<String>,
     /// The program that runs inside sandboxes [default: this one]
     #[arg(long, env = "GANTRY_RUNNER", value_name = "FILE")]
     runner: Option<PathBuf>,
@@ -199,6 +202,8 @@ pub struct ClusterConfig {
     pub clean_up: CleanUpConfig,
     /// Without use for this long, a namespace or files count as not needed.
     pub idle: Duration,
+    /// A node counts as failed when its heartbeat is this late.
+    pub heartbeat_late: Duration,
 }
 
 /// What is done about what nobody needs any more.
@@ -525,9 +530,12 @@ fn maximum_limits(args: &ServeArgs) -> Result<Limits, ConfigError> {
 
 fn cluster(args: &ServeArgs) -> Result<ClusterConfig, ConfigError> {
     let namespace = host_name("GANTRY_NAMESPACE", &args.namespace, "gantry")?;
-    // `user-…` are users' own, and a dot is not for namespaces.
-    if namespace.starts_with("user-") || namespace.contains('.') {
-        let expected = "a namespace such as gantry, not starting with user-";
+    // `user-…` and `services-…` are users' own, and a dot is not for namespaces.
+    let users = ["user-", "services-"]
+        .iter()
+        .any(|prefix| namespace.starts_with(prefix));
+    if users || namespace.contains('.') {
+        let expected = "a namespace such as gantry, not starting with user- or services-";
         return Err(wrong("GANTRY_NAMESPACE", &namespace, expected));
     }
     let named = args
@@ -554,7 +562,25 @@ fn cluster(args: &ServeArgs) -> Result<ClusterConfig, ConfigError> {
             other => return Err(wrong("GANTRY_CLEAN_UP", other, "off, tell or remove")),
         },
         idle: idle(&args.idle_days)?,
+        heartbeat_late: heartbeat_late(&args.heartbeat_late)?,
     })
+}
+
+/// Not less than a second: a busy machine's kubelet is late by as much now and then.
+fn heartbeat_late(value: &Option<String>) -> Result<Duration, ConfigError> {
+    let expected = "a number of seconds from 1 to 3600";
+    match parse("GANTRY_HEARTBEAT_LATE", value, expected)? {
+        None => Ok(Duration::from_secs(5)),
+        Some(seconds @ 1..=3_600) => Ok(Duration::from_secs(seconds)),
+        Some(seconds) => {
+            let seconds: u64 = seconds;
+            Err(wrong(
+                "GANTRY_HEARTBEAT_LATE",
+                &seconds.to_string(),
+                expected,
+            ))
+        }
+    }
 }
 
 /// Not less than a day: whoever goes home in the evening finds everything in the morning.
@@ -654,13 +680,16 @@ mod tests {
         assert!(found.manifest_template.is_none());
         assert_eq!(found.clean_up, CleanUpConfig::Tell);
         assert_eq!(found.idle.as_secs(), 30 * 86_400);
-        let cases: [(&str, Set, &str); 7] = [
+        assert_eq!(found.heartbeat_late.as_secs(), 5);
+        let cases: [(&str, Set, &str); 9] = [
+            ("GANTRY_NAMESPACE", |a, v| a.namespace = v, "services-x"),
             ("GANTRY_NAMESPACE", |a, v| a.namespace = v, "user-x"),
             ("GANTRY_NAMESPACE", |a, v| a.namespace = v, "a.b"),
             ("INGRESS_CLASS", |a, v| a.ingress_class = v, "a b"),
             ("RUNNER_IMAGE", |a, v| a.runner_image = v, "a b"),
             ("GANTRY_CLEAN_UP", |a, v| a.clean_up = v, "yes"),
             ("GANTRY_IDLE_DAYS", |a, v| a.idle_days = v, "0"),
+            ("GANTRY_HEARTBEAT_LATE", |a, v| a.heartbeat_late = v, "0"),
             (
                 "MANIFEST_TEMPLATE",
                 |a, v| a.manifest_template = v.map(PathBuf::from),

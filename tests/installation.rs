@@ -88,6 +88,9 @@ fn installed() -> &'static Admin {
             .replace(subject, &format!("{subject}    namespace: {NAME}\n"))
             .replace("name: gantry\n", &format!("name: {NAME}\n"));
         admin.kubectl(&["apply", "-n", NAME, "-f", "-"], &role);
+        // Made by the first start: an earlier run's would leave the right to make it unused.
+        let priority = format!("priorityclass/{NAME}-services");
+        admin.kubectl(&["delete", "--ignore-not-found", &priority], "");
         let lasts = format!("--duration={TOKEN_LASTS}");
         let token = admin.kubectl(&["create", "token", NAME, "-n", NAME, &lasts], "");
         let config = admin.kubectl(&["config", "view", "--raw", "-o", "json"], "");

@@ -737,6 +737,38 @@ async fn errors_are_problems_with_cause_and_remedy() {
 }
 
 #[tokio::test]
+async fn without_a_cluster_every_route_of_services_says_how_to_get_one() {
+    let server = Server::start();
+    let (_, user) = server.user("ada").await;
+    let body = json!({ "services": [{ "serviceName": "shop", "replicas": 3,
+        "container": { "name": "shop", "image": "nginx" } }] });
+    for key in [&server.admin, &user] {
+        let mut answers = vec![
+            server.post("/service").json(&body),
+            server.post("/service").body("nonsense"),
+            client().delete(server.url("/service/shop")),
+        ];
+        for path in [
+            "/service/shop/events",
+            "/state",
+            "/node_state",
+            "/container_state",
+            "/service_state",
+        ] {
+            answers.push(server.get(path));
+        }
+        for request in answers {
+            let answer = request.header("x-api-key", key).send().await.unwrap();
+            let problem = assert_problem(answer, 501).await;
+            assert_eq!(problem["code"], "services_need_kubernetes");
+            let remedy = problem["remediation"].as_str().unwrap();
+            assert!(remedy.contains("GANTRY_PLATFORM=kubernetes"), "{problem}");
+        }
+    }
+    assert_problem(server.get("/state").send().await.unwrap(), 401).await;
+}
+
+#[tokio::test]
 async fn answers_carry_the_headers_that_keep_a_browser_safe() {
     let server = Server::start();
     let page = server.get("/").send().await.unwrap();

@@ -94,6 +94,19 @@ impl Api {
         self.parsed(path, self.send(request).await?).await
     }
 
+    /// `DELETE`, the JSON of the answer parsed.
+    pub(super) async fn delete<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        query: &[(&str, String)],
+    ) -> Result<T, Failure> {
+        let request = self
+            .request(Method::DELETE, path)
+            .query(query)
+            .timeout(ANSWER_TIMEOUT);
+        self.parsed(path, self.send(request).await?).await
+    }
+
     /// `GET` of an event stream, from behind the event `last_id`. It has no timeout of its own.
     pub(super) async fn event_stream(
         &self,

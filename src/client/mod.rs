@@ -1,4 +1,4 @@
-//! The command line's side of the protocol: `gantry submit`, `logs`, `ps` and `rollback`.
+//! The command line's side of the protocol: `gantry submit`, `logs`, `ps`, `rollback` and `service`.
 //!
 //! Data goes to standard output, everything else to standard error, so that output can be piped.
 //! Every failure becomes a [`Failure`] and is printed in one place, here.
@@ -16,6 +16,7 @@ mod render;
 mod rollback;
 mod screen;
 mod server;
+mod service;
 mod sse;
 mod stdout;
 mod submit;
@@ -39,6 +40,9 @@ pub enum Command {
     Ps(ps::PsArgs),
     /// Make an earlier release of a repl serve again
     Rollback(rollback::RollbackArgs),
+    /// Services: images run with N replicas, kept at N when nodes die
+    #[command(subcommand)]
+    Service(service::ServiceCommand),
 }
 
 /// Does what was asked. The exit code says how it went; what went wrong is already on standard
@@ -49,6 +53,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Logs(args) => logs::run(args).await,
         Command::Ps(args) => ps::run(args).await,
         Command::Rollback(args) => rollback::run(args).await,
+        Command::Service(command) => service::run(command).await,
     };
     let exit = ended.unwrap_or_else(|failure: Failure| {
         eprint!(

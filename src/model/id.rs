@@ -1,4 +1,4 @@
-//! Names of users, repls and submissions.
+//! Names of users, repls, services and submissions.
 
 use std::fmt;
 use std::str::FromStr;
@@ -80,6 +80,10 @@ macro_rules! label {
 label!(
     /// A user: a DNS label of at most 50 characters.
     UserId
+);
+label!(
+    /// A service: a DNS label of at most 50 characters, unique among its user's.
+    ServiceName
 );
 label!(
     /// A repl: a DNS label of at most 50 characters; it is a host name, so it is unique across users.

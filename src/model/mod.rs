@@ -4,20 +4,28 @@
 
 mod event;
 mod id;
+mod image;
 mod language;
 mod limits;
 mod outcome;
 mod problem;
 mod release;
+mod service;
 mod submission;
 mod tested;
 
 pub use event::{Ending, Event, OutputStream, Record, RunReport, Step, StepState};
-pub use id::{IdError, ReplId, SubmissionId, UserId};
+pub use id::{IdError, ReplId, ServiceName, SubmissionId, UserId};
+pub use image::{ImageError, ImageName};
 pub use language::{LANGUAGES, Language, ReportFormat, TestRunner};
 pub use limits::{Limits, LimitsRequest, MAX_CODE_BYTES, MAX_MESSAGE_BYTES};
 pub use outcome::{Outcome, Reason, Status, TestResult, Usage};
 pub use problem::Problem;
 pub use release::{Release, ReleaseState, ReplState, ReplStatus};
+pub use service::{
+    ContainerSpec, ContainerState, ContainerStatus, Happening, MAX_REPLICAS, NodeState, NodeStatus,
+    ServiceEvent, ServiceOutcome, ServiceSpec, ServiceState, ServiceStatus, ServicesRequest,
+    Snapshot,
+};
 pub use submission::{Case, FieldError, RelativePath, Submission, SubmissionRequest, Tests};
 pub use tested::Tested;

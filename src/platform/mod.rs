@@ -7,16 +7,19 @@
 pub mod conformance;
 pub mod kubernetes;
 pub mod local;
+mod services;
 mod sessions;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 
 use crate::model::{Event, Problem, Release, ReplId, ReplStatus, SubmissionId, Tested, UserId};
 
 pub use crate::runner::client::ByteStream;
+pub use services::{Services, ServicesError};
 pub use sessions::Sessions;
 
 /// Why a platform could not do what it was asked. Always Gantry's side or the operator's, never the
@@ -187,6 +190,11 @@ pub trait Platform: Send + Sync + fmt::Debug {
 
     /// A connection to the repl's program port, for the server's own reverse proxy.
     async fn dial(&self, repl: &ReplId) -> Result<Box<dyn ByteStream>, PlatformError>;
+
+    /// Services; `None` on a backend that has only one machine to run them on.
+    fn services(&self) -> Option<Arc<dyn Services>> {
+        None
+    }
 
     /// The next thing a released program did; `None` when the platform was shut down.
     async fn next_program_event(&self) -> Option<ProgramEvent>;

@@ -15,6 +15,7 @@ mod problem;
 mod proxy;
 mod repls;
 mod server;
+mod services;
 mod session;
 mod start;
 mod submissions;
@@ -332,6 +333,13 @@ pub fn router(edge: Arc<Edge>) -> Router {
         .routes(routes!(repls::rollback))
         .routes(routes!(start::start))
         .routes(routes!(repls::stop))
+        .routes(routes!(services::apply))
+        .routes(routes!(services::remove))
+        .routes(routes!(services::events))
+        .routes(routes!(services::state))
+        .routes(routes!(services::node_state))
+        .routes(routes!(services::container_state))
+        .routes(routes!(services::service_state))
         .routes(routes!(logs::search))
         .routes(routes!(health::alive))
         .routes(routes!(health::ready))

@@ -87,6 +87,7 @@ impl Bed {
             ingress_class: "nginx".to_owned(),
             maximum: Limits::MAXIMUM,
             network: false,
+            heartbeat_late: Duration::from_secs(5),
         };
         change(&mut config);
         Bed {

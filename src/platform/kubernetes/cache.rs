@@ -216,7 +216,7 @@ where
         let mut synced = self.synced.clone();
         match timeout(FIRST_LIST, synced.wait_for(|synced| *synced)).await {
             Ok(Ok(_)) => Ok(()),
-            _ => Err(Failure::not_listed(kind, FIRST_LIST)),
+            _ => Err(Failure::not_listed(&format!("{kind:?}"), FIRST_LIST)),
         }
     }
 

@@ -65,6 +65,8 @@ pub enum Kind {
     PersistentVolumeClaim,
     /// Which replica of the server does what only one may do.
     Lease,
+    /// What comes first when places are short.
+    PriorityClass,
 }
 
 impl Kind {
@@ -92,6 +94,12 @@ impl Kind {
                 ("", "v1", "PersistentVolumeClaim", "persistentvolumeclaims")
             }
             Kind::Lease => ("coordination.k8s.io", "v1", "Lease", "leases"),
+            Kind::PriorityClass => (
+                "scheduling.k8s.io",
+                "v1",
+                "PriorityClass",
+                "priorityclasses",
+            ),
         };
         let api_version = if group.is_empty() {
             version.to_owned()
@@ -361,6 +369,27 @@ impl Cluster {
         }
     }
 
+    /// Removes this life of the object; one that is gone, or another of the name, is well.
+    pub async fn delete_life(
+        &self,
+        kind: Kind,
+        namespace: &str,
+        name: &str,
+        uid: &str,
+    ) -> Result<(), Failure> {
+        let api = self.api(kind, Some(namespace));
+        let mut params = DeleteParams::background();
+        params.preconditions = Some(Preconditions {
+            uid: Some(uid.to_owned()),
+            resource_version: None,
+        });
+        let what = format!("delete the {kind:?} {name}");
+        match self.call(&what, api.delete(name, &params)).await {
+            Err(failure) if failure.is_not_found() || failure.is_conflict() => Ok(()),
+            result => result.map(drop),
+        }
+    }
+
     /// Removes every object of a kind with these labels.
     pub async fn delete_all(
         &self,
@@ -417,9 +446,9 @@ impl Failure {
     }
 
     /// The first list of a kind did not come.
-    pub fn not_listed(kind: Kind, within: Duration) -> Self {
+    pub fn not_listed(kind: &str, within: Duration) -> Self {
         Self {
-            what: format!("list every {kind:?}"),
+            what: format!("list every {kind}"),
             why: format!("the API server did not do so within {} s", within.as_secs()),
             code: None,
         }

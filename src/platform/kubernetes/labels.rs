@@ -16,6 +16,17 @@ pub const INSTALLATION: &str = "gantry.dev/installation";
 pub const USER: &str = "gantry.dev/user";
 /// Which repl it belongs to.
 pub const REPL: &str = "gantry.dev/repl";
+/// Which service it belongs to.
+pub const SERVICE: &str = "gantry.dev/service";
+/// On everything of services, their namespace included: whose they are.
+pub const SERVICES_OF: &str = "gantry.dev/services-of";
+/// Everything Gantry made but services, which are watched by themselves.
+pub const MANAGED_BUT_SERVICES: &str =
+    "app.kubernetes.io/managed-by=gantry,!gantry.dev/services-of";
+/// Services, and what checks their images.
+pub const MANAGED_SERVICES: &str = "app.kubernetes.io/managed-by=gantry,gantry.dev/services-of";
+/// A pod that shows whether an image can be had.
+pub const IMAGE_CHECK: &str = "gantry.dev/image-check";
 /// What outlives a stop of its repl, and why: `database`.
 pub const KEEP: &str = "gantry.dev/keep";
 /// What a pod is: `test`; released pods have `app=prod`, databases `app=database`.

@@ -16,6 +16,7 @@ mod record;
 mod release;
 mod releases;
 mod rollout;
+mod services;
 mod template;
 mod test_pod;
 
@@ -35,20 +36,21 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     AWAY, ByteStream, CONNECT_TIMEOUT, Check, Finding, Opened, Platform, PlatformError,
-    ProgramEvent, ReleaseSpec, RunningRelease, WorkspaceSpec,
+    ProgramEvent, ReleaseSpec, RunningRelease, Services, WorkspaceSpec,
 };
 use crate::model::{Limits, Problem, Release, ReplId, ReplStatus, UserId};
 use crate::storage::S3Store;
 use cache::{Cache, Watched};
 use cluster::{Cluster, Kind, Manifest};
 use exec::{ExecError, ExecStream};
-use labels::{GANTRY, MANAGED, MANAGED_BY};
+use labels::{GANTRY, MANAGED_BUT_SERVICES, MANAGED_BY};
 use namespace::{Namespaces, Surroundings};
 use programs::Programs;
 use record::Records;
 use release::{Owner, ReleaseConfig};
 use releases::Releases;
 use rollout::Rollouts;
+use services::KubernetesServices;
 use test_pod::{TestPodConfig, TestPods};
 
 pub use orphans::{CleanUp, Cleaner, Orphan};
@@ -92,6 +94,8 @@ pub struct KubernetesConfig {
     pub maximum: Limits,
     /// Whether test runs may use the network.
     pub network: bool,
+    /// A node counts as failed when its heartbeat is this late.
+    pub heartbeat_late: Duration,
 }
 
 /// The Kubernetes platform.
@@ -102,6 +106,7 @@ pub struct KubernetesPlatform {
     test_pods: TestPods,
     releases: Releases,
     programs: Programs,
+    services: Arc<KubernetesServices>,
     /// Silent runners in a row, by user.
     silent: Mutex<HashMap<UserId, u32>>,
     events: tokio::sync::Mutex<mpsc::Receiver<ProgramEvent>>,
@@ -136,7 +141,7 @@ impl KubernetesPlatform {
         let watched = |kind| Watched {
             kind,
             namespace: None,
-            labels: MANAGED,
+            labels: MANAGED_BUT_SERVICES,
         };
         let pods: Cache<Pod> =
             Cache::watch(&cluster, watched(Kind::Pod), Some(tell_pods), stop.clone());
@@ -151,6 +156,9 @@ impl KubernetesPlatform {
             records.synced().await
         };
         synced.await.context("the cluster cannot be watched")?;
+        let services =
+            KubernetesServices::start(&cluster, &config.namespace, config.heartbeat_late, &stop);
+        let services = services.await.context("services cannot be watched")?;
         let pod_config = TestPodConfig {
             image: config.runner_image.clone(),
             maximum: config.maximum,
@@ -177,6 +185,7 @@ impl KubernetesPlatform {
             test_pods,
             releases,
             programs,
+            services: Arc::new(services),
             silent: Mutex::default(),
             events: tokio::sync::Mutex::new(events),
             stop,
@@ -314,6 +323,7 @@ fn release_config(config: KubernetesConfig) -> ReleaseConfig {
         store_addresses: _,
         maximum: _,
         network: _,
+        heartbeat_late: _,
     } = config;
     ReleaseConfig {
         template,
@@ -393,6 +403,10 @@ impl Platform for KubernetesPlatform {
 
     async fn dial(&self, repl: &ReplId) -> Result<Box<dyn ByteStream>, PlatformError> {
         self.programs.dial(repl).await
+    }
+
+    fn services(&self) -> Option<Arc<dyn Services>> {
+        Some(Arc::clone(&self.services) as Arc<dyn Services>)
     }
 
     async fn next_program_event(&self) -> Option<ProgramEvent> {

@@ -37,7 +37,7 @@ const PARTS: [Kind; 4] = [
 
 /// Addresses that no program may reach: the metadata service of clouds hands out credentials, and the
 /// private ranges hold nodes, the API server and other users' pods.
-const CLOSED_RANGES: [&str; 5] = [
+pub const CLOSED_RANGES: [&str; 5] = [
     "10.0.0.0/8",
     "100.64.0.0/10",
     "169.254.0.0/16",

@@ -26,7 +26,7 @@ pub struct Permission {
 /// An API group, a resource of it, and what is done with it.
 type Row = (&'static str, &'static str, &'static [&'static str]);
 
-const EVERYWHERE: [Row; 18] = [
+const EVERYWHERE: [Row; 21] = [
     (
         "",
         "namespaces",
@@ -74,6 +74,9 @@ const EVERYWHERE: [Row; 18] = [
     ),
     ("networking.k8s.io", "ingressclasses", &["list"]),
     ("apps", "daemonsets", &["list"]),
+    ("", "nodes", &["list", "watch"]),
+    ("coordination.k8s.io", "leases", &["list", "watch"]),
+    ("scheduling.k8s.io", "priorityclasses", &["create", "patch"]),
 ];
 
 const OWN: [Row; 3] = [
