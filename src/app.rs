@@ -15,8 +15,8 @@ use crate::auth::{Keys, NewKey, Role, Sessions};
 use crate::config::{CleanUpConfig, ClusterConfig, Config, PlatformConfig};
 use crate::journal::{Journal, JournalOptions};
 use crate::logs::{
-    Elasticsearch, ElasticsearchSearch, ElasticsearchSettings, EmbeddedSearch, LogSearch, Shipper,
-    ShipperOptions,
+    Elasticsearch, ElasticsearchSearch, ElasticsearchSettings, EmbeddedSearch, LogSearch,
+    Neighbours, Shipper, ShipperOptions,
 };
 use crate::pipeline::{Pipeline, PipelineOptions, Share};
 use crate::platform::kubernetes::{
@@ -26,7 +26,9 @@ use crate::platform::local::{LocalConfig, LocalPlatform};
 use crate::platform::{Check, Finding, Platform};
 use crate::shutdown::{DRAIN_TIMEOUT, EndSignals, PLATFORM_TIMEOUT, Shutdown};
 use crate::storage::{CodeStore, DirectoryStore, S3Config, S3Store};
-use crate::transport::{Edge, Guard, Numbers, Parts, Peers, Server, raise_open_files, router};
+use crate::transport::{
+    Edge, Guard, Numbers, Parts, Peers, Replicas, Server, raise_open_files, router,
+};
 
 /// Bytes of one journal file, and of all of them together: weeks of a small team's submissions.
 const JOURNAL: JournalOptions = JournalOptions {
@@ -59,9 +61,9 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let Backends { platform, store } = backends(&config, address, &shutdown).await?;
     let checks = platform.checks();
     require_sandbox(&config, &checks)?;
-    // Before anything is appended: from here on the journal keeps what was not shipped.
-    let search = log_search(&config, &journal, &shutdown)?;
     let peers = Arc::new(Peers::new(&config.peers)?);
+    // Before anything is appended: from here on the journal keeps what was not shipped.
+    let search = log_search(&config, &journal, &peers, &shutdown)?;
     let options = PipelineOptions {
         runs: config.max_runs,
         runs_per_user: match config.platform {
@@ -150,6 +152,7 @@ async fn open_journal(data_dir: &Path) -> anyhow::Result<Journal> {
 fn log_search(
     config: &Config,
     journal: &Journal,
+    peers: &Arc<Peers>,
     shutdown: &Shutdown,
 ) -> anyhow::Result<Arc<dyn LogSearch>> {
     let token = shutdown.token.clone();
@@ -165,7 +168,11 @@ fn log_search(
     let shipper = Shipper::open(journal.clone(), elastic.clone(), options)
         .context("the folder of the log shipper cannot be used")?;
     shutdown.tasks.spawn(shipper.clone().run(token));
-    let search = ElasticsearchSearch::new(elastic, journal.clone(), shipper);
+    let others: Option<Arc<dyn Neighbours>> = match peers.any() {
+        true => Some(Arc::new(Replicas(Arc::clone(peers)))),
+        false => None,
+    };
+    let search = ElasticsearchSearch::new(elastic, journal.clone(), shipper, others);
     Ok(Arc::new(search))
 }
 

@@ -10,6 +10,7 @@ mod server;
 
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use serde_json::{Value, json};
 use server::{PATIENCE, Server, Socket, hello};
 
@@ -17,17 +18,19 @@ const PEER_KEY: &str = "a secret of both replicas, long enough";
 
 /// Two replicas; `names`: of the first and of the second.
 fn pair(names: [&str; 2]) -> [Server; 2] {
+    pair_with(names, &[])
+}
+
+fn pair_with(names: [&str; 2], variables: &[(&str, &str)]) -> [Server; 2] {
     let ports = free_ports();
     let peers = ports.map(|port| format!("127.0.0.1:{port}")).join(",");
     [0, 1].map(|index| {
-        Server::start_as(
-            ports[index],
-            &[
-                ("GANTRY_REPLICA", names[index]),
-                ("GANTRY_PEERS", &peers),
-                ("GANTRY_PEER_KEY", PEER_KEY),
-            ],
-        )
+        let own = [
+            ("GANTRY_REPLICA", names[index]),
+            ("GANTRY_PEERS", &peers),
+            ("GANTRY_PEER_KEY", PEER_KEY),
+        ];
+        Server::start_as(ports[index], &[&own, variables].concat())
     })
 }
 
@@ -287,4 +290,70 @@ async fn nobody_else_is_taken_for_a_replica() {
     assert_eq!(list.send().await.unwrap().status(), 401);
     let text = greeted.text().await.unwrap();
     assert!(!text.contains(&one.admin), "a key's text is passed on");
+}
+
+/// What a live follower may wait for a record of any replica, half of the times and nearly always; the rest
+/// of the machine is busy with other tests.
+const LIVE_MEDIAN: Duration = Duration::from_millis(50);
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Elasticsearch"]
+async fn a_follower_at_one_sees_at_once_what_happens_at_the_other() {
+    let elastic = std::env::var("ELASTICSEARCH_HOST").expect("ELASTICSEARCH_HOST is not set");
+    let prefix = format!("test-{}", new_id());
+    let search = [
+        ("ELASTICSEARCH_HOST", elastic.as_str()),
+        ("ELASTICSEARCH_INDEX_PREFIX", prefix.as_str()),
+    ];
+    let servers = pair_with(["a", "b"], &search);
+    acquainted(&servers).await;
+    let [one, other] = &servers;
+    let key = one.admin.as_str();
+    let request = one.get("/logs?q=tick").header("x-api-key", key);
+    let request = request.header("accept", "text/event-stream");
+    let mut events = request.send().await.unwrap().bytes_stream();
+    let mut socket = other.connect(key).await;
+    let code = "import time\nfor n in range(40): print('tick', n, flush=True); time.sleep(0.1)";
+    socket
+        .send(json!({ "user_id": "ada", "code": code, "deploy": false }).to_string())
+        .await;
+    let (mut text, mut waits, mut seen) = (String::new(), Vec::new(), Vec::new());
+    while seen.len() < 40 {
+        let piece = tokio::time::timeout(PATIENCE, events.next()).await;
+        let piece = piece.expect("a record never comes").unwrap().unwrap();
+        text.push_str(std::str::from_utf8(&piece).unwrap());
+        while let Some((event, rest)) = text.split_once("\n\n") {
+            let data = event.lines().find_map(|line| line.strip_prefix("data: "));
+            if let Some(data) = data {
+                let record: Value = serde_json::from_str(data).unwrap();
+                let made: jiff::Timestamp = record["@timestamp"].as_str().unwrap().parse().unwrap();
+                waits.push(jiff::Timestamp::now().duration_since(made));
+                seen.push(record["message"].as_str().unwrap().trim().to_owned());
+            }
+            text = rest.to_owned();
+        }
+    }
+    let expected: Vec<String> = (0..40).map(|n| format!("tick {n}")).collect();
+    assert_eq!(seen, expected);
+    waits.sort();
+    eprintln!(
+        "made at one replica → seen at the other: median {} ms, most {} ms",
+        waits[20].as_millis(),
+        waits[39].as_millis()
+    );
+    assert!(waits[20].unsigned_abs() <= LIVE_MEDIAN, "{waits:?}");
+    drop(events);
+    drop(servers);
+    remove_indices(&elastic, &prefix).await;
+}
+
+async fn remove_indices(elastic: &str, prefix: &str) {
+    let client = reqwest::Client::new();
+    let list = client.get(format!("{elastic}/_cat/indices/{prefix}-*?h=index"));
+    let names = list.send().await.unwrap().text().await.unwrap();
+    let templates = ["logs", "journals"].map(|name| format!("_index_template/{prefix}-{name}"));
+    for path in names.lines().map(str::to_owned).chain(templates) {
+        let removed = client.delete(format!("{elastic}/{path}")).send().await;
+        assert!(removed.unwrap().status().is_success(), "{path}");
+    }
 }

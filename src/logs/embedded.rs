@@ -14,6 +14,7 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::database::{self, Writer};
+use super::live::{self, News};
 use super::query::{
     Filter, LogPage, LogQuery, LogRecord, SearchError, SubmissionFilter, SubmissionPage,
     SubmissionQuery,
@@ -32,12 +33,8 @@ const QUERY_TIMEOUT: Duration = Duration::from_secs(5);
 const INDEX_PAUSE: Duration = Duration::from_millis(50);
 /// Pause after a failure of the index or of the journal.
 const FAILURE_PAUSE: Duration = Duration::from_secs(5);
-/// Pause between two looks of a follower; below what a person notices.
-const FOLLOW_PAUSE: Duration = Duration::from_millis(20);
 /// Bytes of journal taken in at once.
 const BATCH_BYTES: usize = 1 << 20;
-/// Bytes of journal a follower looks through at once.
-const FOLLOW_BYTES: usize = 256 << 10;
 /// Searches at the same time; two cores gain nothing from more.
 const CONNECTIONS: usize = 4;
 
@@ -307,14 +304,13 @@ fn slow() -> SearchError {
 }
 
 /// How far a follower is.
-#[derive(Debug, Clone, Copy)]
 enum Place {
     /// Nothing was looked at yet.
     Before,
     /// In the index, which is read up to this position.
     Index(u64),
-    /// In the journal, next at this position.
-    Journal(u64),
+    /// In the journal.
+    Journal(BoxStream<'static, Result<News, JournalError>>),
 }
 
 struct Follower {
@@ -331,24 +327,32 @@ impl Follower {
             if let Some(record) = self.waiting.pop_front() {
                 return (Ok(record), true);
             }
-            let looked = match self.place {
+            let looked = match &mut self.place {
                 Place::Before => {
                     // What the index has now comes from it, everything else from the journal.
                     self.place = Place::Index(*self.search.0.indexed.borrow());
                     Ok(())
                 }
-                Place::Index(up_to) => self.look_in_index(up_to).await,
-                Place::Journal(next) => self.look_in_journal(next).await,
-            };
-            match looked {
-                Ok(()) => {}
-                Err(SearchError::Journal(JournalError::Corrupt {
-                    resume: Some(resume),
-                    ..
-                })) => {
-                    self.place = Place::Journal(resume);
+                Place::Index(up_to) => {
+                    let up_to = *up_to;
+                    self.look_in_index(up_to).await
                 }
-                Err(error) => return (Err(error), false),
+                Place::Journal(news) => match news.next().await {
+                    Some(Ok(news)) => {
+                        let records = news.records.into_iter();
+                        self.waiting
+                            .extend(records.map(|(position, fields)| LogRecord {
+                                fields,
+                                cursor: position.to_string(),
+                            }));
+                        Ok(())
+                    }
+                    Some(Err(error)) => Err(error.into()),
+                    None => Err(SearchError::Closed),
+                },
+            };
+            if let Err(error) = looked {
+                return (Err(error), false);
             }
         }
     }
@@ -364,33 +368,10 @@ impl Follower {
             .unwrap_or(up_to);
         self.filter.after = Some(next);
         if next >= up_to {
-            self.place = Place::Journal(next + 1);
+            let journal = self.search.0.journal.clone();
+            self.place = Place::Journal(live::news(journal, self.filter.clone(), next));
         }
         self.waiting.extend(page.records);
-        Ok(())
-    }
-
-    async fn look_in_journal(&mut self, next: u64) -> Result<(), SearchError> {
-        let journal = &self.search.0.journal;
-        let mut durable = journal.durable_position();
-        if *durable.borrow() < next {
-            let came = durable.wait_for(|durable| *durable >= next).await;
-            came.map_err(|_| JournalError::Closed)?;
-            // Many commits become one look.
-            tokio::time::sleep(FOLLOW_PAUSE).await;
-        }
-        let records = journal.read_shared(next, FOLLOW_BYTES).await?;
-        if let Some(last) = records.last() {
-            self.place = Place::Journal(last.position + 1);
-        }
-        for record in records {
-            if let Some(fields) = self.filter.accept(&record) {
-                let cursor = record.position.to_string();
-                self.waiting.push_back(LogRecord { fields, cursor });
-            }
-        }
-        // A long stretch without a match must let others run.
-        tokio::task::yield_now().await;
         Ok(())
     }
 }

@@ -8,6 +8,7 @@
 mod database;
 mod elasticsearch;
 mod embedded;
+mod live;
 mod query;
 mod record;
 mod search;
@@ -19,6 +20,7 @@ pub use elasticsearch::{
     Elasticsearch, ElasticsearchError, ElasticsearchSearch, ElasticsearchSettings,
 };
 pub use embedded::{EmbeddedSearch, SearchOptions};
+pub use live::{HEARTBEAT, Neighbours, News, own_news};
 pub use query::{
     LogPage, LogQuery, LogRecord, SearchError, SubmissionPage, SubmissionQuery, SubmissionSummary,
 };

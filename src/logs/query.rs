@@ -37,7 +37,7 @@ const STATUSES: [Status; 7] = [
 ];
 
 /// What to look for in the logs. Everything that is given must match.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogQuery {
     /// Of this user; `None` is everybody's, for admins only.
     pub users: Option<UserId>,

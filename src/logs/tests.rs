@@ -3,6 +3,7 @@
 
 mod faults;
 mod load;
+mod rights;
 mod scripted;
 mod servers;
 mod shape;
@@ -65,6 +66,11 @@ impl House {
 
     /// One of several servers whose indices begin like this.
     fn sharing(prefix: &str) -> Self {
+        Self::among(prefix, None)
+    }
+
+    /// The same, which can ask these others what has just happened there.
+    fn among(prefix: &str, others: Option<Arc<dyn Neighbours>>) -> Self {
         let dir = TempDir::new().unwrap();
         let journal = open_journal(&dir);
         let settings = ElasticsearchSettings::from_variables(|name| match name {
@@ -77,7 +83,7 @@ impl House {
         let shipper = Shipper::open(journal.clone(), elastic.clone(), options).unwrap();
         let stop = CancellationToken::new();
         let task = tokio::spawn(shipper.clone().run(stop.clone()));
-        let search = ElasticsearchSearch::new(elastic.clone(), journal.clone(), shipper);
+        let search = ElasticsearchSearch::new(elastic.clone(), journal.clone(), shipper, others);
         Self {
             dir,
             journal,

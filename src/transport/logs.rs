@@ -218,6 +218,14 @@ pub fn wrong(name: &str, reason: &str) -> HttpProblem {
 }
 
 fn failed(error: &SearchError) -> Problem {
+    if let SearchError::Slow { seconds } = error {
+        return Problem::new(
+            "search_slow",
+            "The search took too long and was stopped",
+            format!("it had no answer within {seconds} s"),
+            "Narrow it to a user, a repl, a submission or a time",
+        );
+    }
     Problem::new(
         "search_failed",
         "The logs cannot be searched now",

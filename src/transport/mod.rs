@@ -51,7 +51,7 @@ use crate::shutdown::Shutdown;
 use caller::KeySchemes;
 pub use guard::Guard;
 use guard::Target;
-pub use peers::Peers;
+pub use peers::{Peers, Replicas};
 use problem::HttpProblem;
 pub use server::{Server, raise_open_files};
 

@@ -12,15 +12,15 @@ const MAX_JOURNALS: usize = 256;
 /// Up to which position each journal was seen. One number would not do: another server's records
 /// arrive when they arrive, also behind newer ones of this server.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Cursor(BTreeMap<String, u64>);
+pub(in crate::logs) struct Cursor(BTreeMap<String, u64>);
 
 impl Cursor {
     /// The position in this journal; 0 when nothing of it was seen.
-    pub(super) fn of(&self, journal: &str) -> u64 {
+    pub(in crate::logs) fn of(&self, journal: &str) -> u64 {
         self.0.get(journal).copied().unwrap_or(0)
     }
 
-    pub(super) fn set(&mut self, journal: &str, position: u64) {
+    pub(in crate::logs) fn set(&mut self, journal: &str, position: u64) {
         self.0.insert(journal.to_owned(), position);
     }
 
@@ -29,6 +29,18 @@ impl Cursor {
         for (journal, position) in other.iter() {
             let at = self.0.entry(journal.to_owned()).or_insert(0);
             *at = (*at).max(position);
+        }
+    }
+
+    /// Whether something of this journal was seen.
+    pub(super) fn knows(&self, journal: &str) -> bool {
+        self.0.contains_key(journal)
+    }
+
+    /// Begins at these places in journals of which nothing was seen.
+    pub(super) fn begin_at(&mut self, other: &Cursor) {
+        for (journal, position) in other.iter() {
+            self.0.entry(journal.to_owned()).or_insert(position);
         }
     }
 
@@ -43,7 +55,10 @@ impl Cursor {
     }
 
     /// What a client gave back; `field` names it when it is wrong.
-    pub(super) fn parse(field: &str, text: Option<String>) -> Result<Option<Self>, FieldError> {
+    pub(in crate::logs) fn parse(
+        field: &str,
+        text: Option<String>,
+    ) -> Result<Option<Self>, FieldError> {
         let parsed = text.map(|text| text.parse::<Self>()).transpose();
         parsed.map_err(|()| FieldError::new(field, "must be a `next` of an earlier answer"))
     }
@@ -179,5 +194,10 @@ mod tests {
             (7, 2)
         );
         assert_eq!(cursor.of("00000000000000cc"), 0);
+        cursor.begin_at(&"00000000000000aa:9,00000000000000cc:4".parse().unwrap());
+        assert_eq!(
+            (cursor.of("00000000000000aa"), cursor.of("00000000000000cc")),
+            (7, 4)
+        );
     }
 }

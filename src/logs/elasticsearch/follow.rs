@@ -1,40 +1,40 @@
-//! Following: history from the index, then this server's records from its journal as they become
-//! durable, and other servers' from the index as they arrive there.
+//! Following: history from the index; then this server's records from its journal and the other servers'
+//! from theirs, as they become durable. What another server that cannot be asked had shipped comes from
+//! the index.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream};
-use tokio::time::Instant;
 
 use super::cursor::Cursor;
 use super::search::ElasticsearchSearch;
 use crate::journal::JournalError;
-use crate::logs::query::{Filter, LogRecord, SearchError};
+use crate::logs::live::{self, News};
+use crate::logs::query::{Filter, LogQuery, LogRecord, SearchError};
 use crate::model::FieldError;
 
-/// Pause between two looks into the journal; below what a person notices.
-const FOLLOW_PAUSE: Duration = Duration::from_millis(20);
-/// Bytes of journal looked through at once.
-const FOLLOW_BYTES: usize = 256 << 10;
-/// Between two looks for other servers' records; the index shows new ones once a second as well.
+/// Between two looks into the index for records of servers that could not be asked themselves; the
+/// index shows new ones once a second as well.
 const OTHERS_PAUSE: Duration = Duration::from_secs(1);
 
 pub(super) fn follow(
     search: ElasticsearchSearch,
-    query: Result<(Filter, Option<Cursor>), FieldError>,
+    query: LogQuery,
+    parts: Result<(Filter, Option<Cursor>), FieldError>,
 ) -> BoxStream<'static, Result<LogRecord, SearchError>> {
-    let (filter, after) = match query {
-        Ok(query) => query,
+    let (filter, after) = match parts {
+        Ok(parts) => parts,
         Err(error) => return stream::once(async { Err(error.into()) }).boxed(),
     };
     let follower = Follower {
         search,
+        query,
         filter,
         after,
         place: Place::Before,
-        others_at: Instant::now(),
+        shipped: None,
         knows_others: false,
         waiting: VecDeque::new(),
     };
@@ -48,23 +48,40 @@ pub(super) fn follow(
 }
 
 /// How far a follower is.
-#[derive(Debug, Clone)]
 enum Place {
     /// Nothing was looked at yet.
     Before,
     /// In the index, which is read up to these bounds.
     Index(Cursor),
-    /// In the journal, next at this position.
-    Journal(u64),
+    /// In the journals.
+    Live(Live),
+}
+
+/// What comes from the journals.
+struct Live {
+    own: BoxStream<'static, Result<News, JournalError>>,
+    others: BoxStream<'static, News>,
+    /// How far the others have shipped, now and then; asked for beside the rest, because it takes longer
+    /// than a record may.
+    shipped: BoxStream<'static, Cursor>,
+}
+
+/// What a live follower waits for.
+enum Came {
+    Own(Option<Result<News, JournalError>>),
+    Other(Option<News>),
+    Shipped(Option<Cursor>),
 }
 
 struct Follower {
     search: ElasticsearchSearch,
+    query: LogQuery,
     filter: Filter,
     /// What was given out, in each journal.
     after: Option<Cursor>,
     place: Place,
-    others_at: Instant,
+    /// Up to where the index is to be looked through for others' records.
+    shipped: Option<Cursor>,
     /// `after` says how far other servers' records were given out.
     knows_others: bool,
     waiting: VecDeque<LogRecord>,
@@ -76,10 +93,20 @@ impl Follower {
             if let Some(record) = self.waiting.pop_front() {
                 return Ok(record);
             }
-            match self.place.clone() {
+            if let Some(shipped) = self.shipped.take() {
+                self.look_for_others(shipped).await;
+                continue;
+            }
+            match &mut self.place {
                 Place::Before => self.begin().await?,
-                Place::Index(bounds) => self.look_in_index(&bounds).await?,
-                Place::Journal(next) => self.look_in_journal(next).await?,
+                Place::Index(bounds) => {
+                    let bounds = bounds.clone();
+                    self.look_in_index(&bounds).await?;
+                }
+                Place::Live(live) => {
+                    let came = live.wait().await;
+                    self.take_in(came).await?;
+                }
             }
         }
     }
@@ -99,14 +126,31 @@ impl Follower {
             }
             Err(error) => error,
         };
-        let next = match own {
+        let own = match own {
             Some(own) if own + 1 < journal.oldest_position() => return Err(failed),
-            Some(own) => own + 1,
-            None => *journal.durable_position().borrow() + 1,
+            Some(own) => own,
+            None => *journal.durable_position().borrow(),
         };
         tracing::warn!(error = %failed, "a follower begins without history");
-        self.place = Place::Journal(next);
+        self.go_live(own);
         Ok(())
+    }
+
+    /// Goes on in the journals: in this server's behind `own`, in the others' behind what was seen.
+    fn go_live(&mut self, own: u64) {
+        let journal = self.search.journal().clone();
+        let others = match self.search.neighbours() {
+            Some(neighbours) => neighbours.follow(&LogQuery {
+                after: self.after.as_ref().map(Cursor::to_string),
+                ..self.query.clone()
+            }),
+            None => stream::pending().boxed(),
+        };
+        self.place = Place::Live(Live {
+            own: live::news(journal, self.filter.clone(), own),
+            others,
+            shipped: shipped(self.search.clone()),
+        });
     }
 
     async fn look_in_index(&mut self, bounds: &Cursor) -> Result<(), SearchError> {
@@ -114,99 +158,118 @@ impl Follower {
             .search
             .find(&self.filter, self.after.as_ref(), bounds)
             .await?;
-        if !found.full {
-            let own = found.next.of(self.search.journal().identity());
-            self.place = Place::Journal(own + 1);
-            self.knows_others = true;
-        }
+        let own = found.next.of(self.search.journal().identity());
         self.after = Some(found.next);
         self.waiting.extend(found.records);
+        if !found.full {
+            self.knows_others = true;
+            self.go_live(own);
+        }
         Ok(())
     }
 
-    async fn look_in_journal(&mut self, next: u64) -> Result<(), SearchError> {
-        let journal = self.search.journal().clone();
-        let mut durable = journal.durable_position();
-        if *durable.borrow() < next {
-            let others_due = self.others_at + OTHERS_PAUSE;
-            let came = durable.wait_for(|durable| *durable >= next);
-            let came = tokio::time::timeout_at(others_due, came).await;
-            match came.map(|came| came.is_ok()) {
-                // Many commits become one look.
-                Ok(true) => tokio::time::sleep(FOLLOW_PAUSE).await,
-                Ok(false) => return Err(JournalError::Closed.into()),
-                Err(_) => return self.look_for_others().await,
+    async fn take_in(&mut self, came: Came) -> Result<(), SearchError> {
+        match came {
+            Came::Own(Some(Ok(news))) => {
+                let after = self.after.get_or_insert_default();
+                if after.knows(&news.journal) && after.of(&news.journal) < news.after {
+                    return self.fell_behind(news.after).await;
+                }
+                self.give_out(news);
+            }
+            Came::Own(Some(Err(error))) => return Err(error.into()),
+            Came::Own(None) | Came::Other(None) | Came::Shipped(None) => {
+                return Err(JournalError::Closed.into());
+            }
+            Came::Other(Some(news)) => {
+                let after = self.after.get_or_insert_default();
+                if !self.knows_others && !after.knows(&news.journal) {
+                    // Like this server's, they begin now.
+                    after.set(&news.journal, news.after);
+                }
+                // Its journal no longer has what comes next; the index does.
+                if after.of(&news.journal) >= news.after {
+                    self.give_out(news);
+                }
+            }
+            Came::Shipped(Some(others)) => {
+                let after = self.after.get_or_insert_default();
+                if !self.knows_others {
+                    // The index was away at the beginning: like this server's, they begin now.
+                    after.begin_at(&others);
+                    self.knows_others = true;
+                }
+                if others.iter().any(|(journal, at)| after.of(journal) < at) {
+                    self.shipped = Some(others);
+                }
             }
         }
-        let oldest = journal.oldest_position();
-        if next < oldest {
-            return self.fell_behind(next, oldest).await;
-        }
-        let records = match journal.read_shared(next, FOLLOW_BYTES).await {
-            Err(JournalError::Corrupt {
-                resume: Some(resume),
-                ..
-            }) => {
-                self.place = Place::Journal(resume);
-                return Ok(());
-            }
-            records => records?,
-        };
-        for record in &records {
-            self.place = Place::Journal(record.position + 1);
-            let after = self.after.get_or_insert_default();
-            after.set(journal.identity(), record.position);
-            if let Some(fields) = self.filter.accept(record) {
+        Ok(())
+    }
+
+    /// What of it was not given out yet: the same records may have come from the index.
+    fn give_out(&mut self, news: News) {
+        let after = self.after.get_or_insert_default();
+        let mut at = after.of(&news.journal);
+        for (position, fields) in news.records {
+            if position > at {
+                at = position;
+                after.set(&news.journal, position);
                 let cursor = after.to_string();
                 self.waiting.push_back(LogRecord { fields, cursor });
             }
         }
-        if self.others_at.elapsed() > OTHERS_PAUSE {
-            self.look_for_others().await?;
+        after.set(&news.journal, at.max(news.position));
+    }
+
+    /// A reader so slow that the journal deleted what it has not seen: the index has it, unless it was
+    /// deleted before it was shipped.
+    async fn fell_behind(&mut self, gone: u64) -> Result<(), SearchError> {
+        if self.search.shipped() >= gone {
+            self.place = Place::Index(self.search.bounds().await?);
+        } else {
+            let journal = self.search.journal().identity().to_owned();
+            self.after.get_or_insert_default().set(&journal, gone);
+            self.go_live(gone);
         }
-        // A long stretch without a match must let others run.
-        tokio::task::yield_now().await;
         Ok(())
     }
 
-    /// A reader so slow that the journal deleted what it has not seen: the index has it.
-    async fn fell_behind(&mut self, next: u64, oldest: u64) -> Result<(), SearchError> {
-        let shipped = self.search.shipped();
-        self.after
-            .get_or_insert_default()
-            .set(self.search.journal().identity(), next - 1);
-        self.place = match shipped >= next {
-            true => Place::Index(self.search.bounds().await?),
-            false => Place::Journal(oldest),
-        };
-        Ok(())
-    }
-
-    /// Takes in what other servers shipped meanwhile.
-    async fn look_for_others(&mut self) -> Result<(), SearchError> {
-        self.others_at = Instant::now();
-        // They are seen later while the index is away; this server's own go on.
-        let Ok(bounds) = self.search.bounds().await else {
-            return Ok(());
-        };
-        let others = bounds.without(self.search.journal().identity());
+    /// Takes in what other servers shipped and did not tell themselves.
+    async fn look_for_others(&mut self, shipped: Cursor) {
         let after = self.after.get_or_insert_default();
-        if !self.knows_others {
-            // The index was away at the beginning: like this server's, they begin now.
-            after.advance_to(&others);
-            self.knows_others = true;
-        }
-        if others.iter().all(|(journal, at)| after.of(journal) >= at) {
-            return Ok(());
-        }
-        let found = self.search.find(&self.filter, Some(after), &others).await;
-        let Ok(found) = found else { return Ok(()) };
+        let found = self.search.find(&self.filter, Some(after), &shipped).await;
+        // While the index is away they are seen later; this server's own go on.
+        let Ok(found) = found else { return };
         *after = found.next;
         self.waiting.extend(found.records);
         if found.full {
-            // The rest at once, when these were given out.
-            self.others_at -= OTHERS_PAUSE;
+            // The rest when these were given out.
+            self.shipped = Some(shipped);
         }
-        Ok(())
     }
+}
+
+impl Live {
+    async fn wait(&mut self) -> Came {
+        tokio::select! {
+            news = self.own.next() => Came::Own(news),
+            news = self.others.next() => Came::Other(news),
+            shipped = self.shipped.next() => Came::Shipped(shipped),
+        }
+    }
+}
+
+/// How far other servers' records can be found, again and again while the index answers.
+fn shipped(search: ElasticsearchSearch) -> BoxStream<'static, Cursor> {
+    let asked = stream::unfold(search, |search| async move {
+        loop {
+            tokio::time::sleep(OTHERS_PAUSE).await;
+            if let Ok(bounds) = search.bounds().await {
+                let others = bounds.without(search.journal().identity());
+                return Some((others, search));
+            }
+        }
+    });
+    asked.boxed()
 }

@@ -20,10 +20,11 @@ use elasticsearch::http::headers::{CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, He
 use elasticsearch::http::transport::{SingleNodeConnectionPool, Transport, TransportBuilder};
 use serde_json::Value;
 
+pub(super) use cursor::Cursor;
 pub use elasticsearch::http::Method;
 pub use search::ElasticsearchSearch;
 pub use settings::ElasticsearchSettings;
-pub(super) use template::install;
+pub(super) use template::{answers, install, installed};
 
 /// For a call about a template, a policy or the like. A cluster that is busy takes seconds.
 pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(15);
@@ -49,6 +50,16 @@ pub enum ElasticsearchError {
         /// Where it should be.
         url: String,
         /// What happened instead.
+        cause: String,
+    },
+    /// Whoever answers there is not known.
+    #[error(
+        "Elasticsearch at {url} is not trusted: {cause}; set ELASTICSEARCH_CA to a file with the certificate of the authority that signed its own"
+    )]
+    Untrusted {
+        /// Where it should be.
+        url: String,
+        /// What is wrong with its certificate.
         cause: String,
     },
     /// The login is not taken or may not do this.
@@ -146,6 +157,11 @@ impl Elasticsearch {
         &self.0.url
     }
 
+    /// How everything of this installation begins.
+    fn prefix(&self) -> &str {
+        &self.0.prefix
+    }
+
     /// Every index of records: the records' own day follows.
     pub(super) fn logs(&self) -> String {
         format!("{}-logs-", self.0.prefix)
@@ -208,9 +224,13 @@ impl Elasticsearch {
         payload: Payload,
         limit: Duration,
     ) -> Result<Answer, ElasticsearchError> {
-        let unreachable = |error: &dyn std::error::Error| ElasticsearchError::Unreachable {
-            url: self.0.url.clone(),
-            cause: chain(error),
+        let unreachable = |error: &dyn std::error::Error| {
+            let (url, cause) = (self.0.url.clone(), chain(error));
+            // The words of rustls; no type of it comes through the client.
+            match cause.contains("invalid peer certificate") {
+                true => ElasticsearchError::Untrusted { url, cause },
+                false => ElasticsearchError::Unreachable { url, cause },
+            }
         };
         let mut headers = HeaderMap::new();
         let body = match payload {

@@ -15,6 +15,7 @@ use super::find::{self, Hit, Order};
 use super::follow;
 use super::{Elasticsearch, ElasticsearchError, Method, Payload};
 use crate::journal::Journal;
+use crate::logs::live::Neighbours;
 use crate::logs::query::{
     Filter, LogPage, LogQuery, LogRecord, SearchError, SubmissionFilter, SubmissionPage,
     SubmissionQuery, SubmissionSummary,
@@ -46,6 +47,7 @@ struct Inner {
     elastic: Elasticsearch,
     journal: Journal,
     shipper: Shipper,
+    neighbours: Option<Arc<dyn Neighbours>>,
     seen: Mutex<Seen>,
 }
 
@@ -66,14 +68,25 @@ pub(super) struct Found {
 }
 
 impl ElasticsearchSearch {
-    /// Searches what `shipper` brings there, and what other servers did.
-    pub fn new(elastic: Elasticsearch, journal: Journal, shipper: Shipper) -> Self {
+    /// Searches what `shipper` brings there, and what other servers did; `neighbours` are those of them
+    /// that can be asked for what has just happened.
+    pub fn new(
+        elastic: Elasticsearch,
+        journal: Journal,
+        shipper: Shipper,
+        neighbours: Option<Arc<dyn Neighbours>>,
+    ) -> Self {
         Self(Arc::new(Inner {
             elastic,
             journal,
             shipper,
+            neighbours,
             seen: Mutex::default(),
         }))
+    }
+
+    pub(super) fn neighbours(&self) -> Option<&Arc<dyn Neighbours>> {
+        self.0.neighbours.as_ref()
     }
 
     pub(super) fn journal(&self) -> &Journal {
@@ -107,7 +120,6 @@ impl ElasticsearchSearch {
     async fn others(&self) -> Result<Cursor, SearchError> {
         // As a pattern: before the first record it matches nothing, which is not an error.
         let journals = format!("{}*", self.0.elastic.journals());
-        self.refresh(&journals).await?;
         let body = json!({
             "size": MAX_OTHERS,
             "sort": [{"@timestamp": {"order": "desc", "unmapped_type": "date"}}],
@@ -140,8 +152,13 @@ impl ElasticsearchSearch {
         let path = format!("/{index}/_search");
         // Given up there a little before it is given up here.
         let limit = format!("{}ms", QUERY_TIMEOUT.as_millis() - 500);
-        self.call(&path, &[("timeout", limit.as_str())], Payload::Json(body))
-            .await
+        let answer = self
+            .call(&path, &[("timeout", limit.as_str())], Payload::Json(body))
+            .await?;
+        match answer["timed_out"] == true {
+            true => Err(slow()),
+            false => Ok(answer),
+        }
     }
 
     async fn call(
@@ -153,15 +170,15 @@ impl ElasticsearchSearch {
         // Before the first record there is no index, which is not an error.
         let mut all = vec![("ignore_unavailable", "true"), ("allow_no_indices", "true")];
         all.extend_from_slice(query);
+        // Given up here first: the client would say that nobody answers.
+        let longest = QUERY_TIMEOUT * 2;
         let called = self
             .0
             .elastic
-            .call(Method::Post, path, &all, payload, QUERY_TIMEOUT);
+            .call(Method::Post, path, &all, payload, longest);
         match tokio::time::timeout(QUERY_TIMEOUT, called).await {
             Ok(answer) => Ok(answer?),
-            Err(_) => Err(SearchError::Slow {
-                seconds: QUERY_TIMEOUT.as_secs(),
-            }),
+            Err(_) => Err(slow()),
         }
     }
 
@@ -240,6 +257,12 @@ impl ElasticsearchSearch {
             Some((id, hit.fields))
         });
         Ok(by_id.collect())
+    }
+}
+
+fn slow() -> SearchError {
+    SearchError::Slow {
+        seconds: QUERY_TIMEOUT.as_secs(),
     }
 }
 
@@ -339,7 +362,7 @@ impl LogSearch for ElasticsearchSearch {
     }
 
     fn follow(&self, query: LogQuery) -> BoxStream<'static, Result<LogRecord, SearchError>> {
-        follow::follow(self.clone(), split(query))
+        follow::follow(self.clone(), query.clone(), split(query))
     }
 }
 

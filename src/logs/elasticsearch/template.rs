@@ -21,9 +21,12 @@ pub(in crate::logs) struct Abilities {
 pub(in crate::logs) async fn install(
     elastic: &Elasticsearch,
 ) -> Result<Abilities, ElasticsearchError> {
+    // With a name: a server without data streams would take the path for an index of this name, and ask
+    // for a right to it.
+    let streams = format!("/_data_stream/{}*", elastic.logs());
     let abilities = Abilities {
         lifecycle: answers(elastic, "/_ilm/status").await?,
-        data_streams: answers(elastic, "/_data_stream").await?,
+        data_streams: answers(elastic, &streams).await?,
     };
     // Template and policy are called alike.
     let name = elastic.logs().trim_end_matches('-').to_owned();
@@ -37,9 +40,34 @@ pub(in crate::logs) async fn install(
     Ok(abilities)
 }
 
+/// Whether the templates are there: they go with the rest when a cluster is made anew.
+pub(in crate::logs) async fn installed(
+    elastic: &Elasticsearch,
+) -> Result<bool, ElasticsearchError> {
+    let (logs, journals) = (elastic.logs(), elastic.journals());
+    let wanted = [logs.trim_end_matches('-'), journals.as_str()];
+    let path = format!("/_index_template/{}-*", elastic.prefix());
+    let query = [("filter_path", "index_templates.name")];
+    let answer = elastic
+        .send(Method::Get, &path, &query, Payload::None, CALL_TIMEOUT)
+        .await?;
+    if answer.status == 404 {
+        return Ok(false);
+    }
+    let found = answer.json()?;
+    let templates = found["index_templates"].as_array();
+    let names = || templates.into_iter().flatten().map(|found| &found["name"]);
+    Ok(wanted
+        .iter()
+        .all(|wanted| names().any(|name| name == wanted)))
+}
+
 /// Whether there is something at this path. A server without the feature answers 400 or 405, one that
 /// has it but not the thing 404; a refused login is an error.
-async fn answers(elastic: &Elasticsearch, path: &str) -> Result<bool, ElasticsearchError> {
+pub(in crate::logs) async fn answers(
+    elastic: &Elasticsearch,
+    path: &str,
+) -> Result<bool, ElasticsearchError> {
     let answer = elastic
         .send(Method::Get, path, &[], Payload::None, CALL_TIMEOUT)
         .await?;

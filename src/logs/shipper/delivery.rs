@@ -91,6 +91,9 @@ impl Shipper {
     }
 
     async fn send(&self, compressed: &Bytes, count: usize) -> Outcome {
+        if let Err(error) = self.make_sure_of_templates().await {
+            return Outcome::Again(error.to_string());
+        }
         let query = [("filter_path", ANSWER_FIELDS)];
         let lines = Payload::Lines(compressed.clone());
         let sent = self

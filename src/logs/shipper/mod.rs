@@ -19,12 +19,14 @@ use std::time::Duration;
 use backon::{BackoffBuilder, ExponentialBuilder};
 use jiff::Timestamp;
 use serde_json::json;
-use tokio::sync::{Notify, Semaphore, watch};
+use tokio::sync::{self, Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::elasticsearch::{CALL_TIMEOUT, Elasticsearch, Method, Payload, install};
+use super::elasticsearch::{
+    CALL_TIMEOUT, Elasticsearch, ElasticsearchError, Method, Payload, answers, install, installed,
+};
 use crate::journal::{Journal, JournalError};
 pub(in crate::logs) use batch::{Batch, CLOCK, JOURNAL, Origin, POSITION};
 use dead_letter::DeadLetters;
@@ -42,6 +44,9 @@ const READ_BYTES: usize = 512 << 10;
 const SAVE_PAUSE: Duration = Duration::from_secs(1);
 /// Between two messages about the same trouble: its cause may have changed.
 const TELL_PAUSE: Duration = Duration::from_secs(60);
+/// How old the knowledge may be that the templates are there. An Elasticsearch that is put in another's
+/// place takes longer than this to start.
+const TEMPLATES_AGE: Duration = Duration::from_secs(1);
 /// After the journal could not be read.
 const FAILURE_PAUSE: Duration = Duration::from_secs(5);
 
@@ -93,6 +98,18 @@ struct Inner {
     told: Mutex<Option<Instant>>,
     recovered: Notify,
     dead_letters: DeadLetters,
+    templates: sync::Mutex<Templates>,
+    /// Elasticsearch has lost what was shipped to it.
+    wiped: Notify,
+}
+
+/// What is known of the templates.
+#[derive(Debug, Default)]
+struct Templates {
+    /// They are of this version or a later one.
+    checked: bool,
+    /// When they were last seen to be there.
+    seen: Option<Instant>,
 }
 
 /// Where the reading is.
@@ -125,6 +142,8 @@ impl Shipper {
             told: Mutex::default(),
             recovered: Notify::new(),
             dead_letters: DeadLetters::new(options.folder.join("dead-letters.ndjson")),
+            templates: sync::Mutex::default(),
+            wiped: Notify::new(),
             journal,
             elastic,
             options,
@@ -164,29 +183,61 @@ impl Shipper {
         matches!(tokio::time::timeout(limit, reached).await, Ok(Ok(_)))
     }
 
-    /// Installs the templates: before them no record may go, or its fields would be guessed.
+    /// Waits until the templates are in place.
     async fn prepare(&self) {
         let mut pauses = pauses();
         loop {
-            match install(&self.0.elastic).await {
-                Ok(abilities) => {
+            match self.make_sure_of_templates().await {
+                Ok(()) => {
                     self.is_well();
-                    tracing::info!(
-                        url = self.0.elastic.url(),
-                        ?abilities,
-                        "shipping to Elasticsearch"
-                    );
-                    if !abilities.lifecycle {
-                        tracing::warn!(
-                            "this Elasticsearch has no index lifecycle management: delete old gantry-logs-* indices by other means"
-                        );
-                    }
+                    tracing::info!(url = self.0.elastic.url(), "shipping to Elasticsearch");
                     return;
                 }
                 Err(error) => self.is_ill(&error.to_string()),
             }
             tokio::time::sleep(pauses.next().unwrap_or(LONGEST_PAUSE)).await;
         }
+    }
+
+    /// Before the templates no record may go, or its fields would be guessed. They may go missing at any
+    /// time: with all the rest, when a cluster is made anew.
+    async fn make_sure_of_templates(&self) -> Result<(), ElasticsearchError> {
+        let elastic = &self.0.elastic;
+        let mut templates = self.0.templates.lock().await;
+        let seen = templates.seen.take();
+        if seen.is_some_and(|seen| seen.elapsed() < TEMPLATES_AGE) {
+            templates.seen = seen;
+            return Ok(());
+        }
+        let missing = !installed(elastic).await?;
+        if missing && self.position() > 0 {
+            let own = format!("/{}/_doc/{}", elastic.journals(), self.0.origin.journal);
+            if !answers(elastic, &own).await? {
+                self.0.wiped.notify_one();
+            }
+        }
+        if missing || !templates.checked {
+            let abilities = install(elastic).await?;
+            if !abilities.lifecycle && !templates.checked {
+                tracing::warn!(
+                    "this Elasticsearch has no index lifecycle management: delete old gantry-logs-* indices by other means"
+                );
+            }
+            templates.checked = true;
+        }
+        templates.seen = Some(Instant::now());
+        Ok(())
+    }
+
+    /// Begins again with what the journal still has.
+    fn begin_again(&self) {
+        tracing::warn!(
+            "Elasticsearch has none of the records that were shipped to it; what the journal still has is shipped again"
+        );
+        self.0.shipped.send_modify(|progress| {
+            progress.position = 0;
+            progress.clock = 0;
+        });
     }
 
     /// Reads, and sends what it read, until the journal closes.
@@ -196,7 +247,11 @@ impl Shipper {
             let mut deliveries = JoinSet::new();
             let mut place = self.start_over();
             let failed = loop {
-                match self.collect(&mut place).await {
+                let collected = tokio::select! {
+                    collected = self.collect(&mut place) => collected,
+                    () = self.0.wiped.notified() => break None,
+                };
+                match collected {
                     Ok(batch) => {
                         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
                             return;
@@ -215,8 +270,12 @@ impl Shipper {
                     }
                 }
                 if let Some(Err(error)) = deliveries.try_join_next() {
-                    break error;
+                    break Some(error);
                 }
+            };
+            let Some(failed) = failed else {
+                self.begin_again();
+                continue;
             };
             // A batch that was never delivered would hold up all later ones.
             tracing::error!(%failed, "a delivery died; what was under way is sent again");
@@ -326,6 +385,9 @@ impl Shipper {
                 shipped.mark_unchanged();
                 self.save().await;
                 self.announce().await;
+            } else if self.0.well.load(Ordering::Relaxed) {
+                // Seen also while nothing happens. Whoever ships says what is wrong.
+                let _ = self.make_sure_of_templates().await;
             }
             tokio::time::sleep(SAVE_PAUSE).await;
         }
@@ -350,6 +412,10 @@ impl Shipper {
 
     /// Tells other servers that everything up to there can be found.
     async fn announce(&self) {
+        if self.make_sure_of_templates().await.is_err() {
+            // Whoever ships says why.
+            return;
+        }
         let progress = self.0.shipped.borrow().clone();
         let path = format!("/{}/_doc/{}", self.0.elastic.journals(), progress.journal);
         let body = json!({
@@ -357,10 +423,12 @@ impl Shipper {
             "journal": progress.journal,
             "position": progress.position,
         });
+        // One small document a second: seen at once, so that nobody else has to ask for it.
+        let seen = [("refresh", "true")];
         let told = self
             .0
             .elastic
-            .call(Method::Put, &path, &[], Payload::Json(body), CALL_TIMEOUT)
+            .call(Method::Put, &path, &seen, Payload::Json(body), CALL_TIMEOUT)
             .await;
         if let Err(error) = told {
             tracing::debug!(%error, "other servers are not told how far the logs were shipped");

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use super::scripted::{Fault, Scripted, Seen};
+use super::scripted::{Fault, Scripted, Search, Seen};
 use super::*;
 
 /// Longest wait for everything to be shipped: a dozen pauses of the shipper on a busy machine.
@@ -210,7 +210,7 @@ async fn while_it_is_away_nothing_waits_and_followers_see_what_happens() {
     let (shipper, stop) = (yard.shipper(), CancellationToken::new());
     let task = tokio::spawn(shipper.clone().run(stop.clone()));
     let elastic = yard.elastic(&[]);
-    let search = ElasticsearchSearch::new(elastic, yard.journal.clone(), shipper.clone());
+    let search = ElasticsearchSearch::new(elastic, yard.journal.clone(), shipper.clone(), None);
     let mut live = search.follow(LogQuery {
         q: Some("line".to_owned()),
         ..LogQuery::default()
@@ -328,5 +328,54 @@ async fn each_way_in_is_shown_to_the_server() {
         task.await.unwrap();
         let shown = yard.server.with(|seen| seen.authorization.clone());
         assert_eq!(shown.as_deref(), expected);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_made_anew_gets_its_templates_and_what_the_journal_has() {
+    let yard = Yard::new().await;
+    let (shipper, stop) = (yard.shipper(), CancellationToken::new());
+    let task = tokio::spawn(shipper.clone().run(stop.clone()));
+    let first = yard.fill(lines(50)).await;
+    until(|| shipper.position() >= first).await;
+    until(|| yard.server.with(|seen| !seen.journals.is_empty())).await;
+    yard.server.with(Seen::wipe);
+    // Noticed while nothing happens,
+    until(|| yard.server.with(|seen| seen.documents.len() >= 52)).await;
+    assert_eq!(yard.server.with(|seen| seen.put.len()), 2);
+    yard.assert_all_there_once().await;
+    // and not mistaken for templates that alone were removed.
+    until(|| yard.server.with(|seen| !seen.journals.is_empty())).await;
+    yard.server.with(|seen| {
+        seen.put.clear();
+        seen.documents.clear();
+    });
+    until(|| yard.server.with(|seen| seen.put.len() == 2)).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(yard.server.with(|seen| seen.documents.len()), 0);
+    let last = yard.fill(lines(10)).await;
+    until(|| shipper.position() >= last).await;
+    assert_eq!(yard.server.with(|seen| seen.documents.len()), 12);
+    stop.cancel();
+    task.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_search_is_called_slow_wherever_it_is_given_up() {
+    let yard = Yard::new().await;
+    let shipper = yard.shipper();
+    let search = ElasticsearchSearch::new(yard.elastic(&[]), yard.journal.clone(), shipper, None);
+    // Positive control.
+    assert!(search.query(LogQuery::default()).await.is_ok());
+    for slow in [Search::GivenUp, Search::Hangs] {
+        yard.server.with(|seen| seen.search = slow);
+        // What is known of other servers is asked for again.
+        tokio::time::sleep(Duration::from_millis(1_100)).await;
+        let error = search.query(LogQuery::default()).await.unwrap_err();
+        assert!(
+            matches!(error, SearchError::Slow { .. }),
+            "{slow:?}: {error}"
+        );
+        assert!(!error.to_string().contains("ELASTICSEARCH_HOST"));
     }
 }

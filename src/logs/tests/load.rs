@@ -15,8 +15,10 @@ use super::super::elasticsearch::{Method, Payload};
 use super::super::shipper::{Batch, Origin};
 use super::*;
 
-/// Lines of one measurement.
-const LINES: usize = 200_000;
+/// Lines of one measurement: seconds of work.
+const LINES: usize = 60_000;
+/// Pairs of measurements, one of each side in turn: a machine whose speed drifts slows both.
+const PAIRS: usize = 5;
 /// Longest of all waits here: the slowest setting on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -143,29 +145,34 @@ async fn the_shipper_is_nearly_as_fast_as_a_loader_that_only_sends() {
     let journal = journal_of(&dir, LINES, line).await;
     // The server's own compiler warms up.
     raw_rate(&journal, 2 << 20, 3).await;
-    let mut best = 0_f64;
-    for (bytes, at_once) in [
+    let (mut best, mut best_rate) = ((2 << 20, 3), 0_f64);
+    for setting in [
         (1 << 20, 2),
         (2 << 20, 2),
         (2 << 20, 3),
         (5 << 20, 2),
         (5 << 20, 4),
     ] {
-        let rate = raw_rate(&journal, bytes, at_once).await;
+        let rate = raw_rate(&journal, setting.0, setting.1).await;
         println!(
-            "raw loader, {} MiB x {at_once}: {rate:.0} lines/s",
-            bytes >> 20
+            "raw loader, {} MiB x {}: {rate:.0} lines/s",
+            setting.0 >> 20,
+            setting.1
         );
-        best = best.max(rate);
+        if rate > best_rate {
+            (best, best_rate) = (setting, rate);
+        }
     }
-    let mut ours = 0_f64;
-    for _ in 0..3 {
-        let rate = shipped_rate(&journal).await;
-        println!("shipper: {rate:.0} lines/s");
-        ours = ours.max(rate);
+    let mut ratios = Vec::new();
+    for _ in 0..PAIRS {
+        let raw = raw_rate(&journal, best.0, best.1).await;
+        let ours = shipped_rate(&journal).await;
+        println!("raw loader at its best: {raw:.0} lines/s, shipper: {ours:.0} lines/s");
+        ratios.push(ours / raw);
     }
-    println!("shipper / best raw loader: {:.2}", ours / best);
-    assert!(ours >= 0.85 * best);
+    let ratio = quantile(&mut ratios, 0.5);
+    println!("shipper / best raw loader, median of {PAIRS} pairs: {ratio:.2}");
+    assert!(ratio >= 0.85);
 }
 
 fn quantile(values: &mut [f64], q: f64) -> f64 {

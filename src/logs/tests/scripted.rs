@@ -51,6 +51,30 @@ pub(super) struct Seen {
     /// Templates and policies may not be changed.
     pub(super) read_only: bool,
     pub(super) authorization: Option<String>,
+    /// How far journals were shipped, as it was told.
+    pub(super) journals: BTreeMap<String, Value>,
+    pub(super) search: Search,
+}
+
+/// How a search goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Search {
+    /// Nothing is found.
+    #[default]
+    Empty,
+    /// It is given up there.
+    GivenUp,
+    /// No answer comes.
+    Hangs,
+}
+
+impl Seen {
+    /// Forgets everything, as another server in its place would not know it.
+    pub(super) fn wipe(&mut self) {
+        self.documents.clear();
+        self.put.clear();
+        self.journals.clear();
+    }
 }
 
 #[derive(Clone, Default)]
@@ -148,8 +172,35 @@ async fn other(
     Path(path): Path<String>,
     body: Bytes,
 ) -> Response {
+    let searches = path.ends_with("_search");
+    if searches && server.with(|seen| seen.search) == Search::Hangs {
+        std::future::pending::<()>().await;
+    }
     server.with(|seen| match (method, path.as_str()) {
-        (Method::PUT, _) if path.contains("_doc/") => axum::Json(json!({})).into_response(),
+        (Method::PUT, _) if path.contains("_doc/") => {
+            let document = serde_json::from_slice(&body).unwrap();
+            seen.journals.insert(path, document);
+            axum::Json(json!({})).into_response()
+        }
+        (Method::GET, _) if path.contains("_doc/") => match seen.journals.get(&path) {
+            Some(document) => axum::Json(document.clone()).into_response(),
+            None => StatusCode::NOT_FOUND.into_response(),
+        },
+        (Method::POST, _) if path.ends_with("_refresh") => axum::Json(json!({})).into_response(),
+        (Method::POST, _) if searches => {
+            let given_up = seen.search == Search::GivenUp;
+            let found =
+                json!({"timed_out": given_up, "_shards": {"failed": 0}, "hits": {"hits": []}});
+            axum::Json(found).into_response()
+        }
+        (Method::GET, "_index_template/gantry-*") => {
+            let names = seen
+                .put
+                .keys()
+                .filter_map(|path| path.strip_prefix("_index_template/"));
+            let found: Vec<Value> = names.map(|name| json!({"name": name})).collect();
+            axum::Json(json!({"index_templates": found})).into_response()
+        }
         (Method::PUT, _) if seen.read_only => StatusCode::FORBIDDEN.into_response(),
         (Method::PUT, _) => {
             seen.put
@@ -157,8 +208,8 @@ async fn other(
             axum::Json(json!({"acknowledged": true})).into_response()
         }
         (_, "_ilm/status") if !seen.full => StatusCode::METHOD_NOT_ALLOWED.into_response(),
-        (_, "_data_stream") if !seen.full => StatusCode::BAD_REQUEST.into_response(),
-        (_, "_ilm/status" | "_data_stream") => axum::Json(json!({})).into_response(),
+        (_, "_data_stream/gantry-logs-*") if !seen.full => StatusCode::BAD_REQUEST.into_response(),
+        (_, "_ilm/status" | "_data_stream/gantry-logs-*") => axum::Json(json!({})).into_response(),
         (Method::GET, _) => match seen.put.get(&path) {
             Some(body) => {
                 let found = json!({"index_templates": [{"index_template": body}]});

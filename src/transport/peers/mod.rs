@@ -7,6 +7,7 @@
 //! second run.
 
 mod claims;
+mod follow;
 mod routes;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,6 +32,7 @@ use crate::config::PeersConfig;
 use crate::model::{Problem, ReplId, SubmissionId};
 pub use claims::Claim;
 use claims::Claims;
+pub use follow::Replicas;
 pub use routes::routes;
 
 /// How often each replica is greeted: a key made or revoked on one counts on all within this.

@@ -8,7 +8,7 @@ use axum::extract::{FromRequestParts, State};
 use axum::http::request::Parts;
 use axum::routing::post;
 
-use super::{Answer, Credential, Greeted, Greeting, KeyOf, Kind, Question};
+use super::{Answer, Credential, Greeted, Greeting, KeyOf, Kind, Question, follow};
 use crate::transport::Edge;
 use crate::transport::body::Json;
 use crate::transport::caller;
@@ -20,10 +20,11 @@ pub fn routes() -> Router<Arc<Edge>> {
         .route("/peer/hello", post(hello))
         .route("/peer/ask", post(ask))
         .route("/peer/credential", post(credential))
+        .route("/peer/follow", post(follow::follow))
 }
 
 /// A request of another replica's.
-struct FromPeer;
+pub struct FromPeer;
 
 impl FromRequestParts<Arc<Edge>> for FromPeer {
     type Rejection = HttpProblem;

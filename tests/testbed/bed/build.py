@@ -28,7 +28,7 @@ PROGRAMS = {
 PACKAGES = {
     "etcd": "etcd-server", "containerd": "containerd", "runc": "runc", "ip": "iproute2", "nft": "nftables",
     "iptables": "iptables", "conntrack": "conntrack", "go": "golang-go", "debootstrap": "debootstrap", "buildah": "buildah",
-    "openssl": "openssl", "setpriv": "util-linux", "java": "openjdk-17-jre-headless", "mvn": "maven", "cc": "build-essential",
+    "openssl": "openssl", "setpriv": "util-linux", "java": "openjdk-17-jre-headless", "javac": "openjdk-17-jdk-headless", "mvn": "maven", "cc": "build-essential",
     "sysctl": "procps", "mkfs.ext4": "e2fsprogs",
 }
 

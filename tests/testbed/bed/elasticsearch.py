@@ -41,46 +41,55 @@ def request(method, path, body=None, content_type="application/json", seconds=30
 
 
 def configure(security):
-    source = build.elasticsearch()
-    shutil.rmtree(HOME / "config", ignore_errors=True)
-    for folder in ("config", "data", "logs", "tmp"):
-        (HOME / folder).mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source / "config", HOME / "config", dirs_exist_ok=True)
-    settings = {
-        "cluster.name": "testbed", "node.name": "testbed", "discovery.type": "single-node",
-        "path.data": str(HOME / "data"), "path.logs": str(HOME / "logs"),
+    write_configuration(HOME, {
         "network.host": HOST, "http.port": ELASTICSEARCH_PORT, "transport.port": ELASTICSEARCH_TRANSPORT_PORT,
         "xpack.security.enabled": security, "xpack.security.http.ssl.enabled": False,
+    })
+    (HOME / "secure").touch() if security else (HOME / "secure").unlink(missing_ok=True)
+
+
+def write_configuration(home, own):
+    """A server's folder with these settings besides the usual ones, ready to be started in."""
+    source = build.elasticsearch()
+    shutil.rmtree(home / "config", ignore_errors=True)
+    for folder in ("config", "data", "logs", "tmp"):
+        (home / folder).mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source / "config", home / "config", dirs_exist_ok=True)
+    settings = {
+        "cluster.name": "testbed", "node.name": "testbed", "discovery.type": "single-node",
+        "path.data": str(home / "data"), "path.logs": str(home / "logs"),
         "xpack.security.transport.ssl.enabled": False, "xpack.security.enrollment.enabled": False,
         # The machine's disk is the developer's: its fill level is no reason to refuse documents here.
         "cluster.routing.allocation.disk.threshold_enabled": False,
+        **own,
     }
     lines = (f"{name}: {json.dumps(value)}" for name, value in settings.items())
-    (HOME / "config" / "elasticsearch.yml").write_text("\n".join(lines) + "\n")
+    (home / "config" / "elasticsearch.yml").write_text("\n".join(lines) + "\n")
     # The quick compiler and the simple collector: ready in a third of the time on two cores.
-    (HOME / "config" / "jvm.options.d").mkdir(exist_ok=True)
-    (HOME / "config" / "jvm.options").write_text(
+    (home / "config" / "jvm.options.d").mkdir(exist_ok=True)
+    (home / "config" / "jvm.options").write_text(
         f"-Xms{HEAP}\n-Xmx{HEAP}\n-XX:+UseSerialGC\n-XX:TieredStopAtLevel=1\n-XX:+ExitOnOutOfMemoryError\n"
         # Every module may read the folder for temporary files, and none may read the programs: with /tmp here,
         # a copy of the project below /tmp would not start.
-        f"-Djava.io.tmpdir={HOME}/tmp\n"
-        f"-XX:ErrorFile={HOME}/logs/hs_err_pid%p.log\n"
+        f"-Djava.io.tmpdir={home}/tmp\n"
+        f"-XX:ErrorFile={home}/logs/hs_err_pid%p.log\n"
     )
-    (HOME / "secure").touch() if security else (HOME / "secure").unlink(missing_ok=True)
+    security = settings["xpack.security.enabled"]
     if security and not (source / "modules" / "x-pack-security").exists():
         raise BedError("this build of Elasticsearch has no x-pack-security module: --secure cannot be had")
     if security:
         keystore = source / "bin" / "elasticsearch-keystore"
-        run([keystore, "create"], env={**os.environ, **environment()})
-        run([keystore, "add", "--stdin", "bootstrap.password"], input=ELASTICSEARCH_PASSWORD, env={**os.environ, **environment()})
-    run(["chown", "-R", f"{USER}:{USER}", HOME])
+        variables = {**os.environ, **environment(home)}
+        run([keystore, "create"], env=variables)
+        run([keystore, "add", "--stdin", "bootstrap.password"], input=ELASTICSEARCH_PASSWORD, env=variables)
+    run(["chown", "-R", f"{USER}:{USER}", home])
 
 
-def environment():
+def environment(home=HOME):
     java = os.path.dirname(os.path.dirname(os.path.realpath(installed("java"))))
     return {
-        "ES_JAVA_HOME": java, "ES_PATH_CONF": str(HOME / "config"), "ES_TMPDIR": str(HOME / "tmp"),
-        "HOME": str(HOME), "CLI_JAVA_OPTS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+        "ES_JAVA_HOME": java, "ES_PATH_CONF": str(home / "config"), "ES_TMPDIR": str(home / "tmp"),
+        "HOME": str(home), "CLI_JAVA_OPTS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
     }
 
 
