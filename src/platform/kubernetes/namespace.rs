@@ -260,7 +260,24 @@ impl Namespaces {
 
     /// Makes the user's namespace be as it should; asks nobody when it is.
     pub async fn ensure(&self, user: &UserId) -> Result<(), Failure> {
-        if self.wrong(user).is_empty() {
+        self.put_right(user, |_| true).await
+    }
+
+    /// Makes it as far as a pod needs it: closed, and with accounts. The bounds may come after the
+    /// first pod: a new quota takes the cluster a while to count, in which it lets nothing in.
+    pub async fn ensure_closed(&self, user: &UserId) -> Result<(), Failure> {
+        let bounds = [Kind::ResourceQuota, Kind::LimitRange];
+        self.put_right(user, |kind| !bounds.contains(&kind)).await
+    }
+
+    /// Makes everything of these kinds be as it should.
+    async fn put_right(&self, user: &UserId, of: impl Fn(Kind) -> bool) -> Result<(), Failure> {
+        let wrong = || {
+            let mut wrong = self.wrong(user);
+            wrong.retain(|manifest| of(manifest.kind));
+            wrong
+        };
+        if wrong().is_empty() {
             return Ok(());
         }
         let repairing = {
@@ -272,7 +289,7 @@ impl Namespaces {
             Arc::clone(repairing.entry(user.clone()).or_default())
         };
         let _one = repairing.lock().await;
-        let wrong = self.wrong(user);
+        let wrong = wrong();
         let (namespace, parts): (Vec<_>, Vec<_>) =
             wrong.into_iter().partition(|m| m.kind == Kind::Namespace);
         for manifest in &namespace {

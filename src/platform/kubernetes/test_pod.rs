@@ -233,8 +233,13 @@ impl TestPods {
         };
         let _one = making.lock().await;
         let refused = |failure: Failure| failure.unavailable("The test pod could not be made");
-        self.namespaces.ensure(user).await.map_err(refused)?;
+        let closed = self.namespaces.ensure_closed(user).await;
+        closed.map_err(refused)?;
         let mut now = self.follow(user);
+        if now.borrow().is_none() {
+            self.create(user, deadline).await?;
+        }
+        self.namespaces.ensure(user).await.map_err(refused)?;
         let mut waiting_since = Instant::now();
         let mut made_anew = false;
         loop {
