@@ -5,14 +5,19 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use axum::http::Request;
+use axum::http::header::HOST;
+use bytes::Bytes;
 use futures_util::{AsyncBufReadExt, TryStreamExt};
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 use kube::api::LogParams;
 use kube::{Api, ResourceExt};
 use serde::Deserialize;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -38,7 +43,7 @@ const DIAL: Duration = Duration::from_secs(10);
 const ANSWER: Duration = Duration::from_secs(2);
 
 /// Largest such answer.
-const MAX_ANSWER: u64 = 16 << 10;
+const MAX_ANSWER: usize = 16 << 10;
 
 /// Pause before a log that ended is followed again, while its container still runs.
 const FOLLOW_AGAIN: Duration = Duration::from_secs(2);
@@ -257,16 +262,30 @@ impl Programs {
     }
 
     async fn answer(&self, pod: &Pod) -> Result<Said, String> {
-        let mut stream = self.forward(pod, RUNNER_PORT).await?;
-        let request = b"GET /state HTTP/1.0\r\nHost: runner\r\nConnection: close\r\n\r\n";
-        stream.write_all(request).await.map_err(|e| e.to_string())?;
-        let mut answer = Vec::new();
-        let mut stream = stream.take(MAX_ANSWER);
-        let read = stream.read_to_end(&mut answer);
-        read.await.map_err(|e| e.to_string())?;
-        let text = String::from_utf8_lossy(&answer);
-        let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
-        serde_json::from_str(body).map_err(|error| format!("{error}: {body:?}"))
+        let stream = self.forward(pod, RUNNER_PORT).await?;
+        let handshake = http1::handshake(TokioIo::new(stream)).await;
+        let (mut sender, connection) = handshake.map_err(|e| e.to_string())?;
+        let request = Request::get("/state").header(HOST, "runner");
+        let request = request.body(Empty::<Bytes>::new());
+        let request = request.map_err(|e| e.to_string())?;
+        let answer = async {
+            let answer = sender.send_request(request).await;
+            let body = answer.map_err(|e| e.to_string())?.into_body();
+            let body = Limited::new(body, MAX_ANSWER).collect().await;
+            let body = body.map_err(|e| e.to_string())?.to_bytes();
+            let broken = |error| format!("{error}: {:?}", String::from_utf8_lossy(&body));
+            serde_json::from_slice(&body).map_err(broken)
+        };
+        // The answer is complete by its length. The way out of a pod tells of a connection's end a
+        // second late; what breaks it comes out at the request.
+        let carried = async {
+            let _ = connection.await;
+            std::future::pending().await
+        };
+        tokio::select! {
+            answer = answer => answer,
+            never = carried => never,
+        }
     }
 
     /// Begins to follow pods that come, and forgets those that go.
