@@ -2,9 +2,10 @@
 import { signal, batch } from "./vendor/preact.js";
 import { api, logsUrl } from "./api.js";
 
-const PAGE = 200;
-/** Pages fetched before the person has to ask for more: enough for one submission, bounded for a whole history. */
-const FIRST_PAGES = 5;
+/** The most that the server gives at once. */
+const PAGE = 1_000;
+/** Pages fetched before the person has to ask for more: what came meanwhile, bounded. */
+const FIRST_PAGES = 2;
 /** Records kept in the page; older ones leave from the top. */
 const MAX_SHOWN = 1_500;
 /** Following redraws this often at most. */
@@ -28,7 +29,12 @@ export class LogFeed {
     this.problem = signal(null);
     this.loading = signal(true);
     this.more = signal(false);
+    /** Records that were shown and left the page, because newer ones came. */
     this.dropped = signal(0);
+    /** There are matches from before the first page. */
+    this.older = signal(false);
+    /** Came, and were not whole. */
+    this.unread = signal(0);
     this.paused = false;
     this.following = false;
     this.waiting = [];
@@ -44,6 +50,8 @@ export class LogFeed {
       for (let i = 0; i < pages; i++) {
         const page = await api.logs({ ...this.filter, limit: PAGE, after: this.cursor }, this.abort.signal);
         const records = page.records ?? [];
+        // The first page is the newest one.
+        if (this.cursor === null) this.older.value = records.length >= PAGE;
         this.show(records.filter((record) => this.isNew(record)));
         const moved = page.next != null && page.next !== this.cursor;
         this.cursor = page.next ?? this.cursor;
@@ -70,6 +78,7 @@ export class LogFeed {
       try {
         record = JSON.parse(data);
       } catch {
+        this.unread.value += 1;
         return;
       }
       if (lastEventId) this.cursor = lastEventId;
@@ -113,6 +122,8 @@ export class LogFeed {
   flush() {
     if (this.paused) {
       this.pending.value = this.came;
+      // Counted as if they had been shown: they are missing from the page all the same.
+      this.dropped.value += Math.max(0, this.waiting.length - MAX_SHOWN);
       this.waiting = this.waiting.slice(-MAX_SHOWN);
       return;
     }

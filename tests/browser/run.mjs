@@ -4,6 +4,7 @@
 //
 // Screenshots go to $GANTRY_SCREENSHOTS or a temporary folder, whose name is printed.
 import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { moduleChecks } from "./modules.mjs";
 import { Checks, Server, WAIT_MS, launchBrowser, screenshotFolder, sleep, watch } from "./harness.mjs";
@@ -265,16 +266,80 @@ async function logChecks() {
     await shot("logs-search");
     await byId("log-search").fill("");
   });
-  await checks.check("every level that can be chosen is one the server knows", async () => {
-    const list = byId("log-level");
-    const levels = await list.locator("option").evaluateAll((options) => options.map((option) => option.value).filter(Boolean));
-    assert.ok(levels.length > 1);
-    for (const level of levels) {
-      const answered = page.waitForResponse((response) => response.url().includes(`level=${level}`));
-      await list.selectOption(level);
-      assert.equal((await answered).status(), 200, level);
+  await checks.check("every level and step that can be chosen is one the server knows", async () => {
+    for (const [parameter, group] of [["level", "Level"], ["step", "Step"]]) {
+      const chips = page.getByRole("group", { name: group, exact: true }).locator(".chip");
+      const count = await chips.count();
+      assert.ok(count > 1);
+      for (let index = 0; index < count; index++) {
+        const chip = chips.nth(index);
+        const value = (await chip.getAttribute("data-testid")).replace("chip-", "");
+        const answered = page.waitForResponse((response) => response.url().includes(`${parameter}=${value}`));
+        await chip.click();
+        assert.equal((await answered).status(), 200, value);
+        assert.equal(await chip.getAttribute("aria-pressed"), "true");
+        await chip.click();
+        assert.equal(await chip.getAttribute("aria-pressed"), "false");
+      }
     }
-    await list.selectOption("");
+  });
+  await checks.check("the histogram counts what is shown, and a bar, a field's value and a link narrow to it", async () => {
+    const shown = () => page.locator(".log-row").count();
+    const query = () => new URLSearchParams(new URL(page.url()).hash.split("?")[1] ?? "");
+    await page.waitForFunction(() => document.querySelectorAll(".log-row").length > 5);
+    await page.waitForFunction(() => {
+      const total = Number(document.querySelector("[data-testid=histogram]").dataset.total);
+      return total === document.querySelectorAll(".log-row").length;
+    });
+    const before = await shown();
+    assert.match(await byId("log-count").textContent(), new RegExp(`^${before} records shown$`));
+    await page.locator(".bar:not(:disabled)").first().click();
+    await byId("chip-time").waitFor();
+    await page.waitForFunction((before) => {
+      const rows = document.querySelectorAll(".log-row").length;
+      return rows > 0 && rows < before;
+    }, before);
+    assert.ok(query().get("since") && query().get("until"), "the time stands in the address");
+    await shot("logs-histogram");
+    await byId("chip-time").click();
+    await page.waitForFunction((before) => document.querySelectorAll(".log-row").length >= before, before);
+
+    await page.locator(".log-line", { hasText: "submission.received" }).first().click();
+    const step = await page.locator(".log-fields").textContent();
+    assert.match(step, /submission\.received/);
+    await byId("only-gantry.submission_id").click();
+    await page.waitForFunction((before) => {
+      const rows = document.querySelectorAll(".log-row").length;
+      return rows > 1 && rows < before;
+    }, before);
+    const wanted = query().get("submission_id");
+    assert.ok(wanted);
+    // The address alone shows the same to somebody else.
+    const other = await page.context().newPage();
+    await other.goto(page.url());
+    await other.waitForFunction((rows) => document.querySelectorAll(".log-row").length === rows, await shown());
+    await other.close();
+
+    await page.locator(".log-line").first().click();
+    await byId("record-link").first().click();
+    await page.waitForFunction(() => document.querySelectorAll(".log-row").length === 1);
+    await openTab("run");
+    await openTab("logs");
+    await page.waitForFunction((before) => document.querySelectorAll(".log-row").length >= before, before);
+  });
+  await checks.check("what is shown can be saved, one record a line", async () => {
+    await byId("chip-warn").click();
+    await page.waitForFunction(() => {
+      const rows = [...document.querySelectorAll(".log-row")];
+      return rows.length > 0 && rows.every((row) => row.classList.contains("warn"));
+    });
+    const shown = await page.locator(".log-row").count();
+    const [saved] = await Promise.all([page.waitForEvent("download"), byId("log-download").click()]);
+    assert.match(saved.suggestedFilename(), /^gantry-logs-.*\.ndjson$/);
+    const lines = readFileSync(await saved.path(), "utf8").trimEnd().split("\n").map((line) => JSON.parse(line));
+    assert.equal(lines.length, shown);
+    assert.ok(lines.every((record) => record["log.level"] === "warn"));
+    await byId("chip-warn").click();
   });
   await checks.check("following pauses on scrolling up and jumps back to the end", async () => {
     const atEnd = () => page.evaluate(() => {
