@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot};
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, timeout};
 
 use super::confine::{Confinement, Identity, Reach};
@@ -205,6 +205,9 @@ struct FreeSlot {
     parked: Option<Parked>,
 }
 
+/// An interpreter on its way for the next run.
+type Ahead = JoinHandle<Option<Parked>>;
+
 struct Agent {
     memory: MemoryGroup,
     config: AgentConfig,
@@ -312,7 +315,7 @@ impl Agent {
         for _ in 0..self.config.slots.min(2) {
             if let Some(slot) = self.make_slot() {
                 let this = Rc::clone(self);
-                tokio::task::spawn_local(async move { this.make_ready(slot).await });
+                tokio::task::spawn_local(async move { this.make_ready(slot, None).await });
             }
         }
     }
@@ -335,13 +338,10 @@ impl Agent {
     }
 
     /// Puts an empty slot back among the free ones, with a warm interpreter waiting in it.
-    async fn make_ready(&self, slot: Arc<Slot>) {
-        let parked = match self.park(&slot).await {
-            Ok(parked) => parked,
-            Err(error) => {
-                tracing::warn!(%error, "no warm interpreter; the next run starts cold");
-                None
-            }
+    async fn make_ready(&self, slot: Arc<Slot>, parked: Option<Parked>) {
+        let parked = match parked {
+            Some(parked) => Some(parked),
+            None => self.park_or_not(&slot).await,
         };
         self.free.borrow_mut().push_back(FreeSlot { slot, parked });
         self.slot_freed.notify_one();
@@ -362,6 +362,21 @@ impl Agent {
         if let Some(next) = free.iter_mut().find_map(|free| free.parked.as_mut()) {
             next.settle();
         }
+    }
+
+    /// With one slot the next run would wait for its interpreter: it comes while this one runs. It is
+    /// the runner's own until it gets a run; where all share one user id it would be this run's.
+    fn park_ahead(self: &Rc<Self>, slot: &Arc<Slot>) -> Option<Ahead> {
+        let waits = self.config.slots == 1 && slot.uid.is_some();
+        let (this, slot) = (Rc::clone(self), Arc::clone(slot));
+        waits.then(|| tokio::task::spawn_local(async move { this.park_or_not(&slot).await }))
+    }
+
+    async fn park_or_not(&self, slot: &Slot) -> Option<Parked> {
+        self.park(slot).await.unwrap_or_else(|error| {
+            tracing::warn!(%error, "no warm interpreter; the next run starts cold");
+            None
+        })
     }
 
     async fn park(&self, slot: &Slot) -> anyhow::Result<Option<Parked>> {
@@ -400,7 +415,7 @@ impl Agent {
                 return free;
             }
             if let Some(slot) = self.make_slot() {
-                let parked = self.park(&slot).await.ok().flatten();
+                let parked = self.park_or_not(&slot).await;
                 return FreeSlot { slot, parked };
             }
             freed.await;
@@ -536,7 +551,9 @@ impl Agent {
         let known = |pid: i32| vec![self.interpreter_pid.get(), pid];
         let kills = self.memory.kills();
         let orphans = self.exits.orphans(slot.uid.unwrap_or(0));
-        let report = match self.launch(&job, &slot, parked).await {
+        let launched = self.launch(&job, &slot, parked).await;
+        let next = self.park_ahead(&slot);
+        let report = match launched {
             Ok(program) => {
                 // Where all share one user id, only the job's own process tree is its own.
                 let tree = slot.tree(known(0));
@@ -557,7 +574,7 @@ impl Agent {
             Err(error) => not_started(&format!("{error:#}")),
         };
         self.end(&log, report);
-        self.recycle(slot, known(0)).await;
+        self.recycle(slot, known(0), next).await;
     }
 
     fn end(&self, log: &Rc<JobLog>, report: RunReport) {
@@ -628,7 +645,7 @@ impl Agent {
     }
 
     /// Ends what is left of a job and makes its slot ready for the next.
-    async fn recycle(&self, slot: Arc<Slot>, known: Vec<i32>) {
+    async fn recycle(&self, slot: Arc<Slot>, known: Vec<i32>, next: Option<Ahead>) {
         if let Err(error) = slot.tree(known).kill(SLOT_PATIENCE).await {
             // A slot with a living process in it is lost; the others go on.
             tracing::error!(slot = slot.index, %error, "the slot is given up");
@@ -639,7 +656,13 @@ impl Agent {
         let emptied = Arc::clone(&slot);
         let wiped = tokio::task::spawn_blocking(move || emptied.wipe()).await;
         match wiped.map_err(io::Error::other).flatten() {
-            Ok(()) => self.make_ready(slot).await,
+            Ok(()) => {
+                let parked = match next {
+                    Some(next) => next.await.ok().flatten(),
+                    None => None,
+                };
+                self.make_ready(slot, parked).await;
+            }
             Err(error) => {
                 tracing::error!(slot = slot.index, %error, "the slot could not be emptied and is given up");
             }

@@ -128,25 +128,13 @@ def _serve():
             control.send(b"exit %d %d %d %d" % (pid, status, cpu, usage.ru_maxrss))
 
     def be_parked(uid, fds):
-        """In the child: become the slot's user in the slot's root and wait. Returns when a run
-        has come."""
+        """In the child: wait, and when a run has come become the slot's user in the slot's root. Not
+        before: until then the slot may be another run's."""
         root, stdin, stdout, stderr, run = fds
         for source, target in ((stdin, 0), (stdout, 1), (stderr, 2)):
             posix.dup2(source, target)
             posix.close(source)
-        if root >= 0:
-            posix.fchdir(root)
-            posix.chroot(".")
-            posix.close(root)
-        if uid >= 0:
-            posix.setgroups([])
-            posix.setresgid(uid, uid, uid)
-            posix.setresuid(uid, uid, uid)
-        posix.chdir(workspace)
         posix.setsid()
-        if prctl is not None:
-            PR_SET_DUMPABLE = 4
-            prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
         posix.write(run, b"R")
         data = b""
         while len(data) < 4 or len(data) < 4 + int.from_bytes(data[:4], "little"):
@@ -158,6 +146,18 @@ def _serve():
                 data = data[4:]
                 own_memory(run)
         posix.close(run)
+        if root >= 0:
+            posix.fchdir(root)
+            posix.chroot(".")
+            posix.close(root)
+        if uid >= 0:
+            posix.setgroups([])
+            posix.setresgid(uid, uid, uid)
+            posix.setresuid(uid, uid, uid)
+        posix.chdir(workspace)
+        if prctl is not None:
+            PR_SET_DUMPABLE = 4
+            prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
         texts = data[4:].split(b"\0")
         for limit in texts[0].split():
             which, _, value = limit.partition(b"=")
