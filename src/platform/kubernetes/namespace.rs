@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::cache::{Cache, Changed, WATCH_LAG, Watched};
 use super::cluster::{Cluster, Failure, Kind, Manifest};
-use super::labels::{APP, DATABASE, MANAGED, PROD, REPL, USED, USER, of_user};
+use super::labels::{APP, DATABASE, MANAGED, REPL, USED, USER, of_user};
 use crate::model::UserId;
 
 /// The service account of test pods; it may do nothing and has no token.
@@ -122,7 +122,11 @@ fn limit_range(user: &UserId) -> Manifest {
 /// Nobody speaks to anybody, but for: callers to programs, programs to the internet, to their own
 /// database, to names, and to the code store. Test pods get nothing at all.
 fn policies(user: &UserId, surroundings: &Surroundings) -> Vec<Manifest> {
-    let prod = json!({ "matchLabels": { APP: PROD } });
+    // By the repl: what a template of one's own calls its pods is its own affair.
+    let prod = json!({ "matchExpressions": [
+        { "key": REPL, "operator": "Exists" },
+        { "key": APP, "operator": "NotIn", "values": [DATABASE] },
+    ] });
     let database = json!({ "matchLabels": { APP: DATABASE } });
     let policy =
         |name: &str, spec: Value| part(Kind::NetworkPolicy, user, name, json!({ "spec": spec }));
@@ -142,7 +146,7 @@ fn policies(user: &UserId, surroundings: &Surroundings) -> Vec<Manifest> {
     let strangers = json!({ "matchExpressions": [{ "key": USER, "operator": "DoesNotExist" }] });
     let callers = json!({
         "from": [{ "namespaceSelector": strangers }],
-        "ports": [port("TCP", 3_000), port("TCP", 3_001)],
+        "ports": [port("TCP", 3_000), port("TCP", 3_001), port("TCP", 3_002)],
     });
     let own_programs = json!({
         "from": [{ "podSelector": prod }],
@@ -516,7 +520,12 @@ mod tests {
         assert_eq!(closed["podSelector"], json!({}));
         assert!(closed.get("ingress").is_none() && closed.get("egress").is_none());
         for open in &policies[1..] {
-            assert!(open.body["spec"]["podSelector"]["matchLabels"][APP].is_string());
+            let selector = &open.body["spec"]["podSelector"];
+            let database = selector["matchLabels"][APP] == DATABASE;
+            let of_a_repl =
+                selector["matchExpressions"][0] == json!({ "key": REPL, "operator": "Exists" });
+            // Test pods are of no repl.
+            assert!(database || of_a_repl, "{selector}");
         }
     }
 

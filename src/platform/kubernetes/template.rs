@@ -203,6 +203,37 @@ mod tests {
     }
 
     #[test]
+    fn the_examples_can_be_used_and_keep_what_is_theirs() {
+        let aws_cli = include_str!("../../../infrastructure/examples/aws-cli.yaml");
+        let by_account = include_str!("../../../infrastructure/examples/service-account.yaml");
+        let mut words = words("shop");
+        for word in WORDS {
+            words.insert(word, "x".to_owned());
+        }
+        for text in [aws_cli, by_account] {
+            let template = Template::parse(text).unwrap();
+            assert!(template.unsupported.is_empty());
+            let filled = template.fill(&words);
+            let kinds: Vec<Kind> = filled.iter().map(|manifest| manifest.kind).collect();
+            assert_eq!(kinds, [Kind::Service, Kind::Deployment, Kind::Ingress]);
+            let text = format!("{filled:?}");
+            assert!(
+                !text.contains("${") && !text.contains(SERVICE_NAME),
+                "{text}"
+            );
+            assert!(text.contains("amazon/aws-cli"));
+        }
+        let filled = Template::parse(aws_cli).unwrap().fill(&words);
+        let init = &filled[1].body["spec"]["template"]["spec"]["initContainers"][0];
+        let copy = "aws s3 cp s3://gantry-code/code/shop/ /workspace/ --recursive";
+        assert_eq!(init["args"][0], copy);
+        assert_eq!(
+            filled[2].body["spec"]["rules"][0]["host"],
+            "shop.terminals.example"
+        );
+    }
+
+    #[test]
     fn what_is_wrong_with_a_template_is_said() {
         let wrong = |text: &str| Template::parse(text).unwrap_err();
         assert!(wrong("a: [").contains("not YAML"));
