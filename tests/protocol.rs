@@ -160,7 +160,10 @@ async fn foreign_hosts_and_origins_are_refused() {
         (format!("localhost:{port}"), 200),
         ("evil.example".to_owned(), 403),
         (format!("evil.example:{port}"), 403),
-        (format!("a.localhost:{port}"), 403),
+        (format!("a.b.localhost:{port}"), 403),
+        (format!("not_a_repl.localhost:{port}"), 403),
+        // The host of a repl's runner, and no way to the API.
+        (format!("no-such-repl.localhost:{port}"), 404),
         (String::new(), 403),
         (format!("no-such-repl.apps.localhost:{port}"), 404),
     ] {

@@ -37,8 +37,15 @@ async fn post(server: &Server, key: &str, path: &str, body: &Value) -> (u16, Val
     (status, answer.json().await.unwrap())
 }
 
+/// The ticket in a terminal's URL is another one each time.
 async fn start(server: &Server, body: Value) -> (u16, Value) {
-    post(server, &server.admin, "/start", &body).await
+    let (status, mut told) = post(server, &server.admin, "/start", &body).await;
+    if let Some(url) = told["terminalUrl"].as_str() {
+        let (url, ticket) = url.split_once("?ticket=").unwrap();
+        assert!(ticket.len() > 64, "{ticket}");
+        told["terminalUrl"] = format!("{url}?ticket=").into();
+    }
+    (status, told)
 }
 
 async fn stop(server: &Server, repl: &str) {
@@ -105,7 +112,7 @@ async fn start_and_stop_reply_as_the_contract_says() {
             "success": true, "podCreated": created, "message": "Resources created successfully",
             "replId": "shop", "namespace": "user-ann",
             "url": format!("http://shop.apps.localhost:{port}/"),
-            "terminalUrl": format!("ws://shop.localhost:{port}/"),
+            "terminalUrl": format!("ws://shop.localhost:{port}/?ticket="),
         })
     };
     let by_user = json!({ "userId": "ann", "replId": "shop" });

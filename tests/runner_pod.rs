@@ -601,7 +601,11 @@ fn a_released_program_gets_the_port_and_its_pod_says_how_it_is() {
     let state = get(&pod, "127.0.0.1:3001", "/state").1;
     assert!(state.contains(r#""state":"serving""#), "{state}");
     assert_eq!(get(&pod, "127.0.0.1:3001", "/live").0, "200");
-    assert_eq!(get(&pod, "127.0.0.1:3001", "/else").0, "404");
+    // The rest of this port is for whoever has a ticket, and this pod was given no key for any.
+    for path in ["/else", "/", "/files", "/files/main.py"] {
+        assert_eq!(get(&pod, "127.0.0.1:3001", path).0, "401", "{path}");
+    }
+    assert_eq!(get(&pod, "198.18.0.7:3002", "/").1, "served");
     assert_eq!(get(&pod, "127.0.0.1:3000", "/runner").1, "['mine']");
     // It crashes after it served: the page, then again.
     get(&pod, "127.0.0.1:3000", "/crash");
@@ -610,6 +614,7 @@ fn a_released_program_gets_the_port_and_its_pod_says_how_it_is() {
         page.contains("exit code 9") && page.contains("starting up"),
         "{page}"
     );
+    assert_eq!(get(&pod, "198.18.0.7:3002", "/").0, "502");
     assert_eq!(get(&pod, "127.0.0.1:3001", "/ready").0, "503");
     comes_to(&pod, "127.0.0.1:3001", "/ready", "200");
     assert_eq!(get(&pod, "198.18.0.7:3000", "/").1, "served");

@@ -13,6 +13,7 @@ mod release;
 mod service;
 mod submission;
 mod tested;
+mod ticket;
 
 pub use event::{Ending, Event, OutputStream, Record, RunReport, Step, StepState};
 pub use id::{IdError, ReplId, ServiceName, SubmissionId, UserId};
@@ -29,3 +30,4 @@ pub use service::{
 };
 pub use submission::{Case, FieldError, RelativePath, Submission, SubmissionRequest, Tests};
 pub use tested::Tested;
+pub use ticket::TicketKey;

@@ -6,6 +6,7 @@ mod fit;
 mod junit;
 mod plan;
 mod queue;
+mod save;
 mod text;
 mod verdict;
 
@@ -24,6 +25,9 @@ use crate::storage::CodeStore;
 use control::Control;
 use course::{Course, History};
 use queue::FairQueue;
+use save::Saves;
+
+pub use save::{NotSaved, Saved};
 
 /// Submissions that may wait for their turn, of all users together. At the slowest, one run a
 /// minute and place, the last of them would wait for hours: better to say so at once.
@@ -88,6 +92,7 @@ struct Inner {
     queue: FairQueue,
     maximum: Limits,
     share: Share,
+    saves: Saves,
     under_way: Mutex<HashMap<SubmissionId, Arc<Control>>>,
     courses: TaskTracker,
 }
@@ -106,6 +111,7 @@ impl Pipeline {
                 queue: FairQueue::new(options.runs, options.runs_per_user),
                 maximum: options.maximum,
                 share: options.share.clone(),
+                saves: Saves::default(),
                 under_way: Mutex::default(),
                 courses: TaskTracker::new(),
                 journal,
@@ -129,6 +135,7 @@ impl Pipeline {
         }
         let this = self.clone();
         tokio::spawn(async move { this.follow_programs().await });
+        tokio::spawn(self.clone().keep_saving());
         Ok(())
     }
 
@@ -254,6 +261,15 @@ impl Pipeline {
     /// Stops the user's repl.
     pub async fn stop(&self, user: &UserId, repl: &ReplId) -> Result<(), PlatformError> {
         let was_there = self.inner.platform.owner(repl).await?.is_some();
+        match self.save(repl).await {
+            Ok(_) => {}
+            // What does not answer any more has nothing left to save.
+            Err(NotSaved::Gone(error)) => {
+                tracing::debug!(%repl, %error, "stopped without a last save");
+            }
+            Err(NotSaved::Failed(problem)) => return Err(PlatformError::Unavailable(problem)),
+        }
+        self.inner.saves.forget(repl);
         self.inner.platform.drop_repl(repl).await?;
         if was_there {
             self.note(user, repl, "repl.stopped", "Stopped".to_owned(), None)

@@ -16,7 +16,9 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use crate::model::{Event, Problem, Release, ReplId, ReplStatus, SubmissionId, Tested, UserId};
+use crate::model::{
+    Event, Problem, Release, ReplId, ReplStatus, SubmissionId, Tested, TicketKey, UserId,
+};
 
 pub use crate::runner::client::ByteStream;
 pub use services::{Services, ServicesError};
@@ -190,6 +192,12 @@ pub trait Platform: Send + Sync + fmt::Debug {
 
     /// A connection to the repl's program port, for the server's own reverse proxy.
     async fn dial(&self, repl: &ReplId) -> Result<Box<dyn ByteStream>, PlatformError>;
+
+    /// A connection to the port of the repl's runner: terminals and files, for whoever has a ticket.
+    async fn dial_runner(&self, repl: &ReplId) -> Result<Box<dyn ByteStream>, PlatformError>;
+
+    /// What tickets for the repl's runner are made with, as long as it runs.
+    async fn ticket_key(&self, repl: &ReplId) -> Result<TicketKey, PlatformError>;
 
     /// Services; `None` on a backend that has only one machine to run them on.
     fn services(&self) -> Option<Arc<dyn Services>> {

@@ -5,7 +5,7 @@
 //! code of a program that simply ended.
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::convert::Infallible;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::unix::pipe;
 use tokio::net::{TcpStream, UnixListener, UnixStream};
-use tokio::sync::{broadcast, mpsc};
+use tokio::sync::{Notify, broadcast, mpsc};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::agent::{AgentConfig, Exits, collect_children};
@@ -32,6 +32,7 @@ use super::process::signal as signal_process;
 use super::slot::{Ground, Slot, bind};
 use super::warm::pipes;
 use super::wire::{AppPort, FromApp, frames};
+use super::workspace::{self, Terminal, Workspace};
 use crate::model::{Ending, Limits, OutputStream};
 
 /// The port a released program listens on (design.md §5).
@@ -66,6 +67,14 @@ const LINE_PATIENCE: Duration = Duration::from_millis(20);
 const MOST_BYTES: u64 = 256 << 20;
 const MOST_FILES: usize = 10_000;
 
+/// Time a program gets between SIGTERM and SIGKILL when its user stops it, and how often it is looked at.
+const END_PATIENCE: Duration = Duration::from_secs(3);
+const END_PAUSE: Duration = Duration::from_millis(10);
+
+/// Why a release is not stopped and started by its runner's port.
+const NOT_A_WORKSPACE: &str =
+    "this is a release, which is what was tested: deploy another one, or stop it with POST /stop";
+
 /// How often a released program's memory is looked at.
 const MEASURE_EVERY: Duration = Duration::from_millis(500);
 
@@ -78,6 +87,8 @@ pub struct AppConfig {
     pub release: PathBuf,
     /// A folder that outlives releases, shown at the same place to the program.
     pub data: Option<PathBuf>,
+    /// Whose runner it is.
+    pub identity: workspace::Identity,
 }
 
 /// A program and its surroundings.
@@ -117,6 +128,11 @@ pub(super) struct App {
     watched: Cell<bool>,
     /// Its process, while there is one.
     process: Cell<Option<i32>>,
+    /// Sessions of terminals: they outlive the program.
+    spared: RefCell<BTreeSet<i32>>,
+    /// Told when it is to run once more, and whether it was.
+    wanted: Notify,
+    is_wanted: Cell<bool>,
     /// Takes what it writes, beside whoever watches: stdout, stderr.
     echo: Option<[File; 2]>,
 }
@@ -127,6 +143,7 @@ pub async fn run(config: AppConfig, listener: UnixListener) -> anyhow::Result<()
         program,
         release,
         data,
+        identity,
     } = config;
     let slot = Slot::create(&program.sandbox, 0)?;
     copy_release(&release, &slot)?;
@@ -139,11 +156,12 @@ pub async fn run(config: AppConfig, listener: UnixListener) -> anyhow::Result<()
         )?;
     }
     let app = App::new(program, slot, None)?;
+    let workspace = Workspace::new(Rc::clone(&app), Some(identity))?;
     loop {
         match timeout(FIRST_CONTACT, listener.accept()).await {
             Ok(accepted) => {
                 let (stream, _) = accepted?;
-                tokio::task::spawn_local(Rc::clone(&app).accept(stream));
+                tokio::task::spawn_local(Rc::clone(&app).accept(stream, Rc::clone(&workspace)));
             }
             // The server died between making this sandbox and watching it; nobody ever will.
             Err(_) if !app.watched.get() => return Ok(()),
@@ -203,17 +221,21 @@ impl App {
             events: broadcast::channel(1_024).0,
             watched: Cell::new(false),
             process: Cell::new(None),
+            spared: RefCell::default(),
+            wanted: Notify::new(),
+            is_wanted: Cell::new(false),
             echo,
             config,
         }))
     }
 
-    async fn accept(self: Rc<Self>, mut stream: UnixStream) {
+    async fn accept(self: Rc<Self>, mut stream: UnixStream, workspace: Rc<Workspace>) {
         let Ok(byte) = stream.read_u8().await else {
             return;
         };
         match AppPort::from_byte(byte) {
             Some(AppPort::Program) => self.show(stream).await,
+            Some(AppPort::Runner) => workspace.serve(stream, |_| None).await,
             Some(AppPort::Control) => {
                 let first = !self.watched.replace(true);
                 let events = self.events.subscribe();
@@ -231,7 +253,7 @@ impl App {
     }
 
     /// One caller: joined to the program when it listens, answered in its place otherwise.
-    async fn show(self: Rc<Self>, mut stream: UnixStream) {
+    pub(super) async fn show(self: Rc<Self>, mut stream: impl AsyncRead + AsyncWrite + Unpin) {
         if self.config.sandbox.network
             && let Ok(mut program) = TcpStream::connect(("127.0.0.1", PROGRAM_PORT)).await
         {
@@ -332,9 +354,88 @@ impl App {
         }
     }
 
+    /// Asks its first process to end, and then makes it.
+    pub(super) async fn end(&self) -> anyhow::Result<()> {
+        anyhow::ensure!(self.config.stays, "{}", NOT_A_WORKSPACE);
+        self.is_wanted.set(false);
+        self.signal(libc::SIGTERM);
+        let asked = Instant::now();
+        while self.is_running() {
+            if asked.elapsed() > END_PATIENCE {
+                self.kill().await;
+            }
+            sleep(END_PAUSE).await;
+        }
+        Ok(())
+    }
+
+    /// Has it run once more.
+    pub(super) fn run_again(&self) -> anyhow::Result<()> {
+        anyhow::ensure!(self.config.stays, "{}", NOT_A_WORKSPACE);
+        anyhow::ensure!(!self.is_running(), "the program runs already");
+        self.is_wanted.set(true);
+        self.wanted.notify_one();
+        Ok(())
+    }
+
+    /// Resolves when it is to run once more.
+    pub(super) async fn again(&self) {
+        while !self.is_wanted.replace(false) {
+            self.wanted.notified().await;
+        }
+    }
+
+    /// What happens to it from now on.
+    pub(super) fn events(&self) -> broadcast::Receiver<FromApp> {
+        self.events.subscribe()
+    }
+
+    /// Its place.
+    pub(super) fn slot(&self) -> &Slot {
+        &self.slot
+    }
+
+    /// Starts a shell beside it, under the same limits.
+    pub(super) fn start_terminal(
+        &self,
+        name: &str,
+        size: (u16, u16),
+    ) -> anyhow::Result<Rc<Terminal>> {
+        const SHELL: &str = "command -v bash >/dev/null && exec bash -i; exec sh -i";
+        let mut command = self.command(&["sh", "-c", SHELL].map(str::to_owned))?;
+        command.env("PS1", "\\w \\$ ");
+        let multiplexer = match &self.config.sandbox.ground {
+            Ground::Roots { base, .. } => base.join("dev/pts/ptmx"),
+            Ground::Folder(_) | Ground::Container { .. } => PathBuf::from("/dev/ptmx"),
+        };
+        Terminal::start(
+            name,
+            command,
+            &multiplexer,
+            self.slot.uid,
+            &self.exits,
+            size,
+        )
+    }
+
+    /// Whether a session outlives the program.
+    pub(super) fn spare(&self, session: i32, spare: bool) {
+        let mut spared = self.spared.borrow_mut();
+        match spare {
+            true => spared.insert(session),
+            false => spared.remove(&session),
+        };
+    }
+
     /// Ends all of its processes.
     pub(super) async fn kill(&self) {
-        if let Err(error) = self.slot.tree(Vec::new()).kill(KILL_PATIENCE).await {
+        let tree = self.slot.tree(Vec::new());
+        let spared: Vec<i32> = self.spared.borrow().iter().copied().collect();
+        let killed = match spared.is_empty() {
+            true => tree.kill(KILL_PATIENCE).await,
+            false => tree.kill_but(&spared, KILL_PATIENCE).await,
+        };
+        if let Err(error) = killed {
             tracing::warn!(%error, "a program's processes are still there");
         }
     }
@@ -347,13 +448,22 @@ impl App {
             let (ending, served) = self.live_once(restarts).await;
             // What served and then failed is started again; what never served failed for good.
             let again = served && ending != Ending::Exited(0) && !self.config.stays;
-            let _ = self.events.send(FromApp::Ended { ending, again });
+            self.ended(ending, again);
+            if self.config.stays {
+                self.again().await;
+                continue;
+            }
             if !again {
                 return;
             }
             sleep(pauses.after(started.elapsed())).await;
             restarts += 1;
         }
+    }
+
+    /// Tells that it ended.
+    pub(super) fn ended(&self, ending: Ending, again: bool) {
+        let _ = self.events.send(FromApp::Ended { ending, again });
     }
 
     /// One life of the program and all that it started: how it ended, and whether it served before.
@@ -429,10 +539,21 @@ impl App {
     }
 
     fn start(&self) -> anyhow::Result<(i32, pipe::Receiver, pipe::Receiver)> {
-        let Some((name, arguments)) = self.config.argv.split_first() else {
+        let (parent, child) = pipes()?;
+        let mut command = self.command(&self.config.argv)?;
+        child.attach(&mut command);
+        let name = command.get_program().to_string_lossy().into_owned();
+        let started = command
+            .spawn()
+            .map_err(|error| anyhow::anyhow!("{name} could not be started: {error}"))?;
+        Ok((i32::try_from(started.id())?, parent.stdout, parent.stderr))
+    }
+
+    /// A command in its place, with its limits and its variables.
+    fn command(&self, argv: &[String]) -> anyhow::Result<Command> {
+        let Some((name, arguments)) = argv.split_first() else {
             anyhow::bail!("there is no command to run");
         };
-        let (parent, child) = pipes()?;
         let mut command = Command::new(name);
         command
             .args(arguments)
@@ -442,7 +563,6 @@ impl App {
             // A released program's log is followed live; block buffering would hide it.
             .env("PYTHONUNBUFFERED", "1")
             .envs(self.config.env.iter().cloned());
-        child.attach(&mut command);
         let limits = Limits {
             wall_ms: u64::MAX,
             // Released programs run for as long as they like.
@@ -460,10 +580,7 @@ impl App {
             self.slot.workspace(),
             &limits,
         )?;
-        let started = command
-            .spawn()
-            .map_err(|error| anyhow::anyhow!("{name} could not be started: {error}"))?;
-        Ok((i32::try_from(started.id())?, parent.stdout, parent.stderr))
+        Ok(command)
     }
 
     fn wrote(&self, stream: OutputStream, data: Vec<u8>) {

@@ -15,6 +15,7 @@ pub mod sandbox;
 pub mod slot;
 mod warm;
 pub mod wire;
+pub mod workspace;
 
 use std::process::ExitCode;
 

@@ -102,6 +102,31 @@ impl Tree {
     }
 }
 
+impl Tree {
+    /// Ends every process of the tree that is in none of these sessions. Who forks faster than this looks
+    /// gets away until the sandbox ends.
+    pub async fn kill_but(&self, sessions: &[i32], patience: Duration) -> io::Result<()> {
+        let deadline = tokio::time::Instant::now() + patience;
+        loop {
+            let in_session =
+                |pid: &i32| Stat::read(*pid).is_some_and(|stat| sessions.contains(&stat.session));
+            let mut pids = self.pids();
+            pids.retain(|pid| !in_session(pid));
+            if pids.is_empty() {
+                return Ok(());
+            }
+            pids.iter().for_each(|pid| signal(*pid, libc::SIGKILL));
+            if tokio::time::Instant::now() > deadline {
+                return Err(io::Error::other(format!(
+                    "{} processes did not end when killed",
+                    pids.len()
+                )));
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
 /// This thread opens files as another user until it is dropped: a process's owner may look at it,
 /// where root without CAP_SYS_PTRACE may not.
 struct FileUser {
@@ -168,6 +193,7 @@ fn descendants() -> Vec<i32> {
 
 struct Stat {
     parent: i32,
+    session: i32,
     cpu_ticks: u64,
     resident_pages: u64,
 }
@@ -178,10 +204,11 @@ impl Stat {
         // The second field is the program's name in brackets and may itself hold spaces and brackets.
         let (_, rest) = text.rsplit_once(") ")?;
         let fields: Vec<&str> = rest.split(' ').collect();
-        // proc_pid_stat(5): utime, stime, cutime, cstime are fields 14 to 17, rss is 24; `rest` starts at 3.
+        // proc_pid_stat(5): the session is field 6, utime, stime, cutime, cstime are fields 14 to 17, rss is 24; `rest` starts at 3.
         let number = |field: usize| fields.get(field - 3).and_then(|f| f.parse::<u64>().ok());
         Some(Stat {
             parent: i32::try_from(number(4)?).ok()?,
+            session: i32::try_from(number(6)?).ok()?,
             cpu_ticks: number(14)? + number(15)? + number(16)? + number(17)?,
             resident_pages: number(24)?,
         })

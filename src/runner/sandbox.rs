@@ -136,12 +136,13 @@ fn make(spec: &SandboxSpec) -> anyhow::Result<Fork> {
                 .context("a mount namespace")?;
             build_root(spec, Some(first_host_uid)).context("the sandbox's root")?;
             let maps = Maps::range(first_host_uid);
-            fork_into(namespaces(spec), &host_proc, &null, &maps, || Ok(()))
+            fork_into(namespaces(spec), &host_proc, &null, &maps, || furnish(spec))
         }
         Isolation::SingleUser => {
             let maps = Maps::own();
             fork_into(namespaces(spec), &host_proc, &null, &maps, || {
-                build_root(spec, None).context("the sandbox's root")
+                build_root(spec, None).context("the sandbox's root")?;
+                furnish(spec)
             })
         }
         Isolation::None => {
@@ -272,9 +273,7 @@ fn fork_into(
         };
     }
     drop((mapped_write, ready_read));
-    let prepared = enter(&mapped_read, namespaces != 0, null)
-        .and_then(|()| prepare())
-        .and_then(|()| if namespaces != 0 { furnish() } else { Ok(()) });
+    let prepared = enter(&mapped_read, namespaces != 0, null).and_then(|()| prepare());
     match prepared {
         Ok(()) => {
             rustix::io::write(&ready_write, b"ready")?;
@@ -318,7 +317,7 @@ fn enter(mapped: &OwnedFd, new_user: bool, null: &OwnedFd) -> anyhow::Result<()>
 }
 
 /// In the new namespaces: its own `/proc`, host name and loopback.
-fn furnish() -> anyhow::Result<()> {
+fn furnish(spec: &SandboxSpec) -> anyhow::Result<()> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     let none = CString::default();
     rustix::mount::mount("proc", "/proc", "proc", flags, none.as_c_str())
@@ -326,6 +325,12 @@ fn furnish() -> anyhow::Result<()> {
     // User code sees its own processes only.
     rustix::mount::mount("proc", "/base/proc", "proc", flags, c"hidepid=2")
         .context("mounting /proc for user code")?;
+    if has_terminals(spec) {
+        let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
+        let options = c"newinstance,ptmxmode=0666,mode=0620";
+        rustix::mount::mount("devpts", "/base/dev/pts", "devpts", flags, options)
+            .context("mounting terminals")?;
+    }
     rustix::system::sethostname(b"sandbox").context("the host name")?;
     loopback_up().context("the loopback device")?;
     Ok(())
@@ -381,6 +386,11 @@ fn build_root(spec: &SandboxSpec, owner: Option<u32>) -> anyhow::Result<()> {
         fs::create_dir_all(base.join(folder))?;
     }
     show_devices(&base)?;
+    if has_terminals(spec) {
+        fs::create_dir_all(base.join("dev/pts"))?;
+        symlink("pts/ptmx", base.join("dev/ptmx"))?;
+        show_device("tty", &base.join("dev"))?;
+    }
     for path in &spec.shown {
         show(path, &base).with_context(|| format!("showing {}", path.display()))?;
     }
@@ -428,12 +438,21 @@ fn show(path: &Path, base: &Path) -> io::Result<()> {
     set_read_only(&at)
 }
 
+/// Test runs have no use for terminals, and are not given any.
+fn has_terminals(spec: &SandboxSpec) -> bool {
+    matches!(spec.role, Role::App(_))
+}
+
+fn show_device(device: &str, dev: &Path) -> io::Result<()> {
+    let at = dev.join(device);
+    fs::write(&at, "")?;
+    bind(&Path::new("/dev").join(device), &at, false)
+}
+
 fn show_devices(base: &Path) -> io::Result<()> {
     let dev = base.join("dev");
     for device in ["null", "zero", "full", "random", "urandom"] {
-        let at = dev.join(device);
-        fs::write(&at, "")?;
-        bind(&Path::new("/dev").join(device), &at, false)?;
+        show_device(device, &dev)?;
     }
     for (link, to) in [
         ("fd", "/proc/self/fd"),

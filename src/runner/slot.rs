@@ -167,6 +167,11 @@ impl Slot {
         self.root.as_ref().map(AsRawFd::as_raw_fd)
     }
 
+    /// The workspace, as the runner sees it.
+    pub fn folder(&self) -> &Path {
+        &self.folders[0]
+    }
+
     /// The workspace, as its jobs see it.
     pub fn workspace(&self) -> &Path {
         &self.seen[0]
@@ -371,7 +376,7 @@ pub fn set_read_only(at: &Path) -> io::Result<()> {
 
 /// Removes everything in a folder, however deep, holding two folders open at most: a folder found
 /// inside another is first moved up to the top.
-fn empty(top: BorrowedFd<'_>) -> io::Result<()> {
+pub fn empty(top: BorrowedFd<'_>) -> io::Result<()> {
     let mut moved: u64 = 0;
     loop {
         let entries = names(top)?;

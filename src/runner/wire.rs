@@ -212,6 +212,8 @@ pub enum AppPort {
     Control,
     /// Bytes to and from the program's own port.
     Program,
+    /// Bytes to and from the runner's own port.
+    Runner,
 }
 
 impl AppPort {
@@ -220,6 +222,7 @@ impl AppPort {
         match self {
             AppPort::Control => b'C',
             AppPort::Program => b'P',
+            AppPort::Runner => b'R',
         }
     }
 
@@ -228,6 +231,7 @@ impl AppPort {
         match byte {
             b'C' => Some(AppPort::Control),
             b'P' => Some(AppPort::Program),
+            b'R' => Some(AppPort::Runner),
             _ => None,
         }
     }

@@ -113,6 +113,16 @@ async fn current_code_is_the_last_published(
     let has = |path| store.has_current(repl, path);
     ensure!(has("main.py").await? && has("files/7.txt").await?);
     ensure!(!has("files/8.txt").await? && !has("files").await?);
+    let path = |text: &str| RelativePath::try_from(text.to_owned()).map_err(anyhow::Error::msg);
+    let edited = [("a/new/file é", "1"), ("main.py", "edited")];
+    for (name, text) in edited {
+        store.put_current(repl, &path(name)?, text.into()).await?;
+    }
+    for gone in ["files/7.txt", "never/was"] {
+        store.remove_current(repl, &path(gone)?).await?;
+    }
+    let current = look.current(repl).await?;
+    ensure!(current == found(&edited), "edited it is {current:?}");
     Ok(())
 }
 

@@ -35,6 +35,24 @@ impl DirectoryStore {
             .join(submission.to_string())
     }
 
+    /// Does this while nothing else changes the repl's files.
+    async fn alone(
+        &self,
+        repl: &ReplId,
+        act: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> Result<(), Problem> {
+        let (lanes, lane) = (Arc::clone(&self.lanes), lane(repl));
+        let act = move || {
+            let _alone = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
+            act()
+        };
+        tokio::task::spawn_blocking(act)
+            .await
+            .map_err(io::Error::other)
+            .flatten()
+            .map_err(|error| failed(&error))
+    }
+
     /// Where a repl's current files are.
     pub fn current(&self, repl: &ReplId) -> PathBuf {
         self.root.join("code").join(repl.as_str())
@@ -61,26 +79,37 @@ impl CodeStore for DirectoryStore {
         let release = self.release(repl, submission);
         let code = self.current(repl);
         let files = files.clone();
-        let (lanes, lane) = (Arc::clone(&self.lanes), lane(repl));
         let write = move || {
-            let _alone = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
             if !release.exists() {
                 write_whole(&release, &files)?;
             }
             write_whole(&code, &files)
         };
-        tokio::task::spawn_blocking(write)
+        self.alone(repl, write).await
+    }
+
+    async fn put_current(
+        &self,
+        repl: &ReplId,
+        path: &RelativePath,
+        content: Vec<u8>,
+    ) -> Result<(), Problem> {
+        let (code, path) = (self.current(repl), path.clone());
+        self.alone(repl, move || write_one(&code, &path, &content))
             .await
-            .map_err(io::Error::other)
-            .flatten()
-            .map_err(|error| {
-                Problem::new(
-                    "store_failed",
-                    "The code could not be stored",
-                    error.to_string(),
-                    "Check that the data folder is writable and has room, then submit again.",
-                )
-            })
+    }
+
+    async fn remove_current(&self, repl: &ReplId, path: &RelativePath) -> Result<(), Problem> {
+        let (code, path) = (self.current(repl), path.clone());
+        self.alone(repl, move || match own_folder(&code, &path, false) {
+            Ok(folder) => match fs::remove_file(folder.join(name_of(&path))) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+                result => result,
+            },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        })
+        .await
     }
 
     async fn has_current(&self, repl: &ReplId, path: &str) -> Result<bool, Problem> {
@@ -90,6 +119,58 @@ impl CodeStore for DirectoryStore {
             .await
             .is_ok_and(|about| about.is_file()))
     }
+}
+
+fn failed(error: &io::Error) -> Problem {
+    Problem::new(
+        "store_failed",
+        "The code could not be stored",
+        error.to_string(),
+        "Check that the data folder is writable and has room, then try again.",
+    )
+}
+
+fn name_of(path: &RelativePath) -> &str {
+    let path = path.as_str();
+    path.rsplit_once('/').map_or(path, |(_, name)| name)
+}
+
+/// The folder that a file is in. Somebody else may have put a link there, which is not followed.
+fn own_folder(code: &Path, path: &RelativePath, make: bool) -> io::Result<PathBuf> {
+    let mut folder = code.to_owned();
+    if make {
+        fs::create_dir_all(&folder)?;
+    }
+    let (folders, _) = path.as_str().rsplit_once('/').unwrap_or_default();
+    for part in folders.split('/').filter(|part| !part.is_empty()) {
+        folder.push(part);
+        match fs::symlink_metadata(&folder) {
+            Ok(about) if about.is_dir() => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound && make => {
+                fs::create_dir(&folder)?;
+            }
+            Ok(_) => {
+                return Err(io::Error::other(format!(
+                    "{} is no folder",
+                    folder.display()
+                )));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(folder)
+}
+
+/// Writes a file beside its place and moves it there.
+fn write_one(code: &Path, path: &RelativePath, content: &[u8]) -> io::Result<()> {
+    let folder = own_folder(code, path, true)?;
+    // Beside the repl's folder: what is in there is the repl's.
+    let staged = code.with_file_name(format!(".{}.one", file_name(code)));
+    let mut file = File::create(&staged)?;
+    file.write_all(content)?;
+    file.sync_data()?;
+    fs::rename(&staged, folder.join(name_of(path)))?;
+    File::open(&folder)?.sync_all()
 }
 
 /// Writes a folder beside its place and moves it there, so that it is seen whole or not at all.

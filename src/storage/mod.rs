@@ -31,6 +31,17 @@ pub trait CodeStore: Send + Sync + fmt::Debug {
         files: &BTreeMap<RelativePath, String>,
     ) -> Result<(), Problem>;
 
+    /// Puts one file among the repl's current files, durably and whole or not at all.
+    async fn put_current(
+        &self,
+        repl: &ReplId,
+        path: &RelativePath,
+        content: Vec<u8>,
+    ) -> Result<(), Problem>;
+
+    /// Removes one of the repl's current files; absent is fine.
+    async fn remove_current(&self, repl: &ReplId, path: &RelativePath) -> Result<(), Problem>;
+
     /// Whether this file is among the repl's current files.
     async fn has_current(&self, repl: &ReplId, path: &str) -> Result<bool, Problem>;
 }

@@ -511,6 +511,21 @@ impl CodeStore for S3Store {
         self.make_current(repl, files).await
     }
 
+    async fn put_current(
+        &self,
+        repl: &ReplId,
+        path: &RelativePath,
+        content: Vec<u8>,
+    ) -> Result<(), Problem> {
+        let _alone = self.lanes[lane(repl)].lock().await;
+        self.put(format!("code/{repl}/{path}"), content).await
+    }
+
+    async fn remove_current(&self, repl: &ReplId, path: &RelativePath) -> Result<(), Problem> {
+        let _alone = self.lanes[lane(repl)].lock().await;
+        self.remove(format!("code/{repl}/{path}")).await
+    }
+
     async fn has_current(&self, repl: &ReplId, path: &str) -> Result<bool, Problem> {
         let key = format!("code/{repl}/{path}");
         let request = self.client.head_object().bucket(&self.bucket).key(&key);

@@ -29,6 +29,8 @@ pub enum Target {
     Api,
     /// A deployed program; `None` when the name cannot be a repl's.
     Program(Option<ReplId>),
+    /// The runner of a repl.
+    Runner(ReplId),
 }
 
 /// The hosts and origins this server answers to.
@@ -37,6 +39,7 @@ pub struct Guard {
     listen: SocketAddr,
     domain: String,
     program_suffix: String,
+    runner_suffix: String,
     cors_origins: Vec<Origin>,
 }
 
@@ -47,6 +50,7 @@ impl Guard {
             listen,
             domain: config.domain.clone(),
             program_suffix: format!(".{}", config.app_domain),
+            runner_suffix: format!(".{}", config.domain),
             cors_origins: config.cors_origins.clone(),
         }
     }
@@ -61,9 +65,12 @@ impl Guard {
             return Ok(Target::Program(label.parse().ok()));
         }
         if self.is_own(name, port) {
-            Ok(Target::Api)
-        } else {
-            Err(forbidden_host(&host))
+            return Ok(Target::Api);
+        }
+        let repl = name.strip_suffix(self.runner_suffix.as_str());
+        match repl.and_then(|label| label.parse().ok()) {
+            Some(repl) => Ok(Target::Runner(repl)),
+            None => Err(forbidden_host(&host)),
         }
     }
 
@@ -204,6 +211,7 @@ mod tests {
             listen: listen.parse().unwrap(),
             domain: "gantry.example".to_owned(),
             program_suffix: ".apps.localhost".to_owned(),
+            runner_suffix: ".gantry.example".to_owned(),
             cors_origins: vec!["https://ide.example:8443".parse().unwrap()],
         }
     }
@@ -269,6 +277,21 @@ mod tests {
             target(&guard, ".apps.localhost"),
             Some(Target::Program(None))
         );
+    }
+
+    #[test]
+    fn a_runner_has_its_own_host() {
+        let guard = guard("127.0.0.1:8000");
+        let repl = "test-prod".parse().unwrap();
+        let host = "Test-Prod.gantry.example:8000";
+        assert_eq!(target(&guard, host), Some(Target::Runner(repl)));
+        for foreign in [
+            "a.b.gantry.example",
+            ".gantry.example",
+            "x_y.gantry.example",
+        ] {
+            assert_eq!(target(&guard, foreign), None, "{foreign}");
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod peers;
 mod problem;
 mod proxy;
 mod repls;
+mod runner;
 mod server;
 mod services;
 mod session;
@@ -173,7 +174,12 @@ impl Edge {
         };
         match target {
             // A program's answers are its own: none of Gantry's headers or rules are put on them.
-            Target::Program(repl) => proxy::forward(self, repl, request).await,
+            Target::Program(repl) => {
+                proxy::forward(self, repl, proxy::Door::Program, request).await
+            }
+            Target::Runner(repl) => {
+                proxy::forward(self, Some(repl), proxy::Door::Runner, request).await
+            }
             Target::Api => {
                 let cors = self.guard.cors_origin(request.headers()).map(str::to_owned);
                 // Routes see a path, however the client wrote the URL.
@@ -332,6 +338,9 @@ pub fn router(edge: Arc<Edge>) -> Router {
         .routes(routes!(repls::releases))
         .routes(routes!(repls::rollback))
         .routes(routes!(start::start))
+        .routes(routes!(runner::ticket))
+        .routes(routes!(runner::terminal))
+        .routes(routes!(runner::save))
         .routes(routes!(repls::stop))
         .routes(routes!(services::apply))
         .routes(routes!(services::remove))

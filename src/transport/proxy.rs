@@ -38,8 +38,22 @@ const HOP_BY_HOP: [HeaderName; 8] = [
     header::TRANSFER_ENCODING,
 ];
 
-/// Passes a request on to the repl's program and its answer back.
-pub async fn forward(edge: &Arc<Edge>, repl: Option<ReplId>, request: Request) -> Response {
+/// Which of a repl's two ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Door {
+    /// The program's.
+    Program,
+    /// The runner's.
+    Runner,
+}
+
+/// Passes a request on to the repl's program, or to its runner, and the answer back.
+pub async fn forward(
+    edge: &Arc<Edge>,
+    repl: Option<ReplId>,
+    door: Door,
+    request: Request,
+) -> Response {
     let Some(repl) = repl else {
         return error_page(
             StatusCode::NOT_FOUND,
@@ -47,7 +61,13 @@ pub async fn forward(edge: &Arc<Edge>, repl: Option<ReplId>, request: Request) -
             "This name cannot be a repl's.",
         );
     };
-    let stream = match tokio::time::timeout(DIAL_TIMEOUT, edge.platform.dial(&repl)).await {
+    let dialled = async {
+        match door {
+            Door::Program => edge.platform.dial(&repl).await,
+            Door::Runner => edge.platform.dial_runner(&repl).await,
+        }
+    };
+    let stream = match tokio::time::timeout(DIAL_TIMEOUT, dialled).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(PlatformError::NotFound(_))) => {
             return error_page(

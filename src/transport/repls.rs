@@ -190,7 +190,11 @@ pub fn unsuccessful(problem: HttpProblem) -> HttpProblem {
 }
 
 /// The repl of this name and its owner, if it exists for the caller.
-async fn owned(edge: &Edge, caller: &Caller, id: &str) -> Result<(ReplId, UserId), HttpProblem> {
+pub async fn owned(
+    edge: &Edge,
+    caller: &Caller,
+    id: &str,
+) -> Result<(ReplId, UserId), HttpProblem> {
     let not_found = || HttpProblem::not_found("repl");
     let repl: ReplId = id.parse().map_err(|_| not_found())?;
     let owner = edge.platform.owner(&repl).await.map_err(platform_problem)?;

@@ -13,6 +13,7 @@ use super::body::{Json, ProblemBody, field_refused};
 use super::caller::Authenticated;
 use super::problem::HttpProblem;
 use super::repls::{ReplIdText, platform_problem, unsuccessful};
+use super::runner;
 use crate::auth::{Caller, Role};
 use crate::model::{FieldError, Language, Problem, ReplId, UserId};
 use crate::platform::PlatformError;
@@ -49,7 +50,7 @@ pub struct Started {
     namespace: String,
     /// Where its program is served, as soon as it listens.
     url: String,
-    /// Where its terminal is.
+    /// Where its terminal is, with a ticket that opens it within a minute.
     #[serde(rename = "terminalUrl")]
     terminal_url: String,
 }
@@ -76,13 +77,13 @@ pub async fn start(
     };
     match edge.pipeline.start(&user, &repl, wanted.language).await {
         Ok(opened) => Ok(axum::Json(Started {
+            terminal_url: with_ticket(&edge, &repl, opened.terminal_url).await,
             success: true,
             pod_created: opened.created,
             message: "Resources created successfully",
             namespace: user.namespace(),
             repl_id: repl.into(),
             url: opened.url,
-            terminal_url: opened.terminal_url,
         })),
         // Another's: as if the name were reserved.
         Err(PlatformError::NotFound(_)) => {
@@ -92,6 +93,18 @@ pub async fn start(
         Err(PlatformError::Unavailable(problem) | PlatformError::NotReady(problem)) => {
             tracing::error!(repl_id = %repl, error = %problem, "a repl could not be started");
             Err(failed(problem))
+        }
+    }
+}
+
+/// The URL as it can be opened now. Later, and when no ticket could be made, `POST /repls/{id}/ticket`
+/// gives one.
+async fn with_ticket(edge: &Edge, repl: &ReplId, url: String) -> String {
+    match runner::issue(edge, repl).await {
+        Ok(ticket) => format!("{url}?ticket={ticket}"),
+        Err(error) => {
+            tracing::warn!(repl_id = %repl, %error, "a started repl's terminal URL has no ticket");
+            url
         }
     }
 }

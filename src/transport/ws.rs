@@ -56,7 +56,8 @@ pub async fn ticket(
 /// The query of the upgrade request.
 #[derive(Debug, Deserialize)]
 pub struct CodeQuery {
-    ticket: Option<String>,
+    /// From `POST /ws/ticket`.
+    pub ticket: Option<String>,
 }
 
 /// The WebSocket: submissions in, events and replies out (design.md §3)
@@ -92,7 +93,8 @@ pub async fn code(
     Ok((StatusCode::SWITCHING_PROTOCOLS, headers, Body::empty()).into_response())
 }
 
-async fn caller_of(
+/// Who asks for a WebSocket: by key, or by the ticket in the URL.
+pub async fn caller_of(
     edge: &Edge,
     parts: &axum::http::request::Parts,
     ticket: Option<String>,

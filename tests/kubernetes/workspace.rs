@@ -1,7 +1,9 @@
 //! Repls that are started from what is in the bucket, on the bed.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
+use futures_util::{SinkExt, StreamExt};
 use gantry::model::{RelativePath, ReplId, ReplState, SubmissionId, UserId};
 use gantry::platform::{Platform, PlatformError, WorkspaceSpec};
 use gantry::storage::CodeStore;
@@ -9,8 +11,11 @@ use kube::api::{DynamicObject, ListParams};
 use kube::core::ApiResource;
 use kube::discovery::{Discovery, Scope};
 use kube::{Api, ResourceExt};
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio_tungstenite::tungstenite::{Error, Message};
 
-use super::bed::{Bed, SERVER, eventually};
+use super::bed::{Bed, PATIENCE, SERVER, eventually};
 
 fn spec(user: &UserId, repl: &ReplId) -> WorkspaceSpec {
     WorkspaceSpec {
@@ -142,6 +147,204 @@ async fn an_empty_bucket_is_told_in_the_words_of_what_was_to_bring_the_files() {
     // Its user puts files there, and the cluster's next try finds them.
     put(&bed, &repl, &format!("VERSION = 'late'\n{SERVER}")).await;
     served(&bed, &repl, "late").await;
+    bed.platform.drop_repl(&repl).await.unwrap();
+    bed.forget(user.as_str()).await;
+}
+
+type Socket = tokio_tungstenite::WebSocketStream<tokio::net::TcpStream>;
+
+/// A WebSocket to the repl's runner, as a browser opens it; or the HTTP status that refused it.
+async fn through_the_ingress(repl: &ReplId, path: &str) -> Result<Socket, u16> {
+    let address = std::env::var("TESTBED_INGRESS").unwrap();
+    let stream = tokio::net::TcpStream::connect(&address).await.unwrap();
+    stream.set_nodelay(true).unwrap();
+    let url = format!("ws://{repl}.localhost{path}");
+    match tokio_tungstenite::client_async(url, stream).await {
+        Ok((socket, _)) => Ok(socket),
+        Err(Error::Http(response)) => Err(response.status().as_u16()),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+async fn ticket(bed: &Bed, repl: &ReplId) -> String {
+    let key = bed.platform.ticket_key(repl).await.unwrap();
+    let now = std::time::SystemTime::now();
+    let now = now.duration_since(std::time::UNIX_EPOCH).unwrap();
+    key.issue(repl, now.as_secs() + 60)
+}
+
+async fn say(socket: &mut Socket, request: serde_json::Value) {
+    socket
+        .send(Message::text(request.to_string()))
+        .await
+        .unwrap();
+}
+
+/// Until the terminal has shown this.
+async fn sees(socket: &mut Socket, text: &str) {
+    let mut shown = Vec::new();
+    let seeing = async {
+        while !String::from_utf8_lossy(&shown).contains(text) {
+            match socket.next().await {
+                Some(Ok(Message::Binary(data))) => {
+                    shown.extend(&data[1 + usize::from(data[0])..]);
+                }
+                Some(Ok(_)) => {}
+                other => panic!("the connection ended: {other:?}"),
+            }
+        }
+    };
+    let seen = tokio::time::timeout(PATIENCE, seeing).await;
+    assert!(seen.is_ok(), "{text:?} is not shown");
+}
+
+fn typed(text: &str) -> Message {
+    let mut frame = b"\x03one".to_vec();
+    frame.extend(text.as_bytes());
+    Message::binary(frame)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a cluster"]
+async fn a_terminal_is_reached_through_the_ingress_with_a_ticket_of_its_repl() {
+    let bed = Bed::start().await;
+    let user = bed.user("terminal");
+    let repl = bed.repl(&user);
+    put(&bed, &repl, &format!("VERSION = 'current'\n{SERVER}")).await;
+    bed.platform
+        .open_workspace(&spec(&user, &repl))
+        .await
+        .unwrap();
+    served(&bed, &repl, "current").await;
+    let good = format!("/?ticket={}", ticket(&bed, &repl).await);
+    eventually("the ingress knows it", || async {
+        through_the_ingress(&repl, &good).await.is_ok()
+    })
+    .await;
+    let key = bed.platform.ticket_key(&repl).await.unwrap();
+    let other = key.issue(&"other".parse().unwrap(), u64::MAX);
+    let late = key.issue(&repl, 1);
+    for bad in [
+        "/",
+        "/?ticket=",
+        &format!("/?ticket={other}"),
+        &format!("/?ticket={late}"),
+    ] {
+        assert_eq!(
+            through_the_ingress(&repl, bad).await.err(),
+            Some(401),
+            "{bad}"
+        );
+    }
+    let mut socket = through_the_ingress(&repl, &good).await.unwrap();
+    let open = json!({ "id": 1, "op": "terminal.open", "terminal": "one" });
+    say(&mut socket, open.clone()).await;
+    // No variable and no process gives the store's credentials or the runner's key away.
+    let look = "echo vars-$(env | grep -c -e AWS -e GANTRY); cat /proc/1/environ; echo lo'oked'\n";
+    socket.send(typed(look)).await.unwrap();
+    sees(&mut socket, "vars-0").await;
+    sees(&mut socket, "Permission denied").await;
+    let edit = json!({ "id": 2, "op": "files.write", "path": "edited.txt", "text": "kept" });
+    say(&mut socket, edit).await;
+    drop(socket);
+    let mut socket = through_the_ingress(&repl, &good).await.unwrap();
+    say(&mut socket, open).await;
+    sees(&mut socket, "looked").await;
+    echo(&mut socket).await;
+    // What Gantry's own way to it gives: the same files.
+    let mut stream = bed.platform.dial_runner(&repl).await.unwrap();
+    let ticket = ticket(&bed, &repl).await;
+    let request = format!(
+        "GET /files/edited.txt HTTP/1.0\r\nHost: x\r\nAuthorization: Bearer {ticket}\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(
+        answer.starts_with("HTTP/1.0 200") && answer.ends_with("kept"),
+        "{answer}"
+    );
+    bed.platform.drop_repl(&repl).await.unwrap();
+    bed.forget(user.as_str()).await;
+}
+
+/// How long a key press takes to be shown, at most, in the middle (issue: 5 ms above a local terminal,
+/// whose kernel takes microseconds).
+const ECHO: Duration = Duration::from_millis(5);
+
+async fn echo(socket: &mut Socket) {
+    socket.send(typed("cat\n")).await.unwrap();
+    sees(socket, "cat\r\n").await;
+    let mut took = Vec::new();
+    for _ in 0..200 {
+        let pressed = Instant::now();
+        socket.send(typed("k")).await.unwrap();
+        sees(socket, "k").await;
+        took.push(pressed.elapsed());
+    }
+    took.sort();
+    let (middle, late) = (took[took.len() / 2], took[took.len() * 95 / 100]);
+    println!("key press to echo through the ingress: p50 {middle:?}, p95 {late:?}");
+    if std::env::var_os("GANTRY_TEST_FULL").is_some() {
+        assert!(middle <= ECHO, "{middle:?}");
+    }
+}
+
+/// What the ingress answers for the repl's program.
+async fn answer(repl: &ReplId) -> (u16, String) {
+    let address = std::env::var("TESTBED_INGRESS").unwrap();
+    let host = format!("{repl}.apps.localhost");
+    let request = reqwest::Client::new().get(format!("http://{address}/"));
+    match request.header("host", host).send().await {
+        Ok(answer) => (
+            answer.status().as_u16(),
+            answer.text().await.unwrap_or_default(),
+        ),
+        Err(_) => (0, String::new()),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a cluster"]
+async fn before_a_program_listens_and_after_it_ended_a_page_shows_what_happens() {
+    let bed = Bed::start().await;
+    let user = bed.user("page");
+    let repl = bed.repl(&user);
+    let code = format!(
+        "print('warming <up>', flush=True)
+import os, time
+while not os.path.exists('go'): time.sleep(0.05)
+VERSION = 'served'
+import threading
+def leave():
+    while os.path.exists('go'): time.sleep(0.05)
+    print('leaving', flush=True)
+    os._exit(4)
+threading.Thread(target=leave).start()
+{SERVER}"
+    );
+    put(&bed, &repl, &code).await;
+    bed.platform
+        .open_workspace(&spec(&user, &repl))
+        .await
+        .unwrap();
+    let shows = async |status: u16, text: &str| {
+        eventually(text, || async {
+            let (found, page) = answer(&repl).await;
+            found == status && page.contains(text)
+        })
+        .await;
+    };
+    shows(503, "warming &lt;up&gt;").await;
+    let path = format!("/?ticket={}", ticket(&bed, &repl).await);
+    let mut socket = through_the_ingress(&repl, &path).await.unwrap();
+    let write = json!({ "id": 1, "op": "files.write", "path": "go", "text": "" });
+    say(&mut socket, write).await;
+    shows(200, "served").await;
+    let delete = json!({ "id": 2, "op": "files.delete", "path": "go" });
+    say(&mut socket, delete).await;
+    shows(502, "leaving").await;
+    shows(502, "exit code 4").await;
     bed.platform.drop_repl(&repl).await.unwrap();
     bed.forget(user.as_str()).await;
 }

@@ -38,7 +38,7 @@ use super::{
     AWAY, ByteStream, CONNECT_TIMEOUT, Check, Finding, Opened, Platform, PlatformError,
     ProgramEvent, ReleaseSpec, RunningRelease, Services, WorkspaceSpec,
 };
-use crate::model::{Limits, Problem, Release, ReplId, ReplStatus, UserId};
+use crate::model::{Limits, Problem, Release, ReplId, ReplStatus, TicketKey, UserId};
 use crate::storage::S3Store;
 use cache::{Cache, Watched};
 use cluster::{Cluster, Kind, Manifest};
@@ -403,6 +403,14 @@ impl Platform for KubernetesPlatform {
 
     async fn dial(&self, repl: &ReplId) -> Result<Box<dyn ByteStream>, PlatformError> {
         self.programs.dial(repl).await
+    }
+
+    async fn dial_runner(&self, repl: &ReplId) -> Result<Box<dyn ByteStream>, PlatformError> {
+        self.programs.dial_runner(repl).await
+    }
+
+    async fn ticket_key(&self, repl: &ReplId) -> Result<TicketKey, PlatformError> {
+        self.releases.ticket_key(repl).await
     }
 
     fn services(&self) -> Option<Arc<dyn Services>> {

@@ -162,6 +162,19 @@ impl Programs {
 
     /// A connection to the repl's program.
     pub async fn dial(&self, repl: &ReplId) -> Result<Box<dyn ByteStream>, PlatformError> {
+        self.dial_port(repl, PROGRAM_PORT).await
+    }
+
+    /// A connection to the repl's runner.
+    pub async fn dial_runner(&self, repl: &ReplId) -> Result<Box<dyn ByteStream>, PlatformError> {
+        self.dial_port(repl, RUNNER_PORT).await
+    }
+
+    async fn dial_port(
+        &self,
+        repl: &ReplId,
+        port: u16,
+    ) -> Result<Box<dyn ByteStream>, PlatformError> {
         let record = self.releases.records.known(repl);
         let record = record.filter(|record| record.wanted);
         let record = record.ok_or_else(|| no_release(repl))?;
@@ -179,7 +192,7 @@ impl Programs {
             let why = why.map_or_else(|| "none of its pods is ready".to_owned(), |b| b.why);
             return Err(unreachable(why));
         };
-        self.forward(pod, PROGRAM_PORT).await.map_err(unreachable)
+        self.forward(pod, port).await.map_err(unreachable)
     }
 
     /// The submission that the repl's Deployment runs.

@@ -11,7 +11,7 @@ use super::labels::{
 };
 use super::record::Stored;
 use super::template::{SERVICE_NAME, Template};
-use crate::model::{ReplId, UserId};
+use crate::model::{ReplId, TicketKey, UserId};
 
 /// The Secret with the code store's credentials in each user's namespace.
 pub const STORE_SECRET: &str = "gantry-store";
@@ -248,6 +248,25 @@ pub fn database_secret(owner: &Owner, password: &str) -> Manifest {
     )
 }
 
+/// The name of the Secret with what tickets for the repl's runner are made with, and its key there.
+pub fn runner_name(repl: &ReplId) -> String {
+    format!("{repl}-runner")
+}
+pub const RUNNER_KEY: &str = "KEY";
+
+/// That Secret. Made once in a repl's life: pods of two releases are there at one time.
+pub fn runner_secret(owner: &Owner, key: &TicketKey) -> Manifest {
+    let metadata = json!({
+        "name": runner_name(&owner.repl),
+        "namespace": owner.user.namespace(),
+        "labels": of_repl(&owner.user, &owner.repl),
+    });
+    let body = json!({
+        "metadata": metadata, "type": "Opaque", "stringData": { RUNNER_KEY: key.text() },
+    });
+    Manifest::new(Kind::Secret, body)
+}
+
 /// The name of the Secret with a release's own variables.
 pub fn env_name(repl: &ReplId, release: u64) -> String {
     format!("{repl}-env-{release}")
@@ -315,6 +334,9 @@ fn equip(container: &mut Value, owner: &Owner, stored: &Stored) {
     let mut env = vec![
         json!({ "name": "GANTRY_APP_ARGV", "value": literal(&argv) }),
         json!({ "name": "PORT", "value": "3000" }),
+        json!({ "name": "GANTRY_REPL", "value": owner.repl.as_str() }),
+        json!({ "name": "GANTRY_RUNNER_KEY", "valueFrom": { "secretKeyRef": {
+            "name": runner_name(&owner.repl), "key": RUNNER_KEY } } }),
     ];
     if stored.is_workspace() {
         env.push(json!({ "name": "GANTRY_WORKSPACE", "value": "1" }));
@@ -504,6 +526,19 @@ mod tests {
           {
             "name": "PORT",
             "value": "3000"
+          },
+          {
+            "name": "GANTRY_REPL",
+            "value": "test-prod"
+          },
+          {
+            "name": "GANTRY_RUNNER_KEY",
+            "valueFrom": {
+              "secretKeyRef": {
+                "key": "KEY",
+                "name": "test-prod-runner"
+              }
+            }
           },
           {
             "name": "DATABASE_URL",

@@ -286,6 +286,7 @@ impl Releases {
             Box::pin(async { self.cluster.apply(&secret).await.map(drop) })
                 as std::pin::Pin<Box<dyn Future<Output = _> + Send>>,
             Box::pin(self.place_env(owner, stored)),
+            Box::pin(self.make_runner_key(owner)),
             Box::pin(self.apply_database(owner, stored)),
         ]);
         prepared.await.map(drop)
@@ -458,18 +459,24 @@ pub fn kept_env_name(repl: &ReplId, release: u64) -> String {
     format!("repl-{}", env_name(repl, release))
 }
 
-fn password() -> Result<String, Failure> {
-    use std::fmt::Write;
-    let mut bytes = [0; PASSWORD_BYTES];
+fn random<const BYTES: usize>() -> Result<[u8; BYTES], Failure> {
+    let mut bytes = [0; BYTES];
     getrandom::fill(&mut bytes).map_err(|error| {
         let error = std::io::Error::other(error);
-        Failure::new("make a database's password", kube::Error::ReadEvents(error))
+        Failure::new("make a secret", kube::Error::ReadEvents(error))
     })?;
-    Ok(bytes.iter().fold(String::new(), |mut text, byte| {
-        // Writing to a String cannot fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    }))
+    Ok(bytes)
+}
+
+fn password() -> Result<String, Failure> {
+    use std::fmt::Write;
+    Ok(random::<PASSWORD_BYTES>()?
+        .iter()
+        .fold(String::new(), |mut text, byte| {
+            // Writing to a String cannot fail.
+            let _ = write!(text, "{byte:02x}");
+            text
+        }))
 }
 
 /// A repl that is not there, in words.

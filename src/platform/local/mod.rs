@@ -20,7 +20,7 @@ use super::{
     ByteStream, CONNECT_TIMEOUT, Check, Opened, Platform, PlatformError, ProgramEvent, ReleaseSpec,
     RunningRelease, WorkspaceSpec,
 };
-use crate::model::{Limits, Problem, Release, ReplId, ReplStatus, UserId};
+use crate::model::{Limits, Problem, Release, ReplId, ReplStatus, TicketKey, UserId};
 use crate::storage::DirectoryStore;
 use host::Host;
 use releases::Releases;
@@ -154,6 +154,14 @@ impl Platform for LocalPlatform {
 
     async fn dial(&self, repl: &ReplId) -> Result<Box<dyn ByteStream>, PlatformError> {
         self.releases.dial(repl).await
+    }
+
+    async fn dial_runner(&self, repl: &ReplId) -> Result<Box<dyn ByteStream>, PlatformError> {
+        self.releases.dial_runner(repl).await
+    }
+
+    async fn ticket_key(&self, repl: &ReplId) -> Result<TicketKey, PlatformError> {
+        self.releases.ticket_key(repl)
     }
 
     async fn next_program_event(&self) -> Option<ProgramEvent> {

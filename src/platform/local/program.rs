@@ -9,7 +9,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 
 use super::sandboxes::{Sandbox, Sandboxes};
-use crate::model::{Ending, Event, OutputStream, Problem, ReplId, ReplState, UserId};
+use crate::model::{Ending, Event, OutputStream, Problem, ReplId, ReplState, TicketKey, UserId};
 use crate::platform::ProgramEvent;
 use crate::runner::app::describe;
 use crate::runner::wire::{AppPort, FromApp, frames};
@@ -42,6 +42,8 @@ pub struct Standing {
 pub struct Program {
     /// Its release.
     pub release: u64,
+    /// What tickets for its runner are made with.
+    pub key: TicketKey,
     name: String,
     sandbox: Sandbox,
     sandboxes: Arc<Sandboxes>,
@@ -56,6 +58,8 @@ pub struct Owner {
     pub user_id: UserId,
     /// The repl.
     pub repl_id: ReplId,
+    /// What tickets for its runner are made with.
+    pub key: TicketKey,
 }
 
 impl Program {
@@ -78,6 +82,7 @@ impl Program {
         });
         let program = Program {
             release,
+            key: owner.key.clone(),
             name,
             sandbox,
             sandboxes,
@@ -96,10 +101,10 @@ impl Program {
         self.standing.clone()
     }
 
-    /// A connection to its port, or to the page that stands in for it.
-    pub async fn dial(&self) -> std::io::Result<UnixStream> {
+    /// A connection to its port, or to the page that stands in for it; or to its runner's.
+    pub async fn dial(&self, port: AppPort) -> std::io::Result<UnixStream> {
         let mut stream = self.sandboxes.dial(&self.name).await?;
-        stream.write_u8(AppPort::Program.byte()).await?;
+        stream.write_u8(port.byte()).await?;
         Ok(stream)
     }
 

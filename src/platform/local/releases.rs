@@ -18,10 +18,14 @@ use super::program::{Owner, Program};
 use super::record::{Record, Stored};
 use super::sandboxes::{Sandboxes, Tenant};
 use super::{DEPLOY_PATIENCE, LocalConfig, unavailable};
-use crate::model::{Limits, Problem, Release, ReleaseState, ReplId, ReplState, ReplStatus, UserId};
+use crate::model::{
+    Limits, Problem, Release, ReleaseState, ReplId, ReplState, ReplStatus, TicketKey, UserId,
+};
 use crate::platform::{ByteStream, PlatformError, ProgramEvent, ReleaseSpec, RunningRelease};
 use crate::runner::app::{AppConfig, ProgramConfig};
 use crate::runner::sandbox::{Isolation, Placed, Role};
+use crate::runner::wire::AppPort;
+use crate::runner::workspace::Identity;
 use crate::storage::DirectoryStore;
 
 /// How long requests that the previous release is answering may take to finish.
@@ -250,11 +254,21 @@ impl Releases {
 
     /// A connection to the repl's program.
     pub async fn dial(&self, repl: &ReplId) -> Result<Box<dyn ByteStream>, PlatformError> {
-        let program = self
-            .with(repl, |repl| repl.program.clone())
+        self.dial_port(repl, AppPort::Program).await
+    }
+
+    fn program(&self, repl: &ReplId) -> Result<Arc<Program>, PlatformError> {
+        self.with(repl, |repl| repl.program.clone())
             .flatten()
-            .ok_or_else(|| PlatformError::NotFound(format!("a running release of {repl}")))?;
-        match program.dial().await {
+            .ok_or_else(|| PlatformError::NotFound(format!("a running release of {repl}")))
+    }
+
+    async fn dial_port(
+        &self,
+        repl: &ReplId,
+        port: AppPort,
+    ) -> Result<Box<dyn ByteStream>, PlatformError> {
+        match self.program(repl)?.dial(port).await {
             Ok(stream) => Ok(Box::new(stream)),
             Err(error) => Err(unavailable(
                 "The program cannot be reached",
@@ -373,6 +387,11 @@ impl Releases {
             let url = format!("sqlite:///{}/db.sqlite3", data.display());
             env.entry("DATABASE_URL".to_owned()).or_insert(url);
         }
+        let key = TicketKey::new(random()?);
+        let identity = Identity {
+            repl: repl.clone(),
+            key: key.text(),
+        };
         let (argv, stays) = (stored.argv.clone(), stored.is_workspace());
         let tenant = Tenant {
             name: name.clone(),
@@ -396,12 +415,14 @@ impl Releases {
                     program,
                     release,
                     data,
+                    identity,
                 })
             })
             .await?;
         let owner = Owner {
             user_id,
             repl_id: repl.clone(),
+            key,
         };
         let sandboxes = Arc::clone(&inner.sandboxes);
         let tell = inner.tell.clone();
@@ -530,6 +551,13 @@ fn is_ready(state: ReplState, current: Option<&Stored>) -> bool {
         ReplState::Exited(_) => current.is_some_and(Stored::is_workspace),
         ReplState::Starting | ReplState::Crashed | ReplState::Stopped => false,
     }
+}
+
+fn random() -> anyhow::Result<[u8; 32]> {
+    let mut bytes = [0; 32];
+    getrandom::fill(&mut bytes)
+        .map_err(|error| anyhow::anyhow!("the system gives no random numbers: {error}"))?;
+    Ok(bytes)
 }
 
 /// Tells apart two starts of the same release, whose sandboxes may overlap, also across servers:

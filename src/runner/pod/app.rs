@@ -3,7 +3,8 @@
 //! | port | who answers |
 //! |---|---|
 //! | 3000 | the program, when it listens; after its end this side, with its exit code and output |
-//! | 3001 | this side: `/ready`, `/live`, `/state` |
+//! | 3002 | the program, when it listens; this side before that, with what is happening |
+//! | 3001 | this side: `/ready`, `/live`, `/state`; terminals and files for whoever has a ticket |
 //!
 //! A program that listens on loopback only is reached all the same: this side then listens on the
 //! pod's own address and passes on. A program that fails before it ever served ends the container
@@ -11,7 +12,6 @@
 //! (`GANTRY_WORKSPACE` is set) it does not: its user is there to look at what happened.
 
 use std::cell::Cell;
-use std::convert::Infallible;
 use std::fs::{self, File};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -22,9 +22,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use http_body_util::Full;
-use hyper::body::{Bytes, Incoming};
-use hyper::{Request, Response, StatusCode, header};
-use hyper_util::rt::TokioIo;
+use hyper::body::Bytes;
+use hyper::{Response, StatusCode};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout};
@@ -36,9 +35,14 @@ use crate::runner::app::{App, PROGRAM_PORT, Pauses, ProgramConfig, State, descri
 use crate::runner::confine::Reach;
 use crate::runner::sandbox::close_inherited;
 use crate::runner::slot::{Ground, Slot};
+use crate::runner::workspace::{self, Workspace};
 
 /// The runner's own port in a released pod (design.md §5).
 const RUNNER_PORT: u16 = 3_001;
+
+/// The port that callers come to: the program when it listens, and this side in its place until then.
+/// The program's own port cannot be listened on for it: it could not take it any more.
+const FRONT_PORT: u16 = 3_002;
 
 /// Time a program gets between SIGTERM and SIGKILL. The template gives the pod 10 s, of which proxies
 /// take 2 to learn that it goes.
@@ -53,9 +57,6 @@ const EAGER: Duration = Duration::from_secs(10);
 
 /// Pause before a port is tried again that the program still has: its processes are just dying.
 const PORT_AGAIN: Duration = Duration::from_millis(50);
-
-/// Longest wait for a request's head on the runner's port, where probes and Gantry call.
-const HEAD_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Where the kubelet reads why a container ended, and how much of it.
 const TERMINATION_LOG: &str = "/dev/termination-log";
@@ -91,7 +92,12 @@ pub fn main() -> anyhow::Result<ExitCode> {
         let listener = listen(RUNNER_PORT)
             .await
             .with_context(|| format!("port {RUNNER_PORT} is the runner's, and taken"))?;
-        tokio::task::spawn_local(Rc::clone(&pod).answer(listener));
+        let workspace = Workspace::new(Rc::clone(&pod.app), identity()?)?;
+        tokio::task::spawn_local(Rc::clone(&pod).answer(listener, workspace));
+        let front = listen(FRONT_PORT)
+            .await
+            .with_context(|| format!("port {FRONT_PORT} is the runner's, and taken"))?;
+        tokio::task::spawn_local(Rc::clone(&pod).front(front));
         // It goes on while the program is asked to end, and so sees its end.
         let mut keep = tokio::task::spawn_local(Rc::clone(&pod).keep());
         tokio::select! {
@@ -138,6 +144,15 @@ fn config() -> anyhow::Result<ProgramConfig> {
     })
 }
 
+/// Whose runner this is, as the server told it; `None`: its port lets nobody in.
+fn identity() -> anyhow::Result<Option<workspace::Identity>> {
+    let (Some(repl), Some(key)) = (variable("GANTRY_REPL"), variable("GANTRY_RUNNER_KEY")) else {
+        return Ok(None);
+    };
+    let repl = repl.parse().context("GANTRY_REPL")?;
+    Ok(Some(workspace::Identity { repl, key }))
+}
+
 /// The container's variables without Gantry's own and the store's. A home that cannot be written to,
 /// as most are in a read-only container, gives way to the workspace.
 fn environment(
@@ -171,6 +186,14 @@ impl Pod {
                 Ends(tokio::task::spawn_local(bridge(Rc::clone(&self.app))).abort_handle());
             let (ending, served) = self.app.live_once(self.restarts.get()).await;
             drop(bridge);
+            if self.app.stays() {
+                self.app.ended(ending, false);
+                tokio::select! {
+                    () = self.stand_in() => {}
+                    () = self.app.again() => {}
+                }
+                continue;
+            }
             let code = match &ending {
                 Ending::Exited(0) => {
                     self.stand_in().await;
@@ -182,9 +205,6 @@ impl Pod {
             };
             let words = format!("the program {}", describe(&ending));
             tracing::warn!("{words}");
-            if self.app.stays() {
-                self.stand_in().await;
-            }
             self.say_why(&words);
             if !served {
                 return ExitCode::from(code);
@@ -233,28 +253,36 @@ impl Pod {
         ExitCode::SUCCESS
     }
 
-    /// Answers on the runner's port.
-    async fn answer(self: Rc<Self>, listener: TcpListener) {
+    /// Answers on the port that callers come to.
+    async fn front(self: Rc<Self>, listener: TcpListener) {
         loop {
             let Ok((stream, _)) = listener.accept().await else {
                 sleep(PORT_AGAIN).await;
                 continue;
             };
-            let this = Rc::clone(&self);
+            let _ = stream.set_nodelay(true);
+            tokio::task::spawn_local(Rc::clone(&self.app).show(stream));
+        }
+    }
+
+    /// Answers on the runner's port.
+    async fn answer(self: Rc<Self>, listener: TcpListener, workspace: Rc<Workspace>) {
+        loop {
+            let Ok((stream, _)) = listener.accept().await else {
+                sleep(PORT_AGAIN).await;
+                continue;
+            };
+            // A key that was pressed is not held back for the next one.
+            let _ = stream.set_nodelay(true);
+            let (this, workspace) = (Rc::clone(&self), Rc::clone(&workspace));
             tokio::task::spawn_local(async move {
-                let service = hyper::service::service_fn(|request: Request<Incoming>| {
-                    std::future::ready(Ok::<_, Infallible>(this.reply(request.uri().path())))
-                });
-                let _ = hyper::server::conn::http1::Builder::new()
-                    .timer(hyper_util::rt::TokioTimer::new())
-                    .header_read_timeout(HEAD_PATIENCE)
-                    .serve_connection(TokioIo::new(stream), service)
-                    .await;
+                workspace.serve(stream, |path| this.probed(path)).await;
             });
         }
     }
 
-    fn reply(&self, path: &str) -> Response<Full<Bytes>> {
+    /// The answer to a probe, which needs no ticket.
+    fn probed(&self, path: &str) -> Option<Response<Full<Bytes>>> {
         let state = self.app.state();
         let good = matches!(state, State::Serving | State::Ended(Ending::Exited(0)));
         let ready = good || self.app.stays();
@@ -262,7 +290,7 @@ impl Pod {
             "/live" | "/state" => StatusCode::OK,
             "/ready" if ready => StatusCode::OK,
             "/ready" => StatusCode::SERVICE_UNAVAILABLE,
-            _ => StatusCode::NOT_FOUND,
+            _ => return None,
         };
         let (word, code) = match state {
             State::Starting => ("starting", None),
@@ -271,18 +299,13 @@ impl Pod {
             State::Ended(Ending::Signalled(signal)) => ("ended", Some(128 + signal)),
             State::Ended(_) => ("ended", Some(i32::from(CANNOT_START))),
         };
-        let body = serde_json::json!({
+        let mut response = workspace::json(&serde_json::json!({
             "state": word,
             "exit_code": code,
             "restarts": self.restarts.get(),
-        });
-        let mut response = Response::new(Full::new(Bytes::from(body.to_string())));
+        }));
         *response.status_mut() = status;
-        response.headers_mut().insert(
-            header::CONTENT_TYPE,
-            header::HeaderValue::from_static("application/json"),
-        );
-        response
+        Some(response)
     }
 }
 

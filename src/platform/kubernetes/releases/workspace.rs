@@ -1,8 +1,12 @@
 //! A repl's workspace in the cluster: the template's objects for its current files.
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use jiff::{SignedDuration, Timestamp};
 
-use super::{Failure, Owner, Record, Releases, Stored};
+use super::{Failure, Kind, Owner, Record, Releases, Stored, no_release, random};
+use crate::model::{ReplId, TicketKey};
+use crate::platform::kubernetes::release::{RUNNER_KEY, runner_name, runner_secret};
 use crate::platform::{Opened, PlatformError, WorkspaceSpec};
 
 /// How long another server gets to make what it has recorded. After that it has died in between.
@@ -43,6 +47,40 @@ impl Releases {
             url: self.config.url(repl),
             terminal_url: self.config.terminal_url(repl),
         })
+    }
+
+    /// See [`Platform::ticket_key`](crate::platform::Platform::ticket_key).
+    pub async fn ticket_key(&self, repl: &ReplId) -> Result<TicketKey, PlatformError> {
+        let record = self.records.known(repl).filter(|record| record.wanted);
+        let record = record.ok_or_else(|| no_release(repl))?;
+        let name = runner_name(repl);
+        let namespace = record.user_id.namespace();
+        let secret = self.cluster.get(Kind::Secret, &namespace, &name).await;
+        let secret = secret.map_err(|f| f.unavailable("The runner's key could not be read"))?;
+        let text = secret
+            .as_ref()
+            .and_then(|s| s.data["data"][RUNNER_KEY].as_str());
+        let text = text.and_then(|text| BASE64.decode(text).ok());
+        let key = text.and_then(|text| TicketKey::from_text(std::str::from_utf8(&text).ok()?));
+        key.ok_or_else(|| no_release(repl))
+    }
+
+    /// Makes what tickets for the repl's runner are made with, unless it is there.
+    pub(super) async fn make_runner_key(&self, owner: &Owner) -> Result<(), Failure> {
+        let (namespace, name) = (owner.user.namespace(), runner_name(&owner.repl));
+        if self
+            .cluster
+            .get(Kind::Secret, &namespace, &name)
+            .await?
+            .is_some()
+        {
+            return Ok(());
+        }
+        let key = TicketKey::new(random()?);
+        match self.cluster.create(&runner_secret(owner, &key)).await {
+            Err(failure) if !failure.is_conflict() => Err(failure),
+            _ => Ok(()),
+        }
     }
 
     /// Applies everything; what the cluster refuses is taken back. While the API server is away it cannot

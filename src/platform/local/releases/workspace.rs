@@ -1,8 +1,8 @@
 //! A repl's workspace on this machine: its current files, run as they are.
 
-use super::{Releases, Stored};
-use crate::model::{Problem, ReplId};
-use crate::platform::{Opened, PlatformError, WorkspaceSpec};
+use super::{AppPort, Releases, Stored};
+use crate::model::{Problem, ReplId, TicketKey};
+use crate::platform::{ByteStream, Opened, PlatformError, WorkspaceSpec};
 
 impl Releases {
     /// See [`Platform::open_workspace`](crate::platform::Platform::open_workspace).
@@ -27,6 +27,16 @@ impl Releases {
             url: self.url(repl),
             terminal_url: format!("ws://{repl}.{}/", self.inner.config.authority),
         })
+    }
+
+    /// See [`Platform::dial_runner`](crate::platform::Platform::dial_runner).
+    pub async fn dial_runner(&self, repl: &ReplId) -> Result<Box<dyn ByteStream>, PlatformError> {
+        self.dial_port(repl, AppPort::Runner).await
+    }
+
+    /// See [`Platform::ticket_key`](crate::platform::Platform::ticket_key).
+    pub fn ticket_key(&self, repl: &ReplId) -> Result<TicketKey, PlatformError> {
+        Ok(self.program(repl)?.key.clone())
     }
 
     /// Recorded first: a server that is killed in between brings it up at its next start.

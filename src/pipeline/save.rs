@@ -1,0 +1,253 @@
+//! What is edited in a workspace goes back into the code store: now and then, when asked, and before the
+//! workspace is stopped. The runner only tells; it never sees the store's keys.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use futures_util::{StreamExt, stream};
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::body::Bytes;
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper::{Request, StatusCode, header};
+use hyper_util::rt::TokioIo;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use serde::{Deserialize, Serialize};
+use tokio::time::timeout;
+
+use super::{Pipeline, Share};
+use crate::model::{Problem, RelativePath, ReplId, ReplState};
+use crate::platform::{Platform, PlatformError};
+use crate::storage::CodeStore;
+
+/// How often every workspace is saved: as much of somebody's work as a lost node may cost.
+const SAVE_EVERY: Duration = Duration::from_secs(20);
+
+/// Workspaces saved at one time. One costs a connection and one file's memory.
+const AT_ONCE: usize = 4;
+
+/// Longest wait for one answer of a runner, which has files at hand: the largest on a slow network.
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// Largest list of files: as many as a workspace may have, with long names.
+const MOST_LIST: usize = 16 << 20;
+
+/// Largest file, as the runner has it.
+const MOST_FILE: usize = 64 << 20;
+
+/// How long a ticket of the server's own lasts: one save.
+const TICKET_SECONDS: u64 = 600;
+
+/// What stays as it is in a URL's path.
+const PLAIN: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'/')
+    .remove(b'.')
+    .remove(b'-')
+    .remove(b'_');
+
+/// What a save came to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Saved {
+    /// Files written to the store.
+    pub written: usize,
+    /// Files removed from it.
+    pub removed: usize,
+}
+
+/// Why a workspace was not saved.
+#[derive(Debug)]
+pub enum NotSaved {
+    /// It cannot be asked: it is not there any more, or never was.
+    Gone(PlatformError),
+    /// What it has cannot be kept.
+    Failed(Problem),
+}
+
+/// A file as the runner lists it.
+#[derive(Debug, Deserialize)]
+struct Listed {
+    path: String,
+    kind: String,
+    size: u64,
+    modified: i64,
+}
+
+/// What was saved last of a workspace.
+type Known = BTreeMap<RelativePath, (u64, i64)>;
+
+/// What was saved last of every workspace; the lock of each is held while it is saved.
+#[derive(Debug, Default)]
+pub struct Saves(Mutex<HashMap<ReplId, Arc<tokio::sync::Mutex<Known>>>>);
+
+impl Saves {
+    fn of(&self, repl: &ReplId) -> Arc<tokio::sync::Mutex<Known>> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(all.entry(repl.clone()).or_default())
+    }
+
+    /// Forgets what was known of a workspace that was stopped.
+    pub fn forget(&self, repl: &ReplId) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.remove(repl);
+    }
+}
+
+impl Pipeline {
+    /// Puts what was edited in the repl's workspace into the code store. A release is not edited: what
+    /// was tested is there already.
+    pub async fn save(&self, repl: &ReplId) -> Result<Saved, NotSaved> {
+        if !is_open(&*self.inner.platform, repl)
+            .await
+            .map_err(NotSaved::Gone)?
+        {
+            return Ok(Saved::default());
+        }
+        let known = self.inner.saves.of(repl);
+        let mut known = known.lock().await;
+        let mut runner = Runner::dial(&*self.inner.platform, repl).await?;
+        copy(&mut runner, &*self.inner.store, repl, &mut known).await
+    }
+
+    /// Saves every workspace now and then, until the server ends.
+    pub(super) async fn keep_saving(self) {
+        loop {
+            tokio::time::sleep(SAVE_EVERY).await;
+            let Ok(repls) = self.inner.platform.repls().await else {
+                continue;
+            };
+            let (this, Share(mine)) = (&self, &self.inner.share);
+            let open = repls
+                .into_iter()
+                .filter(|repl| repl.release.is_none() && is_up(repl.state) && mine(&repl.repl_id));
+            stream::iter(open)
+                .for_each_concurrent(AT_ONCE, |repl| async move {
+                    if let Err(NotSaved::Failed(problem)) = this.save(&repl.repl_id).await {
+                        tracing::warn!(repl = %repl.repl_id, %problem, "a workspace was not saved");
+                    }
+                })
+                .await;
+        }
+    }
+}
+
+fn is_up(state: ReplState) -> bool {
+    matches!(state, ReplState::Running | ReplState::Exited(_))
+}
+
+async fn is_open(platform: &dyn Platform, repl: &ReplId) -> Result<bool, PlatformError> {
+    let repls = platform.repls().await?;
+    let found = repls.iter().find(|one| one.repl_id == *repl);
+    Ok(found.is_some_and(|one| one.release.is_none() && one.state != ReplState::Stopped))
+}
+
+async fn copy(
+    runner: &mut Runner,
+    store: &dyn CodeStore,
+    repl: &ReplId,
+    known: &mut Known,
+) -> Result<Saved, NotSaved> {
+    let mut saved = Saved::default();
+    let mut now = BTreeMap::new();
+    for file in runner.list().await? {
+        let path = RelativePath::try_from(file.path);
+        if let (Ok(path), "file") = (path, file.kind.as_str()) {
+            now.insert(path, (file.size, file.modified));
+        }
+    }
+    for (path, about) in &now {
+        if known.get(path) == Some(about) {
+            continue;
+        }
+        // One that has just vanished is seen to be gone the next time.
+        if let Some(content) = runner.read(path).await? {
+            let put = store.put_current(repl, path, content);
+            put.await.map_err(NotSaved::Failed)?;
+            known.insert(path.clone(), *about);
+            saved.written += 1;
+        }
+    }
+    let gone: Vec<RelativePath> = known
+        .keys()
+        .filter(|p| !now.contains_key(p))
+        .cloned()
+        .collect();
+    // Only what was seen here before: what others have put there meanwhile is theirs.
+    for path in gone {
+        let removed = store.remove_current(repl, &path);
+        removed.await.map_err(NotSaved::Failed)?;
+        known.remove(&path);
+        saved.removed += 1;
+    }
+    Ok(saved)
+}
+
+/// A connection to a workspace's runner.
+struct Runner {
+    send: SendRequest<Empty<Bytes>>,
+    ticket: String,
+}
+
+impl Runner {
+    async fn dial(platform: &dyn Platform, repl: &ReplId) -> Result<Self, NotSaved> {
+        let key = platform.ticket_key(repl).await.map_err(NotSaved::Gone)?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let until = now.map_or(0, |now| now.as_secs()) + TICKET_SECONDS;
+        let stream = platform.dial_runner(repl).await.map_err(NotSaved::Gone)?;
+        let (send, connection) = http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| cut(&error))?;
+        // Its error comes out at the request.
+        tokio::spawn(connection);
+        let ticket = key.issue(repl, until);
+        Ok(Self { send, ticket })
+    }
+
+    async fn list(&mut self) -> Result<Vec<Listed>, NotSaved> {
+        let body = self.get("/files", MOST_LIST).await?;
+        let body = body.ok_or_else(|| cut(&"it lists no files"))?;
+        serde_json::from_slice(&body).map_err(|error| cut(&error))
+    }
+
+    async fn read(&mut self, path: &RelativePath) -> Result<Option<Vec<u8>>, NotSaved> {
+        let path = utf8_percent_encode(path.as_str(), PLAIN);
+        let body = self.get(&format!("/files/{path}"), MOST_FILE).await?;
+        Ok(body.map(Vec::from))
+    }
+
+    async fn get(&mut self, path: &str, most: usize) -> Result<Option<Bytes>, NotSaved> {
+        let request = Request::get(path)
+            .header(header::HOST, "runner")
+            .header(header::AUTHORIZATION, format!("Bearer {}", self.ticket))
+            .body(Empty::new())
+            .map_err(|error| cut(&error))?;
+        let answer = async {
+            self.send.ready().await.map_err(|error| cut(&error))?;
+            let answer = self.send.send_request(request).await;
+            let answer = answer.map_err(|error| cut(&error))?;
+            let status = answer.status();
+            let body = Limited::new(answer.into_body(), most).collect().await;
+            let body = body.map_err(|error| cut(&error))?.to_bytes();
+            match status {
+                StatusCode::OK => Ok(Some(body)),
+                StatusCode::NOT_FOUND => Ok(None),
+                _ => Err(NotSaved::Failed(problem(&String::from_utf8_lossy(&body)))),
+            }
+        };
+        let answered = timeout(ANSWER, answer).await;
+        answered.unwrap_or_else(|_| Err(cut(&"it did not answer in time")))
+    }
+}
+
+/// The runner went away in the middle.
+fn cut(error: &impl ToString) -> NotSaved {
+    NotSaved::Gone(PlatformError::Unavailable(problem(&error.to_string())))
+}
+
+fn problem(cause: &str) -> Problem {
+    Problem::new(
+        "not_saved",
+        "The workspace could not be saved",
+        cause,
+        "Look at the repl's state and at the server's log; it is tried again by itself.",
+    )
+}

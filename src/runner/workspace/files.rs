@@ -1,0 +1,380 @@
+//! The workspace's files, for its user far away. Whatever stands there, nothing outside is reached: every
+//! path is walked below the workspace and through no link, and only regular files are opened.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+use serde::Serialize;
+
+use crate::model::RelativePath;
+
+/// Most files that are listed, as many as a repl may be started with.
+const MOST_ENTRIES: usize = 10_000;
+
+/// Deepest folder that is looked into.
+const DEEPEST: usize = 64;
+
+/// Largest file that is read or written, as much as a run may write.
+pub const LARGEST: u64 = 64 << 20;
+
+/// Largest piece of a file that is read at once: as text or in base64 it fits into a message.
+pub const PIECE: u64 = 512 << 10;
+
+/// Below the workspace, through no link.
+const BENEATH: ResolveFlags = ResolveFlags::BENEATH
+    .union(ResolveFlags::NO_SYMLINKS)
+    .union(ResolveFlags::NO_MAGICLINKS);
+
+/// What stands at a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// A regular file.
+    File,
+    /// A folder.
+    Folder,
+    /// A link, a pipe, a device: shown, and never opened.
+    Other,
+}
+
+/// One thing in the workspace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Entry {
+    /// Where.
+    pub path: String,
+    /// What.
+    pub kind: Kind,
+    /// Bytes.
+    pub size: u64,
+    /// When it was changed, in milliseconds of the Unix clock.
+    pub modified: i64,
+}
+
+/// The workspace's files.
+#[derive(Debug)]
+pub struct Files {
+    top: OwnedFd,
+    /// Whose they are; `None`: the runner's own user's.
+    owner: Option<u32>,
+}
+
+impl Files {
+    /// Those in this folder.
+    pub fn open(folder: &Path, owner: Option<u32>) -> io::Result<Self> {
+        let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let top = rustix::fs::open(folder, flags, Mode::empty())?;
+        Ok(Self { top, owner })
+    }
+
+    /// Everything there is, folders before what is in them.
+    pub fn tree(&self) -> io::Result<Vec<Entry>> {
+        let mut entries = Vec::new();
+        list(self.top.as_fd(), "", 0, &mut entries)?;
+        Ok(entries)
+    }
+
+    /// A piece of a file, from `offset`, and the file's size.
+    pub fn read(&self, path: &RelativePath, offset: u64) -> io::Result<(Vec<u8>, u64)> {
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let opened = rustix::fs::openat2(&self.top, path.as_str(), flags, Mode::empty(), BENEATH);
+        let file = File::from(opened?);
+        let about = file.metadata()?;
+        if !about.is_file() {
+            return Err(io::Error::other("it is no regular file"));
+        }
+        let mut piece = vec![0; usize::try_from(PIECE).unwrap_or_default()];
+        let length = file.read_at(&mut piece, offset)?;
+        piece.truncate(length);
+        Ok((piece, about.len()))
+    }
+
+    /// The whole of a file.
+    pub fn read_whole(&self, path: &RelativePath) -> io::Result<Vec<u8>> {
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let opened = rustix::fs::openat2(&self.top, path.as_str(), flags, Mode::empty(), BENEATH);
+        let file = File::from(opened?);
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::other("it is no regular file"));
+        }
+        let mut content = Vec::new();
+        file.take(LARGEST + 1).read_to_end(&mut content)?;
+        if content.len() as u64 > LARGEST {
+            return Err(io::Error::other(format!(
+                "it is larger than {LARGEST} bytes"
+            )));
+        }
+        Ok(content)
+    }
+
+    /// Writes a piece at `offset`; with the last one (`done`) the file takes its place, whole.
+    pub fn write(
+        &self,
+        path: &RelativePath,
+        offset: u64,
+        piece: &[u8],
+        done: bool,
+    ) -> io::Result<()> {
+        if offset.saturating_add(piece.len() as u64) > LARGEST {
+            return Err(io::Error::other(format!(
+                "it is larger than {LARGEST} bytes"
+            )));
+        }
+        let (folder, name) = self.enter(path, true)?;
+        let staged = format!(".{name}.part");
+        let begin = match offset {
+            0 => OFlags::TRUNC,
+            _ => OFlags::empty(),
+        };
+        let flags = begin | OFlags::WRONLY | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOFOLLOW;
+        let mode = Mode::from_raw_mode(0o644);
+        let opened = rustix::fs::openat2(&folder, &staged, flags | OFlags::CLOEXEC, mode, BENEATH);
+        let file = File::from(opened?);
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::other(
+                "something that is no file stands in its place",
+            ));
+        }
+        self.own(file.as_fd())?;
+        file.write_all_at(piece, offset)?;
+        if done {
+            // Left by an upload that was longer and broke off.
+            file.set_len(offset + piece.len() as u64)?;
+            // A script stays one that can be run.
+            if let Ok(about) = rustix::fs::statat(&folder, name, AtFlags::SYMLINK_NOFOLLOW)
+                && FileType::from_raw_mode(about.st_mode) == FileType::RegularFile
+            {
+                rustix::fs::fchmod(&file, Mode::from_raw_mode(about.st_mode & 0o777))?;
+            }
+            rustix::fs::renameat(&folder, &staged, &folder, name)?;
+        }
+        Ok(())
+    }
+
+    /// Makes a folder, and those above it.
+    pub fn make(&self, path: &RelativePath) -> io::Result<()> {
+        let (folder, name) = self.enter(path, true)?;
+        self.make_in(&folder, name)?;
+        Ok(())
+    }
+
+    /// Moves a file or a folder to where nothing stands.
+    pub fn rename(&self, path: &RelativePath, to: &RelativePath) -> io::Result<()> {
+        let (from, name) = self.enter(path, false)?;
+        let (into, wanted) = self.enter(to, true)?;
+        let flags = rustix::fs::RenameFlags::NOREPLACE;
+        rustix::fs::renameat_with(&from, name, &into, wanted, flags)?;
+        Ok(())
+    }
+
+    /// Removes a file, or a folder with all that is in it.
+    pub fn delete(&self, path: &RelativePath) -> io::Result<()> {
+        let (folder, name) = self.enter(path, false)?;
+        match rustix::fs::unlinkat(&folder, name, AtFlags::empty()) {
+            Err(Errno::ISDIR) => {}
+            result => return Ok(result?),
+        }
+        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let inside = rustix::fs::openat(&folder, name, flags, Mode::empty())?;
+        super::super::slot::empty(inside.as_fd())?;
+        Ok(rustix::fs::unlinkat(&folder, name, AtFlags::REMOVEDIR)?)
+    }
+
+    /// The folder a path is in, and its name there.
+    fn enter<'a>(&self, path: &'a RelativePath, make: bool) -> io::Result<(OwnedFd, &'a str)> {
+        let path = path.as_str();
+        let (folders, name) = path.rsplit_once('/').unwrap_or(("", path));
+        let mut at = self.top.try_clone()?;
+        for part in folders.split('/').filter(|part| !part.is_empty()) {
+            if make {
+                self.make_in(&at, part)?;
+            }
+            let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            at = rustix::fs::openat2(&at, part, flags, Mode::empty(), BENEATH)?;
+        }
+        Ok((at, name))
+    }
+
+    fn make_in(&self, folder: &OwnedFd, name: &str) -> io::Result<()> {
+        match rustix::fs::mkdirat(folder, name, Mode::from_raw_mode(0o755)) {
+            Ok(()) => {
+                let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let made = rustix::fs::openat(folder, name, flags, Mode::empty())?;
+                self.own(made.as_fd())
+            }
+            Err(Errno::EXIST) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn own(&self, file: BorrowedFd<'_>) -> io::Result<()> {
+        match self.owner {
+            Some(_) => std::os::unix::fs::fchown(file, self.owner, self.owner),
+            None => Ok(()),
+        }
+    }
+}
+
+fn list(
+    folder: BorrowedFd<'_>,
+    above: &str,
+    depth: usize,
+    entries: &mut Vec<Entry>,
+) -> io::Result<()> {
+    let mut folders = Vec::new();
+    for entry in Dir::read_from(folder)? {
+        let entry = entry?;
+        // A name that is no text cannot be asked for.
+        let Ok(name) = entry.file_name().to_str() else {
+            continue;
+        };
+        if matches!(name, "." | "..") {
+            continue;
+        }
+        let Ok(about) = rustix::fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) else {
+            continue;
+        };
+        let kind = match FileType::from_raw_mode(about.st_mode) {
+            FileType::RegularFile => Kind::File,
+            FileType::Directory => Kind::Folder,
+            _ => Kind::Other,
+        };
+        let path = match above {
+            "" => name.to_owned(),
+            above => format!("{above}/{name}"),
+        };
+        if kind == Kind::Folder {
+            folders.push((name.to_owned(), path.clone()));
+        }
+        if entries.len() == MOST_ENTRIES {
+            let why = format!("there are more than {MOST_ENTRIES} files and folders");
+            return Err(io::Error::other(why));
+        }
+        entries.push(Entry {
+            path,
+            kind,
+            size: u64::try_from(about.st_size).unwrap_or(0),
+            modified: about.st_mtime * 1_000
+                + i64::try_from(about.st_mtime_nsec / 1_000_000).unwrap_or(0),
+        });
+    }
+    folders.sort();
+    if depth == DEEPEST && !folders.is_empty() {
+        let why = format!("folders are deeper than {DEEPEST}");
+        return Err(io::Error::other(why));
+    }
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    for (name, path) in folders {
+        // One that vanished or may not be entered is passed over.
+        if let Ok(inner) = rustix::fs::openat(folder, name, flags, Mode::empty()) {
+            list(inner.as_fd(), &path, depth + 1, entries)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn path(text: &str) -> RelativePath {
+        text.to_owned().try_into().unwrap()
+    }
+
+    #[test]
+    fn files_are_written_whole_moved_and_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = Files::open(folder.path(), None).unwrap();
+        files.write(&path("a/b/c.txt"), 0, b"one ", false).unwrap();
+        assert!(
+            files.read(&path("a/b/c.txt"), 0).is_err(),
+            "it is not whole yet"
+        );
+        files.write(&path("a/b/c.txt"), 4, b"two", true).unwrap();
+        assert_eq!(
+            files.read(&path("a/b/c.txt"), 4).unwrap(),
+            (b"two".to_vec(), 7)
+        );
+        files.write(&path("a/b/c.txt"), 0, b"three", true).unwrap();
+        assert_eq!(files.read_whole(&path("a/b/c.txt")).unwrap(), b"three");
+        files.make(&path("empty/folder")).unwrap();
+        files.rename(&path("a/b"), &path("moved/here")).unwrap();
+        assert!(
+            files.rename(&path("empty"), &path("moved")).is_err(),
+            "it would be lost"
+        );
+        let names = |files: &Files| -> Vec<String> {
+            files
+                .tree()
+                .unwrap()
+                .into_iter()
+                .map(|entry| entry.path)
+                .collect()
+        };
+        let mut found = names(&files);
+        found.sort();
+        assert_eq!(
+            found,
+            [
+                "a",
+                "empty",
+                "empty/folder",
+                "moved",
+                "moved/here",
+                "moved/here/c.txt"
+            ]
+        );
+        files.delete(&path("moved")).unwrap();
+        files.delete(&path("a")).unwrap();
+        assert_eq!(names(&files).len(), 2);
+        assert!(files.delete(&path("a")).is_err());
+        let late = files.write(&path("big"), LARGEST, b"x", true);
+        assert!(late.unwrap_err().to_string().contains("larger"));
+    }
+
+    #[test]
+    fn nothing_outside_is_reached_and_nothing_blocks() {
+        let folder = tempfile::tempdir().unwrap();
+        let outside = tempfile::tempdir().unwrap();
+        std::fs::write(outside.path().join("secret"), "s").unwrap();
+        let top = folder.path().join("top");
+        std::fs::create_dir(&top).unwrap();
+        let link = |to: &Path, name: &str| std::os::unix::fs::symlink(to, top.join(name)).unwrap();
+        link(outside.path(), "folder");
+        link(&outside.path().join("secret"), "file");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            top.join("pipe"),
+            FileType::Fifo,
+            Mode::RWXU,
+            0,
+        )
+        .unwrap();
+        let files = Files::open(&top, None).unwrap();
+        for name in ["folder/secret", "file", "pipe"] {
+            assert!(files.read(&path(name), 0).is_err(), "{name}");
+            assert!(files.read_whole(&path(name)).is_err(), "{name}");
+        }
+        assert!(files.write(&path("folder/new"), 0, b"x", true).is_err());
+        assert!(files.rename(&path("folder/secret"), &path("mine")).is_err());
+        files.delete(&path("folder")).unwrap();
+        files.write(&path("file"), 0, b"mine", true).unwrap();
+        assert_eq!(
+            std::fs::read_to_string(outside.path().join("secret")).unwrap(),
+            "s"
+        );
+        assert!(!outside.path().join("new").exists());
+        let kinds: Vec<Kind> = files
+            .tree()
+            .unwrap()
+            .iter()
+            .map(|entry| entry.kind)
+            .collect();
+        assert!(kinds.contains(&Kind::Other));
+    }
+}

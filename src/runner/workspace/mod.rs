@@ -1,0 +1,238 @@
+//! The runner's own port (design.md §5): terminals, files and the program's switch, over one WebSocket for
+//! whoever has a ticket of this repl. The protocol is described in README.md.
+
+mod files;
+mod protocol;
+mod session;
+mod terminal;
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::rc::Rc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::{Request, Response, StatusCode, header};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+
+use super::app::App;
+use crate::model::{RelativePath, ReplId, TicketKey};
+use files::Files;
+pub use terminal::Terminal;
+
+/// Connections at one time: a person's tabs on some machines.
+const MOST_CONNECTIONS: usize = 32;
+
+/// Terminals at one time, of all connections together.
+const MOST_TERMINALS: usize = 16;
+
+/// Longest wait for a request's head.
+const HEAD_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Whose runner this is, and how its tickets are checked.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Identity {
+    /// The repl.
+    pub repl: ReplId,
+    /// The key of its tickets, as text.
+    pub key: String,
+}
+
+/// What callers of the runner's port reach.
+pub struct Workspace {
+    app: Rc<App>,
+    /// `None`: nobody is let in.
+    identity: Option<(ReplId, TicketKey)>,
+    files: Files,
+    terminals: RefCell<BTreeMap<String, Rc<Terminal>>>,
+    connections: Cell<usize>,
+    last_connection: Cell<u64>,
+}
+
+impl Workspace {
+    /// Of this program.
+    pub(super) fn new(app: Rc<App>, identity: Option<Identity>) -> anyhow::Result<Rc<Self>> {
+        let identity = identity.and_then(|Identity { repl, key }| {
+            let key = TicketKey::from_text(&key);
+            Some((repl, key?))
+        });
+        let files = Files::open(app.slot().folder(), app.slot().uid)?;
+        Ok(Rc::new(Self {
+            app,
+            identity,
+            files,
+            terminals: RefCell::default(),
+            connections: Cell::new(0),
+            last_connection: Cell::new(0),
+        }))
+    }
+
+    /// Answers on one connection. `probe` answers what needs no ticket.
+    pub async fn serve(
+        self: Rc<Self>,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        probe: impl Fn(&str) -> Option<Response<Full<Bytes>>>,
+    ) {
+        let service = hyper::service::service_fn(|request: Request<Incoming>| {
+            let answered = match probe(request.uri().path()) {
+                Some(response) => response,
+                None => Rc::clone(&self).answer(request),
+            };
+            std::future::ready(Ok::<_, Infallible>(answered))
+        });
+        let _ = hyper::server::conn::http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD_PATIENCE)
+            .serve_connection(TokioIo::new(stream), service)
+            .with_upgrades()
+            .await;
+    }
+
+    fn answer(self: Rc<Self>, request: Request<Incoming>) -> Response<Full<Bytes>> {
+        if !self.admits(&request) {
+            let why =
+                "a ticket of this repl is required, and this one is missing, too old or another's";
+            return text(StatusCode::UNAUTHORIZED, why);
+        }
+        let path = request.uri().path();
+        if path == "/" {
+            return self.open(request);
+        }
+        if path == "/files" {
+            return match self.files.tree() {
+                Ok(tree) => json(&tree),
+                Err(error) => text(StatusCode::CONFLICT, &error.to_string()),
+            };
+        }
+        match path.strip_prefix("/files/").map(decoded) {
+            Some(Some(path)) => match self.files.read_whole(&path) {
+                Ok(content) => Response::new(Full::new(Bytes::from(content))),
+                Err(error) => text(StatusCode::NOT_FOUND, &error.to_string()),
+            },
+            _ => text(StatusCode::NOT_FOUND, "there is nothing here"),
+        }
+    }
+
+    /// Whether the request has a ticket: in its URL, for browsers, or as a bearer's.
+    fn admits(&self, request: &Request<Incoming>) -> bool {
+        let Some((repl, key)) = &self.identity else {
+            return false;
+        };
+        let query = request.uri().query().unwrap_or_default();
+        let in_url = query
+            .split('&')
+            .find_map(|pair| pair.strip_prefix("ticket="));
+        let header = request.headers().get(header::AUTHORIZATION);
+        let borne = header.and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now = now.map_or(u64::MAX, |now| now.as_secs());
+        borne
+            .or(in_url)
+            .is_some_and(|ticket| key.admits(repl, ticket, now))
+    }
+
+    /// Makes the connection a WebSocket.
+    fn open(self: Rc<Self>, request: Request<Incoming>) -> Response<Full<Bytes>> {
+        let headers = request.headers();
+        let upgrade = headers.get(header::UPGRADE);
+        let wanted =
+            upgrade.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"websocket"));
+        let Some(key) = headers.get(header::SEC_WEBSOCKET_KEY).filter(|_| wanted) else {
+            return text(StatusCode::UPGRADE_REQUIRED, "this speaks WebSocket");
+        };
+        if self.connections.get() >= MOST_CONNECTIONS {
+            return text(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "there are too many connections already",
+            );
+        }
+        let accept = derive_accept_key(key.as_bytes());
+        let mut response = text(StatusCode::SWITCHING_PROTOCOLS, "");
+        let switched = [
+            (header::CONNECTION, "upgrade"),
+            (header::UPGRADE, "websocket"),
+            (header::SEC_WEBSOCKET_ACCEPT, accept.as_str()),
+        ];
+        response.headers_mut().remove(header::CONTENT_TYPE);
+        for (name, value) in switched {
+            if let Ok(value) = header::HeaderValue::from_str(value) {
+                response.headers_mut().insert(name, value);
+            }
+        }
+        let number = self.last_connection.get() + 1;
+        self.last_connection.set(number);
+        self.connections.set(self.connections.get() + 1);
+        tokio::task::spawn_local(async move {
+            if let Ok(io) = hyper::upgrade::on(request).await {
+                session::run(&self, number, TokioIo::new(io)).await;
+            }
+            for terminal in self.terminals.borrow().values() {
+                terminal.detach(number);
+            }
+            self.connections.set(self.connections.get() - 1);
+        });
+        response
+    }
+
+    /// The terminal of this name, made when it is not there.
+    fn terminal(&self, name: &str, size: (u16, u16)) -> anyhow::Result<(Rc<Terminal>, bool)> {
+        let mut terminals = self.terminals.borrow_mut();
+        terminals.retain(|_, terminal| {
+            let ended = terminal.has_ended();
+            if ended {
+                self.app.spare(terminal.session(), false);
+            }
+            !ended
+        });
+        if let Some(known) = terminals.get(name) {
+            return Ok((Rc::clone(known), false));
+        }
+        anyhow::ensure!(
+            terminals.len() < MOST_TERMINALS,
+            "there are {MOST_TERMINALS} terminals already; close one"
+        );
+        let terminal = self.app.start_terminal(name, size)?;
+        self.app.spare(terminal.session(), true);
+        terminals.insert(name.to_owned(), Rc::clone(&terminal));
+        Ok((terminal, true))
+    }
+
+    fn known_terminal(&self, name: &str) -> Option<Rc<Terminal>> {
+        self.terminals.borrow().get(name).cloned()
+    }
+}
+
+fn decoded(path: &str) -> Option<RelativePath> {
+    let path = percent_encoding::percent_decode_str(path)
+        .decode_utf8()
+        .ok()?;
+    RelativePath::try_from(path.into_owned()).ok()
+}
+
+/// A plain answer.
+pub fn text(status: StatusCode, text: &str) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(text.to_owned())));
+    *response.status_mut() = status;
+    let plain = header::HeaderValue::from_static("text/plain; charset=utf-8");
+    response.headers_mut().insert(header::CONTENT_TYPE, plain);
+    response
+}
+
+/// An answer for programs.
+pub fn json(value: &impl Serialize) -> Response<Full<Bytes>> {
+    let Ok(body) = serde_json::to_vec(value) else {
+        return text(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "the answer cannot be written",
+        );
+    };
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    let json = header::HeaderValue::from_static("application/json");
+    response.headers_mut().insert(header::CONTENT_TYPE, json);
+    response
+}

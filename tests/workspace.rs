@@ -1,0 +1,472 @@
+//! The runner's port of a repl, on the local platform: terminals, files, the program's switch, saving.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[path = "protocol/server.rs"]
+#[allow(dead_code)]
+mod server;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use futures_util::{SinkExt, StreamExt};
+use serde_json::{Value, json};
+use tokio_tungstenite::tungstenite::Message;
+
+use server::{PATIENCE, Server, Socket};
+
+fn store(server: &Server, repl: &str) -> PathBuf {
+    server.data.path().join("store/code").join(repl)
+}
+
+/// A repl with this program, started.
+async fn opened(server: &Server, repl: &str, code: &str) -> Value {
+    std::fs::create_dir_all(store(server, repl)).unwrap();
+    std::fs::write(store(server, repl).join("main.py"), code).unwrap();
+    start(server, repl).await
+}
+
+async fn post(server: &Server, path: &str, body: Value) -> Value {
+    let request = server.post(path).header("x-api-key", &server.admin);
+    let answer = request.json(&body).send().await.unwrap();
+    assert_eq!(answer.status(), 200, "{path}");
+    answer.json().await.unwrap()
+}
+
+async fn start(server: &Server, repl: &str) -> Value {
+    post(server, "/start", json!({ "replId": repl, "userId": "ann" })).await
+}
+
+async fn stop(server: &Server, repl: &str) {
+    post(server, "/stop", json!({ "replId": repl })).await;
+}
+
+/// A client of a runner.
+struct Client {
+    socket: Socket,
+    last: u64,
+    /// What terminals showed, and what else was told.
+    shown: Vec<u8>,
+    told: Vec<Value>,
+}
+
+impl Client {
+    async fn by_key(server: &Server, repl: &str) -> Self {
+        let path = format!("/repls/{repl}/terminal");
+        let socket = Socket::open(server, &path, &[("x-api-key", &server.admin)]).await;
+        Self::new(socket.expect("no connection"))
+    }
+
+    fn new(socket: Socket) -> Self {
+        Self {
+            socket,
+            last: 0,
+            shown: Vec::new(),
+            told: Vec::new(),
+        }
+    }
+
+    async fn hear(&mut self) {
+        let next = tokio::time::timeout(PATIENCE, self.socket.0.next());
+        match next.await.expect("nothing is heard") {
+            Some(Ok(Message::Binary(data))) => {
+                let length = usize::from(data[0]);
+                self.shown.extend(&data[1 + length..]);
+            }
+            Some(Ok(Message::Text(text))) => self.told.push(serde_json::from_str(&text).unwrap()),
+            Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+            other => panic!("the connection ended: {other:?}"),
+        }
+    }
+
+    /// The answer to a request.
+    async fn ask(&mut self, op: &str, mut body: Value) -> Value {
+        self.last += 1;
+        (body["op"], body["id"]) = (op.into(), self.last.into());
+        let text = Message::text(body.to_string());
+        self.socket.0.send(text).await.unwrap();
+        loop {
+            let own = |told: &Value| told["id"] == self.last;
+            if let Some(at) = self.told.iter().position(own) {
+                return self.told.remove(at);
+            }
+            self.hear().await;
+        }
+    }
+
+    async fn done(&mut self, op: &str, body: Value) {
+        let answer = self.ask(op, body.clone()).await;
+        assert_eq!(answer["ok"], true, "{op} {body}: {answer}");
+    }
+
+    async fn refused(&mut self, op: &str, body: Value) -> String {
+        let answer = self.ask(op, body.clone()).await;
+        let cause = answer["error"]["cause"].as_str();
+        cause
+            .unwrap_or_else(|| panic!("{op} {body} was done: {answer}"))
+            .to_owned()
+    }
+
+    async fn open(&mut self, terminal: &str) -> bool {
+        let size = json!({ "terminal": terminal, "cols": 100, "rows": 30 });
+        let answer = self.ask("terminal.open", size).await;
+        answer["created"]
+            .as_bool()
+            .unwrap_or_else(|| panic!("{answer}"))
+    }
+
+    async fn type_in(&mut self, terminal: &str, text: &str) {
+        let mut frame = vec![u8::try_from(terminal.len()).unwrap()];
+        frame.extend(terminal.as_bytes());
+        frame.extend(text.as_bytes());
+        self.socket.0.send(Message::binary(frame)).await.unwrap();
+    }
+
+    /// Until the terminal has shown this, not long ago.
+    async fn sees(&mut self, text: &str) {
+        let recent = |shown: &[u8]| {
+            let from = shown.len().saturating_sub(64 << 10);
+            String::from_utf8_lossy(&shown[from..]).contains(text)
+        };
+        while !recent(&self.shown) {
+            self.hear().await;
+        }
+    }
+
+    /// Until this was told.
+    async fn hears(&mut self, is_it: impl Fn(&Value) -> bool) -> Value {
+        loop {
+            if let Some(at) = self.told.iter().position(&is_it) {
+                return self.told.remove(at);
+            }
+            self.hear().await;
+        }
+    }
+}
+
+const QUIET: &str = "import time\ntime.sleep(1000)\n";
+
+#[tokio::test]
+async fn terminals_are_resized_speak_utf_8_and_outlive_a_connection() {
+    let server = Server::start();
+    let started = opened(&server, "shop", QUIET).await;
+    let mut client = Client::by_key(&server, "shop").await;
+    assert!(client.open("one").await);
+    client
+        .type_in(
+            "one",
+            "echo $((6*7)) grüße 😀; stty size; tty; id -u; pwd\n",
+        )
+        .await;
+    client.sees("42 grüße 😀").await;
+    client.sees("30 100").await;
+    client.sees("/dev/pts/").await;
+    client.sees("/workspace").await;
+    let size = json!({ "terminal": "one", "cols": 120, "rows": 40 });
+    client.done("terminal.resize", size).await;
+    client.type_in("one", "stty size\n").await;
+    client.sees("40 120").await;
+    // Control keys reach the foreground program.
+    let waiting = "sh -c \"echo go''ing; exec sleep 999\"\n";
+    client.type_in("one", waiting).await;
+    client.sees("going").await;
+    client.type_in("one", "\u{3}").await;
+    client.type_in("one", "echo interrupted-$?\n").await;
+    client.sees("interrupted-130").await;
+    // A second one, at the same time.
+    assert!(client.open("two").await);
+    client.type_in("two", "echo sec'ond'\n").await;
+    client.sees("second").await;
+    client
+        .type_in("one", "(sleep 0.5; echo while-a'way') &\n")
+        .await;
+    drop(client);
+    // Back by the URL that the start gave, past the API.
+    let url = started["terminalUrl"].as_str().unwrap();
+    let (host, path) = url.strip_prefix("ws://").unwrap().split_once('/').unwrap();
+    let socket = Socket::open(&server, &format!("/{path}"), &[("host", host)]).await;
+    let mut back = Client::new(socket.expect("the ticket does not open it"));
+    assert!(!back.open("one").await, "the terminal was lost");
+    back.sees("42 grüße 😀").await;
+    back.sees("while-away").await;
+    back.type_in("one", "exit 7\n").await;
+    let ended = back.hears(|told| told["event"] == "ended").await;
+    assert_eq!(
+        (&ended["terminal"], &ended["exit_code"]),
+        (&json!("one"), &json!(7))
+    );
+    assert!(back.open("one").await, "an ended terminal is made anew");
+    assert!(
+        back.refused("terminal.open", json!({ "terminal": "../x" }))
+            .await
+            .contains("name")
+    );
+}
+
+#[tokio::test]
+async fn a_stranger_gets_nothing() {
+    let server = Server::start();
+    let started = opened(&server, "shop", QUIET).await;
+    opened(&server, "other", QUIET).await;
+    let (_, bob) = server.user("bob").await;
+    let ticket = started["terminalUrl"].as_str().unwrap();
+    let ticket = ticket.split_once("ticket=").unwrap().1.to_owned();
+    let port = server.address.port();
+    let at = |repl: &str| format!("{repl}.localhost:{port}");
+    let open = async |host: String, path: String| {
+        Socket::open(&server, &path, &[("host", &host)]).await.err()
+    };
+    assert_eq!(open(at("shop"), format!("/?ticket={ticket}")).await, None);
+    for (host, path) in [
+        (at("other"), format!("/?ticket={ticket}")),
+        (at("shop"), "/".to_owned()),
+        (at("shop"), "/?ticket=".to_owned()),
+        (at("shop"), "/?ticket=1.00".to_owned()),
+        (at("shop"), format!("/?ticket=9{ticket}")),
+    ] {
+        assert_eq!(
+            open(host.clone(), path.clone()).await,
+            Some(401),
+            "{host}{path}"
+        );
+    }
+    for path in ["/files", "/files/main.py", "/anything"] {
+        let answer = server
+            .get(path)
+            .header("host", at("shop"))
+            .send()
+            .await
+            .unwrap();
+        assert_eq!(answer.status(), 401, "{path}");
+        assert!(!answer.text().await.unwrap().contains("time.sleep"));
+    }
+    assert_eq!(open(at("nobody"), "/".to_owned()).await, Some(404));
+    // By the server: as if it did not exist.
+    let by = async |key: &str| {
+        let headers = [("x-api-key", key)];
+        Socket::open(&server, "/repls/shop/terminal", &headers)
+            .await
+            .err()
+    };
+    assert_eq!(by(&bob).await, Some(404));
+    assert_eq!(by("gtk_wrong").await, Some(401));
+    for path in ["/repls/shop/ticket", "/repls/shop/save"] {
+        let theirs = server
+            .post(path)
+            .header("x-api-key", &bob)
+            .send()
+            .await
+            .unwrap();
+        assert_eq!(theirs.status(), 404, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn files_are_edited_watched_and_kept() {
+    let server = Server::start();
+    opened(&server, "shop", QUIET).await;
+    let mut client = Client::by_key(&server, "shop").await;
+    client.done("files.watch", json!({ "on": true })).await;
+    client
+        .done(
+            "files.write",
+            json!({ "path": "a/é.txt", "text": "eins\n" }),
+        )
+        .await;
+    let changed = client.hears(|told| told["event"] == "changed").await;
+    assert!(
+        changed["paths"].to_string().contains("a/é.txt"),
+        "{changed}"
+    );
+    let read = client.ask("files.read", json!({ "path": "a/é.txt" })).await;
+    assert_eq!(
+        (&read["text"], &read["size"], &read["more"]),
+        (&json!("eins\n"), &json!(5), &json!(false))
+    );
+    // An upload in pieces, of bytes that are no text.
+    let piece = "/wD+".repeat(100_000);
+    for (number, more) in [(0, true), (1, true), (2, false)] {
+        let body =
+            json!({ "path": "big.bin", "base64": piece, "offset": number * 300_000, "more": more });
+        client.done("files.write", body).await;
+    }
+    let read = client
+        .ask(
+            "files.read",
+            json!({ "path": "big.bin", "offset": 600_000 }),
+        )
+        .await;
+    assert_eq!(
+        (&read["base64"], &read["size"]),
+        (&json!(piece), &json!(900_000))
+    );
+    let huge = json!({ "path": "huge", "text": "x", "offset": 1_u64 << 40 });
+    assert!(client.refused("files.write", huge).await.contains("larger"));
+    client
+        .done("files.rename", json!({ "path": "a", "to": "b/c" }))
+        .await;
+    client.done("files.make", json!({ "path": "empty" })).await;
+    for path in ["../x", "/etc/passwd", "a/../../x", "", "a\u{0}b"] {
+        let body = json!({ "path": path, "text": "x" });
+        let refused = client.ask("files.write", body).await;
+        assert!(refused["error"].is_object(), "{path}: {refused}");
+    }
+    // What a program makes, a person can change, and the other way round.
+    client.open("one").await;
+    client
+        .type_in(
+            "one",
+            "ln -s /etc/passwd link; echo more >> b/c/é.txt; mkfifo pipe; echo do'ne'\n",
+        )
+        .await;
+    client.sees("done").await;
+    for path in ["link", "pipe"] {
+        client.refused("files.read", json!({ "path": path })).await;
+    }
+    client
+        .done("files.delete", json!({ "path": "empty" }))
+        .await;
+    let tree = client.ask("files.tree", json!({})).await;
+    let mut paths: Vec<&str> = tree["files"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|f| f["path"].as_str().unwrap())
+        .collect();
+    paths.sort_unstable();
+    assert_eq!(
+        paths,
+        [
+            "b",
+            "b/c",
+            "b/c/é.txt",
+            "big.bin",
+            "link",
+            "main.py",
+            "pipe"
+        ]
+    );
+    let saved = post(&server, "/repls/shop/save", json!({})).await;
+    assert_eq!(saved, json!({ "written": 3, "removed": 0 }));
+    client
+        .done("files.delete", json!({ "path": "big.bin" }))
+        .await;
+    let saved = post(&server, "/repls/shop/save", json!({})).await;
+    assert_eq!(saved, json!({ "written": 0, "removed": 1 }));
+    client
+        .done(
+            "files.write",
+            json!({ "path": "last.txt", "text": "unsaved" }),
+        )
+        .await;
+    stop(&server, "shop").await;
+    let kept = |name: &str| std::fs::read_to_string(store(&server, "shop").join(name)).ok();
+    assert_eq!(kept("b/c/é.txt").as_deref(), Some("eins\nmore\n"));
+    assert_eq!(kept("last.txt").as_deref(), Some("unsaved"));
+    assert_eq!(kept("main.py").as_deref(), Some(QUIET));
+    assert!(kept("big.bin").is_none() && kept("link").is_none());
+}
+
+#[tokio::test]
+async fn no_edit_is_lost_over_many_stops() {
+    let server = Server::start();
+    opened(&server, "often", "print('Hello')").await;
+    let rounds = if std::env::var_os("GANTRY_TEST_FULL").is_some() {
+        100
+    } else {
+        10
+    };
+    for round in 0..rounds {
+        let mut client = Client::by_key(&server, "often").await;
+        let body = json!({ "path": format!("edits/{round}"), "text": round.to_string() });
+        client.done("files.write", body).await;
+        stop(&server, "often").await;
+        start(&server, "often").await;
+    }
+    let mut client = Client::by_key(&server, "often").await;
+    for round in 0..rounds {
+        let read = client
+            .ask("files.read", json!({ "path": format!("edits/{round}") }))
+            .await;
+        assert_eq!(read["text"], round.to_string(), "{read}");
+    }
+}
+
+#[tokio::test]
+async fn a_program_is_stopped_edited_and_run_beside_its_terminals() {
+    let server = Server::start();
+    opened(
+        &server,
+        "shop",
+        "print('one', flush=True)\nraise SystemExit(3)",
+    )
+    .await;
+    let mut client = Client::by_key(&server, "shop").await;
+    client.open("one").await;
+    client.type_in("one", "echo he'llo'; sleep 1000 &\n").await;
+    client.sees("hello").await;
+    let asked = Instant::now();
+    while client.ask("program.state", json!({})).await["exit_code"] != 3 {
+        assert!(asked.elapsed() < PATIENCE);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let serving = "import http.server\nprint('two', flush=True)\nhttp.server.test(port=3000)";
+    client
+        .done("files.write", json!({ "path": "main.py", "text": serving }))
+        .await;
+    client.done("program.run", json!({})).await;
+    client
+        .hears(|told| told["event"] == "output" && told["data"] == "two\n")
+        .await;
+    client.hears(|told| told["state"] == "serving").await;
+    assert!(
+        client
+            .refused("program.run", json!({}))
+            .await
+            .contains("runs already")
+    );
+    client.done("program.restart", json!({})).await;
+    client.hears(|told| told["state"] == "serving").await;
+    client.done("program.stop", json!({})).await;
+    client.hears(|told| told["state"] == "ended").await;
+    // Whatever the program did, the terminal and what runs in it are there.
+    client.type_in("one", "jobs; echo still-the're'\n").await;
+    client.sees("Running").await;
+    client.sees("still-there").await;
+}
+
+#[tokio::test]
+async fn a_flood_on_a_terminal_waits_for_who_looks_at_it() {
+    let server = Server::start();
+    opened(&server, "flood", QUIET).await;
+    let mut client = Client::by_key(&server, "flood").await;
+    client.open("one").await;
+    let before = resident_kib(server.pid());
+    client
+        .type_in("one", "yes abcdefghijklmnopqrstuvwxyz\n")
+        .await;
+    // Nobody reads, for less than it takes to be let go.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let grown = resident_kib(server.pid()).saturating_sub(before);
+    assert!(grown < 16 << 10, "the server grew by {grown} KiB");
+    client.type_in("one", "\u{3}").await;
+    client.type_in("one", "echo over-$((1+1))\n").await;
+    client.sees("over-2").await;
+    // Input for a program that reads nothing is bounded, too.
+    client.type_in("one", "stty raw -echo; sleep 1000\n").await;
+    let page = "x".repeat(512 << 10);
+    for _ in 0..100 {
+        client.type_in("one", &page).await;
+    }
+    client.hears(|told| told["event"] == "error").await;
+    let grown = resident_kib(server.pid()).saturating_sub(before);
+    assert!(grown < 32 << 10, "the server grew by {grown} KiB");
+}
+
+fn resident_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))
+        .unwrap();
+    line.split_whitespace().next().unwrap().parse().unwrap()
+}
