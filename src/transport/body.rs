@@ -30,6 +30,9 @@ pub struct ProblemBody {
     pub cause: String,
     /// What to do about it.
     pub remediation: String,
+    /// The path of the field that is wrong, when one is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub field: Option<String>,
 }
 
 /// A JSON body.
@@ -72,6 +75,7 @@ pub fn field_refused(error: &FieldError) -> HttpProblem {
             format!("Correct {field} and ask again; /docs shows what each route takes"),
         ),
     )
+    .with("field", field.as_str().into())
 }
 
 fn body_refused(rejection: BytesRejection) -> HttpProblem {

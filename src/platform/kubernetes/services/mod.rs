@@ -28,7 +28,7 @@ use crate::model::{
 use crate::platform::PlatformError;
 use crate::platform::services::{Services, ServicesError};
 use manifest::Found;
-use view::{Key, Moment, Replace};
+use view::{Key, Life, Moment};
 use watch::Watched;
 
 /// How often it is looked for what time alone changes: often enough that a late heartbeat is told to
@@ -97,7 +97,12 @@ impl KubernetesServices {
                 _ = every.tick() => {}
                 () = stop.cancelled() => return,
             }
-            let replace = self.watched.view().look(Moment::now());
+            let now = Moment::now();
+            let replace = self.watched.view().look(now);
+            let left = self.watched.left_behind(now);
+            if !left.is_empty() {
+                tokio::spawn(self.clone().forget_checks(left));
+            }
             if !replace.is_empty() {
                 // Not waited for: a slow API server must not make nodes look healthy.
                 tokio::spawn(self.clone().replace(replace));
@@ -107,8 +112,8 @@ impl KubernetesServices {
 
     /// Removes pods that did not start. Every replica of this server does: the first one's wish is
     /// granted, and the others' finds another life.
-    async fn replace(self, all: Vec<Replace>) {
-        for Replace {
+    async fn replace(self, all: Vec<Life>) {
+        for Life {
             namespace,
             name,
             uid,
@@ -122,6 +127,21 @@ impl KubernetesServices {
                 Err(failure) => {
                     tracing::warn!(%namespace, %name, %failure, "a container that does not start could not be removed")
                 }
+            }
+        }
+    }
+
+    /// Removes checks of images that a server did not live to remove.
+    async fn forget_checks(self, all: Vec<Life>) {
+        for Life {
+            namespace,
+            name,
+            uid,
+        } in all
+        {
+            let removed = self.cluster.delete_life(Kind::Pod, &namespace, &name, &uid);
+            if let Err(failure) = removed.await {
+                tracing::warn!(%namespace, %name, %failure, "an old check of an image could not be removed");
             }
         }
     }

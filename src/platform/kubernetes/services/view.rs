@@ -82,14 +82,14 @@ struct Service {
     replaced: Option<(u32, Instant)>,
 }
 
-/// A pod to be removed, so that another takes its place.
+/// One life of a pod, to be removed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Replace {
+pub struct Life {
     /// Its namespace.
     pub namespace: String,
     /// Its name.
     pub name: String,
-    /// This life of it.
+    /// Which pod of that name.
     pub uid: String,
 }
 
@@ -238,7 +238,7 @@ impl View {
 
     /// Looks at everything that time alone changes: which nodes failed or came back, and which pods
     /// have to be replaced.
-    pub fn look(&mut self, now: Moment) -> Vec<Replace> {
+    pub fn look(&mut self, now: Moment) -> Vec<Life> {
         for change in self.nodes.look(now.steady, now.wall) {
             self.tell_of_node(&change, now);
         }
@@ -520,7 +520,7 @@ fn stuck(
     service: &mut Service,
     replicas: &HashMap<(String, String), Replica>,
     now: Moment,
-) -> Vec<Replace> {
+) -> Vec<Life> {
     if service.wanted.is_none() {
         return Vec::new();
     }
@@ -549,7 +549,7 @@ fn stuck(
             .timeline
             .add(Line::new(now.wall, Happening::Replaced, what).of(replica));
     }
-    let replace = stuck.into_iter().map(|replica| Replace {
+    let replace = stuck.into_iter().map(|replica| Life {
         namespace: replica.namespace.clone(),
         name: replica.name.clone(),
         uid: replica.uid.clone(),

@@ -13,11 +13,11 @@ use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::manifest::{Found, found};
-use super::view::{Key, Moment, View};
+use super::view::{Key, Life, Moment, View};
 use crate::platform::kubernetes::cluster::Failure;
 use crate::platform::kubernetes::labels::{IMAGE_CHECK, MANAGED_SERVICES};
 
@@ -27,8 +27,11 @@ const FIRST_LIST: Duration = Duration::from_secs(30);
 /// Where kubelets keep their Leases.
 const NODE_LEASES: &str = "kube-node-lease";
 
-/// Checks of images whose finding nobody asked for; they are removed with their pods.
+/// Checks of images that are remembered at a time. A server has eight for each body under way.
 const MAX_CHECKS: usize = 1_000;
+
+/// A check that is as old was left by a server that died: longer than any waits for one.
+const LEFT_BEHIND: Duration = Duration::from_secs(120);
 
 /// Namespace and name.
 type Id = (String, String);
@@ -38,7 +41,7 @@ type Id = (String, String);
 pub struct Watched {
     view: Arc<Mutex<View>>,
     /// What checks of images found, by pod.
-    checks: Arc<Mutex<HashMap<String, Option<Found>>>>,
+    checks: Arc<Mutex<HashMap<String, Check>>>,
     /// Counts up with every change.
     changed: watch::Sender<u64>,
     /// Kinds that were listed once.
@@ -49,6 +52,14 @@ impl fmt::Debug for Watched {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Watched")
     }
+}
+
+/// A check of an image.
+struct Check {
+    found: Option<Found>,
+    life: Life,
+    /// When it was first seen here.
+    seen: Instant,
 }
 
 /// What a kind means for the view.
@@ -91,13 +102,26 @@ impl Watched {
         self.view.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn checks(&self) -> MutexGuard<'_, HashMap<String, Option<Found>>> {
+    fn checks(&self) -> MutexGuard<'_, HashMap<String, Check>> {
         self.checks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the check with this pod has found, so far.
     pub fn found(&self, pod: &str) -> Option<Found> {
-        self.checks().get(pod).cloned().flatten()
+        self.checks().get(pod)?.found.clone()
+    }
+
+    /// Pods of checks that nobody waits for any more; they are forgotten.
+    pub fn left_behind(&self, now: Moment) -> Vec<Life> {
+        let mut left = Vec::new();
+        self.checks().retain(|_, check| {
+            let old = now.steady.duration_since(check.seen) > LEFT_BEHIND;
+            if old {
+                left.push(check.life.clone());
+            }
+            !old
+        });
+        left
     }
 
     /// Counts up with every change.
@@ -203,14 +227,26 @@ fn pods() -> Feed<Pod> {
                 return watched.view().set_replica(pod, now, live);
             }
             let mut checks = watched.checks();
-            if checks.len() < MAX_CHECKS || checks.contains_key(&pod.name_any()) {
-                checks.insert(pod.name_any(), found(pod));
+            if let Some(check) = checks.get_mut(&pod.name_any()) {
+                check.found = found(pod);
+            } else if checks.len() < MAX_CHECKS {
+                let check = Check {
+                    found: found(pod),
+                    life: Life {
+                        namespace: pod.namespace().unwrap_or_default(),
+                        name: pod.name_any(),
+                        uid: pod.uid().unwrap_or_default(),
+                    },
+                    seen: now.steady,
+                };
+                checks.insert(pod.name_any(), check);
             }
         },
         gone: |watched, (namespace, name), now| {
             watched.checks().remove(name);
             watched.view().remove_replica(namespace, name, now);
         },
+        // Checks are known apart from the view, and forgotten in their time.
         there: View::replica_ids,
     }
 }
