@@ -28,7 +28,7 @@ def get(path):
 
 
 PLURALS = {"StorageClass": "storageclasses", "EndpointSlice": "endpointslices", "IngressClass": "ingressclasses"}
-CLUSTER_WIDE = {"ClusterRole", "ClusterRoleBinding", "StorageClass", "IngressClass", "Namespace", "APIService"}
+CLUSTER_WIDE = {"ClusterRole", "ClusterRoleBinding", "StorageClass", "IngressClass", "Namespace", "Node", "APIService"}
 
 
 def apply(item):
