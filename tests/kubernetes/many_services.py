@@ -174,14 +174,20 @@ def main():
         if kubelets:
             kubelets.stopped.set()
             kubelets.join()
-        # Nobody ends pods on nodes that are none.
-        with contextlib.suppress(RuntimeError):
-            services.kubectl("delete", "pods", "--all", "-n", NAMESPACE, "--force", "--grace-period=0", "--wait=false")
+        # Nobody ends pods on nodes that are none, and two thousand take longer than one request may.
+        services.eventually("the pods are gone", ended)
         services.kubectl("delete", "nodes", "-l", f"{TAINT}={services.RUN}", "--wait=false")
         for one in nodes:
             services.kubectl("delete", "lease", one["metadata"]["name"], "-n", "kube-node-lease", "--ignore-not-found")
         services.kubectl("delete", "namespace", NAMESPACE, f"gantry-w{services.RUN}", "--ignore-not-found", "--wait=false")
         services.kubectl("delete", "priorityclass", f"gantry-w{services.RUN}-services", "--ignore-not-found")
+
+
+def ended():
+    with contextlib.suppress(OSError):
+        api.request("DELETE", f"/api/v1/namespaces/{NAMESPACE}/pods?gracePeriodSeconds=0")
+        return not api.get(f"/api/v1/namespaces/{NAMESPACE}/pods?limit=1")["items"]
+    return False
 
 
 def rests(server):
