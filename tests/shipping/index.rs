@@ -1,9 +1,14 @@
 //! What is in Elasticsearch, asked directly.
 
+use std::time::{Duration, Instant};
+
 use serde_json::{Value, json};
 
 /// Ids asked for at once: the most that a search gives.
 const PAGE: usize = 10_000;
+
+/// Longest wait for Elasticsearch to have room for a question.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 pub struct Index {
     url: String,
@@ -32,15 +37,23 @@ impl Index {
 
     async fn post(&self, path: &str, body: Option<&Value>) -> Value {
         let url = format!("{}/{}-logs-*/{path}", self.url, self.prefix);
-        let mut call = self.client.post(url);
-        if let Some(body) = body {
-            call = call.json(body);
+        let begin = Instant::now();
+        loop {
+            let mut call = self.client.post(&url);
+            if let Some(body) = body {
+                call = call.json(body);
+            }
+            let answer = call.send().await.unwrap();
+            let status = answer.status();
+            let body: Value = answer.json().await.unwrap();
+            // A small Elasticsearch under a full load has no room for a question now and then.
+            if status == 429 && begin.elapsed() < PATIENCE {
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                continue;
+            }
+            assert!(status.is_success(), "{body}");
+            return body;
         }
-        let answer = call.send().await.unwrap();
-        let status = answer.status();
-        let body: Value = answer.json().await.unwrap();
-        assert!(status.is_success(), "{body}");
-        body
     }
 
     /// Records that can be found now.

@@ -8,11 +8,11 @@ use std::time::Duration;
 use axum::http::Request;
 use axum::http::header::HOST;
 use bytes::Bytes;
-use futures_util::{AsyncBufReadExt, TryStreamExt};
+use futures_util::{AsyncBufReadExt, AsyncReadExt};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 use kube::api::LogParams;
@@ -48,6 +48,12 @@ const MAX_ANSWER: usize = 16 << 10;
 /// Pause before a log that ended is followed again, while its container still runs.
 const FOLLOW_AGAIN: Duration = Duration::from_secs(2);
 
+/// Longest wait for what is left of a log whose container has ended: it is there, and is read to its end.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// How far the lines of one log may stand out of order: those of the two outputs are dated apart.
+const DISORDER: SignedDuration = SignedDuration::from_millis(1);
+
 /// How long a program is silent before its runner is asked what it does: it may have ended.
 const QUIET: Duration = Duration::from_millis(500);
 
@@ -66,6 +72,9 @@ struct Said {
     #[serde(default)]
     restarts: u32,
 }
+
+/// Longest line that is taken in one piece, with its time: it is held in memory until its end comes.
+const MAX_LINE: usize = 1 << 20;
 
 /// One life of a released program's container.
 type LifeId = (String, String);
@@ -349,62 +358,141 @@ impl Programs {
         };
         let (this, pod) = (self.clone(), Arc::clone(pod));
         tokio::spawn(async move {
-            token.run_until_cancelled(this.pass_on(&pod)).await;
+            let passing = async {
+                this.tell_of_restart(&pod).await;
+                this.pass_on(&pod, &token).await;
+            };
+            let given_up = async {
+                token.cancelled().await;
+                tokio::time::sleep(LAST_WORDS).await;
+            };
+            tokio::select! {
+                () = passing => {}
+                () = given_up => {}
+                () = this.stop.cancelled() => {}
+            }
         });
     }
 
-    /// Passes the program's output on for as long as its container lives.
-    async fn pass_on(&self, pod: &Pod) {
+    /// Passes the program's output on for as long as its container lives, and then what is left of it.
+    async fn pass_on(&self, pod: &Pod, over: &CancellationToken) {
         let client = self.releases.cluster.client.clone();
         let api: Api<Pod> = Api::namespaced(client, &pod.namespace().unwrap_or_default());
         let mut params = LogParams {
             container: Some(PROGRAM_CONTAINER.to_owned()),
             follow: true,
+            timestamps: true,
             // What a program wrote before this server began is an earlier server's to tell.
             since_time: since(pod).and_then(|at| (at < self.began).then_some(self.began)),
             ..LogParams::default()
         };
-        loop {
-            if let Ok(lines) = api.log_stream(&pod.name_any(), &params).await
-                && self.pass_on_lines(pod, lines).await.is_err()
-            {
-                return;
+        let mut passed = Passed::default();
+        let mut rest = Vec::new();
+        while !over.is_cancelled() {
+            if let Ok(lines) = api.log_stream(&pod.name_any(), &params).await {
+                passed.begin_again();
+                // Half a line at a break comes again whole.
+                rest.clear();
+                let read = self.pass_on_lines(pod, lines, &mut passed, &mut rest);
+                if read.await.is_err() {
+                    return;
+                }
             }
-            // What comes from here on; Kubernetes counts in seconds, so a line may come twice.
-            params.since_time = Some(Timestamp::now());
-            tokio::time::sleep(FOLLOW_AGAIN).await;
+            if let Some(last) = passed.time() {
+                params.since_time = Some(last);
+            }
+            over.run_until_cancelled(tokio::time::sleep(FOLLOW_AGAIN))
+                .await;
         }
+        // The last words of a program need no end of line. Nobody listens any more when this fails.
+        let _ = self.pass_on_line(pod, &rest, &mut passed).await;
     }
 
-    /// Until the log ends (`Ok`) or nobody listens any more.
+    /// Until the log ends (`Ok`) or nobody listens any more. What is left has no end of line.
     async fn pass_on_lines(
         &self,
         pod: &Pod,
-        log: impl futures_util::AsyncBufRead + Unpin,
+        mut log: impl futures_util::AsyncBufRead + Unpin,
+        passed: &mut Passed,
+        rest: &mut Vec<u8>,
     ) -> Result<(), mpsc::error::SendError<ProgramEvent>> {
-        let mut lines = log.lines();
         let mut ask_after = QUIET;
         loop {
-            let line = match timeout(ask_after, lines.try_next()).await {
-                Ok(Ok(Some(line))) => line,
+            let room = MAX_LINE.saturating_sub(rest.len()) as u64;
+            let mut bounded = (&mut log).take(room);
+            // What was read before the time was up stays in `rest`.
+            match timeout(ask_after, bounded.read_until(b'\n', rest)).await {
+                Ok(Ok(read)) if read > 0 => {}
                 Ok(_) => return Ok(()),
                 Err(_) => {
                     self.ask(pod).await;
                     ask_after = ASK_AGAIN;
                     continue;
                 }
-            };
-            ask_after = QUIET;
-            for data in pieces(&line) {
-                let output = |release| Event::ProgramOutput {
-                    release,
-                    stream: OutputStream::Stdout,
-                    data,
-                };
-                if let Some(told) = about(pod, output) {
-                    self.tell.send(told).await?;
-                }
             }
+            if rest.ends_with(b"\n") || rest.len() >= MAX_LINE {
+                ask_after = QUIET;
+                self.pass_on_line(pod, rest, passed).await?;
+                rest.clear();
+            }
+        }
+    }
+
+    async fn pass_on_line(
+        &self,
+        pod: &Pod,
+        line: &[u8],
+        passed: &mut Passed,
+    ) -> Result<(), mpsc::error::SendError<ProgramEvent>> {
+        let line = String::from_utf8_lossy(line);
+        let Some(line) = passed.take(&line).filter(|line| !line.is_empty()) else {
+            return Ok(());
+        };
+        for data in pieces(line) {
+            let output = |release| Event::ProgramOutput {
+                release,
+                stream: OutputStream::Stdout,
+                data,
+            };
+            if let Some(told) = about(pod, output) {
+                self.tell.send(told).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A container that died and was started again is an event of its repl.
+    async fn tell_of_restart(&self, pod: &Pod) {
+        let Some(restart) = program(pod).filter(|c| c.restart_count > 0) else {
+            return;
+        };
+        if since(pod).is_none_or(|at| at < self.began) {
+            // An earlier server's to tell.
+            return;
+        }
+        let how = ended_badly(pod).map_or_else(|| "ended".to_owned(), |end| end.how);
+        let message = format!(
+            "The program's container {how} and was started again, {} so far",
+            match restart.restart_count {
+                1 => "once".to_owned(),
+                count => format!("{count} times"),
+            }
+        );
+        let error = Problem::new(
+            "program_restarted",
+            message.clone(),
+            "its container ended by itself or was stopped at a limit",
+            "Look at what it wrote before; mend it and submit it again.",
+        );
+        let event = |release| Event::Repl {
+            action: "repl.restarted".to_owned(),
+            message,
+            release: Some(release),
+            error: Some(error),
+        };
+        if let Some(told) = about(pod, event) {
+            // Nobody listens any more when the server ends.
+            let _ = self.tell.send(told).await;
         }
     }
 
@@ -419,6 +507,49 @@ impl Programs {
     }
 }
 
+/// How far a log was passed on. Asked for again, it comes from a whole second on: up to the line that was the
+/// last one, it was passed on already.
+#[derive(Debug, Default)]
+struct Passed {
+    /// Time and check sum.
+    last: Option<(Timestamp, u32)>,
+    catching_up: bool,
+}
+
+impl Passed {
+    /// The log is read again, from [`Passed::time`] on.
+    fn begin_again(&mut self) {
+        self.catching_up = self.last.is_some();
+    }
+
+    fn time(&self) -> Option<Timestamp> {
+        self.last.map(|(time, _)| time)
+    }
+
+    /// The line without its time, unless it was passed on before.
+    fn take<'a>(&mut self, dated: &'a str) -> Option<&'a str> {
+        let (time, line) = dated.split_once(' ').unwrap_or((dated, ""));
+        let Ok(time) = time.parse::<Timestamp>() else {
+            // What the kubelet says itself has no time.
+            return Some(dated);
+        };
+        let this = (time, crc32fast::hash(line.as_bytes()));
+        if let (true, Some(last)) = (self.catching_up, self.last) {
+            if this == last {
+                self.catching_up = false;
+                return None;
+            }
+            // Later than the last one, which is not there any more: the log was cut in between.
+            if time.duration_since(last.0) <= DISORDER {
+                return None;
+            }
+            self.catching_up = false;
+        }
+        self.last = Some(this);
+        Some(line)
+    }
+}
+
 /// An event of this released pod's repl.
 fn about(pod: &Pod, event: impl FnOnce(u64) -> Event) -> Option<ProgramEvent> {
     Some(ProgramEvent {
@@ -428,9 +559,9 @@ fn about(pod: &Pod, event: impl FnOnce(u64) -> Event) -> Option<ProgramEvent> {
     })
 }
 
-/// A line with its end, in pieces that are not too long.
+/// A line, in pieces that are not too long.
 fn pieces(line: &str) -> Vec<String> {
-    let mut rest = format!("{line}\n");
+    let mut rest = line.to_owned();
     let mut pieces = Vec::new();
     while rest.len() > MAX_PIECE {
         let mut at = MAX_PIECE;
@@ -562,9 +693,49 @@ mod tests {
     }
 
     #[test]
+    fn a_log_that_is_read_again_goes_on_where_it_was() {
+        let log: Vec<String> = [
+            (1, "a"),
+            (2, "b"),
+            // Of the other output, and a little out of order.
+            (4, "c"),
+            (3, "d"),
+            (3, "d"),
+            (5_000_000, "e"),
+            (6_000_000, ""),
+        ]
+        .iter()
+        .map(|(nanosecond, text)| {
+            let time = Timestamp::from_nanosecond(1_700_000_000_000_000_000 + nanosecond).unwrap();
+            format!("{time} {text}")
+        })
+        .collect();
+        let all = ["a", "b", "c", "d", "d", "e", ""];
+        for cut in 0..=log.len() {
+            let mut passed = Passed::default();
+            let mut seen: Vec<&str> = log[..cut].iter().filter_map(|l| passed.take(l)).collect();
+            assert_eq!(seen, all[..cut]);
+            passed.begin_again();
+            seen.extend(log.iter().filter_map(|line| passed.take(line)));
+            // Two lines of one moment and one text cannot be told apart.
+            let expected = if cut == 5 { 8 } else { 7 };
+            assert_eq!(seen.len(), expected, "cut at {cut}: {seen:?}");
+        }
+        // The last one is gone with a file that was put away.
+        let mut passed = Passed::default();
+        assert_eq!(passed.take(&log[0]), Some("a"));
+        passed.begin_again();
+        assert_eq!(passed.take(&log[5]), Some("e"));
+        assert_eq!(
+            passed.take("unable to retrieve container logs"),
+            Some("unable to retrieve container logs")
+        );
+    }
+
+    #[test]
     fn a_long_line_is_cut_between_characters() {
         let cut = pieces(&"ü".repeat(MAX_PIECE));
         assert!(cut.len() > 1 && cut.iter().all(|piece| piece.len() <= MAX_PIECE));
-        assert_eq!(cut.concat().trim_end(), "ü".repeat(MAX_PIECE));
+        assert_eq!(cut.concat(), "ü".repeat(MAX_PIECE));
     }
 }

@@ -1,0 +1,171 @@
+"""What a released program writes is recorded once, line by line, also when the way to the API server breaks again
+and again; and that its container was started again.
+
+    eval "$(scripts/testbed env)"; python3 tests/kubernetes/program_logs.py [--programs target/debug]
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import select
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+import urllib.request
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "bench"))
+import kubernetes as bed  # noqa: E402
+import run  # noqa: E402
+
+LINES = 1_000
+# It writes for 20 s, and is cut off every second of them.
+PROGRAM = f"""
+import http.server, threading, time
+server = http.server.HTTPServer(('0.0.0.0', 3000), http.server.SimpleHTTPRequestHandler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+for n in range({LINES}):
+    print('line', n, flush=True)
+    time.sleep(0.02)
+time.sleep(3600)
+"""
+CUTS = 15
+# A log that broke off is asked for again after two seconds; the watches that say what runs take longer.
+PATIENCE = 60
+
+
+class Way:
+    """A way to the API server whose connections can all be cut."""
+
+    def __init__(self, host, port):
+        self.to, self.open, self.lock = (host, port), set(), threading.Lock()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            near, _ = self.listener.accept()
+            threading.Thread(target=self.carry, args=(near,), daemon=True).start()
+
+    def carry(self, near):
+        far = socket.create_connection(self.to)
+        pair = (near, far)
+        with self.lock:
+            self.open.add(pair)
+        try:
+            while True:
+                for one in select.select(pair, [], [])[0]:
+                    data = one.recv(1 << 16)
+                    if not data:
+                        return
+                    (far if one is near else near).sendall(data)
+        except (OSError, ValueError):
+            pass
+        finally:
+            with self.lock:
+                self.open.discard(pair)
+            near.close()
+            far.close()
+
+    def cut(self):
+        with self.lock:
+            pairs = list(self.open)
+        for pair in pairs:
+            for one in pair:
+                try:
+                    one.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass
+        return len(pairs)
+
+
+def kubeconfig(folder, way, server):
+    config = json.loads(pathlib.Path(os.environ["KUBECONFIG"]).read_text())
+    cluster = config["clusters"][0]["cluster"]
+    cluster["server"] = f"https://127.0.0.1:{way.port}"
+    cluster["tls-server-name"] = server.hostname
+    path = pathlib.Path(folder) / "kubeconfig"
+    path.write_text(json.dumps(config))
+    path.chmod(0o600)
+    return str(path)
+
+
+def logs(server, **query):
+    url = f"http://127.0.0.1:{server.port}/logs?{urllib.parse.urlencode(query)}"
+    with urllib.request.urlopen(urllib.request.Request(url, headers={"X-API-Key": run.KEY}), timeout=30) as answer:
+        return json.load(answer)
+
+
+def everything(server, after):
+    """Every record behind this place."""
+    records = []
+    while True:
+        page = logs(server, after=after, limit=1_000)
+        if not page["records"]:
+            return records
+        records += page["records"]
+        after = page["next"]
+
+
+def eventually(what, check):
+    end = time.monotonic() + PATIENCE
+    while not (found := check()):
+        if time.monotonic() > end:
+            raise SystemExit(f"{what}: not within {PATIENCE} s")
+        time.sleep(0.5)
+    return found
+
+
+def numbers(server, after):
+    texts = "".join(r["message"] for r in everything(server, after) if r["event.action"] == "output.stdout" and "gantry.release" in r)
+    return [int(n) for n in re.findall(r"^line (\d+)$", texts, re.MULTILINE)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--programs", default=str(ROOT / "target" / "debug"))
+    options = parser.parse_args()
+    config = json.loads(pathlib.Path(os.environ["KUBECONFIG"]).read_text())
+    address = urllib.parse.urlparse(config["clusters"][0]["cluster"]["server"])
+    way = Way(address.hostname, address.port)
+    user, data = bed.USER, tempfile.mkdtemp()
+    server = run.Server(options.programs, data, {
+        "GANTRY_PLATFORM": "kubernetes", "KUBECONFIG": kubeconfig(data, way, address), "ELASTICSEARCH_HOST": "",
+        "GANTRY_NAMESPACE": f"gantry-{user}",
+    })
+    try:
+        begin = logs(server, limit=1)["next"]
+        ws = server.connect()
+        reply = ws.ask({"user_id": user, "code": PROGRAM, "database": False, "tests": {"test_ok.py": "def test_ok(): pass\n"}})
+        assert reply["status"] == "deployed", reply
+        cut = 0
+        for _ in range(CUTS):
+            time.sleep(1)
+            cut += way.cut()
+        assert cut >= CUTS, "there was nothing to cut"
+        eventually("the last line", lambda: LINES - 1 in numbers(server, begin))
+        found = numbers(server, begin)
+        assert found == list(range(LINES)), f"{len(set(range(LINES)) - set(found))} lost, {len(found) - len(set(found))} twice"
+        print(f"{LINES} lines, {cut} connections cut: 0 lost, 0 twice", flush=True)
+        pod = bed.kubectl("get", "pods", "-n", f"user-{user}", "-l", "app=prod", "-o", "name").strip()
+        bed.kubectl("exec", "-n", f"user-{user}", pod, "--", "sh", "-c", "kill -TERM 1", check=False)
+        restarted = eventually("the restart", lambda: [r for r in everything(server, begin) if r["event.action"] == "repl.restarted"])
+        assert len(restarted) == 1 and "once" in restarted[0]["message"], restarted
+        print(restarted[0]["message"])
+        eventually("what it writes after the restart", lambda: numbers(server, begin).count(0) == 2)
+    finally:
+        server.stop()
+        shutil.rmtree(data)
+        bed.forget(user)
+        bed.kubectl("delete", "namespace", f"gantry-{user}", "--ignore-not-found", "--wait=false")
+
+
+if __name__ == "__main__":
+    main()
