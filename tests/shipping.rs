@@ -26,9 +26,9 @@ use index::Index;
 use serde_json::json;
 use server::Server;
 
-/// Longest wait for everything to be in the index once nothing fails any more: the longest pause of the
-/// shipper, and a hundred thousand records by an unoptimised server.
-const PATIENCE: Duration = Duration::from_secs(180);
+/// Longest wait for one more record in the index once nothing fails any more: a few of the shipper's longest
+/// pauses. How long all of them take is another test's to say.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Longest wait for the lock of a killed server's journal.
 const LOCK_PATIENCE: Duration = Duration::from_secs(10);
@@ -117,12 +117,15 @@ async fn assert_all_there_once(index: &Index, data: &Path) {
 }
 
 async fn until_all_there(index: &Index, count: usize) {
-    let begin = Instant::now();
-    while index.count().await < count {
+    let (mut seen, mut since) = (0, Instant::now());
+    while seen < count {
+        let now = index.count().await;
+        if now > seen {
+            (seen, since) = (now, Instant::now());
+        }
         assert!(
-            begin.elapsed() < PATIENCE,
-            "{} of {count}",
-            index.count().await
+            since.elapsed() < PATIENCE,
+            "{seen} of {count}, and no more come"
         );
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
