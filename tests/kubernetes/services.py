@@ -112,7 +112,12 @@ class Server:
             return error.code, json.loads(error.read() or b"null")
 
     def get(self, path, key=None):
+        end = time.monotonic() + PATIENCE
         status, body = self.ask("GET", path, key=key)
+        # Hundreds at once are more than one caller gets on a fast machine; the answer says when to come again.
+        while status == 429 and time.monotonic() < end:
+            time.sleep(1)
+            status, body = self.ask("GET", path, key=key)
         if status != 200:
             raise RuntimeError(f"GET {path}: {status} {body}")
         return body
