@@ -194,11 +194,12 @@ def first_submission(server, pairs):
 def same_manifests(repl, name):
     """The release's own manifests, under another name."""
     namespace = f"user-{USER}"
-    found = json.loads(kubectl("get", "deployment,service,ingress", "-n", namespace,
+    found = json.loads(kubectl("get", "deployment,service,ingress,secret", "-n", namespace,
                                "-l", f"gantry.dev/repl={repl}", "-o", "json"))
     kept = []
     for item in found["items"]:
-        if item["metadata"]["name"] != repl:
+        # The runner in the pod has a Secret of its own; the pod waits for it.
+        if item["metadata"]["name"] not in (repl, f"{repl}-runner"):
             continue
         item.pop("status", None)
         metadata = item["metadata"]
@@ -206,7 +207,7 @@ def same_manifests(repl, name):
                             if key in metadata}
         item["metadata"].get("annotations", {}).pop("deployment.kubernetes.io/revision", None)
         for key in ("clusterIP", "clusterIPs"):
-            item["spec"].pop(key, None)
+            item.get("spec", {}).pop(key, None)
         item["metadata"]["labels"] = {"bench": "direct"}
         kept.append(item)
     prefix = f"releases/{repl}/"
@@ -239,6 +240,7 @@ def deploy(server, pairs):
         wait_for_page(f"{name}.apps.localhost")
         direct_served.append((time.perf_counter() - begin) * 1e3)
         kubectl("delete", "deployment,service,ingress", "-n", f"user-{USER}", name, "--wait=false")
+        kubectl("delete", "secret", "-n", f"user-{USER}", f"{name}-runner", "--wait=false")
         gone(name)
         repl = f"{USER}-o{number}"
         begin = time.perf_counter()
