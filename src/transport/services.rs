@@ -23,19 +23,6 @@ use crate::platform::{Services, ServicesError};
 /// Whose services an admin's are when the request names nobody.
 const ADMIN: &str = "admin";
 
-/// For the description only: what `POST /service` takes is read and checked by the vocabulary.
-#[derive(Debug, ToSchema)]
-#[allow(dead_code, reason = "it only describes")]
-pub struct ServicesBody {
-    /// Each service once.
-    #[schema(value_type = Vec<Object>, example = json!([{ "serviceName": "shop", "replicas": 3,
-        "container": { "name": "shop", "image": "nginx:1.27", "command": [], "args": [], "env": {} } }]))]
-    services: Vec<serde_json::Value>,
-    /// Whose; an admin's own (`admin`) when it is left out.
-    #[schema(rename = "userId")]
-    user_id: Option<String>,
-}
-
 /// What became of each service.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Applied {
@@ -47,7 +34,10 @@ pub struct Applied {
 /// Make services, or make them more, fewer or another image
 ///
 /// Nothing is made when any field is wrong. `container` may be left out for a service that is there.
-#[utoipa::path(post, path = "/service", tag = "services", request_body = ServicesBody,
+#[utoipa::path(post, path = "/service", tag = "services",
+    request_body(content = Object, description = "`userId`: whose; an admin's own (`admin`) when it is left out",
+        example = json!({ "services": [{ "serviceName": "shop", "replicas": 3,
+            "container": { "name": "shop", "image": "nginx:1.27", "command": [], "args": [], "env": {} } }] })),
     responses((status = 200, body = Applied), (status = 400, body = ProblemBody),
               (status = 403, body = ProblemBody), (status = 501, body = ProblemBody),
               (status = 503, body = ProblemBody)))]

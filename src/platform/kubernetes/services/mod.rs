@@ -101,18 +101,21 @@ impl KubernetesServices {
             let replace = self.watched.view().look(now);
             let left = self.watched.left_behind(now);
             if !left.is_empty() {
-                tokio::spawn(self.clone().forget_checks(left));
+                // A server did not live to remove them.
+                let what = "an old check of an image";
+                tokio::spawn(self.clone().remove_pods(what, left));
             }
             if !replace.is_empty() {
                 // Not waited for: a slow API server must not make nodes look healthy.
-                tokio::spawn(self.clone().replace(replace));
+                let what = "a container that did not start within a minute";
+                tokio::spawn(self.clone().remove_pods(what, replace));
             }
         }
     }
 
-    /// Removes pods that did not start. Every replica of this server does: the first one's wish is
-    /// granted, and the others' finds another life.
-    async fn replace(self, all: Vec<Life>) {
+    /// Removes pods; `what` they are, in words. Every replica of this server does: the first one's wish
+    /// is granted, and the others' finds another life.
+    async fn remove_pods(self, what: &'static str, all: Vec<Life>) {
         for Life {
             namespace,
             name,
@@ -121,27 +124,10 @@ impl KubernetesServices {
         {
             let removed = self.cluster.delete_life(Kind::Pod, &namespace, &name, &uid);
             match removed.await {
-                Ok(()) => {
-                    tracing::info!(%namespace, %name, "a container did not start within a minute and is replaced")
-                }
+                Ok(()) => tracing::info!(%namespace, %name, "{what} is removed"),
                 Err(failure) => {
-                    tracing::warn!(%namespace, %name, %failure, "a container that does not start could not be removed")
+                    tracing::warn!(%namespace, %name, %failure, "{what} could not be removed");
                 }
-            }
-        }
-    }
-
-    /// Removes checks of images that a server did not live to remove.
-    async fn forget_checks(self, all: Vec<Life>) {
-        for Life {
-            namespace,
-            name,
-            uid,
-        } in all
-        {
-            let removed = self.cluster.delete_life(Kind::Pod, &namespace, &name, &uid);
-            if let Err(failure) = removed.await {
-                tracing::warn!(%namespace, %name, %failure, "an old check of an image could not be removed");
             }
         }
     }
