@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "protocol/server.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, reason = "shared with other tests, which use the rest")]
 mod server;
 
 use std::path::PathBuf;

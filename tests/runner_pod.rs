@@ -4,7 +4,7 @@
 
 #[path = "hostile/cases.rs"]
 // Controls on the machine itself are the hostile suite's to make.
-#[allow(dead_code)]
+#[allow(dead_code, reason = "shared with other tests, which use the rest")]
 mod cases;
 #[path = "runner_pod/container.rs"]
 mod container;
