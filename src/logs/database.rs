@@ -226,7 +226,7 @@ fn insert_record(
     statement.execute(params![
         position,
         clock,
-        record.time.as_microsecond(),
+        record.happened().as_microsecond(),
         record.user_id.as_str(),
         record.repl_id.as_str(),
         record

@@ -256,8 +256,8 @@ impl Filter {
             && self
                 .submission
                 .is_none_or(|id| record.submission_id == Some(id))
-            && self.since.is_none_or(|since| record.time >= since)
-            && self.until.is_none_or(|until| record.time <= until)
+            && self.since.is_none_or(|since| record.happened() >= since)
+            && self.until.is_none_or(|until| record.happened() <= until)
             && self
                 .step
                 .is_none_or(|step| record::step(record).is_some_and(|s| s.as_str() == step))

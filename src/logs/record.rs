@@ -82,7 +82,7 @@ pub fn ecs(record: &Record) -> Map<String, Value> {
     let mut put = |name: &str, value: Value| {
         map.insert(name.to_owned(), value);
     };
-    put("@timestamp", record.time.to_string().into());
+    put("@timestamp", record.happened().to_string().into());
     put("message", parts.message.into());
     put("log.level", parts.level.as_str().into());
     put("event.action", parts.action.into());
@@ -197,6 +197,7 @@ fn parts(event: &Event) -> Parts<'_> {
             release,
             stream,
             data,
+            ..
         } => Parts {
             release: Some(*release),
             ..Parts::new(format!("output.{}", stream.as_str()), data.as_str())
@@ -206,6 +207,7 @@ fn parts(event: &Event) -> Parts<'_> {
             message,
             release,
             error,
+            ..
         } => Parts {
             level: if error.is_some() {
                 Level::Error

@@ -134,6 +134,9 @@ pub enum Event {
         stream: OutputStream,
         /// What.
         data: String,
+        /// Where it was read, when that outlives the server's reading.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        origin: Option<Origin>,
     },
     /// Something else about a repl: started, stopped, rolled back, crashed.
     Repl {
@@ -147,10 +150,35 @@ pub enum Event {
         /// What went wrong, if anything did.
         #[serde(skip_serializing_if = "Option::is_none", default)]
         error: Option<Problem>,
+        /// What tells it apart, when several servers see it.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        origin: Option<Origin>,
     },
 }
 
+/// Where something about a released program comes from. Whichever server reads it, and how often, it is the
+/// same: records of one origin are one record.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Origin {
+    /// The life of the container that it is about.
+    pub container: String,
+    /// Of a line: when it was written, by its machine's clock. Of anything else: when that life began.
+    pub time: Timestamp,
+    /// CRC-32 of the line, or of the event's action.
+    pub checksum: u32,
+    /// Of a long line: which of its pieces, from 0. Of anything else: which time in this life.
+    pub part: u32,
+}
+
 impl Event {
+    /// Where it comes from, if several servers may see it.
+    pub fn origin(&self) -> Option<&Origin> {
+        match self {
+            Event::ProgramOutput { origin, .. } | Event::Repl { origin, .. } => origin.as_ref(),
+            _ => None,
+        }
+    }
+
     /// Whether it is part of the stream a client sees, and so has a sequence number.
     pub fn streamed(&self) -> bool {
         match self {
@@ -217,4 +245,18 @@ pub struct Record {
     pub seq: Option<u64>,
     /// What happened.
     pub event: Event,
+}
+
+impl Record {
+    /// When it happened: a program's line says itself when it was written, which may be long before a server
+    /// read it.
+    pub fn happened(&self) -> Timestamp {
+        match &self.event {
+            Event::ProgramOutput {
+                origin: Some(origin),
+                ..
+            } => origin.time,
+            _ => self.time,
+        }
+    }
 }

@@ -15,7 +15,7 @@ mod submission;
 mod tested;
 mod ticket;
 
-pub use event::{Ending, Event, OutputStream, Record, RunReport, Step, StepState};
+pub use event::{Ending, Event, Origin, OutputStream, Record, RunReport, Step, StepState};
 pub use id::{IdError, ReplId, ServiceName, SubmissionId, UserId};
 pub use image::{ImageError, ImageName};
 pub use language::{LANGUAGES, Language, ReportFormat, TestRunner};

@@ -5,6 +5,7 @@ mod course;
 mod fit;
 mod junit;
 mod plan;
+mod programs;
 mod queue;
 mod save;
 mod text;
@@ -134,7 +135,7 @@ impl Pipeline {
             }
         }
         let this = self.clone();
-        tokio::spawn(async move { this.follow_programs().await });
+        tokio::spawn(async move { this.record_programs().await });
         tokio::spawn(self.clone().keep_saving());
         Ok(())
     }
@@ -338,23 +339,6 @@ impl Pipeline {
         });
     }
 
-    async fn follow_programs(&self) {
-        while let Some(happened) = self.inner.platform.next_program_event().await {
-            if !(self.inner.share.0)(&happened.repl_id) {
-                continue;
-            }
-            let record = NewRecord {
-                user_id: happened.user_id,
-                submission_id: None,
-                repl_id: happened.repl_id,
-                event: happened.event,
-            };
-            if let Err(error) = self.inner.journal.append(record).await {
-                tracing::warn!(%error, "a program's output was not recorded");
-            }
-        }
-    }
-
     async fn note(
         &self,
         user: &UserId,
@@ -372,6 +356,7 @@ impl Pipeline {
                 message,
                 release,
                 error: None,
+                origin: None,
             },
         };
         if let Err(error) = self.inner.journal.append(record).await {

@@ -10,14 +10,15 @@ pub mod local;
 mod services;
 mod sessions;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use futures_util::future::BoxFuture;
 
 use crate::model::{
-    Event, Problem, Release, ReplId, ReplStatus, SubmissionId, Tested, TicketKey, UserId,
+    Event, Origin, Problem, Release, ReplId, ReplStatus, SubmissionId, Tested, TicketKey, UserId,
 };
 
 pub use crate::runner::client::ByteStream;
@@ -124,6 +125,15 @@ pub struct ProgramEvent {
     pub event: Event,
 }
 
+/// What the journal has of released programs already.
+#[derive(Debug, Clone, Default)]
+pub struct Recorded {
+    /// The last piece of output of each container.
+    pub output: HashMap<String, Origin>,
+    /// Everything else that happened.
+    pub events: HashSet<Origin>,
+}
+
 /// A backend that owns sandboxes and releases.
 ///
 /// # Contract
@@ -203,6 +213,10 @@ pub trait Platform: Send + Sync + fmt::Debug {
     fn services(&self) -> Option<Arc<dyn Services>> {
         None
     }
+
+    /// Released programs are followed from where the journal ends. Called once, after the start; `recorded` costs
+    /// a look through the journal, and is awaited only where programs go on while no server reads them.
+    fn follow_programs(&self, _recorded: BoxFuture<'static, Recorded>) {}
 
     /// The next thing a released program did; `None` when the platform was shut down.
     async fn next_program_event(&self) -> Option<ProgramEvent>;

@@ -1,5 +1,5 @@
 """What a released program writes is recorded once, line by line, also when the way to the API server breaks again
-and again; and that its container was started again.
+and again and when the server is killed and started again; and that the program's container was started again.
 
     eval "$(scripts/testbed env)"; python3 tests/kubernetes/program_logs.py [--programs target/debug]
 """
@@ -25,7 +25,7 @@ import kubernetes as bed  # noqa: E402
 import run  # noqa: E402
 
 LINES = 1_000
-# It writes for 20 s, and is cut off every second of them.
+# It writes for 20 s, and is cut off every second of them; some of them the server does not live.
 PROGRAM = f"""
 import http.server, threading, time
 server = http.server.HTTPServer(('0.0.0.0', 3000), http.server.SimpleHTTPRequestHandler)
@@ -36,6 +36,8 @@ for n in range({LINES}):
 time.sleep(3600)
 """
 CUTS = 15
+KILLED_AT = (4, 9)
+AWAY_SECONDS = 1.5
 # A log that broke off is asked for again after two seconds; the watches that say what runs take longer.
 PATIENCE = 60
 
@@ -104,10 +106,10 @@ def logs(server, **query):
 
 
 def everything(server, after):
-    """Every record behind this place."""
+    """Every record of this test's repl behind this place: another's may still be going."""
     records = []
     while True:
-        page = logs(server, after=after, limit=1_000)
+        page = logs(server, after=after, limit=1_000, repl_id=f"{bed.USER}-prod")
         if not page["records"]:
             return records
         records += page["records"]
@@ -136,24 +138,31 @@ def main():
     address = urllib.parse.urlparse(config["clusters"][0]["cluster"]["server"])
     way = Way(address.hostname, address.port)
     user, data = bed.USER, tempfile.mkdtemp()
-    server = run.Server(options.programs, data, {
+    variables = {
         "GANTRY_PLATFORM": "kubernetes", "KUBECONFIG": kubeconfig(data, way, address), "ELASTICSEARCH_HOST": "",
         "GANTRY_NAMESPACE": f"gantry-{user}",
-    })
+    }
+    server = run.Server(options.programs, data, variables)
     try:
         begin = logs(server, limit=1)["next"]
         ws = server.connect()
         reply = ws.ask({"user_id": user, "code": PROGRAM, "database": False, "tests": {"test_ok.py": "def test_ok(): pass\n"}})
         assert reply["status"] == "deployed", reply
         cut = 0
-        for _ in range(CUTS):
+        for number in range(CUTS):
             time.sleep(1)
             cut += way.cut()
+            if number in KILLED_AT:
+                server.process.kill()
+                server.process.wait()
+                time.sleep(AWAY_SECONDS)
+                server = run.Server(options.programs, data, variables)
         assert cut >= CUTS, "there was nothing to cut"
         eventually("the last line", lambda: LINES - 1 in numbers(server, begin))
         found = numbers(server, begin)
-        assert found == list(range(LINES)), f"{len(set(range(LINES)) - set(found))} lost, {len(found) - len(set(found))} twice"
-        print(f"{LINES} lines, {cut} connections cut: 0 lost, 0 twice", flush=True)
+        lost = sorted(set(range(LINES)) - set(found))
+        assert found == list(range(LINES)), f"{len(lost)} lost ({lost[:20]} …), {len(found) - len(set(found))} twice"
+        print(f"{LINES} lines, {cut} connections cut, {len(KILLED_AT)} kills of the server: 0 lost, 0 twice", flush=True)
         pod = bed.kubectl("get", "pods", "-n", f"user-{user}", "-l", "app=prod", "-o", "name").strip()
         bed.kubectl("exec", "-n", f"user-{user}", pod, "--", "sh", "-c", "kill -TERM 1", check=False)
         restarted = eventually("the restart", lambda: [r for r in everything(server, begin) if r["event.action"] == "repl.restarted"])

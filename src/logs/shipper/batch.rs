@@ -73,8 +73,8 @@ pub(super) struct Refused {
 }
 
 impl Batch {
-    /// Puts a record in. Its index is that of its own day, its id is made from the record alone: sent
-    /// again, by whatever server start, it is the same document.
+    /// Puts a record in. Its index is that of its own day, its id is made from the record alone, or from where
+    /// it comes from: sent again, by whatever server, it is the same document.
     pub(in crate::logs) fn push(&mut self, record: &Record, origin: &Origin, clock: i64) {
         let mut document = ecs(record);
         let words = spoken(&document);
@@ -85,7 +85,7 @@ impl Batch {
         document.insert(JOURNAL.to_owned(), origin.journal.as_str().into());
         document.insert(POSITION.to_owned(), record.position.into());
         self.put(
-            &index_of(&origin.index, record.time),
+            &index_of(&origin.index, record.happened()),
             &id_of(record, &origin.journal),
             &document,
             false,
@@ -208,6 +208,14 @@ fn index_of(prefix: &str, time: Timestamp) -> String {
 /// journal was put back from a backup and gave a position a second time. Ids of one journal begin
 /// alike and grow, which Elasticsearch finds and stores faster than random ones.
 fn id_of(record: &Record, journal: &str) -> String {
+    if let Some(origin) = record.event.origin() {
+        // Another server may have it in its journal as well.
+        let (container, time) = (&origin.container, origin.time.as_nanosecond());
+        return format!(
+            "{container}-{time:x}-{:x}-{:x}",
+            origin.checksum, origin.part
+        );
+    }
     format!(
         "{journal}-{:016x}-{:x}",
         record.position,

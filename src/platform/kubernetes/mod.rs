@@ -27,6 +27,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use async_trait::async_trait;
+use futures_util::future::BoxFuture;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::json;
@@ -36,7 +37,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     AWAY, ByteStream, CONNECT_TIMEOUT, Check, Finding, Opened, Platform, PlatformError,
-    ProgramEvent, ReleaseSpec, RunningRelease, Services, WorkspaceSpec,
+    ProgramEvent, Recorded, ReleaseSpec, RunningRelease, Services, WorkspaceSpec,
 };
 use crate::model::{Limits, Problem, Release, ReplId, ReplStatus, TicketKey, UserId};
 use crate::storage::S3Store;
@@ -415,6 +416,10 @@ impl Platform for KubernetesPlatform {
 
     fn services(&self) -> Option<Arc<dyn Services>> {
         Some(Arc::clone(&self.services) as Arc<dyn Services>)
+    }
+
+    fn follow_programs(&self, recorded: BoxFuture<'static, Recorded>) {
+        self.programs.follow_from(recorded);
     }
 
     async fn next_program_event(&self) -> Option<ProgramEvent> {

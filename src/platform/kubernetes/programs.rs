@@ -8,6 +8,7 @@ use std::time::Duration;
 use axum::http::Request;
 use axum::http::header::HOST;
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use futures_util::{AsyncBufReadExt, AsyncReadExt};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::client::conn::http1;
@@ -18,7 +19,7 @@ use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 use kube::api::LogParams;
 use kube::{Api, ResourceExt};
 use serde::Deserialize;
-use tokio::sync::mpsc;
+use tokio::sync::{SetOnce, mpsc};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -29,8 +30,8 @@ use super::record::Record;
 use super::release::{Owner, PROGRAM_CONTAINER};
 use super::releases::{Releases, no_release, unreachable};
 use super::rollout::{is_ready, refused};
-use crate::model::{Event, OutputStream, Problem, ReplId, ReplState, ReplStatus};
-use crate::platform::{ByteStream, PlatformError, ProgramEvent};
+use crate::model::{Event, Origin, OutputStream, Problem, ReplId, ReplState, ReplStatus};
+use crate::platform::{ByteStream, PlatformError, ProgramEvent, Recorded};
 
 /// The program's port, and the runner's own.
 const PROGRAM_PORT: u16 = 3_000;
@@ -50,6 +51,10 @@ const FOLLOW_AGAIN: Duration = Duration::from_secs(2);
 
 /// Longest wait for what is left of a log whose container has ended: it is there, and is read to its end.
 const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// Of a program that ran before this server began and that its journal does not know, so much is read again:
+/// longer than a replica takes to be replaced.
+const RECALL: SignedDuration = SignedDuration::from_mins(10);
 
 /// How far the lines of one log may stand out of order: those of the two outputs are dated apart.
 const DISORDER: SignedDuration = SignedDuration::from_millis(1);
@@ -86,13 +91,15 @@ pub struct Programs {
     /// What runners said last, by pod.
     said: Arc<Mutex<HashMap<LifeId, Said>>>,
     following: Arc<Mutex<HashMap<LifeId, CancellationToken>>>,
+    /// What was recorded before; nothing is followed until it is known.
+    recorded: Arc<SetOnce<Recorded>>,
     tell: mpsc::Sender<ProgramEvent>,
     began: Timestamp,
     stop: CancellationToken,
 }
 
 impl Programs {
-    /// Follows every released program until stopped.
+    /// Follows every released program until stopped, once [`Programs::follow_from`] has said from where.
     pub fn start(
         releases: &Releases,
         tell: mpsc::Sender<ProgramEvent>,
@@ -103,12 +110,24 @@ impl Programs {
             releases: releases.clone(),
             said: Arc::default(),
             following: Arc::default(),
+            recorded: Arc::default(),
             tell,
             began: Timestamp::now(),
             stop,
         };
         tokio::spawn(this.clone().keep_up(changes));
         this
+    }
+
+    /// Begins to follow where what was recorded ends.
+    pub fn follow_from(&self, recorded: BoxFuture<'static, Recorded>) {
+        let this = self.clone();
+        tokio::spawn(async move {
+            if let Some(recorded) = this.stop.run_until_cancelled(recorded).await {
+                // Set before: it is followed already.
+                let _ = this.recorded.set(recorded);
+            }
+        });
     }
 
     /// Every repl that has or had a release, or was started.
@@ -271,11 +290,36 @@ impl Programs {
             let remediation = "Look at what it wrote before; mend it and submit it again.";
             Problem::new("program_failed", message.clone(), cause, remediation)
         });
+        self.tell_once(pod, action, message, error, said.restarts)
+            .await;
+    }
+
+    /// Tells what happened to a released program, unless it is recorded already. `time`: the how many-eth time
+    /// in its container's life.
+    async fn tell_once(
+        &self,
+        pod: &Pod,
+        action: &str,
+        message: String,
+        error: Option<Problem>,
+        time: u32,
+    ) {
+        let origin = life(pod).zip(since(pod)).map(|((_, id), since)| Origin {
+            container: container_name(&id),
+            time: since,
+            checksum: crc32fast::hash(action.as_bytes()),
+            part: time,
+        });
+        let recorded = self.recorded.get().zip(origin.as_ref());
+        if recorded.is_some_and(|(all, origin)| all.events.contains(origin)) {
+            return;
+        }
         let event = |release| Event::Repl {
             action: action.to_owned(),
             message,
             release: Some(release).filter(|number| *number > 0),
             error,
+            origin,
         };
         if let Some(told) = about(pod, event) {
             // Nobody listens any more when the server ends.
@@ -312,6 +356,14 @@ impl Programs {
 
     /// Begins to follow pods that come, and forgets those that go.
     async fn keep_up(self, mut changes: mpsc::UnboundedReceiver<Changed>) {
+        if self
+            .stop
+            .run_until_cancelled(self.recorded.wait())
+            .await
+            .is_none()
+        {
+            return;
+        }
         loop {
             let change = tokio::select! {
                 change = changes.recv() => change,
@@ -360,7 +412,7 @@ impl Programs {
         tokio::spawn(async move {
             let passing = async {
                 this.tell_of_restart(&pod).await;
-                this.pass_on(&pod, &token).await;
+                this.pass_on(&pod, &life, &token).await;
             };
             let given_up = async {
                 token.cancelled().await;
@@ -375,43 +427,50 @@ impl Programs {
     }
 
     /// Passes the program's output on for as long as its container lives, and then what is left of it.
-    async fn pass_on(&self, pod: &Pod, over: &CancellationToken) {
+    async fn pass_on(&self, pod: &Pod, life: &LifeId, over: &CancellationToken) {
+        let container = container_name(&life.1);
+        let recorded = self
+            .recorded
+            .get()
+            .and_then(|all| all.output.get(&container));
+        let mut passed = recorded.map_or_else(Passed::default, Passed::up_to);
+        // Of a program that this server knows nothing of, most was recorded by another.
+        let lately = || since(pod).and_then(|at| (at < self.began).then_some(self.began - RECALL));
         let client = self.releases.cluster.client.clone();
         let api: Api<Pod> = Api::namespaced(client, &pod.namespace().unwrap_or_default());
         let mut params = LogParams {
             container: Some(PROGRAM_CONTAINER.to_owned()),
             follow: true,
             timestamps: true,
-            // What a program wrote before this server began is an earlier server's to tell.
-            since_time: since(pod).and_then(|at| (at < self.began).then_some(self.began)),
+            since_time: passed.time().or_else(lately).map(whole_second),
             ..LogParams::default()
         };
-        let mut passed = Passed::default();
         let mut rest = Vec::new();
         while !over.is_cancelled() {
             if let Ok(lines) = api.log_stream(&pod.name_any(), &params).await {
                 passed.begin_again();
                 // Half a line at a break comes again whole.
                 rest.clear();
-                let read = self.pass_on_lines(pod, lines, &mut passed, &mut rest);
+                let read = self.pass_on_lines(pod, &container, lines, &mut passed, &mut rest);
                 if read.await.is_err() {
                     return;
                 }
             }
             if let Some(last) = passed.time() {
-                params.since_time = Some(last);
+                params.since_time = Some(whole_second(last));
             }
             over.run_until_cancelled(tokio::time::sleep(FOLLOW_AGAIN))
                 .await;
         }
         // The last words of a program need no end of line. Nobody listens any more when this fails.
-        let _ = self.pass_on_line(pod, &rest, &mut passed).await;
+        let _ = self.pass_on_line(pod, &container, &rest, &mut passed).await;
     }
 
     /// Until the log ends (`Ok`) or nobody listens any more. What is left has no end of line.
     async fn pass_on_lines(
         &self,
         pod: &Pod,
+        container: &str,
         mut log: impl futures_util::AsyncBufRead + Unpin,
         passed: &mut Passed,
         rest: &mut Vec<u8>,
@@ -432,7 +491,7 @@ impl Programs {
             }
             if rest.ends_with(b"\n") || rest.len() >= MAX_LINE {
                 ask_after = QUIET;
-                self.pass_on_line(pod, rest, passed).await?;
+                self.pass_on_line(pod, container, rest, passed).await?;
                 rest.clear();
             }
         }
@@ -441,18 +500,26 @@ impl Programs {
     async fn pass_on_line(
         &self,
         pod: &Pod,
+        container: &str,
         line: &[u8],
         passed: &mut Passed,
     ) -> Result<(), mpsc::error::SendError<ProgramEvent>> {
         let line = String::from_utf8_lossy(line);
-        let Some(line) = passed.take(&line).filter(|line| !line.is_empty()) else {
+        let Some(new) = passed.take(&line).filter(|new| !new.line.is_empty()) else {
             return Ok(());
         };
-        for data in pieces(line) {
+        for (part, data) in (0..).zip(pieces(new.line)).skip(new.recorded) {
+            let origin = new.at.map(|(time, checksum)| Origin {
+                container: container.to_owned(),
+                time,
+                checksum,
+                part,
+            });
             let output = |release| Event::ProgramOutput {
                 release,
                 stream: OutputStream::Stdout,
                 data,
+                origin,
             };
             if let Some(told) = about(pod, output) {
                 self.tell.send(told).await?;
@@ -466,10 +533,6 @@ impl Programs {
         let Some(restart) = program(pod).filter(|c| c.restart_count > 0) else {
             return;
         };
-        if since(pod).is_none_or(|at| at < self.began) {
-            // An earlier server's to tell.
-            return;
-        }
         let how = ended_badly(pod).map_or_else(|| "ended".to_owned(), |end| end.how);
         let message = format!(
             "The program's container {how} and was started again, {} so far",
@@ -484,16 +547,8 @@ impl Programs {
             "its container ended by itself or was stopped at a limit",
             "Look at what it wrote before; mend it and submit it again.",
         );
-        let event = |release| Event::Repl {
-            action: "repl.restarted".to_owned(),
-            message,
-            release: Some(release),
-            error: Some(error),
-        };
-        if let Some(told) = about(pod, event) {
-            // Nobody listens any more when the server ends.
-            let _ = self.tell.send(told).await;
-        }
+        self.tell_once(pod, "repl.restarted", message, Some(error), 0)
+            .await;
     }
 
     fn locked_said(&self) -> std::sync::MutexGuard<'_, HashMap<LifeId, Said>> {
@@ -513,10 +568,32 @@ impl Programs {
 struct Passed {
     /// Time and check sum.
     last: Option<(Timestamp, u32)>,
+    /// Pieces of that line that were passed on, unless all of them were.
+    pieces: Option<usize>,
     catching_up: bool,
 }
 
+/// A line to pass on.
+#[derive(Debug, PartialEq, Eq)]
+struct New<'a> {
+    /// Without its time.
+    line: &'a str,
+    /// Its time and check sum, if it has a time.
+    at: Option<(Timestamp, u32)>,
+    /// So many of its pieces were passed on before.
+    recorded: usize,
+}
+
 impl Passed {
+    /// What was passed on to an earlier server's journal.
+    fn up_to(last: &Origin) -> Self {
+        Self {
+            last: Some((last.time, last.checksum)),
+            pieces: usize::try_from(last.part).ok().map(|part| part + 1),
+            catching_up: true,
+        }
+    }
+
     /// The log is read again, from [`Passed::time`] on.
     fn begin_again(&mut self) {
         self.catching_up = self.last.is_some();
@@ -526,18 +603,27 @@ impl Passed {
         self.last.map(|(time, _)| time)
     }
 
-    /// The line without its time, unless it was passed on before.
-    fn take<'a>(&mut self, dated: &'a str) -> Option<&'a str> {
+    /// The line, unless it was passed on before.
+    fn take<'a>(&mut self, dated: &'a str) -> Option<New<'a>> {
         let (time, line) = dated.split_once(' ').unwrap_or((dated, ""));
         let Ok(time) = time.parse::<Timestamp>() else {
             // What the kubelet says itself has no time.
-            return Some(dated);
+            return Some(New {
+                line: dated,
+                at: None,
+                recorded: 0,
+            });
         };
         let this = (time, crc32fast::hash(line.as_bytes()));
         if let (true, Some(last)) = (self.catching_up, self.last) {
             if this == last {
                 self.catching_up = false;
-                return None;
+                let recorded = self.pieces.take()?;
+                return Some(New {
+                    line,
+                    at: Some(this),
+                    recorded,
+                });
             }
             // Later than the last one, which is not there any more: the log was cut in between.
             if time.duration_since(last.0) <= DISORDER {
@@ -545,9 +631,25 @@ impl Passed {
             }
             self.catching_up = false;
         }
-        self.last = Some(this);
-        Some(line)
+        (self.last, self.pieces) = (Some(this), None);
+        Some(New {
+            line,
+            at: Some(this),
+            recorded: 0,
+        })
     }
+}
+
+/// The whole second this time is in. A log is asked for from a whole second on, and the client would round to
+/// the nearest one, which may be after the time.
+fn whole_second(time: Timestamp) -> Timestamp {
+    Timestamp::from_second(time.as_second()).unwrap_or(time)
+}
+
+/// The container's name in records: of its 64 digits as many as tell it from all others.
+fn container_name(id: &str) -> String {
+    let digits = id.rsplit_once('/').map_or(id, |(_, digits)| digits);
+    digits.chars().take(16).collect()
 }
 
 /// An event of this released pod's repl.
@@ -694,6 +796,9 @@ mod tests {
 
     #[test]
     fn a_log_that_is_read_again_goes_on_where_it_was() {
+        fn text(new: Option<New<'_>>) -> Option<&str> {
+            new.map(|new| new.line)
+        }
         let log: Vec<String> = [
             (1, "a"),
             (2, "b"),
@@ -713,23 +818,53 @@ mod tests {
         let all = ["a", "b", "c", "d", "d", "e", ""];
         for cut in 0..=log.len() {
             let mut passed = Passed::default();
-            let mut seen: Vec<&str> = log[..cut].iter().filter_map(|l| passed.take(l)).collect();
+            let mut seen: Vec<&str> = log[..cut]
+                .iter()
+                .filter_map(|l| text(passed.take(l)))
+                .collect();
             assert_eq!(seen, all[..cut]);
             passed.begin_again();
-            seen.extend(log.iter().filter_map(|line| passed.take(line)));
+            seen.extend(log.iter().filter_map(|line| text(passed.take(line))));
             // Two lines of one moment and one text cannot be told apart.
             let expected = if cut == 5 { 8 } else { 7 };
             assert_eq!(seen.len(), expected, "cut at {cut}: {seen:?}");
         }
         // The last one is gone with a file that was put away.
         let mut passed = Passed::default();
-        assert_eq!(passed.take(&log[0]), Some("a"));
+        assert_eq!(text(passed.take(&log[0])), Some("a"));
         passed.begin_again();
-        assert_eq!(passed.take(&log[5]), Some("e"));
-        assert_eq!(
-            passed.take("unable to retrieve container logs"),
-            Some("unable to retrieve container logs")
-        );
+        assert_eq!(text(passed.take(&log[5])), Some("e"));
+        let words = "unable to retrieve container logs";
+        assert_eq!(text(passed.take(words)), Some(words));
+    }
+
+    #[test]
+    fn an_earlier_servers_record_says_what_is_new() {
+        let line = |second: u32, text: &str| format!("2026-01-01T00:00:{second:02}.5Z {text}");
+        let last = |text: &str, part| Origin {
+            container: "c".to_owned(),
+            time: "2026-01-01T00:00:02.5Z".parse().unwrap(),
+            checksum: crc32fast::hash(text.as_bytes()),
+            part,
+        };
+        // Its last piece was recorded, or only the second of more.
+        for (part, new) in [(0, 1), (1, 2)] {
+            let mut passed = Passed::up_to(&last("b", part));
+            passed.begin_again();
+            assert_eq!(passed.take(&line(1, "a")), None);
+            assert_eq!(passed.take(&line(2, "b")).unwrap().recorded, new);
+            assert_eq!(passed.take(&line(3, "c")).unwrap().recorded, 0);
+            // A connection that breaks afterwards repeats nothing.
+            passed.begin_again();
+            assert_eq!(passed.take(&line(3, "c")), None);
+        }
+    }
+
+    #[test]
+    fn a_log_is_asked_for_from_a_whole_second() {
+        let asked = |time: &str| whole_second(time.parse().unwrap()).to_string();
+        assert_eq!(asked("2026-01-01T00:00:02.999Z"), "2026-01-01T00:00:02Z");
+        assert_eq!(asked("2026-01-01T00:00:02Z"), "2026-01-01T00:00:02Z");
     }
 
     #[test]

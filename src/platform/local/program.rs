@@ -219,6 +219,7 @@ fn repl_event(action: &str, message: &str, release: u64) -> Event {
         message: message.to_owned(),
         release: numbered(release),
         error: None,
+        origin: None,
     }
 }
 
@@ -238,6 +239,7 @@ fn exit_event(ending: &Ending, again: bool, words: String, release: u64) -> Even
         message: words,
         release: numbered(release),
         error,
+        origin: None,
     }
 }
 
@@ -251,6 +253,7 @@ fn output_event(stream: OutputStream, data: &[u8], release: u64) -> Event {
         release,
         stream,
         data: String::from_utf8_lossy(data).into_owned(),
+        origin: None,
     }
 }
 

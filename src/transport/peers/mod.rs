@@ -194,7 +194,8 @@ impl Peers {
     }
 
     /// Whether this replica is the one that records what the repl's program does: all of them see it,
-    /// and one of those that answer keeps it. Around a replica's end a line may be kept by none or twice.
+    /// and one of those that answer keeps it. Around a replica's end two may; what they keep is one
+    /// record, by where it comes from.
     pub fn records(&self, repl: &ReplId) -> bool {
         let rank = |name: &str| crc32fast::hash(format!("{name}/{repl}").as_bytes());
         let here = (rank(&self.replica), self.replica.as_str());
