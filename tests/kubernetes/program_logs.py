@@ -168,7 +168,8 @@ def main():
         restarted = eventually("the restart", lambda: [r for r in everything(server, begin) if r["event.action"] == "repl.restarted"])
         assert len(restarted) == 1 and "once" in restarted[0]["message"], restarted
         print(restarted[0]["message"])
-        eventually("what it writes after the restart", lambda: numbers(server, begin).count(0) == 2)
+        eventually("what it writes after the restart", lambda: numbers(server, begin).count(LINES - 1) == 2)
+        assert numbers(server, begin) == 2 * list(range(LINES)), "after the restart it is not what it wrote"
     finally:
         server.stop()
         shutil.rmtree(data)

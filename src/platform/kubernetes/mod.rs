@@ -11,6 +11,7 @@ mod lease;
 mod namespace;
 mod orphans;
 mod permissions;
+mod program_log;
 mod programs;
 mod record;
 mod release;

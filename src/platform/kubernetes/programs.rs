@@ -9,14 +9,12 @@ use axum::http::Request;
 use axum::http::header::HOST;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use futures_util::{AsyncBufReadExt, AsyncReadExt};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
-use kube::api::LogParams;
 use kube::{Api, ResourceExt};
 use serde::Deserialize;
 use tokio::sync::{SetOnce, mpsc};
@@ -26,11 +24,12 @@ use tokio_util::sync::CancellationToken;
 use super::cache::{Changed, annotation, label};
 use super::explain::{blocked, ended_badly};
 use super::labels::{RELEASE, REPL, SUBMISSION};
+use super::program_log::ProgramLog;
 use super::record::Record;
 use super::release::{Owner, PROGRAM_CONTAINER};
 use super::releases::{Releases, no_release, unreachable};
 use super::rollout::{is_ready, refused};
-use crate::model::{Event, Origin, OutputStream, Problem, ReplId, ReplState, ReplStatus};
+use crate::model::{Event, Origin, Problem, ReplId, ReplState, ReplStatus};
 use crate::platform::{ByteStream, PlatformError, ProgramEvent, Recorded};
 
 /// The program's port, and the runner's own.
@@ -46,27 +45,9 @@ const ANSWER: Duration = Duration::from_secs(2);
 /// Largest such answer.
 const MAX_ANSWER: usize = 16 << 10;
 
-/// Pause before a log that ended is followed again, while its container still runs.
-const FOLLOW_AGAIN: Duration = Duration::from_secs(2);
-
-/// Longest wait for what is left of a log whose container has ended: it is there, and is read to its end.
-const LAST_WORDS: Duration = Duration::from_secs(5);
-
-/// Of a program that ran before this server began and that its journal does not know, so much is read again:
-/// longer than a replica takes to be replaced.
-const RECALL: SignedDuration = SignedDuration::from_mins(10);
-
-/// How far the lines of one log may stand out of order: those of the two outputs are dated apart.
-const DISORDER: SignedDuration = SignedDuration::from_millis(1);
-
-/// How long a program is silent before its runner is asked what it does: it may have ended.
-const QUIET: Duration = Duration::from_millis(500);
-
-/// How often a silent program's runner is asked again.
-const ASK_AGAIN: Duration = Duration::from_secs(300);
-
-/// Bytes of one piece of output in the journal; a longer line is cut into several.
-const MAX_PIECE: usize = 32 << 10;
+/// Longest wait for what is left of a log whose container has ended. It is there and is read at once; when the way
+/// to it breaks just then, it is tried again.
+const LAST_WORDS: Duration = Duration::from_secs(20);
 
 /// What the runner says of its program.
 #[derive(Debug, Clone, Deserialize)]
@@ -78,11 +59,8 @@ struct Said {
     restarts: u32,
 }
 
-/// Longest line that is taken in one piece, with its time: it is held in memory until its end comes.
-const MAX_LINE: usize = 1 << 20;
-
-/// One life of a released program's container.
-type LifeId = (String, String);
+/// One life of a released program's container: its pod, and its own id.
+pub(super) type LifeId = (String, String);
 
 /// Every released program of the cluster.
 #[derive(Debug, Clone)]
@@ -128,6 +106,30 @@ impl Programs {
                 let _ = this.recorded.set(recorded);
             }
         });
+    }
+
+    /// When this server began.
+    pub(super) fn began(&self) -> Timestamp {
+        self.began
+    }
+
+    /// The last that was recorded of what this container wrote.
+    pub(super) fn recorded_of(&self, container: &str) -> Option<&Origin> {
+        self.recorded.get()?.output.get(container)
+    }
+
+    /// Where this pod is among others.
+    pub(super) fn pods_of(&self, pod: &Pod) -> Api<Pod> {
+        let client = self.releases.cluster.client.clone();
+        Api::namespaced(client, &pod.namespace().unwrap_or_default())
+    }
+
+    /// An error when nobody listens any more.
+    pub(super) async fn tell(
+        &self,
+        event: ProgramEvent,
+    ) -> Result<(), mpsc::error::SendError<ProgramEvent>> {
+        self.tell.send(event).await
     }
 
     /// Every repl that has or had a release, or was started.
@@ -237,9 +239,7 @@ impl Programs {
     }
 
     async fn forward(&self, pod: &Pod, port: u16) -> Result<Box<dyn ByteStream>, String> {
-        let client = self.releases.cluster.client.clone();
-        let api: Api<Pod> = Api::namespaced(client, &pod.namespace().unwrap_or_default());
-        let name = pod.name_any();
+        let (api, name) = (self.pods_of(pod), pod.name_any());
         let opened = timeout(DIAL, api.portforward(&name, &[port])).await;
         let mut forwarder = match opened {
             Ok(Ok(forwarder)) => forwarder,
@@ -412,7 +412,7 @@ impl Programs {
         tokio::spawn(async move {
             let passing = async {
                 this.tell_of_restart(&pod).await;
-                this.pass_on(&pod, &life, &token).await;
+                ProgramLog::new(&this, &pod, &life).pass_on(&token).await;
             };
             let given_up = async {
                 token.cancelled().await;
@@ -424,108 +424,6 @@ impl Programs {
                 () = this.stop.cancelled() => {}
             }
         });
-    }
-
-    /// Passes the program's output on for as long as its container lives, and then what is left of it.
-    async fn pass_on(&self, pod: &Pod, life: &LifeId, over: &CancellationToken) {
-        let container = container_name(&life.1);
-        let recorded = self
-            .recorded
-            .get()
-            .and_then(|all| all.output.get(&container));
-        let mut passed = recorded.map_or_else(Passed::default, Passed::up_to);
-        // Of a program that this server knows nothing of, most was recorded by another.
-        let lately = || since(pod).and_then(|at| (at < self.began).then_some(self.began - RECALL));
-        let client = self.releases.cluster.client.clone();
-        let api: Api<Pod> = Api::namespaced(client, &pod.namespace().unwrap_or_default());
-        let mut params = LogParams {
-            container: Some(PROGRAM_CONTAINER.to_owned()),
-            follow: true,
-            timestamps: true,
-            since_time: passed.time().or_else(lately).map(whole_second),
-            ..LogParams::default()
-        };
-        let mut rest = Vec::new();
-        while !over.is_cancelled() {
-            if let Ok(lines) = api.log_stream(&pod.name_any(), &params).await {
-                passed.begin_again();
-                // Half a line at a break comes again whole.
-                rest.clear();
-                let read = self.pass_on_lines(pod, &container, lines, &mut passed, &mut rest);
-                if read.await.is_err() {
-                    return;
-                }
-            }
-            if let Some(last) = passed.time() {
-                params.since_time = Some(whole_second(last));
-            }
-            over.run_until_cancelled(tokio::time::sleep(FOLLOW_AGAIN))
-                .await;
-        }
-        // The last words of a program need no end of line. Nobody listens any more when this fails.
-        let _ = self.pass_on_line(pod, &container, &rest, &mut passed).await;
-    }
-
-    /// Until the log ends (`Ok`) or nobody listens any more. What is left has no end of line.
-    async fn pass_on_lines(
-        &self,
-        pod: &Pod,
-        container: &str,
-        mut log: impl futures_util::AsyncBufRead + Unpin,
-        passed: &mut Passed,
-        rest: &mut Vec<u8>,
-    ) -> Result<(), mpsc::error::SendError<ProgramEvent>> {
-        let mut ask_after = QUIET;
-        loop {
-            let room = MAX_LINE.saturating_sub(rest.len()) as u64;
-            let mut bounded = (&mut log).take(room);
-            // What was read before the time was up stays in `rest`.
-            match timeout(ask_after, bounded.read_until(b'\n', rest)).await {
-                Ok(Ok(read)) if read > 0 => {}
-                Ok(_) => return Ok(()),
-                Err(_) => {
-                    self.ask(pod).await;
-                    ask_after = ASK_AGAIN;
-                    continue;
-                }
-            }
-            if rest.ends_with(b"\n") || rest.len() >= MAX_LINE {
-                ask_after = QUIET;
-                self.pass_on_line(pod, container, rest, passed).await?;
-                rest.clear();
-            }
-        }
-    }
-
-    async fn pass_on_line(
-        &self,
-        pod: &Pod,
-        container: &str,
-        line: &[u8],
-        passed: &mut Passed,
-    ) -> Result<(), mpsc::error::SendError<ProgramEvent>> {
-        let line = String::from_utf8_lossy(line);
-        let Some(new) = passed.take(&line).filter(|new| !new.line.is_empty()) else {
-            return Ok(());
-        };
-        for (part, data) in (0..).zip(pieces(new.line)).skip(new.recorded) {
-            let origin = new.at.map(|(time, checksum)| Origin {
-                container: container.to_owned(),
-                time,
-                checksum,
-                part,
-            });
-            let output = |release| Event::ProgramOutput {
-                release,
-                stream: OutputStream::Stdout,
-                data,
-                origin,
-            };
-            if let Some(told) = about(pod, output) {
-                self.tell.send(told).await?;
-            }
-        }
-        Ok(())
     }
 
     /// A container that died and was started again is an event of its repl.
@@ -562,98 +460,14 @@ impl Programs {
     }
 }
 
-/// How far a log was passed on. Asked for again, it comes from a whole second on: up to the line that was the
-/// last one, it was passed on already.
-#[derive(Debug, Default)]
-struct Passed {
-    /// Time and check sum.
-    last: Option<(Timestamp, u32)>,
-    /// Pieces of that line that were passed on, unless all of them were.
-    pieces: Option<usize>,
-    catching_up: bool,
-}
-
-/// A line to pass on.
-#[derive(Debug, PartialEq, Eq)]
-struct New<'a> {
-    /// Without its time.
-    line: &'a str,
-    /// Its time and check sum, if it has a time.
-    at: Option<(Timestamp, u32)>,
-    /// So many of its pieces were passed on before.
-    recorded: usize,
-}
-
-impl Passed {
-    /// What was passed on to an earlier server's journal.
-    fn up_to(last: &Origin) -> Self {
-        Self {
-            last: Some((last.time, last.checksum)),
-            pieces: usize::try_from(last.part).ok().map(|part| part + 1),
-            catching_up: true,
-        }
-    }
-
-    /// The log is read again, from [`Passed::time`] on.
-    fn begin_again(&mut self) {
-        self.catching_up = self.last.is_some();
-    }
-
-    fn time(&self) -> Option<Timestamp> {
-        self.last.map(|(time, _)| time)
-    }
-
-    /// The line, unless it was passed on before.
-    fn take<'a>(&mut self, dated: &'a str) -> Option<New<'a>> {
-        let (time, line) = dated.split_once(' ').unwrap_or((dated, ""));
-        let Ok(time) = time.parse::<Timestamp>() else {
-            // What the kubelet says itself has no time.
-            return Some(New {
-                line: dated,
-                at: None,
-                recorded: 0,
-            });
-        };
-        let this = (time, crc32fast::hash(line.as_bytes()));
-        if let (true, Some(last)) = (self.catching_up, self.last) {
-            if this == last {
-                self.catching_up = false;
-                let recorded = self.pieces.take()?;
-                return Some(New {
-                    line,
-                    at: Some(this),
-                    recorded,
-                });
-            }
-            // Later than the last one, which is not there any more: the log was cut in between.
-            if time.duration_since(last.0) <= DISORDER {
-                return None;
-            }
-            self.catching_up = false;
-        }
-        (self.last, self.pieces) = (Some(this), None);
-        Some(New {
-            line,
-            at: Some(this),
-            recorded: 0,
-        })
-    }
-}
-
-/// The whole second this time is in. A log is asked for from a whole second on, and the client would round to
-/// the nearest one, which may be after the time.
-fn whole_second(time: Timestamp) -> Timestamp {
-    Timestamp::from_second(time.as_second()).unwrap_or(time)
-}
-
 /// The container's name in records: of its 64 digits as many as tell it from all others.
-fn container_name(id: &str) -> String {
+pub(super) fn container_name(id: &str) -> String {
     let digits = id.rsplit_once('/').map_or(id, |(_, digits)| digits);
     digits.chars().take(16).collect()
 }
 
 /// An event of this released pod's repl.
-fn about(pod: &Pod, event: impl FnOnce(u64) -> Event) -> Option<ProgramEvent> {
+pub(super) fn about(pod: &Pod, event: impl FnOnce(u64) -> Event) -> Option<ProgramEvent> {
     Some(ProgramEvent {
         user_id: label(pod, super::labels::USER)?.parse().ok()?,
         repl_id: label(pod, REPL)?.parse().ok()?,
@@ -661,23 +475,7 @@ fn about(pod: &Pod, event: impl FnOnce(u64) -> Event) -> Option<ProgramEvent> {
     })
 }
 
-/// A line, in pieces that are not too long.
-fn pieces(line: &str) -> Vec<String> {
-    let mut rest = line.to_owned();
-    let mut pieces = Vec::new();
-    while rest.len() > MAX_PIECE {
-        let mut at = MAX_PIECE;
-        while !rest.is_char_boundary(at) {
-            at -= 1;
-        }
-        let tail = rest.split_off(at);
-        pieces.push(std::mem::replace(&mut rest, tail));
-    }
-    pieces.push(rest);
-    pieces
-}
-
-fn program(pod: &Pod) -> Option<&ContainerStatus> {
+pub(super) fn program(pod: &Pod) -> Option<&ContainerStatus> {
     let containers = pod.status.as_ref()?.container_statuses.as_ref()?;
     containers
         .iter()
@@ -686,14 +484,14 @@ fn program(pod: &Pod) -> Option<&ContainerStatus> {
 }
 
 /// The running life of the pod's program.
-fn life(pod: &Pod) -> Option<LifeId> {
+pub(super) fn life(pod: &Pod) -> Option<LifeId> {
     let container = program(pod)?;
     container.state.as_ref()?.running.as_ref()?;
     let name = format!("{}/{}", pod.namespace()?, pod.name_any());
     Some((name, container.container_id.clone()?))
 }
 
-fn since(pod: &Pod) -> Option<Timestamp> {
+pub(super) fn since(pod: &Pod) -> Option<Timestamp> {
     let running = program(pod)?.state.as_ref()?.running.as_ref()?;
     Some(running.started_at.as_ref()?.0)
 }
@@ -792,85 +590,5 @@ mod tests {
             cause.ends_with("no whole code at s3://b/code/x/"),
             "{cause}"
         );
-    }
-
-    #[test]
-    fn a_log_that_is_read_again_goes_on_where_it_was() {
-        fn text(new: Option<New<'_>>) -> Option<&str> {
-            new.map(|new| new.line)
-        }
-        let log: Vec<String> = [
-            (1, "a"),
-            (2, "b"),
-            // Of the other output, and a little out of order.
-            (4, "c"),
-            (3, "d"),
-            (3, "d"),
-            (5_000_000, "e"),
-            (6_000_000, ""),
-        ]
-        .iter()
-        .map(|(nanosecond, text)| {
-            let time = Timestamp::from_nanosecond(1_700_000_000_000_000_000 + nanosecond).unwrap();
-            format!("{time} {text}")
-        })
-        .collect();
-        let all = ["a", "b", "c", "d", "d", "e", ""];
-        for cut in 0..=log.len() {
-            let mut passed = Passed::default();
-            let mut seen: Vec<&str> = log[..cut]
-                .iter()
-                .filter_map(|l| text(passed.take(l)))
-                .collect();
-            assert_eq!(seen, all[..cut]);
-            passed.begin_again();
-            seen.extend(log.iter().filter_map(|line| text(passed.take(line))));
-            // Two lines of one moment and one text cannot be told apart.
-            let expected = if cut == 5 { 8 } else { 7 };
-            assert_eq!(seen.len(), expected, "cut at {cut}: {seen:?}");
-        }
-        // The last one is gone with a file that was put away.
-        let mut passed = Passed::default();
-        assert_eq!(text(passed.take(&log[0])), Some("a"));
-        passed.begin_again();
-        assert_eq!(text(passed.take(&log[5])), Some("e"));
-        let words = "unable to retrieve container logs";
-        assert_eq!(text(passed.take(words)), Some(words));
-    }
-
-    #[test]
-    fn an_earlier_servers_record_says_what_is_new() {
-        let line = |second: u32, text: &str| format!("2026-01-01T00:00:{second:02}.5Z {text}");
-        let last = |text: &str, part| Origin {
-            container: "c".to_owned(),
-            time: "2026-01-01T00:00:02.5Z".parse().unwrap(),
-            checksum: crc32fast::hash(text.as_bytes()),
-            part,
-        };
-        // Its last piece was recorded, or only the second of more.
-        for (part, new) in [(0, 1), (1, 2)] {
-            let mut passed = Passed::up_to(&last("b", part));
-            passed.begin_again();
-            assert_eq!(passed.take(&line(1, "a")), None);
-            assert_eq!(passed.take(&line(2, "b")).unwrap().recorded, new);
-            assert_eq!(passed.take(&line(3, "c")).unwrap().recorded, 0);
-            // A connection that breaks afterwards repeats nothing.
-            passed.begin_again();
-            assert_eq!(passed.take(&line(3, "c")), None);
-        }
-    }
-
-    #[test]
-    fn a_log_is_asked_for_from_a_whole_second() {
-        let asked = |time: &str| whole_second(time.parse().unwrap()).to_string();
-        assert_eq!(asked("2026-01-01T00:00:02.999Z"), "2026-01-01T00:00:02Z");
-        assert_eq!(asked("2026-01-01T00:00:02Z"), "2026-01-01T00:00:02Z");
-    }
-
-    #[test]
-    fn a_long_line_is_cut_between_characters() {
-        let cut = pieces(&"ü".repeat(MAX_PIECE));
-        assert!(cut.len() > 1 && cut.iter().all(|piece| piece.len() <= MAX_PIECE));
-        assert_eq!(cut.concat(), "ü".repeat(MAX_PIECE));
     }
 }
