@@ -34,8 +34,8 @@ def free_port():
 
 
 class Server:
-    def __init__(self, programs, data, variables=()):
-        self.port = free_port()
+    def __init__(self, programs, data, variables=(), port=None):
+        self.port = port or free_port()
         self.data = data
         environment = {**os.environ, "API_KEY": KEY, "PORT": str(self.port), "GANTRY_DATA_DIR": data, **dict(variables)}
         self.log = open(os.path.join(data, "out"), "w")

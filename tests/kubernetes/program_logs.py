@@ -1,10 +1,12 @@
 """What a released program writes is recorded once, line by line, also when the way to the API server breaks again
-and again and when the server is killed and started again; and that the program's container was started again.
+and again, when the server is killed and started again, and when one of two replicas after the other is killed; and
+that the program's container was started again.
 
     eval "$(scripts/testbed env)"; python3 tests/kubernetes/program_logs.py [--programs target/debug]
 """
 
 import argparse
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 
@@ -38,6 +41,8 @@ time.sleep(3600)
 CUTS = 15
 KILLED_AT = (4, 9)
 AWAY_SECONDS = 1.5
+# Two replicas are killed and started within the 20 s.
+SECONDS_BETWEEN_KILLS = 4
 # A log that broke off is asked for again after two seconds; the watches that say what runs take longer.
 PATIENCE = 60
 
@@ -130,6 +135,67 @@ def numbers(server, after):
     return [int(n) for n in re.findall(r"^line (\d+)$", texts, re.MULTILINE)]
 
 
+def deploy(server, user):
+    reply = server.connect().ask(
+        {"user_id": user, "code": PROGRAM, "database": False, "tests": {"test_ok.py": "def test_ok(): pass\n"}})
+    assert reply["status"] == "deployed", reply
+
+
+def each_once(server, begin):
+    eventually("the last line", lambda: LINES - 1 in numbers(server, begin))
+    found = numbers(server, begin)
+    lost = sorted(set(range(LINES)) - set(found))
+    assert found == list(range(LINES)), f"{len(lost)} lost ({lost[:20]} …), {len(found) - len(set(found))} twice"
+
+
+def replicas(programs):
+    """Both see what the program writes, and one records it, until it is killed."""
+    user, data, ports = bed.USER, [tempfile.mkdtemp() for _ in range(2)], [run.free_port() for _ in range(2)]
+    prefix = f"program-logs-{os.getpid()}"
+
+    def start(index):
+        return run.Server(programs, data[index], {
+            "GANTRY_PLATFORM": "kubernetes", "GANTRY_NAMESPACE": f"gantry-{user}", "ELASTICSEARCH_INDEX_PREFIX": prefix,
+            "GANTRY_REPLICA": f"replica-{index}", "GANTRY_PEER_KEY": "k" * 32,
+            "GANTRY_PEERS": ",".join(f"127.0.0.1:{port}" for port in ports),
+        }, ports[index])
+
+    # None is ready before it knows the other.
+    with concurrent.futures.ThreadPoolExecutor() as both:
+        servers = list(both.map(start, (0, 1)))
+    try:
+        begin = logs(servers[0], limit=1)["next"]
+        deploy(servers[0], user)
+        for index in (0, 1):
+            time.sleep(SECONDS_BETWEEN_KILLS)
+            servers[index].process.kill()
+            servers[index].process.wait()
+            time.sleep(SECONDS_BETWEEN_KILLS)
+            servers[index] = start(index)
+        each_once(servers[0], begin)
+        print(f"{LINES} lines, two replicas, each killed once: 0 lost, 0 twice", flush=True)
+    finally:
+        for server in servers:
+            server.stop()
+        for folder in data:
+            shutil.rmtree(folder)
+        bed.forget(user)
+        bed.kubectl("delete", "namespace", f"gantry-{user}", "--ignore-not-found", "--wait=false")
+        remove_indices(prefix)
+
+
+def remove_indices(prefix):
+    elastic = os.environ["ELASTICSEARCH_HOST"]
+    with urllib.request.urlopen(f"{elastic}/_cat/indices/{prefix}-*?h=index", timeout=30) as answer:
+        names = answer.read().decode().split()
+    for path in [*names, *(f"_index_template/{prefix}-{name}" for name in ("logs", "journals"))]:
+        try:
+            urllib.request.urlopen(urllib.request.Request(f"{elastic}/{path}", method="DELETE"), timeout=30).close()
+        except urllib.error.HTTPError as error:
+            # A test that failed early made no template.
+            assert error.code == 404, error
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--programs", default=str(ROOT / "target" / "debug"))
@@ -145,9 +211,7 @@ def main():
     server = run.Server(options.programs, data, variables)
     try:
         begin = logs(server, limit=1)["next"]
-        ws = server.connect()
-        reply = ws.ask({"user_id": user, "code": PROGRAM, "database": False, "tests": {"test_ok.py": "def test_ok(): pass\n"}})
-        assert reply["status"] == "deployed", reply
+        deploy(server, user)
         cut = 0
         for number in range(CUTS):
             time.sleep(1)
@@ -158,10 +222,7 @@ def main():
                 time.sleep(AWAY_SECONDS)
                 server = run.Server(options.programs, data, variables)
         assert cut >= CUTS, "there was nothing to cut"
-        eventually("the last line", lambda: LINES - 1 in numbers(server, begin))
-        found = numbers(server, begin)
-        lost = sorted(set(range(LINES)) - set(found))
-        assert found == list(range(LINES)), f"{len(lost)} lost ({lost[:20]} …), {len(found) - len(set(found))} twice"
+        each_once(server, begin)
         print(f"{LINES} lines, {cut} connections cut, {len(KILLED_AT)} kills of the server: 0 lost, 0 twice", flush=True)
         pod = bed.kubectl("get", "pods", "-n", f"user-{user}", "-l", "app=prod", "-o", "name").strip()
         bed.kubectl("exec", "-n", f"user-{user}", pod, "--", "sh", "-c", "kill -TERM 1", check=False)
@@ -175,6 +236,7 @@ def main():
         shutil.rmtree(data)
         bed.forget(user)
         bed.kubectl("delete", "namespace", f"gantry-{user}", "--ignore-not-found", "--wait=false")
+    replicas(options.programs)
 
 
 if __name__ == "__main__":
