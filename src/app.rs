@@ -18,7 +18,7 @@ use crate::logs::{
     Elasticsearch, ElasticsearchSearch, ElasticsearchSettings, EmbeddedSearch, LogSearch,
     Neighbours, Shipper, ShipperOptions,
 };
-use crate::pipeline::{Pipeline, PipelineOptions, Share};
+use crate::pipeline::{Names, Pipeline, PipelineOptions, Share};
 use crate::platform::kubernetes::{
     BUILT_IN_TEMPLATE, CleanUp, KubernetesConfig, KubernetesPlatform, Template,
 };
@@ -73,6 +73,8 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         },
         maximum: config.maximum_limits,
         share: share(&config.platform, &peers),
+        repls_per_user: config.max_repls,
+        names: Names::new(config.nameserver, &config.app_domain),
     };
     let pipeline = Pipeline::new(journal.clone(), Arc::clone(&platform), store, &options);
     pipeline
@@ -222,6 +224,7 @@ async fn kubernetes(
             maximum: config.maximum_limits,
             network: config.allow_network,
             heartbeat_late: cluster.heartbeat_late,
+            quota: cluster.quota.clone(),
         },
         vec![
             bucket_check(&store, &s3.bucket).await,

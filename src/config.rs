@@ -1,5 +1,6 @@
 //! Arguments and environment, checked once and turned into a [`Config`] that cannot be wrong.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -42,6 +43,9 @@ pub struct ServeArgs {
     /// Other origins that may call the API from a browser, separated by commas
     #[arg(long, env = "CORS_ORIGINS", value_name = "ORIGINS")]
     cors_origins: Option<String>,
+    /// Name server that is asked whose a domain is, as ADDRESS or ADDRESS:PORT [default: the machine's]
+    #[arg(long, env = "GANTRY_NAMESERVER", value_name = "ADDRESS")]
+    nameserver: Option<String>,
     /// Do not start unless the machine allows every layer of the sandbox
     #[arg(long, env = "GANTRY_REQUIRE_SANDBOX", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     require_sandbox: Option<String>,
@@ -51,6 +55,9 @@ pub struct ServeArgs {
     /// Runs at one time, all users together [default: twice the cores, at least 4]
     #[arg(long, env = "GANTRY_MAX_RUNS", value_name = "NUMBER")]
     max_runs: Option<String>,
+    /// Repls of one user that run at one time [default: any number]
+    #[arg(long, env = "GANTRY_MAX_REPLS", value_name = "NUMBER")]
+    max_repls: Option<String>,
     /// Most wall-clock milliseconds a submission may ask for
     #[arg(long, env = "GANTRY_MAX_WALL_MS", value_name = "NUMBER")]
     max_wall_ms: Option<String>,
@@ -93,6 +100,9 @@ pub struct ServeArgs {
     /// Kubernetes: a node counts as failed when its heartbeat is this many seconds late [default: 5]
     #[arg(long, env = "GANTRY_HEARTBEAT_LATE", value_name = "SECONDS")]
     heartbeat_late: Option<String>,
+    /// Kubernetes: bounds of each user's namespace, where they are not the usual ones, such as pods=10,limits.memory=8Gi
+    #[arg(long, env = "GANTRY_USER_QUOTA", value_name = "BOUNDS")]
+    user_quota: Option<String>,
     /// The program that runs inside sandboxes [default: this one]
     #[arg(long, env = "GANTRY_RUNNER", value_name = "FILE")]
     runner: Option<PathBuf>,
@@ -122,12 +132,16 @@ pub struct Config {
     pub app_domain: String,
     /// Origins besides its own that may call the API.
     pub cors_origins: Vec<Origin>,
+    /// The name server that is asked whose a domain is; `None`: the machine's own.
+    pub nameserver: Option<SocketAddr>,
     /// Refuse to start with a weaker sandbox.
     pub require_sandbox: bool,
     /// Test runs may use the network.
     pub allow_network: bool,
     /// Runs at one time.
     pub max_runs: usize,
+    /// Most repls of a user that run at one time.
+    pub max_repls: Option<usize>,
     /// The most a submission may ask for.
     pub maximum_limits: Limits,
     /// The `gantry-runner` program.
@@ -204,6 +218,8 @@ pub struct ClusterConfig {
     pub idle: Duration,
     /// A node counts as failed when its heartbeat is this late.
     pub heartbeat_late: Duration,
+    /// Bounds of each user's namespace, where they are not the usual ones.
+    pub quota: BTreeMap<String, String>,
 }
 
 /// What is done about what nobody needs any more.
@@ -352,9 +368,11 @@ impl Config {
             domain: host_name("DOMAIN", &args.domain, "localhost")?,
             app_domain: host_name("APP_DOMAIN", &args.app_domain, "apps.localhost")?,
             cors_origins: origins(&args.cors_origins)?,
+            nameserver: nameserver(&args.nameserver)?,
             require_sandbox: switch("GANTRY_REQUIRE_SANDBOX", &args.require_sandbox)?,
             allow_network: switch("GANTRY_ALLOW_NETWORK", &args.allow_network)?,
             max_runs: max_runs(&args.max_runs)?,
+            max_repls: max_repls(&args.max_repls)?,
             maximum_limits: maximum_limits(&args)?,
             runner: runner(args.runner)?,
             platform,
@@ -419,6 +437,21 @@ fn host_name(
             "a host name such as example.com, without scheme or port",
         ))
     }
+}
+
+/// The port of the DNS.
+const DNS_PORT: u16 = 53;
+
+fn nameserver(value: &Option<String>) -> Result<Option<SocketAddr>, ConfigError> {
+    let Some(text) = given(value) else {
+        return Ok(None);
+    };
+    let alone = text.parse().map(|ip: IpAddr| SocketAddr::new(ip, DNS_PORT));
+    let address = alone.or_else(|_| text.parse());
+    address.map(Some).map_err(|_| {
+        let expected = "the address of a name server such as 10.96.0.10 or [fd00::53]:5353";
+        wrong("GANTRY_NAMESERVER", text, expected)
+    })
 }
 
 fn origins(value: &Option<String>) -> Result<Vec<Origin>, ConfigError> {
@@ -494,6 +527,65 @@ fn max_runs(value: &Option<String>) -> Result<usize, ConfigError> {
     }
 }
 
+fn max_repls(value: &Option<String>) -> Result<Option<usize>, ConfigError> {
+    let expected = "a number from 1 to 1000000";
+    match parse("GANTRY_MAX_REPLS", value, expected)? {
+        Some(repls @ 1..=1_000_000) => Ok(Some(repls)),
+        Some(repls) => Err(wrong("GANTRY_MAX_REPLS", &repls.to_string(), expected)),
+        None => Ok(None),
+    }
+}
+
+/// What can be bounded of a user's namespace.
+const BOUNDED: [&str; 9] = [
+    "pods",
+    "requests.cpu",
+    "requests.memory",
+    "limits.cpu",
+    "limits.memory",
+    "persistentvolumeclaims",
+    "requests.storage",
+    "services",
+    "secrets",
+];
+
+fn user_quota(value: &Option<String>) -> Result<BTreeMap<String, String>, ConfigError> {
+    let bounds = given(value).into_iter().flat_map(|list| list.split(','));
+    let bounds = bounds.map(str::trim).filter(|bound| !bound.is_empty());
+    bounds
+        .map(|bound| {
+            let (name, amount) = bound.split_once('=').unwrap_or((bound, ""));
+            if BOUNDED.contains(&name) && is_shortest(amount) {
+                return Ok((name.to_owned(), amount.to_owned()));
+            }
+            let expected = format!(
+                "bounds such as pods=10,limits.memory=8Gi, each amount in its shortest form; known are {}",
+                BOUNDED.join(", ")
+            );
+            Err(wrong("GANTRY_USER_QUOTA", bound, expected))
+        })
+        .collect()
+}
+
+/// Whether this is an amount as the API server writes it: another form of the same would look like
+/// somebody's edit.
+fn is_shortest(amount: &str) -> bool {
+    let digits = amount.len()
+        - amount
+            .trim_start_matches(|c: char| c.is_ascii_digit())
+            .len();
+    let (number, unit) = amount.split_at(digits);
+    let next = match unit {
+        "" | "m" | "k" => 1_000,
+        "Ki" | "Mi" | "Gi" | "Ti" => 1_024,
+        _ => return false,
+    };
+    let plain = !(number.len() > 1 && number.starts_with('0'));
+    number
+        .parse::<u32>()
+        .is_ok_and(|n| plain && (n % next != 0 || amount == "0"))
+}
+
 /// An operator may lower what a submission may ask for, not raise it: the rest of the system is
 /// measured and bounded for these maxima.
 fn maximum_limits(args: &ServeArgs) -> Result<Limits, ConfigError> {
@@ -563,6 +655,7 @@ fn cluster(args: &ServeArgs) -> Result<ClusterConfig, ConfigError> {
         },
         idle: idle(&args.idle_days)?,
         heartbeat_late: heartbeat_late(&args.heartbeat_late)?,
+        quota: user_quota(&args.user_quota)?,
     })
 }
 
@@ -681,7 +774,7 @@ mod tests {
         assert_eq!(found.clean_up, CleanUpConfig::Tell);
         assert_eq!(found.idle.as_secs(), 30 * 86_400);
         assert_eq!(found.heartbeat_late.as_secs(), 5);
-        let cases: [(&str, Set, &str); 9] = [
+        let cases: [(&str, Set, &str); 14] = [
             ("GANTRY_NAMESPACE", |a, v| a.namespace = v, "services-x"),
             ("GANTRY_NAMESPACE", |a, v| a.namespace = v, "user-x"),
             ("GANTRY_NAMESPACE", |a, v| a.namespace = v, "a.b"),
@@ -690,6 +783,19 @@ mod tests {
             ("GANTRY_CLEAN_UP", |a, v| a.clean_up = v, "yes"),
             ("GANTRY_IDLE_DAYS", |a, v| a.idle_days = v, "0"),
             ("GANTRY_HEARTBEAT_LATE", |a, v| a.heartbeat_late = v, "0"),
+            ("GANTRY_USER_QUOTA", |a, v| a.user_quota = v, "pods"),
+            ("GANTRY_USER_QUOTA", |a, v| a.user_quota = v, "pods=-1"),
+            ("GANTRY_USER_QUOTA", |a, v| a.user_quota = v, "more=1"),
+            (
+                "GANTRY_USER_QUOTA",
+                |a, v| a.user_quota = v,
+                "limits.memory=8192Mi",
+            ),
+            (
+                "GANTRY_USER_QUOTA",
+                |a, v| a.user_quota = v,
+                "pods=1,limits.cpu=2000m",
+            ),
             (
                 "MANIFEST_TEMPLATE",
                 |a, v| a.manifest_template = v.map(PathBuf::from),
@@ -709,7 +815,7 @@ mod tests {
     #[test]
     fn a_bad_value_is_refused_by_its_variables_name() {
         type Set = fn(&mut ServeArgs, Option<String>);
-        let cases: [(&str, Set, &str); 10] = [
+        let cases: [(&str, Set, &str); 12] = [
             ("HOST", |a, v| a.host = v, "localhost:80"),
             ("PORT", |a, v| a.port = v, "65536"),
             ("GANTRY_PLATFORM", |a, v| a.platform = v, "docker"),
@@ -722,6 +828,8 @@ mod tests {
                 "maybe",
             ),
             ("GANTRY_MAX_RUNS", |a, v| a.max_runs = v, "0"),
+            ("GANTRY_MAX_REPLS", |a, v| a.max_repls = v, "0"),
+            ("GANTRY_NAMESERVER", |a, v| a.nameserver = v, "dns.example"),
             ("GANTRY_MAX_WALL_MS", |a, v| a.max_wall_ms = v, "60001"),
             ("GANTRY_LOG", |a, v| a.log = v, "gantry=loud"),
         ];
@@ -734,6 +842,33 @@ mod tests {
             assert!(message.starts_with(variable), "{message}");
             assert!(message.contains("expected "), "{message}");
         }
+    }
+
+    #[test]
+    fn bounds_are_taken_as_they_stand() {
+        let bounds = user_quota(&Some(
+            "pods=10, limits.memory=8Gi,requests.cpu=1500m,".to_owned(),
+        ));
+        let bounds: Vec<_> = bounds.unwrap().into_iter().collect();
+        let expected = [
+            ("limits.memory", "8Gi"),
+            ("pods", "10"),
+            ("requests.cpu", "1500m"),
+        ];
+        assert_eq!(
+            bounds,
+            expected.map(|(name, amount)| (name.to_owned(), amount.to_owned()))
+        );
+        let one = |text: &str| {
+            nameserver(&Some(text.to_owned()))
+                .unwrap()
+                .unwrap()
+                .to_string()
+        };
+        assert_eq!(
+            (one("10.0.0.1").as_str(), one("[::1]:5353").as_str()),
+            ("10.0.0.1:53", "[::1]:5353")
+        );
     }
 
     #[test]

@@ -289,6 +289,58 @@ fn good_code_is_deployed_listed_and_rolled_back() {
     assert!(ran.stderr.contains("no such release"), "{ran:#?}");
     let ran = server.run(&["rollback", "nobodys"]).exits(1);
     assert!(ran.stderr.contains("no such repl"), "{ran:#?}");
+
+    let token = server.file("token", "hush\n");
+    let secret = format!("TOKEN={token}");
+    let env = ["repl", "env", "test-prod"];
+    let set = [
+        &env[..],
+        &[
+            "--set",
+            "COLOUR=red",
+            "--set",
+            "SIZE=2",
+            "--secret",
+            &secret,
+        ],
+    ]
+    .concat();
+    let ran = server.run(&set).exits(0);
+    assert_eq!(ran.stdout, "COLOUR=red\nSIZE=2\nTOKEN (secret)\n");
+    let ran = server
+        .run(&[&env[..], &["--unset", "SIZE"]].concat())
+        .exits(0);
+    assert_eq!(ran.stdout, "COLOUR=red\nTOKEN (secret)\n");
+    assert_eq!(server.run(&env).exits(0).stdout, ran.stdout);
+    let ran = server
+        .run(&[&env[..], &["--set", "PORT=1"]].concat())
+        .exits(1);
+    assert!(ran.stderr.contains("PORT is set by Gantry"), "{ran:#?}");
+    let ran = server
+        .run(&["repl", "domains", "test-prod", "--add", "x.apps.localhost"])
+        .exits(1);
+    assert!(ran.stderr.contains("domains[0]"), "{ran:#?}");
+    assert_eq!(
+        server
+            .run(&["repl", "domains", "test-prod"])
+            .exits(0)
+            .stdout,
+        ""
+    );
+    server.run(&["repl", "scale", "test-prod", "1"]).exits(0);
+    // A machine alone has one of each; the answer says where more can be had.
+    let more = [
+        "repl",
+        "scale",
+        "test-prod",
+        "--max",
+        "5",
+        "--cpu-percent",
+        "70",
+    ];
+    let ran = server.run(&more).exits(3);
+    assert!(ran.stderr.contains("one replica here"), "{ran:#?}");
+    server.run(&["repl", "scale", "test-prod"]).exits(2);
 }
 
 #[test]

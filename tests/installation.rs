@@ -23,12 +23,12 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use gantry::model::{RelativePath, ReplId, SubmissionId, UserId};
+use gantry::model::{RelativePath, ReplChange, ReplId, ScaleRequest, SubmissionId, UserId};
 use gantry::platform::conformance::{finish, python};
 use gantry::platform::kubernetes::{CleanUp, Cleaner, Orphan, permissions};
 use gantry::platform::{Platform, PlatformError, Sessions};
 use gantry::storage::{CodeStore, S3Config, release_prefix};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use bed::{Bed, SERVER, eventually, numbers};
@@ -194,6 +194,19 @@ fn an_installed_server_uses_every_right_it_has_and_needs_no_other() {
         let next = bed.spec(&user, &repl, &code, BTreeMap::new());
         bed.platform.ensure_release(&next.await).await.unwrap();
         bed.platform.rollback(&repl, Some(1)).await.unwrap();
+        let auto = json!({ "max": 2, "cpu_percent": 70 });
+        for scale in [auto, json!({ "replicas": 1 })] {
+            let scale: ScaleRequest = serde_json::from_value(scale).unwrap();
+            let change = ReplChange::Scale(scale.checked().unwrap());
+            bed.platform.configure(&repl, &change).await.unwrap();
+        }
+        for domains in [
+            vec![format!("{user}.example.com").parse().unwrap()],
+            Vec::new(),
+        ] {
+            let change = ReplChange::Domains(domains);
+            bed.platform.configure(&repl, &change).await.unwrap();
+        }
         // A test pod that cannot start is explained by its events.
         let missing = Bed::start_with(|config| {
             config.namespace = NAME.to_owned();

@@ -1,6 +1,8 @@
 //! Repls over HTTP, on the local platform: started from files that somebody else put into the code store.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "repls/dns.rs"]
+mod dns;
 #[path = "protocol/server.rs"]
 #[allow(dead_code, reason = "shared with other tests, which use the rest")]
 mod server;
@@ -12,6 +14,8 @@ use reqwest::header::{HOST, ORIGIN};
 use serde_json::{Value, json};
 
 use server::{PATIENCE, Server, client};
+
+use dns::Dns;
 
 /// A program that serves its own file.
 const SERVER: &str = "
@@ -289,6 +293,312 @@ async fn a_repl_comes_back_after_the_server_was_killed() {
         404,
         "a stopped repl came back"
     );
+}
+
+/// A program that serves what it was given, and what is beside it.
+const GIVEN: &str = "
+import http.server, os
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        names = ('COLOUR', 'TOKEN', 'PORT')
+        body = ' '.join(os.environ.get(name, 'none') for name in names).encode()
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+http.server.HTTPServer(('127.0.0.1', 3000), Handler).serve_forever()
+";
+
+async fn configure(server: &Server, key: &str, path: &str, body: &Value) -> (u16, Value) {
+    let method = if path.ends_with("/scale") {
+        reqwest::Method::POST
+    } else {
+        reqwest::Method::PUT
+    };
+    let request = client().request(method, server.url(path));
+    let request = request.header("x-api-key", key).json(body);
+    let answer = request.send().await.unwrap();
+    (answer.status().as_u16(), answer.json().await.unwrap())
+}
+
+#[tokio::test]
+async fn a_repl_is_given_variables_and_its_secrets_are_never_told() {
+    let mut server = Server::start();
+    put(&server, "shop", "main.py", GIVEN);
+    let admin = server.admin.clone();
+    start(&server, json!({ "replId": "shop", "userId": "ann" })).await;
+    page_with(&server, "shop", "none none 3000").await;
+    let path = "/repls/shop/env";
+    let both = json!({ "env": { "COLOUR": "red" }, "secrets": { "TOKEN": "hush-hush" } });
+    let told = json!({ "replId": "shop", "env": { "COLOUR": "red" }, "secrets": ["TOKEN"] });
+    let set = configure(&server, &admin, path, &both).await;
+    assert_eq!(set, (200, told.clone()));
+    page_with(&server, "shop", "red hush-hush 3000").await;
+    let shown = server.get(path).header("x-api-key", &admin).send().await;
+    assert_eq!(shown.unwrap().json::<Value>().await.unwrap(), told);
+    let kept = json!({ "env": { "COLOUR": "blue" }, "secrets": { "TOKEN": null } });
+    assert_eq!(configure(&server, &admin, path, &kept).await.0, 200);
+    page_with(&server, "shop", "blue hush-hush").await;
+    // They are there after a power cut, and after a stop.
+    server.restart();
+    page_with(&server, "shop", "blue hush-hush").await;
+    stop(&server, "shop").await;
+    let more = json!({ "env": { "COLOUR": "green" } });
+    assert_eq!(configure(&server, &admin, path, &more).await.0, 200);
+    start(&server, json!({ "replId": "shop", "userId": "ann" })).await;
+    page_with(&server, "shop", "green hush-hush").await;
+    // What is told of it, and what was logged, does not have the secret; its file is the server's alone.
+    for path in ["/repls/shop", "/repls", "/logs?repl_id=shop"] {
+        let answer = server.get(path).header("x-api-key", &admin).send().await;
+        let text = answer.unwrap().text().await.unwrap();
+        assert!(text.contains("shop") && !text.contains("hush"), "{text}");
+    }
+    let record = server.data.path().join("local/repls/shop.json");
+    let mode =
+        std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(record).unwrap().permissions());
+    assert_eq!(mode & 0o077, 0);
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_settings_is_said_and_nothing_changes() {
+    let server = Server::start();
+    let (_, bob) = server.user("bob").await;
+    put(&server, "shop", "main.py", GIVEN);
+    start(&server, json!({ "replId": "shop", "userId": "ann" })).await;
+    page_with(&server, "shop", "none none").await;
+    let admin = server.admin.clone();
+    for (path, body, status, says) in [
+        ("env", json!({ "env": { "A=B": "x" } }), 400, "A=B"),
+        ("env", json!({ "env": { "PORT": "1" } }), 400, "PORT"),
+        ("env", json!({ "env": { "A": 1 } }), 400, "env"),
+        (
+            "env",
+            json!({ "secrets": { "OTHER": null } }),
+            400,
+            "secrets.OTHER",
+        ),
+        ("env", json!({ "more": {} }), 400, "more"),
+        ("scale", json!({ "replicas": 0 }), 400, "replicas"),
+        ("scale", json!({}), 400, "replicas"),
+        (
+            "scale",
+            json!({ "replicas": 2 }),
+            501,
+            "GANTRY_PLATFORM=kubernetes",
+        ),
+        (
+            "scale",
+            json!({ "min": 1, "max": 5, "cpu_percent": 70 }),
+            501,
+            "one machine",
+        ),
+    ] {
+        let at = format!("/repls/shop/{path}");
+        let (found, told) = configure(&server, &admin, &at, &body).await;
+        assert_eq!(found, status, "{body}: {told}");
+        assert!(told.to_string().contains(says), "{body}: {told}");
+    }
+    let good = json!({ "env": { "COLOUR": "red" } });
+    for path in ["/repls/shop/env", "/repls/nobodys/env"] {
+        let theirs = configure(&server, &bob, path, &good).await;
+        assert_eq!((theirs.0, &theirs.1["code"]), (404, &json!("not_found")));
+    }
+    let theirs = server.get("/repls/shop/env").header("x-api-key", &bob);
+    assert_eq!(theirs.send().await.unwrap().status(), 404);
+    let one = configure(
+        &server,
+        &admin,
+        "/repls/shop/scale",
+        &json!({ "replicas": 1 }),
+    )
+    .await;
+    assert_eq!(one, (200, json!({ "replId": "shop", "replicas": 1 })));
+    page_with(&server, "shop", "none none").await;
+}
+
+/// What a request for this host is answered.
+async fn at(server: &Server, host: &str) -> (u16, String) {
+    let answer = server
+        .get("/main.py")
+        .header(HOST, host)
+        .send()
+        .await
+        .unwrap();
+    (answer.status().as_u16(), answer.text().await.unwrap())
+}
+
+#[tokio::test]
+async fn a_domain_is_proved_before_it_is_used() {
+    let dns = Dns::start().await;
+    let nameserver = dns.address.to_string();
+    let mut server = Server::start_as(0, &[("GANTRY_NAMESERVER", &nameserver)]);
+    let (_, ann) = server.user("ann").await;
+    let (_, bob) = server.user("bob").await;
+    for (key, repl) in [(&ann, "shop"), (&bob, "thief")] {
+        put(&server, repl, "main.py", SERVER);
+        let body = json!({ "replId": repl, "language": "python" });
+        assert_eq!(post(&server, key, "/start", &body).await.0, 200);
+    }
+    page_with(&server, "shop", "SimpleHTTPRequestHandler").await;
+    assert_eq!(at(&server, "shop.example.com").await.0, 403);
+    let path = "/repls/shop/domains";
+    let wanted = json!({ "domains": ["Shop.Example.com."] });
+    let (status, told) = configure(&server, &ann, path, &wanted).await;
+    assert_eq!(
+        (status, &told["code"]),
+        (409, &json!("domain_not_proved")),
+        "{told}"
+    );
+    let proof = told["proofs"][0].clone();
+    assert_eq!(proof["name"], "_gantry.shop.example.com");
+    assert_eq!(proof["type"], "TXT");
+    let value = proof["value"].as_str().unwrap();
+    assert!(told["cause"].as_str().unwrap().contains(value));
+    // Texts of others, and another's proof of the same domain, are none.
+    let (_, theirs) = configure(&server, &bob, "/repls/thief/domains", &wanted).await;
+    let theirs = theirs["proofs"][0]["value"].as_str().unwrap().to_owned();
+    dns.set("_gantry.shop.example.com", &["v=spf1 -all", &theirs]);
+    assert_eq!(configure(&server, &ann, path, &wanted).await.0, 409);
+    assert_eq!(at(&server, "shop.example.com").await.0, 403);
+    dns.set("_gantry.shop.example.com", &["v=spf1 -all", value]);
+    let named = (
+        200,
+        json!({ "replId": "shop", "domains": ["shop.example.com"] }),
+    );
+    assert_eq!(configure(&server, &ann, path, &wanted).await, named);
+    for host in [
+        "shop.example.com",
+        "SHOP.example.com:8443",
+        "shop.example.com.",
+    ] {
+        let served = at(&server, host).await;
+        assert_eq!(served, (200, SERVER.to_owned()), "{host}");
+    }
+    assert_eq!(at(&server, "other.shop.example.com").await.0, 403);
+    // A program's host, and never one of the API's.
+    let asked = server
+        .get("/repls")
+        .header(HOST, "shop.example.com")
+        .header("x-api-key", &ann);
+    assert_eq!(asked.send().await.unwrap().status(), 404);
+    // Another cannot have it, with or without a proof.
+    dns.set("_gantry.shop.example.com", &[value, &theirs]);
+    let (status, told) = configure(&server, &bob, "/repls/thief/domains", &wanted).await;
+    assert_eq!(
+        (status, &told["code"]),
+        (409, &json!("domain_taken")),
+        "{told}"
+    );
+    // It was proved; it outlives a power cut, and its record in the DNS.
+    dns.set("_gantry.shop.example.com", &[]);
+    server.restart();
+    page_with(&server, "shop", "SimpleHTTPRequestHandler").await;
+    assert_eq!(at(&server, "shop.example.com").await.0, 200);
+    assert_eq!(configure(&server, &ann, path, &wanted).await, named);
+    assert_eq!(
+        state(&server, "shop", "running").await["domains"],
+        json!(["shop.example.com"])
+    );
+    let none = (200, json!({ "replId": "shop", "domains": [] }));
+    assert_eq!(
+        configure(&server, &ann, path, &json!({ "domains": [] })).await,
+        none
+    );
+    assert_eq!(at(&server, "shop.example.com").await.0, 403);
+}
+
+#[tokio::test]
+async fn a_domain_that_cannot_be_had_is_named_with_the_reason() {
+    let dns = Dns::start().await;
+    let nameserver = dns.address.to_string();
+    let variables = [
+        ("GANTRY_NAMESERVER", nameserver.as_str()),
+        ("DOMAIN", "gantry.example"),
+        ("APP_DOMAIN", "apps.gantry.example"),
+    ];
+    let server = Server::start_as(0, &variables);
+    put(&server, "shop", "main.py", SERVER);
+    let body = json!({ "replId": "shop", "userId": "ann" });
+    assert_eq!(post(&server, &server.admin, "/start", &body).await.0, 200);
+    let path = "/repls/shop/domains";
+    for (domains, says) in [
+        (
+            json!(["ok.example.com", "x.apps.gantry.example"]),
+            "domains[1]",
+        ),
+        (json!(["gantry.example"]), "own host names"),
+        (json!(["*.example.com"]), "is not a host name"),
+        (json!(["10.0.0.1"]), "is not a host name"),
+        (json!(["localhost"]), "domains[0]"),
+        (json!(["metadata.google.internal"]), "nobody owns"),
+        (json!(["a.example.com\r\nX: y"]), "is not a host name"),
+        (json!([7]), "domains"),
+        (json!(null), "domains"),
+        (json!(vec!["a.example.com"; 21]), "more than 20"),
+    ] {
+        let body = json!({ "domains": domains });
+        let (status, told) = configure(&server, &server.admin, path, &body).await;
+        assert_eq!(status, 400, "{body}: {told}");
+        assert!(told.to_string().contains(says), "{body}: {told}");
+    }
+    // No answer is not the user's fault, and no proof.
+    let silent = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let nameserver = silent.local_addr().unwrap().to_string();
+    let server = Server::start_as(0, &[("GANTRY_NAMESERVER", &nameserver)]);
+    put(&server, "shop", "main.py", SERVER);
+    assert_eq!(post(&server, &server.admin, "/start", &body).await.0, 200);
+    let body = json!({ "domains": ["shop.example.com"] });
+    let (status, told) = configure(&server, &server.admin, path, &body).await;
+    assert_eq!(
+        (status, &told["code"]),
+        (503, &json!("dns_unavailable")),
+        "{told}"
+    );
+}
+
+#[tokio::test]
+async fn a_user_runs_as_many_repls_as_the_operator_allows() {
+    let server = Server::start_as(0, &[("GANTRY_MAX_REPLS", "2")]);
+    let names: Vec<String> = (0..6).map(|number| format!("one-{number}")).collect();
+    for repl in &names {
+        put(&server, repl, "main.py", "print('Hello')");
+    }
+    let body = |repl: &str, user: &str| json!({ "replId": repl, "userId": user });
+    // All at once: as many as there is room for, and no more.
+    let all = names.iter().map(|repl| start(&server, body(repl, "ann")));
+    let all = futures_util::future::join_all(all).await;
+    let made: Vec<&String> = names
+        .iter()
+        .zip(&all)
+        .filter(|(_, (status, _))| *status == 200)
+        .map(|(repl, _)| repl)
+        .collect();
+    assert_eq!(made.len(), 2, "{all:?}");
+    for (status, told) in all.iter().filter(|(status, _)| *status != 200) {
+        assert_eq!((*status, &told["success"]), (500, &json!(false)), "{told}");
+        assert_eq!(told["error"]["code"], "quota_exceeded", "{told}");
+        assert!(
+            told["error"]["cause"]
+                .as_str()
+                .unwrap()
+                .contains("GANTRY_MAX_REPLS")
+        );
+    }
+    // Of another user's, and of one that runs, there is nothing to refuse.
+    put(&server, "other", "main.py", "print('Hello')");
+    assert_eq!(start(&server, body("other", "bob")).await.0, 200);
+    assert_eq!(start(&server, body(made[0], "ann")).await.0, 200);
+    let mut socket = server.connect(&server.admin).await;
+    let code = json!({ "user_id": "ann", "code": "print('Hello')" }).to_string();
+    let told = socket.ask(code.clone()).await;
+    assert_eq!(told["status"], "invalid", "{told}");
+    assert!(
+        told["error"].to_string().contains("GANTRY_MAX_REPLS"),
+        "{told}"
+    );
+    stop(&server, made[0]).await;
+    let told = socket.ask(code).await;
+    assert_eq!(told["status"], "deployed", "{told}");
 }
 
 #[tokio::test]

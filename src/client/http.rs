@@ -94,6 +94,19 @@ impl Api {
         self.parsed(path, self.send(request).await?).await
     }
 
+    /// `PUT` with a JSON body, its JSON parsed.
+    pub(super) async fn put<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &Value,
+    ) -> Result<T, Failure> {
+        let request = self
+            .request(Method::PUT, path)
+            .json(body)
+            .timeout(ANSWER_TIMEOUT);
+        self.parsed(path, self.send(request).await?).await
+    }
+
     /// `DELETE`, the JSON of the answer parsed.
     pub(super) async fn delete<T: DeserializeOwned>(
         &self,

@@ -1,4 +1,5 @@
-//! The command line's side of the protocol: `gantry submit`, `logs`, `ps`, `rollback` and `service`.
+//! The command line's side of the protocol: `gantry submit`, `logs`, `ps`, `repl`, `rollback` and
+//! `service`.
 //!
 //! Data goes to standard output, everything else to standard error, so that output can be piped.
 //! Every failure becomes a [`Failure`] and is printed in one place, here.
@@ -13,6 +14,7 @@ mod message;
 mod progress;
 mod ps;
 mod render;
+mod repl;
 mod rollback;
 mod screen;
 mod server;
@@ -40,6 +42,9 @@ pub enum Command {
     Ps(ps::PsArgs),
     /// Make an earlier release of a repl serve again
     Rollback(rollback::RollbackArgs),
+    /// What a repl runs with: its replicas, variables and domains
+    #[command(subcommand)]
+    Repl(repl::ReplCommand),
     /// Services: images run with N replicas, kept at N when nodes die
     #[command(subcommand)]
     Service(service::ServiceCommand),
@@ -53,6 +58,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Logs(args) => logs::run(args).await,
         Command::Ps(args) => ps::run(args).await,
         Command::Rollback(args) => rollback::run(args).await,
+        Command::Repl(command) => repl::run(command).await,
         Command::Service(command) => service::run(command).await,
     };
     let exit = ended.unwrap_or_else(|failure: Failure| {

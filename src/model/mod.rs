@@ -2,6 +2,7 @@
 //!
 //! Nothing here does I/O and nothing here knows Kubernetes or HTTP. Everything else may import it.
 
+mod domain;
 mod event;
 mod id;
 mod image;
@@ -11,10 +12,12 @@ mod outcome;
 mod problem;
 mod release;
 mod service;
+mod settings;
 mod submission;
 mod tested;
 mod ticket;
 
+pub use domain::{Domain, DomainProof, DomainsRequest, MAX_DOMAINS, domain_taken};
 pub use event::{Ending, Event, Origin, OutputStream, Record, RunReport, Step, StepState};
 pub use id::{IdError, ReplId, ServiceName, SubmissionId, UserId};
 pub use image::{ImageError, ImageName};
@@ -27,6 +30,10 @@ pub use service::{
     ContainerSpec, ContainerState, ContainerStatus, Happening, MAX_REPLICAS, NodeState, NodeStatus,
     ServiceEvent, ServiceOutcome, ServiceSpec, ServiceState, ServiceStatus, ServicesRequest,
     Snapshot,
+};
+pub use settings::{
+    Autoscale, MAX_REPL_REPLICAS, ReplChange, ReplSettings, Scale, ScaleRequest, SecretText,
+    Variables, VariablesChange, workspace_not_scaled,
 };
 pub use submission::{Case, FieldError, RelativePath, Submission, SubmissionRequest, Tests};
 pub use tested::Tested;

@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{ReplId, SubmissionId, UserId};
+use super::{Autoscale, Domain, ReplId, SubmissionId, UserId};
 
 /// Where a release stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,10 +92,16 @@ pub struct ReplStatus {
     pub ready: u32,
     /// Replicas wanted.
     pub replicas: u32,
+    /// Between which numbers the cluster chooses how many are wanted, when it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autoscale: Option<Autoscale>,
     /// Times the program was started again after it failed.
     pub restarts: u32,
     /// Where it is served.
     pub url: String,
+    /// Host names of its own under which it is served, too.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub domains: Vec<Domain>,
     /// The current release.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub release: Option<u64>,

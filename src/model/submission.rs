@@ -363,7 +363,8 @@ fn check_args(field: &str, args: &[String]) -> Result<(), FieldError> {
     Ok(())
 }
 
-fn check_env(env: &BTreeMap<String, String>) -> Result<(), FieldError> {
+/// Whether these are variables that a program can be given.
+pub(super) fn check_env(env: &BTreeMap<String, String>) -> Result<(), FieldError> {
     let bytes: usize = env
         .iter()
         .map(|(name, value)| name.len() + value.len())

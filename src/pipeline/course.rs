@@ -17,7 +17,7 @@ use crate::model::{
     Event, Outcome, OutputStream, Problem, Record, RunReport, Status, Step, StepState, Submission,
     TestResult, Tested, Tests,
 };
-use crate::platform::{PlatformError, ReleaseSpec};
+use crate::platform::{PlatformError, ReleaseSpec, RunningRelease};
 use crate::runner::client::{Run, RunEvent, Session};
 use crate::runner::wire::{Job, JobEvent, JobId};
 
@@ -399,7 +399,7 @@ impl Course {
             env: self.submission.env.clone(),
             database: self.submission.database,
         };
-        let released = self.inner.platform.ensure_release(&spec).await;
+        let released = self.release(&spec).await;
         match released {
             Ok(running) => {
                 self.step(Step::Deploy, StepState::Passed).await?;
@@ -432,6 +432,14 @@ impl Course {
                 self.deploy_failed(outcome, problem)
             }
         }
+    }
+
+    /// In a place of its user's, which is held until the release runs.
+    async fn release(&self, spec: &ReleaseSpec) -> Result<RunningRelease, PlatformError> {
+        let platform = &*self.inner.platform;
+        let places = &self.inner.places;
+        let _place = places.take(platform, &spec.user_id, &spec.repl_id).await?;
+        platform.ensure_release(spec).await
     }
 
     fn deploy_failed(&self, outcome: &mut Outcome, problem: Problem) -> Result<(), JournalError> {

@@ -4,6 +4,8 @@ mod control;
 mod course;
 mod fit;
 mod junit;
+mod names;
+mod places;
 mod plan;
 mod programs;
 mod queue;
@@ -18,16 +20,20 @@ use tokio_util::task::TaskTracker;
 
 use crate::journal::{Journal, JournalError, NewRecord};
 use crate::model::{
-    Event, FieldError, LANGUAGES, Language, Limits, Problem, ReplId, Submission, SubmissionId,
-    UserId,
+    Domain, DomainProof, Event, FieldError, LANGUAGES, Language, Limits, Problem, ReplChange,
+    ReplId, ReplSettings, Submission, SubmissionId, UserId,
 };
-use crate::platform::{Opened, Platform, PlatformError, RunningRelease, Sessions, WorkspaceSpec};
+use crate::platform::{
+    ConfigureError, Opened, Platform, PlatformError, RunningRelease, Sessions, WorkspaceSpec,
+};
 use crate::storage::CodeStore;
 use control::Control;
 use course::{Course, History};
+use places::Places;
 use queue::FairQueue;
 use save::Saves;
 
+pub use names::Names;
 pub use save::{NotSaved, Saved};
 
 /// Submissions that may wait for their turn, of all users together. At the slowest, one run a
@@ -65,6 +71,31 @@ pub struct PipelineOptions {
     pub maximum: Limits,
     /// Which repls' programs are recorded here.
     pub share: Share,
+    /// Where it is looked up whose a domain is.
+    pub names: Names,
+    /// Most repls of a user that run at one time; `None`: any number.
+    pub repls_per_user: Option<usize>,
+}
+
+/// Why a repl does not get the domains that were asked for.
+#[derive(Debug)]
+pub enum NotNamed {
+    /// These proofs are not in the DNS.
+    Unproved(Vec<DomainProof>),
+    /// It could not be done.
+    Failed(ConfigureError),
+}
+
+impl From<ConfigureError> for NotNamed {
+    fn from(error: ConfigureError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<PlatformError> for NotNamed {
+    fn from(error: PlatformError) -> Self {
+        Self::Failed(error.into())
+    }
 }
 
 /// Which repls' programs are recorded here: with several replicas of the server each sees all of them,
@@ -93,6 +124,8 @@ struct Inner {
     queue: FairQueue,
     maximum: Limits,
     share: Share,
+    names: Names,
+    places: Places,
     saves: Saves,
     under_way: Mutex<HashMap<SubmissionId, Arc<Control>>>,
     courses: TaskTracker,
@@ -112,6 +145,8 @@ impl Pipeline {
                 queue: FairQueue::new(options.runs, options.runs_per_user),
                 maximum: options.maximum,
                 share: options.share.clone(),
+                names: options.names.clone(),
+                places: Places::new(options.repls_per_user),
                 saves: Saves::default(),
                 under_way: Mutex::default(),
                 courses: TaskTracker::new(),
@@ -209,7 +244,9 @@ impl Pipeline {
         repl: &ReplId,
         release: Option<u64>,
     ) -> Result<RunningRelease, PlatformError> {
-        let running = self.inner.platform.rollback(repl, release).await?;
+        let platform = &self.inner.platform;
+        let _place = self.inner.places.take(&**platform, user, repl).await?;
+        let running = platform.rollback(repl, release).await?;
         let message = format!("Rolled back to release {}", running.release);
         self.note(
             user,
@@ -234,18 +271,75 @@ impl Pipeline {
             Some(language) => language,
             None => self.language_of(repl).await?,
         };
-        self.inner.platform.used(user);
+        let platform = &self.inner.platform;
+        let _place = self.inner.places.take(&**platform, user, repl).await?;
+        platform.used(user);
         let spec = WorkspaceSpec {
             user_id: user.clone(),
             repl_id: repl.clone(),
             argv: language.start(),
         };
-        let opened = self.inner.platform.open_workspace(&spec).await?;
+        let opened = platform.open_workspace(&spec).await?;
         if opened.created {
             let message = format!("Started from its current files, as {}", language.name);
             self.note(user, repl, "repl.opened", message, None).await;
         }
         Ok(opened)
+    }
+
+    /// Changes what the user's repl runs with.
+    pub async fn configure(
+        &self,
+        user: &UserId,
+        repl: &ReplId,
+        change: &ReplChange,
+    ) -> Result<ReplSettings, ConfigureError> {
+        if let ReplChange::Variables(_) = change {
+            // A workspace is started anew from what is in the code store.
+            self.save_or_gone(repl).await?;
+        }
+        let now = self.inner.platform.configure(repl, change).await?;
+        let (action, message) = match change {
+            ReplChange::Scale(scale) => ("repl.scaled", format!("Scaled to {scale}")),
+            ReplChange::Variables(_) => {
+                // Whatever was fetched anew has other times.
+                self.inner.saves.forget(repl);
+                let names: Vec<&str> = now
+                    .env
+                    .keys()
+                    .chain(&now.secrets)
+                    .map(String::as_str)
+                    .collect();
+                let message = format!("Given the variables {}", names.join(", "));
+                ("repl.variables", message)
+            }
+            ReplChange::Domains(domains) => {
+                let names: Vec<&str> = domains.iter().map(Domain::as_str).collect();
+                let message = format!("Has the domains {}", names.join(", "));
+                ("repl.domains", message)
+            }
+        };
+        self.note(user, repl, action, message, None).await;
+        Ok(now)
+    }
+
+    /// Gives the user's repl these domains and no others. One that it did not have has to be proved.
+    pub async fn name(
+        &self,
+        user: &UserId,
+        repl: &ReplId,
+        domains: Vec<Domain>,
+    ) -> Result<ReplSettings, NotNamed> {
+        let before = self.inner.platform.settings(repl).await?;
+        let mut fresh = domains.clone();
+        fresh.retain(|domain| !before.domains.contains(domain));
+        let missing = self.inner.names.missing(user, &fresh).await;
+        let missing = missing.map_err(PlatformError::Unavailable)?;
+        if !missing.is_empty() {
+            return Err(NotNamed::Unproved(missing));
+        }
+        let change = ReplChange::Domains(domains);
+        Ok(self.configure(user, repl, &change).await?)
     }
 
     async fn language_of(&self, repl: &ReplId) -> Result<&'static Language, PlatformError> {
@@ -262,14 +356,7 @@ impl Pipeline {
     /// Stops the user's repl.
     pub async fn stop(&self, user: &UserId, repl: &ReplId) -> Result<(), PlatformError> {
         let was_there = self.inner.platform.owner(repl).await?.is_some();
-        match self.save(repl).await {
-            Ok(_) => {}
-            // What does not answer any more has nothing left to save.
-            Err(NotSaved::Gone(error)) => {
-                tracing::debug!(%repl, %error, "stopped without a last save");
-            }
-            Err(NotSaved::Failed(problem)) => return Err(PlatformError::Unavailable(problem)),
-        }
+        self.save_or_gone(repl).await?;
         self.inner.saves.forget(repl);
         self.inner.platform.drop_repl(repl).await?;
         if was_there {
@@ -277,6 +364,19 @@ impl Pipeline {
                 .await;
         }
         Ok(())
+    }
+
+    /// The last save of a workspace before it goes.
+    async fn save_or_gone(&self, repl: &ReplId) -> Result<(), PlatformError> {
+        match self.save(repl).await {
+            Ok(_) => Ok(()),
+            // What does not answer any more has nothing left to save.
+            Err(NotSaved::Gone(error)) => {
+                tracing::debug!(%repl, %error, "stopped without a last save");
+                Ok(())
+            }
+            Err(NotSaved::Failed(problem)) => Err(PlatformError::Unavailable(problem)),
+        }
     }
 
     /// Waits until no submission is under way. What is left when the server ends all the same is
@@ -310,6 +410,22 @@ impl Pipeline {
         };
         match owner {
             Ok(None) => Ok(()),
+            Ok(Some(owner)) if owner == *user && submission.deploy => {
+                // Said before anything is run; whether it holds then is seen again when it is deployed.
+                let place = self.inner.places.take(&**platform, user, repl).await;
+                place.map(drop).map_err(|error| match error {
+                    PlatformError::NotReady(full) => Refusal::Invalid(FieldError::new(
+                        "repl_id",
+                        format!("cannot run: {}", full.cause),
+                    )),
+                    other => Refusal::Unavailable(Problem::new(
+                        "platform_unavailable",
+                        "The repls that run could not be counted",
+                        other.to_string(),
+                        "Try again.",
+                    )),
+                })
+            }
             Ok(Some(owner)) if owner == *user => Ok(()),
             Ok(Some(_)) => Err(Refusal::Invalid(FieldError::new(
                 "repl_id",

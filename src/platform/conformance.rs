@@ -6,15 +6,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{
-    Finding, Platform, PlatformError, ReleaseSpec, RunningRelease, Sessions, WorkspaceSpec,
+    ConfigureError, Finding, Platform, PlatformError, ReleaseSpec, RunningRelease, Sessions,
+    WorkspaceSpec,
 };
 use crate::model::{
-    Ending, Limits, Reason, RelativePath, ReleaseState, ReplId, ReplState, RunReport, SubmissionId,
-    Tested, Tests, UserId,
+    Domain, Ending, Limits, Reason, RelativePath, ReleaseState, ReplChange, ReplId, ReplState,
+    RunReport, SubmissionId, Tested, Tests, UserId,
 };
 use crate::runner::client::{Run, RunEvent};
 use crate::runner::wire::{Job, JobEvent, JobId};
@@ -137,6 +139,16 @@ pub async fn all(subject: &Subject) -> anyhow::Result<()> {
                 "a release serves, and the next takes over only when it does",
             ))?;
     }
+    if has("ports of released programs") {
+        variables_are_a_releases(subject)
+            .await
+            .with_context(context(
+                "a repl's variables are applied, inherited and brought back",
+            ))?;
+    }
+    a_domain_is_one_repls(subject)
+        .await
+        .with_context(context("a domain is one repl's, and a release's"))?;
     a_program_that_ends_is_a_release(subject)
         .await
         .with_context(context("a program that ends is a release"))?;
@@ -380,6 +392,142 @@ async fn a_release_serves_and_takes_over(subject: &Subject) -> anyhow::Result<()
         platform.dial(&repl).await.is_err(),
         "a stopped repl can be reached"
     );
+    Ok(())
+}
+
+const SHOWS_VARIABLES: &str = "
+import os
+if os.environ.get('COLOUR') == 'broken':
+    raise SystemExit('no such colour')
+VERSION = ' '.join(os.environ.get(name, 'none') for name in ('COLOUR', 'TOKEN'))
+";
+
+fn variables(body: serde_json::Value) -> anyhow::Result<ReplChange> {
+    Ok(ReplChange::Variables(serde_json::from_value(body)?))
+}
+
+async fn variables_are_a_releases(subject: &Subject) -> anyhow::Result<()> {
+    let repl: ReplId = "conform-given".parse().map_err(anyhow::Error::msg)?;
+    let platform = &subject.platform;
+    let code = format!("{SHOWS_VARIABLES}{SERVER}");
+    let shows = async |expected: &str| {
+        let page = fetch(platform, &repl).await?;
+        ensure!(page.contains(expected), "{expected:?} is not shown: {page}");
+        Ok(())
+    };
+    let one = release(subject, &repl, &code).await??;
+    shows("none none").await?;
+    let red = json!({ "env": { "COLOUR": "red" }, "secrets": { "TOKEN": "hush" } });
+    let settings = platform.configure(&repl, &variables(red)?).await?;
+    ensure!(settings.secrets == ["TOKEN"] && settings.env["COLOUR"] == "red");
+    shows("red hush").await?;
+    ensure!(
+        !format!("{settings:?}").contains("hush"),
+        "a secret is told: {settings:?}"
+    );
+    // The next release begins with them, and has its own from then on.
+    release(subject, &repl, &code).await??;
+    shows("red hush").await?;
+    let blue = json!({ "env": { "COLOUR": "blue" }, "secrets": { "TOKEN": null } });
+    platform.configure(&repl, &variables(blue)?).await?;
+    shows("blue hush").await?;
+    let broken = variables(json!({ "env": { "COLOUR": "broken" } }))?;
+    let failed = platform.configure(&repl, &broken).await;
+    let Err(ConfigureError::Failed(PlatformError::NotReady(problem))) = failed else {
+        anyhow::bail!("a program came up with variables it ends with: {failed:?}");
+    };
+    ensure!(problem.cause.contains("no such colour"), "{problem:?}");
+    shows("blue hush").await?;
+    ensure!(platform.settings(&repl).await?.env["COLOUR"] == "blue");
+    let unknown = variables(json!({ "secrets": { "OTHER": null } }))?;
+    ensure!(matches!(
+        platform.configure(&repl, &unknown).await,
+        Err(ConfigureError::Refused(_))
+    ));
+    platform.rollback(&repl, Some(one.release)).await?;
+    shows("red hush").await?;
+    ensure!(platform.settings(&repl).await?.env["COLOUR"] == "red");
+    platform.drop_repl(&repl).await?;
+    // What does not run has them at its next start.
+    platform
+        .configure(&repl, &variables(json!({ "secrets": {} }))?)
+        .await?;
+    release(subject, &repl, &code).await??;
+    shows("red none").await?;
+    platform.drop_repl(&repl).await?;
+    let nobody: ReplId = "conform-nobody".parse().map_err(anyhow::Error::msg)?;
+    ensure!(platform.settings(&nobody).await.is_err());
+    Ok(())
+}
+
+async fn a_domain_is_one_repls(subject: &Subject) -> anyhow::Result<()> {
+    let repl = |name: &str| name.parse::<ReplId>().map_err(anyhow::Error::msg);
+    let (one, other) = (repl("conform-named")?, repl("conform-other")?);
+    let platform = &subject.platform;
+    let name = async |repl: &ReplId, names: &[&str]| -> anyhow::Result<_> {
+        let domains = names.iter().map(|name| name.parse::<Domain>());
+        let domains = domains
+            .collect::<Result<_, _>>()
+            .map_err(anyhow::Error::msg)?;
+        let change = ReplChange::Domains(domains);
+        Ok(platform.configure(repl, &change).await)
+    };
+    let hosts = [
+        "a.conform.example",
+        "b.conform.example",
+        "c.conform.example",
+    ];
+    let [a, b, c] = hosts;
+    let has = |host: &str| platform.repl_of(host);
+    for repl in [&one, &other] {
+        release(subject, repl, "print('Hello')").await??;
+        name(repl, &[]).await??;
+    }
+    ensure!(has(a).is_none());
+    let settings = name(&one, &[a, b]).await??;
+    ensure!(
+        settings.domains.iter().map(Domain::as_str).eq([a, b]),
+        "{settings:?}"
+    );
+    ensure!(has(a).as_ref() == Some(&one) && has(b).as_ref() == Some(&one));
+    // All or nothing.
+    let refused = name(&other, &[c, a]).await?;
+    let Err(ConfigureError::Failed(PlatformError::NotReady(problem))) = refused else {
+        anyhow::bail!("two repls have one host name: {refused:?}");
+    };
+    ensure!(problem.code == "domain_taken", "{problem:?}");
+    ensure!(has(a).as_ref() == Some(&one) && has(c).is_none());
+    let (all, last) = ([a, b, c], [c]);
+    let (first, second) = tokio::join!(name(&one, &all), name(&other, &last));
+    let (first, second) = (first?, second?);
+    ensure!(first.is_ok() != second.is_ok(), "{first:?} and {second:?}");
+    name(&other, &[]).await??;
+    name(&one, &[a, b]).await??;
+    // A release has those of the one before; what was removed since can be another's.
+    release(subject, &one, "print('Hello again')").await??;
+    ensure!(has(a).as_ref() == Some(&one));
+    name(&one, &[]).await??;
+    ensure!(has(a).is_none());
+    name(&other, &[b]).await??;
+    platform.rollback(&one, None).await?;
+    ensure!(
+        has(a).as_ref() == Some(&one),
+        "a domain did not come back with its release"
+    );
+    ensure!(
+        has(b).as_ref() == Some(&other),
+        "a rollback took another's domain"
+    );
+    let settings = platform.settings(&one).await?;
+    ensure!(
+        settings.domains.iter().map(Domain::as_str).eq([a]),
+        "{settings:?}"
+    );
+    for repl in [&one, &other] {
+        name(repl, &[]).await??;
+        platform.drop_repl(repl).await?;
+    }
+    ensure!(hosts.iter().all(|host| has(host).is_none()));
     Ok(())
 }
 

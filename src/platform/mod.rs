@@ -18,7 +18,8 @@ use async_trait::async_trait;
 use futures_util::future::BoxFuture;
 
 use crate::model::{
-    Event, Origin, Problem, Release, ReplId, ReplStatus, SubmissionId, Tested, TicketKey, UserId,
+    Event, FieldError, Origin, Problem, Release, ReplChange, ReplId, ReplSettings, ReplStatus,
+    SubmissionId, Tested, TicketKey, UserId,
 };
 
 pub use crate::runner::client::ByteStream;
@@ -39,6 +40,17 @@ pub enum PlatformError {
     /// still serves.
     #[error("{}", .0.message)]
     NotReady(Problem),
+}
+
+/// Why a repl runs with what it ran with before.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ConfigureError {
+    /// The change is wrong.
+    #[error("{0}")]
+    Refused(#[from] FieldError),
+    /// It could not be made.
+    #[error("{0}")]
+    Failed(#[from] PlatformError),
 }
 
 /// One thing looked at when the platform starts.
@@ -150,6 +162,10 @@ pub struct Recorded {
 /// - `open_workspace` **returns when everything is made**, which is before the program serves. Again, or
 ///   with a release running: nothing changes. A program that ends leaves its workspace there. A later
 ///   release takes its place.
+/// - `configure` **returns when what runs has changed**, or everything is as before and the error says why.
+///   A repl that does not run has it at its next start. Variables are a release's: a later release begins
+///   with those of the one before, and a rollback brings back those it had. So are domains, as long as no
+///   other repl has taken them: **two repls never have one host name**.
 /// - `drop_repl` and `drop_sandbox` **remove all that was made**; absent is `Ok`.
 /// - State is the backend's own: after a restart of the server `repls` and `releases` answer as before.
 /// - Nothing here writes logs about a user's program; program output is returned as a stream.
@@ -193,6 +209,24 @@ pub trait Platform: Send + Sync + fmt::Debug {
 
     /// Claims the repl's name for the user: `Ok` with the owner, who may be another.
     async fn claim(&self, repl: &ReplId, user: &UserId) -> Result<UserId, PlatformError>;
+
+    /// The most replicas that a repl can have here.
+    fn most_replicas(&self) -> u32 {
+        1
+    }
+
+    /// What the repl runs with.
+    async fn settings(&self, repl: &ReplId) -> Result<ReplSettings, PlatformError>;
+
+    /// Changes what the repl runs with.
+    async fn configure(
+        &self,
+        repl: &ReplId,
+        change: &ReplChange,
+    ) -> Result<ReplSettings, ConfigureError>;
+
+    /// The repl that has this host name for its own.
+    fn repl_of(&self, host: &str) -> Option<ReplId>;
 
     /// Every repl, with its state and cause.
     async fn repls(&self) -> Result<Vec<ReplStatus>, PlatformError>;

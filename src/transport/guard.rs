@@ -74,6 +74,13 @@ impl Guard {
         }
     }
 
+    /// The host's name that a request is for, without its port.
+    pub fn host_name(&self, uri: &Uri, headers: &HeaderMap) -> Option<String> {
+        let host = request_host(uri, headers)?.to_ascii_lowercase();
+        let (name, _) = split_port(&host)?;
+        Some(name.trim_end_matches('.').to_owned())
+    }
+
     fn is_own(&self, name: &str, port: Option<u16>) -> bool {
         // DOMAIN may be served through a proxy on any port.
         if name == self.domain && self.domain != "localhost" {

@@ -18,6 +18,7 @@ mod runner;
 mod server;
 mod services;
 mod session;
+mod settings;
 mod start;
 mod submissions;
 mod wire;
@@ -45,6 +46,7 @@ use crate::auth::{Keys, OneTime, RateLimits, Sessions};
 use crate::config::Config;
 use crate::journal::Journal;
 use crate::logs::LogSearch;
+use crate::model::ReplId;
 use crate::pipeline::Pipeline;
 use crate::platform::Platform;
 use crate::shutdown::Shutdown;
@@ -109,6 +111,8 @@ pub struct Edge {
     pub journal_folder: PathBuf,
     /// The content security policy of the page.
     pub policy: HeaderValue,
+    /// What this server serves under, so that it is nobody else's.
+    pub own_names: [String; 2],
 }
 
 /// What [`Edge::new`] puts together.
@@ -163,6 +167,7 @@ impl Edge {
             shutdown: parts.shutdown,
             journal_folder: config.data_dir.join("journal"),
             policy: content_security_policy(&config.app_domain)?,
+            own_names: [config.domain.clone(), config.app_domain.clone()],
         })
     }
 
@@ -170,7 +175,11 @@ impl Edge {
     pub async fn answer(self: &Arc<Self>, router: &Router, mut request: Request) -> Response {
         let target = match self.guard.target(request.uri(), request.headers()) {
             Ok(target) => target,
-            Err(problem) => return self.finish(None, problem.into_response()),
+            // A name that is not this server's may be a repl's own.
+            Err(problem) => match self.repl_of(&request) {
+                Some(repl) => Target::Program(Some(repl)),
+                None => return self.finish(None, problem.into_response()),
+            },
         };
         match target {
             // A program's answers are its own: none of Gantry's headers or rules are put on them.
@@ -190,6 +199,11 @@ impl Edge {
                 self.finish(cors.as_deref(), response)
             }
         }
+    }
+
+    fn repl_of(&self, request: &Request) -> Option<ReplId> {
+        let name = self.guard.host_name(request.uri(), request.headers())?;
+        self.platform.repl_of(&name)
     }
 
     async fn route(&self, router: &Router, request: Request) -> Response {
@@ -337,6 +351,9 @@ pub fn router(edge: Arc<Edge>) -> Router {
         .routes(routes!(repls::one))
         .routes(routes!(repls::releases))
         .routes(routes!(repls::rollback))
+        .routes(routes!(settings::scale))
+        .routes(routes!(settings::variables, settings::set_variables))
+        .routes(routes!(settings::domains, settings::set_domains))
         .routes(routes!(start::start))
         .routes(routes!(runner::ticket))
         .routes(routes!(runner::terminal))

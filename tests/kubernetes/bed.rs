@@ -88,6 +88,7 @@ impl Bed {
             maximum: Limits::MAXIMUM,
             network: false,
             heartbeat_late: Duration::from_secs(5),
+            quota: BTreeMap::new(),
         };
         change(&mut config);
         Bed {

@@ -43,6 +43,7 @@ fn gantry(data: &Path) -> Command {
         "GANTRY_PEERS",
         "GANTRY_PEER_KEY",
         "GANTRY_REPLICA",
+        "GANTRY_NAMESERVER",
     ] {
         command.env_remove(name);
     }

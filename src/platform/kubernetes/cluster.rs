@@ -59,6 +59,8 @@ pub enum Kind {
     StatefulSet,
     /// A release.
     Deployment,
+    /// What changes a release's number of replicas by their processor time.
+    HorizontalPodAutoscaler,
     /// A release's host names.
     Ingress,
     /// A database's volume.
@@ -89,6 +91,12 @@ impl Kind {
             Kind::Service => ("", "v1", "Service", "services"),
             Kind::StatefulSet => ("apps", "v1", "StatefulSet", "statefulsets"),
             Kind::Deployment => ("apps", "v1", "Deployment", "deployments"),
+            Kind::HorizontalPodAutoscaler => (
+                "autoscaling",
+                "v2",
+                "HorizontalPodAutoscaler",
+                "horizontalpodautoscalers",
+            ),
             Kind::Ingress => ("networking.k8s.io", "v1", "Ingress", "ingresses"),
             Kind::PersistentVolumeClaim => {
                 ("", "v1", "PersistentVolumeClaim", "persistentvolumeclaims")

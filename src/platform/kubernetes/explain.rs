@@ -9,6 +9,9 @@ use super::cluster::Cluster;
 /// How the kubelet begins when it has no log any more; it answers this as if it were one.
 const NO_LOG: &str = "unable to retrieve container logs";
 
+/// The code of a container that the node does not start: something it needs is not there.
+pub const CONTAINER_REFUSED: &str = "container_refused";
+
 /// The code of a container that ends again and again.
 pub const CRASH_LOOP: &str = "crash_loop";
 
@@ -87,7 +90,7 @@ fn container_blocked(container: &ContainerStatus) -> Option<Blocked> {
         "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError"
     ) {
         return Some(Blocked {
-            code: "container_refused",
+            code: CONTAINER_REFUSED,
             why: format!(
                 "its container {} cannot be started ({reason}): {message}",
                 container.name

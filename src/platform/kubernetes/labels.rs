@@ -44,6 +44,9 @@ pub const TEST: &str = "test";
 pub const SUBMISSION: &str = "gantry.dev/submission";
 /// Annotation: the release's number.
 pub const RELEASE: &str = "gantry.dev/release";
+/// Label of the Secrets with a repl's own variables, and annotation of what runs with them: which of all
+/// that the repl had.
+pub const REVISION: &str = "gantry.dev/revision";
 /// Annotation: SHA-256 of the files that were tested.
 pub const CODE_DIGEST: &str = "gantry.dev/code-digest";
 /// Annotation: SHA-256 of the tests that passed.

@@ -4,6 +4,7 @@
 mod cache;
 mod checks;
 mod cluster;
+mod domains;
 mod exec;
 mod explain;
 mod labels;
@@ -37,13 +38,17 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    AWAY, ByteStream, CONNECT_TIMEOUT, Check, Finding, Opened, Platform, PlatformError,
-    ProgramEvent, Recorded, ReleaseSpec, RunningRelease, Services, WorkspaceSpec,
+    AWAY, ByteStream, CONNECT_TIMEOUT, Check, ConfigureError, Finding, Opened, Platform,
+    PlatformError, ProgramEvent, Recorded, ReleaseSpec, RunningRelease, Services, WorkspaceSpec,
 };
-use crate::model::{Limits, Problem, Release, ReplId, ReplStatus, TicketKey, UserId};
+use crate::model::{
+    Limits, MAX_REPL_REPLICAS, Problem, Release, ReplChange, ReplId, ReplSettings, ReplStatus,
+    TicketKey, UserId,
+};
 use crate::storage::S3Store;
 use cache::{Cache, Watched};
 use cluster::{Cluster, Kind, Manifest};
+use domains::Claims;
 use exec::{ExecError, ExecStream};
 use labels::{GANTRY, MANAGED_BUT_SERVICES, MANAGED_BY};
 use namespace::{Namespaces, Surroundings};
@@ -98,6 +103,8 @@ pub struct KubernetesConfig {
     pub network: bool,
     /// A node counts as failed when its heartbeat is this late.
     pub heartbeat_late: Duration,
+    /// What each user's namespace may have, where it is another than the usual.
+    pub quota: BTreeMap<String, String>,
 }
 
 /// The Kubernetes platform.
@@ -138,6 +145,7 @@ impl KubernetesPlatform {
         let stop = CancellationToken::new();
         let surroundings = Surroundings {
             store: config.store_addresses.clone(),
+            quota: config.quota.clone(),
         };
         let (tell_pods, pod_changes) = mpsc::unbounded_channel();
         let watched = |kind| Watched {
@@ -151,10 +159,12 @@ impl KubernetesPlatform {
             Cache::watch(&cluster, watched(Kind::Deployment), None, stop.clone());
         let namespaces = Namespaces::start(&cluster, surroundings, &stop);
         let records = Records::start(&cluster, &config.namespace, &stop);
+        let claims = Claims::start(&cluster, &config.namespace, &stop);
         let synced = async {
             pods.synced(Kind::Pod).await?;
             deployments.synced(Kind::Deployment).await?;
             namespaces.synced().await?;
+            claims.synced().await?;
             records.synced().await
         };
         synced.await.context("the cluster cannot be watched")?;
@@ -171,6 +181,7 @@ impl KubernetesPlatform {
             cluster: cluster.clone(),
             namespaces,
             records,
+            claims,
             rollouts: Rollouts {
                 cluster: cluster.clone(),
                 deployments,
@@ -326,6 +337,7 @@ fn release_config(config: KubernetesConfig) -> ReleaseConfig {
         maximum: _,
         network: _,
         heartbeat_late: _,
+        quota: _,
     } = config;
     ReleaseConfig {
         template,
@@ -393,6 +405,32 @@ impl Platform for KubernetesPlatform {
     async fn claim(&self, repl: &ReplId, user: &UserId) -> Result<UserId, PlatformError> {
         let claimed = self.releases.records.claim(repl, user).await;
         claimed.map_err(|f| f.unavailable("The repl's name could not be taken"))
+    }
+
+    fn most_replicas(&self) -> u32 {
+        MAX_REPL_REPLICAS
+    }
+
+    async fn settings(&self, repl: &ReplId) -> Result<ReplSettings, PlatformError> {
+        self.releases.settings(repl).await
+    }
+
+    async fn configure(
+        &self,
+        repl: &ReplId,
+        change: &ReplChange,
+    ) -> Result<ReplSettings, ConfigureError> {
+        self.releases.configure(repl, change).await
+    }
+
+    fn repl_of(&self, host: &str) -> Option<ReplId> {
+        let repl = self.releases.claims.holder(host)?;
+        // Taken, and given to it: in between it is still decided whether it gets it.
+        let record = self.releases.records.known(&repl)?;
+        let mut domains = record.domains.iter();
+        domains
+            .any(|domain| domain.as_str() == host)
+            .then_some(repl)
     }
 
     async fn repls(&self) -> Result<Vec<ReplStatus>, PlatformError> {

@@ -1,6 +1,6 @@
 //! A user's namespace: made on first use, bounded, closed, and put right when somebody edits it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -50,11 +50,17 @@ pub const CLOSED_RANGES: [&str; 5] = [
 pub struct Surroundings {
     /// Where the code store is, for the policies: released pods fetch their files from there.
     pub store: Vec<(IpAddr, u16)>,
+    /// What a namespace may have, where it is another than the usual.
+    pub quota: BTreeMap<String, String>,
 }
 
 /// Everything a user's namespace consists of.
 pub fn manifests(user: &UserId, surroundings: &Surroundings) -> Vec<Manifest> {
-    let mut all = vec![namespace(user), quota(user), limit_range(user)];
+    let mut all = vec![
+        namespace(user),
+        quota(user, &surroundings.quota),
+        limit_range(user),
+    ];
     all.extend(policies(user, surroundings));
     all.extend([TEST_ACCOUNT, PROGRAM_ACCOUNT].map(|name| service_account(user, name)));
     all
@@ -81,8 +87,8 @@ fn part(kind: Kind, user: &UserId, name: &str, mut body: Value) -> Manifest {
 
 /// One user's share: a test pod, some repls with a second pod each while a release takes over, and
 /// their databases.
-fn quota(user: &UserId) -> Manifest {
-    let hard = json!({
+fn quota(user: &UserId, other: &BTreeMap<String, String>) -> Manifest {
+    let mut hard = json!({
         "pods": "30",
         "requests.cpu": "8",
         "requests.memory": "8Gi",
@@ -95,6 +101,9 @@ fn quota(user: &UserId) -> Manifest {
         "services.nodeports": "0",
         "secrets": "100",
     });
+    for (name, value) in other {
+        hard[name] = value.as_str().into();
+    }
     part(
         Kind::ResourceQuota,
         user,
@@ -475,6 +484,7 @@ mod tests {
     fn all() -> Vec<Manifest> {
         let surroundings = Surroundings {
             store: vec![("10.1.2.3".parse().unwrap(), 7_070)],
+            quota: BTreeMap::from([("pods".to_owned(), "7".to_owned())]),
         };
         manifests(&"test".parse().unwrap(), &surroundings)
     }
@@ -497,6 +507,11 @@ mod tests {
           "ServiceAccount/gantry-program"
         ]
         "#);
+        let hard = &all()[1].body["spec"]["hard"];
+        assert_eq!(
+            (&hard["pods"], &hard["services"]),
+            (&json!("7"), &json!("30"))
+        );
         for manifest in all() {
             let body = manifest.body.clone();
             match manifest.kind {

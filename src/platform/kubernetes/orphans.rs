@@ -19,7 +19,7 @@ use super::labels::{KEEP, REPL, USED, USER};
 use super::lease::Lease;
 use super::namespace::of_stopped;
 use super::record::{Record, StoredState};
-use super::releases::{Releases, STOPPED_KINDS, kept_env_name};
+use super::releases::{Releases, STOPPED_KINDS, kept_env_name, kept_given_name};
 use super::test_pod::TestPods;
 use crate::model::{Problem, ReplId, SubmissionId, UserId};
 use crate::storage::S3Store;
@@ -278,10 +278,14 @@ impl Cleaner {
     /// Whether a release of the repl has its variables in the Secret of this name.
     async fn has_release(&self, repl: &ReplId, secret: &str) -> Result<bool, Failure> {
         let record = self.releases.records.fresh(repl).await?;
-        let releases = record.map(|record| record.releases).unwrap_or_default();
-        Ok(releases
-            .iter()
-            .any(|stored| kept_env_name(repl, stored.release) == secret))
+        let Some(record) = record else {
+            return Ok(false);
+        };
+        let own = record.releases.iter();
+        let own = own.map(|stored| kept_env_name(repl, stored.release));
+        let given = record.revisions().into_iter();
+        let given = given.map(|revision| kept_given_name(repl, revision));
+        Ok(own.chain(given).any(|name| name == secret))
     }
 
     /// Users' namespaces that were long not used.

@@ -26,7 +26,7 @@ pub struct Permission {
 /// An API group, a resource of it, and what is done with it.
 type Row = (&'static str, &'static str, &'static [&'static str]);
 
-const EVERYWHERE: [Row; 21] = [
+const EVERYWHERE: [Row; 22] = [
     (
         "",
         "namespaces",
@@ -68,6 +68,11 @@ const EVERYWHERE: [Row; 21] = [
         &["list", "create", "patch", "deletecollection"],
     ),
     (
+        "autoscaling",
+        "horizontalpodautoscalers",
+        &["list", "create", "patch", "delete", "deletecollection"],
+    ),
+    (
         "networking.k8s.io",
         "ingresses",
         &["list", "create", "patch", "deletecollection"],
@@ -83,7 +88,7 @@ const OWN: [Row; 3] = [
     (
         "",
         "configmaps",
-        &["get", "list", "watch", "create", "update"],
+        &["get", "list", "watch", "create", "update", "delete"],
     ),
     ("", "secrets", &["list"]),
     (

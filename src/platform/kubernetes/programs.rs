@@ -29,11 +29,12 @@ use super::record::Record;
 use super::release::{Owner, PROGRAM_CONTAINER};
 use super::releases::{Releases, no_release, unreachable};
 use super::rollout::{is_ready, refused};
-use crate::model::{Event, Origin, Problem, ReplId, ReplState, ReplStatus};
+use crate::model::{Event, Origin, Problem, ReplId, ReplState, ReplStatus, Scale};
 use crate::platform::{ByteStream, PlatformError, ProgramEvent, Recorded};
 
-/// The program's port, and the runner's own.
+/// The program's port, the one that shows what happens until it listens there, and the runner's own.
 const PROGRAM_PORT: u16 = 3_000;
+const FRONT_PORT: u16 = 3_002;
 const RUNNER_PORT: u16 = 3_001;
 
 /// Longest wait for a connection into a pod: the API server asks the kubelet, as for an exec.
@@ -167,11 +168,19 @@ impl Programs {
         let restarts = pod.and_then(program).map_or(0, |c| c.restart_count);
         ReplStatus {
             url: self.releases.config.url(&repl),
+            domains: record.domains.clone(),
             repl_id: repl,
             user_id: record.user_id.clone(),
             state,
             ready: u32::try_from(ready).unwrap_or(u32::MAX),
-            replicas: u32::from(record.wanted),
+            replicas: match self.releases.replicas_now(&owner) {
+                Some(replicas) if record.wanted => replicas,
+                _ => u32::from(record.wanted),
+            },
+            autoscale: match record.scale {
+                Some(Scale::Auto(auto)) => Some(auto),
+                _ => None,
+            },
             restarts: u32::try_from(restarts).unwrap_or(0) + said.map_or(0, |said| said.restarts),
             release: current
                 .map(|current| current.release)
@@ -215,12 +224,18 @@ impl Programs {
         let submission = self.serving(&owner).ok_or_else(|| no_release(repl))?;
         let pods = self.releases.rollouts.pods_of_any(&owner);
         // While a release takes over, or does not come up, the one before it serves.
-        let ready = pods.iter().filter(|pod| is_ready(pod));
-        let newest = |pod: &&Arc<Pod>| annotation(pod.as_ref(), SUBMISSION) == Some(&submission);
-        let Some(pod) = ready.max_by_key(newest) else {
+        let up = pods
+            .iter()
+            .filter(|pod| is_ready(pod) || life(pod).is_some());
+        let newest = |pod: &Arc<Pod>| annotation(pod.as_ref(), SUBMISSION) == Some(&submission);
+        let Some(pod) = up.max_by_key(|pod| (is_ready(pod), newest(pod))) else {
             let why = pods.iter().find_map(|pod| blocked(pod));
             let why = why.map_or_else(|| "none of its pods is ready".to_owned(), |b| b.why);
             return Err(unreachable(why));
+        };
+        let port = match port {
+            PROGRAM_PORT if has_front(pod) => FRONT_PORT,
+            port => port,
         };
         self.forward(pod, port).await.map_err(unreachable)
     }
@@ -481,6 +496,14 @@ pub(super) fn program(pod: &Pod) -> Option<&ContainerStatus> {
         .iter()
         .find(|c| c.name == PROGRAM_CONTAINER)
         .or_else(|| containers.first())
+}
+
+/// Whether the pod's runner shows what happens until the program listens: a template of one's own need
+/// not name its port.
+fn has_front(pod: &Pod) -> bool {
+    let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
+    let mut ports = containers.flat_map(|container| container.ports.iter().flatten());
+    ports.any(|port| port.container_port == i32::from(FRONT_PORT))
 }
 
 /// The running life of the pod's program.

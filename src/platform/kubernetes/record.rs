@@ -1,6 +1,7 @@
 //! A repl's record: whose it is and every release it had. One ConfigMap per repl in the server's own
 //! namespace, so that state lives in the cluster and every replica of the server sees the same.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -15,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::cache::{Cache, WATCH_LAG, Watched};
 use super::cluster::{Cluster, Failure, Kind, Manifest};
 use super::labels::{GANTRY, MANAGED_BY, REPL, USER};
-use crate::model::{Release, ReleaseState, ReplId, SubmissionId, UserId};
+use crate::model::{Domain, Release, ReleaseState, ReplId, Scale, SubmissionId, UserId};
 
 /// Releases remembered of one repl; older ones can no longer be rolled back to.
 const MAX_RELEASES: usize = 50;
@@ -45,6 +46,17 @@ pub enum StoredState {
     Stopped,
 }
 
+/// Which of the variables that a repl was given. Their values are in a Secret of this revision.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Given {
+    /// When they were given: milliseconds of the Unix clock, another one for each time.
+    pub revision: i64,
+    /// Names of those that are shown.
+    pub env: Vec<String>,
+    /// Names of those that are not.
+    pub secrets: Vec<String>,
+}
+
 /// A release as it is stored: all that is needed to make it again, to the byte.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Stored {
@@ -60,6 +72,12 @@ pub struct Stored {
     pub argv: Vec<String>,
     /// Names of the program's own variables; values are in a Secret.
     pub env_names: Vec<String>,
+    /// The repl's variables that it runs with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub given: Option<Given>,
+    /// Host names of its own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub domains: Vec<Domain>,
     /// Whether it has a database.
     pub database: bool,
     /// SHA-256 of the files that were tested.
@@ -87,6 +105,15 @@ pub struct Record {
     /// Its current files, when they were started as they are. Its number is 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workspace: Option<Stored>,
+    /// The variables that its next release begins with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub given: Option<Given>,
+    /// The host names that its next release begins with.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub domains: Vec<Domain>,
+    /// How many replicas, when somebody has said so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale: Option<Scale>,
 }
 
 impl Stored {
@@ -99,6 +126,8 @@ impl Stored {
             state: StoredState::Current,
             argv,
             env_names: Vec::new(),
+            given: None,
+            domains: Vec::new(),
             database: false,
             code_digest: String::new(),
             tests_digest: String::new(),
@@ -121,6 +150,9 @@ impl Record {
             last_error: None,
             releases: Vec::new(),
             workspace: None,
+            given: None,
+            domains: Vec::new(),
+            scale: None,
         }
     }
 
@@ -131,7 +163,7 @@ impl Record {
     }
 
     /// What runs, and whether it is this that runs from now on.
-    pub fn open(&mut self, stored: Stored) -> (Stored, bool) {
+    pub fn open(&mut self, mut stored: Stored) -> (Stored, bool) {
         if self.wanted
             && let Some(current) = self.current()
         {
@@ -140,6 +172,8 @@ impl Record {
         self.wanted = true;
         self.since = Timestamp::now();
         self.last_error = None;
+        stored.given.clone_from(&self.given);
+        stored.domains.clone_from(&self.domains);
         self.workspace = Some(stored.clone());
         (stored, true)
     }
@@ -178,6 +212,8 @@ impl Record {
         }
         stored.release = self.releases.iter().map(|s| s.release).max().unwrap_or(0) + 1;
         stored.state = StoredState::Pending;
+        stored.given.clone_from(&self.given);
+        stored.domains.clone_from(&self.domains);
         self.releases.push(stored.clone());
         stored
     }
@@ -191,9 +227,38 @@ impl Record {
                 stored.state = StoredState::Superseded;
             }
         }
+        if let Some(current) = self.current().cloned() {
+            self.given = current.given;
+            self.domains = current.domains;
+        }
         self.wanted = true;
         self.last_error = None;
         self.since = Timestamp::now();
+    }
+
+    /// Its variables are these from now on, those of what runs, too.
+    pub fn give(&mut self, given: Option<Given>) {
+        let mut all = self.workspace.iter_mut().chain(&mut self.releases);
+        if let Some(current) = all.find(|s| s.state == StoredState::Current) {
+            current.given.clone_from(&given);
+        }
+        self.given = given;
+    }
+
+    /// Its host names are these from now on, those of what runs, too.
+    pub fn name(&mut self, domains: Vec<Domain>) {
+        let mut all = self.workspace.iter_mut().chain(&mut self.releases);
+        if let Some(current) = all.find(|s| s.state == StoredState::Current) {
+            current.domains.clone_from(&domains);
+        }
+        self.domains = domains;
+    }
+
+    /// The revisions of variables that something of it has.
+    pub fn revisions(&self) -> BTreeSet<i64> {
+        let all = self.workspace.iter().chain(&self.releases);
+        let given = all.map(|stored| &stored.given).chain([&self.given]);
+        given.flatten().map(|given| given.revision).collect()
     }
 
     /// This release did not come up. One that served before is as good as it was.
@@ -428,6 +493,8 @@ mod tests {
             state: StoredState::Failed,
             argv: vec!["x".repeat(64 << 10)],
             env_names: Vec::new(),
+            given: None,
+            domains: Vec::new(),
             database: false,
             code_digest: String::new(),
             tests_digest: String::new(),
@@ -483,6 +550,36 @@ mod tests {
         assert_eq!(record.current().unwrap().release, two);
         record.stop();
         assert!(record.current().is_none() && open(&mut record).1);
+    }
+
+    #[test]
+    fn variables_are_inherited_by_the_next_release_and_brought_back_by_a_rollback() {
+        let given = |revision| {
+            let (env, secrets) = (vec!["A".to_owned()], Vec::new());
+            Some(Given {
+                revision,
+                env,
+                secrets,
+            })
+        };
+        let mut record = Record::new(&"u".parse().unwrap());
+        record.give(given(1));
+        record.reserve(stored());
+        record.switch(1);
+        assert_eq!(record.current().unwrap().given, given(1));
+        assert_eq!(record.reserve(stored()).given, given(1));
+        record.switch(2);
+        record.give(given(2));
+        assert_eq!(record.current().unwrap().given, given(2));
+        assert_eq!(record.revisions(), BTreeSet::from([1, 2]));
+        record.switch(1);
+        assert_eq!((&record.given, record.revisions().len()), (&given(1), 2));
+        record.stop();
+        // What was stopped stays as it was; what starts next has the new ones.
+        record.give(given(3));
+        let open = record.open(Stored::workspace(Vec::new(), String::new()));
+        assert_eq!(open.0.given, given(3));
+        assert_eq!(record.target(Some(1)).unwrap().given, given(1));
     }
 
     #[test]

@@ -1,17 +1,17 @@
 //! What a release consists of in the cluster, as manifests.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use serde_json::{Map, Value, json};
 
 use super::cluster::{Kind, Manifest};
 use super::labels::{
-    APP, CODE_DIGEST, DATABASE, GANTRY, IMAGE, KEEP, MANAGED_BY, RELEASE, REPL, SUBMISSION,
-    TESTS_DIGEST, USER, of_repl, of_user,
+    APP, CODE_DIGEST, DATABASE, GANTRY, IMAGE, KEEP, MANAGED_BY, RELEASE, REPL, REVISION,
+    SUBMISSION, TESTS_DIGEST, USER, of_repl, of_user,
 };
 use super::record::Stored;
 use super::template::{SERVICE_NAME, Template};
-use crate::model::{ReplId, TicketKey, UserId};
+use crate::model::{Autoscale, Domain, ReplId, TicketKey, UserId, Variables};
 
 /// The Secret with the code store's credentials in each user's namespace.
 pub const STORE_SECRET: &str = "gantry-store";
@@ -83,18 +83,61 @@ impl ReleaseConfig {
         ])
     }
 
-    /// The template's objects for a release, ready to apply.
-    pub fn manifests(&self, owner: &Owner, stored: &Stored) -> Vec<Manifest> {
+    /// The template's objects for a release, ready to apply. Without `replicas` there are as many as the
+    /// template says.
+    pub fn manifests(
+        &self,
+        owner: &Owner,
+        stored: &Stored,
+        replicas: Option<u32>,
+    ) -> Vec<Manifest> {
         let mut manifests = self.template.fill(&self.words(owner, stored));
         for manifest in &mut manifests {
             manifest.body["metadata"]["namespace"] = owner.user.namespace().into();
             let labels = of_repl(&owner.user, &owner.repl);
             merge(&mut manifest.body, "/metadata", "labels", &labels, true);
+            if manifest.kind == Kind::Ingress {
+                self.add_domains(&mut manifest.body, owner, &stored.domains);
+            }
             if manifest.kind == Kind::Deployment {
                 dress(&mut manifest.body, owner, stored);
+                if let Some(replicas) = replicas {
+                    manifest.body["spec"]["replicas"] = replicas.into();
+                }
             }
         }
         manifests
+    }
+
+    /// A rule for each domain beside the one for the program's host, and as that one.
+    fn add_domains(&self, ingress: &mut Value, owner: &Owner, domains: &[Domain]) {
+        let host = format!("{}.{}", owner.repl, self.app_domain);
+        let Some(rules) = ingress
+            .pointer_mut("/spec/rules")
+            .and_then(Value::as_array_mut)
+        else {
+            return;
+        };
+        let Some(program) = rules.iter().find(|rule| rule["host"] == *host).cloned() else {
+            return;
+        };
+        for domain in domains {
+            let mut rule = program.clone();
+            rule["host"] = domain.as_str().into();
+            rules.push(rule);
+        }
+    }
+
+    /// Whether the template has a rule for the program's host, which those for domains are made from.
+    pub fn has_program_host(&self) -> anyhow::Result<bool> {
+        let sample = self.sample()?;
+        let host = format!("gantry-sample.{}", self.app_domain);
+        let mut rules = sample
+            .iter()
+            .filter(|manifest| manifest.kind == Kind::Ingress)
+            .filter_map(|manifest| manifest.body.pointer("/spec/rules")?.as_array())
+            .flatten();
+        Ok(rules.any(|rule| rule["host"] == *host))
     }
 
     /// The template's objects for a release that will never be.
@@ -110,12 +153,14 @@ impl ReleaseConfig {
             state: super::record::StoredState::Pending,
             argv: vec!["true".to_owned()],
             env_names: Vec::new(),
+            given: None,
+            domains: Vec::new(),
             database: false,
             code_digest: String::new(),
             tests_digest: String::new(),
             image: String::new(),
         };
-        Ok(self.manifests(&owner, &stored))
+        Ok(self.manifests(&owner, &stored, None))
     }
 
     /// The Secret with what pods need to read the code store.
@@ -267,6 +312,49 @@ pub fn runner_secret(owner: &Owner, key: &TicketKey) -> Manifest {
     Manifest::new(Kind::Secret, body)
 }
 
+/// What changes the number of a release's replicas by their processor time.
+pub fn autoscaler(owner: &Owner, deployment: &str, auto: Autoscale) -> Manifest {
+    let target = Kind::Deployment.resource();
+    let body = json!({
+        "metadata": {
+            "name": owner.repl.as_str(),
+            "namespace": owner.user.namespace(),
+            "labels": of_repl(&owner.user, &owner.repl),
+        },
+        "spec": {
+            "scaleTargetRef": {
+                "apiVersion": target.api_version, "kind": target.kind, "name": deployment,
+            },
+            "minReplicas": auto.min,
+            "maxReplicas": auto.max,
+            "metrics": [{ "type": "Resource", "resource": {
+                "name": "cpu",
+                "target": { "type": "Utilization", "averageUtilization": auto.cpu_percent },
+            } }],
+        },
+    });
+    Manifest::new(Kind::HorizontalPodAutoscaler, body)
+}
+
+/// The name of the Secret with the variables that a repl was given.
+pub fn given_name(repl: &ReplId, revision: i64) -> String {
+    format!("{repl}-given-{revision}")
+}
+
+/// Labels of that Secret, wherever it is.
+pub fn given_labels(owner: &Owner, revision: i64) -> Value {
+    let mut labels = of_repl(&owner.user, &owner.repl);
+    labels[REVISION] = revision.to_string().into();
+    labels
+}
+
+/// That Secret's text.
+pub fn given_data(variables: &Variables) -> BTreeMap<String, String> {
+    let all = variables.all();
+    all.map(|(name, value)| (env_key(name), value.to_owned()))
+        .collect()
+}
+
 /// The name of the Secret with a release's own variables.
 pub fn env_name(repl: &ReplId, release: u64) -> String {
     format!("{repl}-env-{release}")
@@ -288,13 +376,21 @@ pub fn env_secret(
 
 /// Adds to a Deployment what makes it this release.
 fn dress(body: &mut Value, owner: &Owner, stored: &Stored) {
-    let annotations = json!({
+    let mut annotations = json!({
         SUBMISSION: stored.submission_id.to_string(),
         RELEASE: stored.release.to_string(),
         CODE_DIGEST: stored.code_digest,
         TESTS_DIGEST: stored.tests_digest,
         IMAGE: stored.image,
     });
+    if let Some(given) = &stored.given {
+        // Other variables are other pods.
+        annotations[REVISION] = given.revision.to_string().into();
+    }
+    if stored.is_workspace() {
+        // Two pods of a workspace would be edited apart.
+        body["spec"]["strategy"] = json!({ "type": "Recreate" });
+    }
     merge(body, "/metadata", "annotations", &annotations, true);
     let path = "/spec/template/metadata";
     merge(body, path, "annotations", &annotations, true);
@@ -341,15 +437,27 @@ fn equip(container: &mut Value, owner: &Owner, stored: &Stored) {
     if stored.is_workspace() {
         env.push(json!({ "name": "GANTRY_WORKSPACE", "value": "1" }));
     }
-    if stored.database && !stored.env_names.iter().any(|name| name == "DATABASE_URL") {
+    if stored.database {
         let key = json!({ "name": database_name(&owner.repl), "key": "DATABASE_URL" });
         env.push(json!({ "name": "DATABASE_URL", "valueFrom": { "secretKeyRef": key } }));
     }
-    let secret = env_name(&owner.repl, stored.release);
-    env.extend(stored.env_names.iter().map(|name| {
-        let key = json!({ "name": secret, "key": env_key(name) });
-        json!({ "name": name, "valueFrom": { "secretKeyRef": key } })
-    }));
+    let from = |secret: String| {
+        move |name: &String| {
+            let key = json!({ "name": secret, "key": env_key(name) });
+            json!({ "name": name, "valueFrom": { "secretKeyRef": key } })
+        }
+    };
+    if let Some(given) = &stored.given {
+        let names = given.env.iter().chain(&given.secrets);
+        env.extend(names.map(from(given_name(&owner.repl, given.revision))));
+    }
+    let own = env_name(&owner.repl, stored.release);
+    env.extend(stored.env_names.iter().map(from(own)));
+    // Of two of one name the later one is meant.
+    let mut named = HashSet::new();
+    env.reverse();
+    env.retain(|entry| named.insert(entry["name"].clone()));
+    env.reverse();
     let ours: Vec<Value> = env.iter().map(|entry| entry["name"].clone()).collect();
     let known = container["env"].as_array().cloned().unwrap_or_default();
     let mut all: Vec<Value> = known
@@ -402,7 +510,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::model::SubmissionId;
-    use crate::platform::kubernetes::record::StoredState;
+    use crate::platform::kubernetes::record::{Given, StoredState};
     use crate::platform::kubernetes::template::BUILT_IN;
     use k8s_openapi::api::apps::v1::{Deployment, StatefulSet};
     use k8s_openapi::api::core::v1::PodSpec;
@@ -435,6 +543,12 @@ mod tests {
             state: StoredState::Pending,
             argv: vec!["python3".to_owned(), "$(HOME).py".to_owned()],
             env_names: vec!["A B".to_owned()],
+            given: Some(Given {
+                revision: 9,
+                env: vec!["A B".to_owned(), "COLOUR".to_owned()],
+                secrets: vec!["DATABASE_URL".to_owned()],
+            }),
+            domains: vec!["shop.example.com".parse().unwrap()],
             database: true,
             code_digest: "c0de".to_owned(),
             tests_digest: "7e57".to_owned(),
@@ -443,7 +557,7 @@ mod tests {
     }
 
     fn deployment() -> Deployment {
-        let manifests = config().manifests(&owner(), &stored());
+        let manifests = config().manifests(&owner(), &stored(), Some(3));
         let body = manifests
             .iter()
             .find(|m| m.kind == Kind::Deployment)
@@ -493,7 +607,9 @@ mod tests {
             .map(|name| annotations[name].as_str())
             .to_vec();
         assert_eq!(said, ["c0de", "7e57", "sha256:1", "7"]);
+        assert_eq!(annotations[REVISION], "9");
         let spec = deployment.spec.unwrap();
+        assert_eq!(spec.replicas, Some(3));
         let rolling = spec.strategy.unwrap().rolling_update.unwrap();
         assert_eq!(serde_json::to_value(rolling.max_unavailable).unwrap(), 0);
         let pod = spec.template.metadata.unwrap();
@@ -541,11 +657,20 @@ mod tests {
             }
           },
           {
+            "name": "COLOUR",
+            "valueFrom": {
+              "secretKeyRef": {
+                "key": "COLOUR",
+                "name": "test-prod-given-9"
+              }
+            }
+          },
+          {
             "name": "DATABASE_URL",
             "valueFrom": {
               "secretKeyRef": {
                 "key": "DATABASE_URL",
-                "name": "test-prod-db"
+                "name": "test-prod-given-9"
               }
             }
           },
@@ -565,10 +690,12 @@ mod tests {
     #[test]
     fn a_workspace_is_made_of_the_current_files_and_stays() {
         let stored = Stored::workspace(vec!["true".to_owned()], String::new());
-        let manifests = config().manifests(&owner(), &stored);
+        let manifests = config().manifests(&owner(), &stored, Some(1));
         let text = format!("{manifests:?}");
         assert!(text.contains("code/test-prod/") && !text.contains("releases/test-prod/"));
         assert!(text.contains("GANTRY_WORKSPACE"));
+        let strategy = &manifests[1].body["spec"]["strategy"];
+        assert_eq!(*strategy, json!({ "type": "Recreate" }));
     }
 
     #[test]
@@ -588,6 +715,52 @@ mod tests {
     }
 
     #[test]
+    fn a_domain_leads_where_the_programs_host_does() {
+        use k8s_openapi::api::networking::v1::Ingress;
+        let manifests = config().manifests(&owner(), &stored(), None);
+        let ingress = manifests.iter().find(|m| m.kind == Kind::Ingress).unwrap();
+        let ingress: Ingress = serde_json::from_value(ingress.body.clone()).unwrap();
+        let rules = ingress.spec.unwrap().rules.unwrap();
+        let hosts: Vec<_> = rules
+            .iter()
+            .map(|rule| rule.host.clone().unwrap())
+            .collect();
+        let expected = [
+            "test-prod.localhost",
+            "test-prod.apps.localhost",
+            "shop.example.com",
+        ];
+        assert_eq!(hosts, expected);
+        assert_eq!(rules[1].http, rules[2].http);
+        assert!(config().has_program_host().unwrap());
+        let elsewhere = BUILT_IN.replace("${GANTRY_APP_HOST}", "service_name.example.org");
+        let config = ReleaseConfig {
+            template: Template::parse(&elsewhere).unwrap(),
+            ..config()
+        };
+        assert!(!config.has_program_host().unwrap());
+    }
+
+    #[test]
+    fn an_autoscaler_follows_the_processor_time_of_the_releases_deployment() {
+        use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
+        let auto = Autoscale {
+            min: 1,
+            max: 5,
+            cpu_percent: 70,
+        };
+        let body = autoscaler(&owner(), "other", auto).body;
+        let spec = serde_json::from_value::<HorizontalPodAutoscaler>(body)
+            .unwrap()
+            .spec
+            .unwrap();
+        assert_eq!((spec.min_replicas, spec.max_replicas), (Some(1), 5));
+        assert_eq!(spec.scale_target_ref.name, "other");
+        let target = &spec.metrics.unwrap()[0].resource.clone().unwrap().target;
+        assert_eq!(target.average_utilization, Some(70));
+    }
+
+    #[test]
     fn a_template_of_another_keeps_its_own_labels() {
         let text = BUILT_IN
             .replace("app: prod", "app: service_name")
@@ -596,7 +769,7 @@ mod tests {
             template: Template::parse(&text).unwrap(),
             ..config()
         };
-        let manifests = config.manifests(&owner(), &stored());
+        let manifests = config.manifests(&owner(), &stored(), Some(3));
         let body = &manifests[1].body["spec"]["template"];
         assert_eq!(body["metadata"]["labels"][APP], "test-prod");
         assert_eq!(

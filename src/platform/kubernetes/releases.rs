@@ -3,6 +3,7 @@
 //! Every step can be done again: a server that died in the middle finds what is there by name, and
 //! what it applies a second time is already so.
 
+mod settings;
 mod workspace;
 
 use std::collections::{BTreeMap, HashMap};
@@ -17,15 +18,17 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::cache::annotation;
 use super::cluster::{Cluster, Failure, Kind, Manifest};
+use super::domains::Claims;
 use super::labels::{SUBMISSION, of_repl};
 use super::namespace::{Namespaces, of_stopped};
 use super::record::{Record, Records, Stored, StoredState};
 use super::release::{
-    Owner, ReleaseConfig, database_name, database_secret, env_key, env_name, env_secret,
+    Owner, ReleaseConfig, autoscaler, database_name, database_secret, env_key, env_name,
+    env_secret, given_name,
 };
 use super::rollout::{Rollouts, is_rolled_out};
 use super::test_pod;
-use crate::model::{Problem, Release, ReplId, UserId};
+use crate::model::{Problem, Release, ReplId, Scale, UserId};
 use crate::platform::{AWAY, PlatformError, ReleaseSpec, RunningRelease};
 
 /// How long what was removed may be seen in the watches.
@@ -42,7 +45,8 @@ const AWAY_PAUSE: Duration = Duration::from_secs(2);
 const PASSWORD_BYTES: usize = 24;
 
 /// What a stop removes, callers first.
-pub const STOPPED_KINDS: [Kind; 5] = [
+pub const STOPPED_KINDS: [Kind; 6] = [
+    Kind::HorizontalPodAutoscaler,
     Kind::Ingress,
     Kind::Service,
     Kind::Deployment,
@@ -59,6 +63,8 @@ pub struct Releases {
     pub namespaces: Namespaces,
     /// Repls' records.
     pub records: Records,
+    /// Which repl has which domain.
+    pub claims: Claims,
     /// What rollouts are watched with.
     pub rollouts: Rollouts,
     /// How releases are made.
@@ -148,7 +154,15 @@ impl Releases {
             user: record.user_id.clone(),
             repl: repl.clone(),
         };
-        self.switch(&owner, target).await
+        let mut target = target.clone();
+        target.domains = self.nameable(&owner, record, target.domains).await;
+        let switched = self.switch(&owner, &target).await;
+        let (kept, given_up) = match &switched {
+            Ok(_) => (&target.domains, &record.domains),
+            Err(_) => (&record.domains, &target.domains),
+        };
+        self.unclaim(&owner, given_up, kept).await;
+        switched
     }
 
     /// Stops the repl. Its releases, code and database stay.
@@ -193,6 +207,8 @@ impl Releases {
             state: StoredState::Pending,
             argv: spec.argv.clone(),
             env_names: spec.env.keys().cloned().collect(),
+            given: None,
+            domains: Vec::new(),
             database: spec.database,
             code_digest: spec.tested.code.clone(),
             tests_digest: spec.tested.tests.clone(),
@@ -247,14 +263,18 @@ impl Releases {
             }
         }
         let switched = self.records.change(&owner.repl, |record| {
-            let before = record.current().map(|s| s.release);
+            let before = record.current().cloned();
             record.switch(stored.release);
-            before.filter(|before| *before != stored.release)
+            record.name(stored.domains.clone());
+            before.filter(|before| before.release != stored.release)
         });
         let switched = switched.await;
         let before = switched.map_err(|f| f.unavailable("The release could not be recorded"))?;
         if let Some(Some(before)) = before {
-            self.forget_env(owner, before).await;
+            self.forget_env(owner, before.release).await;
+            if before.given != stored.given {
+                self.forget_given(owner, stored.given.as_ref()).await;
+            }
         }
         Ok(self.running(owner, stored))
     }
@@ -286,6 +306,7 @@ impl Releases {
             Box::pin(async { self.cluster.apply(&secret).await.map(drop) })
                 as std::pin::Pin<Box<dyn Future<Output = _> + Send>>,
             Box::pin(self.place_env(owner, stored)),
+            Box::pin(self.place_given(owner, stored)),
             Box::pin(self.make_runner_key(owner)),
             Box::pin(self.apply_database(owner, stored)),
         ]);
@@ -294,7 +315,13 @@ impl Releases {
 
     /// Applies the template's objects; the Deployment's name and what it came to.
     async fn apply(&self, owner: &Owner, stored: &Stored) -> Result<(String, i64), Failure> {
-        let manifests = self.config.manifests(owner, stored);
+        let scale = self.scale_of(owner, stored);
+        if let Some(Scale::Fixed { .. }) = scale {
+            // Two would turn the same screw.
+            self.end_autoscaling(owner).await?;
+        }
+        let replicas = scale.map(|scale| scale.replicas(self.replicas_now(owner)));
+        let manifests = self.config.manifests(owner, stored, replicas);
         let (releases, others): (Vec<Manifest>, Vec<Manifest>) = manifests
             .into_iter()
             .partition(|m| m.kind == Kind::Deployment);
@@ -304,6 +331,9 @@ impl Releases {
         let deployment = applied.first();
         let name = deployment.map(|d| d.name_any()).unwrap_or_default();
         let generation = deployment.and_then(|d| d.metadata.generation);
+        if let Some(Scale::Auto(auto)) = scale {
+            self.cluster.apply(&autoscaler(owner, &name, auto)).await?;
+        }
         Ok((name, generation.unwrap_or_default()))
     }
 
@@ -321,10 +351,7 @@ impl Releases {
         });
         let undone = match noted.await {
             Ok(Some((true, Some(before)))) if before.release != failed.release => {
-                match self.place_env(owner, &before).await {
-                    Ok(()) => self.apply(owner, &before).await.map(drop),
-                    Err(failure) => Err(failure),
-                }
+                self.put_back(owner, &before).await
             }
             Ok(Some((true, Some(_))) | None) => Ok(()),
             Ok(Some(_)) => self.prune(owner).await,
@@ -336,6 +363,13 @@ impl Releases {
                 tracing::error!(repl = %owner.repl, %failure, "a failed release could not be rolled back; the previous one serves, the next release puts it right");
             }
         }
+    }
+
+    /// Applies again what ran before.
+    async fn put_back(&self, owner: &Owner, before: &Stored) -> Result<(), Failure> {
+        self.place_env(owner, before).await?;
+        self.place_given(owner, before).await?;
+        self.apply(owner, before).await.map(drop)
     }
 
     /// Removes everything that served the repl, and waits until it is seen to be gone.
@@ -413,16 +447,26 @@ impl Releases {
             return Ok(());
         }
         let kept = kept_env_name(&owner.repl, stored.release);
+        let name = env_name(&owner.repl, stored.release);
+        let labels = of_repl(&owner.user, &owner.repl);
+        self.place(owner, &kept, &name, labels).await
+    }
+
+    /// Copies a Secret of the server's own namespace to where pods find it.
+    async fn place(
+        &self,
+        owner: &Owner,
+        kept: &str,
+        name: &str,
+        labels: Value,
+    ) -> Result<(), Failure> {
         let kept = self
             .cluster
-            .get(Kind::Secret, &self.records.namespace, &kept)
-            .await?;
-        let data = kept.map(|secret| secret.data["data"].clone());
-        let metadata = json!({
-            "name": env_name(&owner.repl, stored.release),
-            "namespace": owner.user.namespace(),
-            "labels": of_repl(&owner.user, &owner.repl),
-        });
+            .get(Kind::Secret, &self.records.namespace, kept);
+        let data = kept.await?.map(|secret| secret.data["data"].clone());
+        let metadata =
+            json!({ "name": name, "namespace": owner.user.namespace(), "labels": labels });
+        let data = data.filter(Value::is_object);
         let data = data.unwrap_or_else(|| Value::Object(serde_json::Map::new()));
         let body = json!({ "metadata": metadata, "type": "Opaque", "data": data });
         let secret = Manifest::new(Kind::Secret, body);
@@ -452,6 +496,11 @@ impl Releases {
         let mut changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(changing.entry(repl.clone()).or_default())
     }
+}
+
+/// The Secret in the server's own namespace that keeps the variables that a repl was given.
+pub fn kept_given_name(repl: &ReplId, revision: i64) -> String {
+    format!("repl-{}", given_name(repl, revision))
 }
 
 /// The Secret in the server's own namespace that keeps a release's variables.

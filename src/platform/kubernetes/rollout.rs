@@ -9,8 +9,10 @@ use tokio::time::{Instant, timeout};
 
 use super::cache::{Cache, annotation, label};
 use super::cluster::Cluster;
-use super::explain::{BadEnd, Blocked, CRASH_LOOP, blocked, ended_badly, events, last_lines};
-use super::labels::{REPL, SUBMISSION};
+use super::explain::{
+    BadEnd, Blocked, CONTAINER_REFUSED, CRASH_LOOP, blocked, ended_badly, events, last_lines,
+};
+use super::labels::{REPL, REVISION, SUBMISSION};
 use super::record::Stored;
 use super::release::{Owner, PROGRAM_CONTAINER, database_name};
 use crate::model::Problem;
@@ -25,6 +27,10 @@ const DATABASE_PATIENCE: Duration = Duration::from_secs(120);
 /// How long something that may pass (a missing image, no room, a quota) is given. The reason is told
 /// within 30 s of the deploy's start (hostile.md).
 const CAUSE_AFTER: Duration = Duration::from_secs(10);
+
+/// The same for a container that lacks a Secret or a volume: what was made this moment on a busy cluster
+/// is seen by the kubelet at its next look, some ten seconds later.
+const LACK_AFTER: Duration = Duration::from_secs(20);
 
 /// How often time itself is looked at, when nothing else wakes.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -83,12 +89,18 @@ impl Rollouts {
         let namespace = owner.user.namespace();
         let started = Instant::now();
         let submission = stored.submission_id.to_string();
+        let revision = stored
+            .given
+            .as_ref()
+            .map(|given| given.revision.to_string());
         let mut deployed = self.deployments.follow(&namespace, deployment);
         let mut changes = self.pods.changes(&namespace);
         loop {
             let now = deployed.borrow_and_update().clone();
             changes.borrow_and_update();
-            let pods = self.pods_of(owner, &submission);
+            let mut pods = self.pods_of(owner, &submission);
+            // Those that ran with other variables are on their way out.
+            pods.retain(|pod| annotation(pod.as_ref(), REVISION) == revision.as_deref());
             let waited = started.elapsed();
             let pod = pods.first().map(Arc::as_ref);
             match progress(now.as_deref(), &pods, &submission, generation) {
@@ -98,7 +110,7 @@ impl Rollouts {
                     let why = "another release of the repl was made at the same time".to_owned();
                     return Err(self.failed(why, None).await);
                 }
-                Progress::Held(cause) if waited >= CAUSE_AFTER => {
+                Progress::Held(cause) if waited >= told_after(&cause) => {
                     return Err(self.held(cause, pod).await);
                 }
                 Progress::Held(_) | Progress::Waiting if waited >= DEPLOY_PATIENCE => {
@@ -194,6 +206,13 @@ impl Rollouts {
         } else {
             format!("{why}. Its last lines:\n{lines}")
         }
+    }
+}
+
+fn told_after(cause: &Blocked) -> Duration {
+    match cause.code {
+        CONTAINER_REFUSED => LACK_AFTER,
+        _ => CAUSE_AFTER,
     }
 }
 

@@ -17,10 +17,12 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::{
-    ByteStream, CONNECT_TIMEOUT, Check, Opened, Platform, PlatformError, ProgramEvent, ReleaseSpec,
-    RunningRelease, WorkspaceSpec,
+    ByteStream, CONNECT_TIMEOUT, Check, ConfigureError, Opened, Platform, PlatformError,
+    ProgramEvent, ReleaseSpec, RunningRelease, WorkspaceSpec,
 };
-use crate::model::{Limits, Problem, Release, ReplId, ReplStatus, TicketKey, UserId};
+use crate::model::{
+    Limits, Problem, Release, ReplChange, ReplId, ReplSettings, ReplStatus, TicketKey, UserId,
+};
 use crate::storage::DirectoryStore;
 use host::Host;
 use releases::Releases;
@@ -142,6 +144,22 @@ impl Platform for LocalPlatform {
 
     async fn claim(&self, repl: &ReplId, user: &UserId) -> Result<UserId, PlatformError> {
         self.releases.claim(repl, user).await
+    }
+
+    async fn settings(&self, repl: &ReplId) -> Result<ReplSettings, PlatformError> {
+        self.releases.settings(repl)
+    }
+
+    async fn configure(
+        &self,
+        repl: &ReplId,
+        change: &ReplChange,
+    ) -> Result<ReplSettings, ConfigureError> {
+        self.releases.configure(repl, change).await
+    }
+
+    fn repl_of(&self, host: &str) -> Option<ReplId> {
+        self.releases.repl_of(host)
     }
 
     async fn repls(&self) -> Result<Vec<ReplStatus>, PlatformError> {

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
-use crate::model::{Release, ReleaseState, SubmissionId, UserId};
+use crate::model::{Domain, Release, ReleaseState, SecretText, SubmissionId, UserId, Variables};
 
 /// Releases remembered of one repl; older ones can no longer be rolled back to.
 const MAX_RELEASES: usize = 50;
@@ -23,8 +23,48 @@ pub struct Record {
     /// place. Its number is 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workspace: Option<Stored>,
+    /// What its next release begins with.
+    #[serde(default)]
+    pub given: Given,
     /// Since when it has been stopped, or known.
     pub since: Timestamp,
+}
+
+/// Variables and domains as they are stored: in a file that only the server reads.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Given {
+    env: BTreeMap<String, String>,
+    #[serde(serialize_with = "exposed")]
+    secrets: BTreeMap<String, SecretText>,
+    /// Host names of its own.
+    #[serde(default)]
+    pub domains: Vec<Domain>,
+}
+
+fn exposed<S: Serializer>(
+    secrets: &BTreeMap<String, SecretText>,
+    to: S,
+) -> Result<S::Ok, S::Error> {
+    to.collect_map(secrets.iter().map(|(name, value)| (name, value.expose())))
+}
+
+impl Given {
+    /// The variables.
+    pub fn variables(&self) -> Variables {
+        Variables {
+            env: self.env.clone(),
+            secrets: self.secrets.clone(),
+        }
+    }
+
+    /// The same with these variables.
+    pub fn with(self, Variables { env, secrets }: Variables) -> Self {
+        Self {
+            env,
+            secrets,
+            ..self
+        }
+    }
 }
 
 /// A release and what it takes to start it.
@@ -37,6 +77,9 @@ pub struct Stored {
     pub argv: Vec<String>,
     /// The program's own variables.
     pub env: BTreeMap<String, String>,
+    /// The repl's variables and domains that it runs with.
+    #[serde(default)]
+    pub given: Given,
     /// Whether it has a database.
     pub database: bool,
 }
@@ -49,6 +92,7 @@ impl Record {
             wanted: false,
             releases: Vec::new(),
             workspace: None,
+            given: Given::default(),
             since: Timestamp::now(),
         }
     }
@@ -100,8 +144,9 @@ impl Record {
         self.end_current(ReleaseState::Superseded);
         let number = stored.release.release;
         stored.release.state = ReleaseState::Current;
+        self.given = stored.given.clone();
         match self.numbered(number) {
-            Some(known) => known.release.state = ReleaseState::Current,
+            Some(known) => *known = stored,
             None => self.releases.push(stored),
         }
     }
@@ -110,7 +155,18 @@ impl Record {
     pub fn opens(&mut self, stored: Stored) {
         self.wanted = true;
         self.since = Timestamp::now();
+        self.given = stored.given.clone();
         self.workspace = Some(stored);
+    }
+
+    /// Its host names are these from now on, those of what runs, too.
+    pub fn name(&mut self, domains: Vec<Domain>) {
+        let mut all = self.workspace.iter_mut().chain(&mut self.releases);
+        let current = all.find(|stored| stored.release.state == ReleaseState::Current);
+        if let Some(current) = current {
+            current.given.domains.clone_from(&domains);
+        }
+        self.given.domains = domains;
     }
 
     /// This release did not come up. A rollback that failed leaves it as good as it was.
@@ -164,7 +220,7 @@ impl Record {
 
 impl Stored {
     /// The current files, run by this command.
-    pub fn workspace(argv: Vec<String>) -> Self {
+    pub fn workspace(argv: Vec<String>, given: Given) -> Self {
         Self {
             release: Release {
                 release: 0,
@@ -174,8 +230,20 @@ impl Stored {
             },
             argv,
             env: BTreeMap::new(),
+            given,
             database: false,
         }
+    }
+
+    /// What its program gets: its own variables go before its repl's.
+    pub fn variables(&self) -> BTreeMap<String, String> {
+        let given = self.given.variables();
+        let given = given.all();
+        let mut all: BTreeMap<String, String> = given
+            .map(|(name, value)| (name.clone(), value.to_owned()))
+            .collect();
+        all.extend(self.env.clone());
+        all
     }
 
     /// Whether it is the current files, and no release.
@@ -199,6 +267,7 @@ mod tests {
             },
             argv: Vec::new(),
             env: BTreeMap::new(),
+            given: record.given.clone(),
             database: false,
         }
     }
@@ -245,7 +314,7 @@ mod tests {
     fn a_workspace_is_no_release_to_go_back_to_and_gives_way_to_one() {
         let mut record = record(2, 0);
         record.stopped();
-        record.opens(Stored::workspace(Vec::new()));
+        record.opens(Stored::workspace(Vec::new(), Given::default()));
         assert!(record.current().unwrap().is_workspace());
         assert_eq!(record.earlier(None).unwrap().release.release, 2);
         assert!(record.earlier(Some(0)).is_none());
@@ -253,6 +322,31 @@ mod tests {
         assert_eq!(record.current().unwrap().release.release, 3);
         record.stopped();
         assert!(record.current().is_none());
+    }
+
+    #[test]
+    fn variables_are_a_releases_and_stored_whole() {
+        let given = |value: &str| Given {
+            env: BTreeMap::from([("A".to_owned(), value.to_owned())]),
+            secrets: BTreeMap::from([("S".to_owned(), SecretText::from(value.to_owned()))]),
+            domains: vec![format!("{value}.example").parse().unwrap()],
+        };
+        let mut record = record(1, 0);
+        let changed = Stored {
+            given: given("one"),
+            ..record.current().unwrap().clone()
+        };
+        record.serves(changed);
+        record.serves(Stored {
+            given: given("two"),
+            ..next(&record)
+        });
+        let stored = serde_json::to_vec(&record).unwrap();
+        let mut record: Record = serde_json::from_slice(&stored).unwrap();
+        assert_eq!(record.given, given("two"));
+        assert_eq!(record.earlier(None).unwrap().given, given("one"));
+        record.serves(record.earlier(None).unwrap().clone());
+        assert_eq!((record.given, record.releases.len()), (given("one"), 2));
     }
 
     #[test]

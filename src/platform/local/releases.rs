@@ -1,5 +1,6 @@
 //! Repls and their releases on this machine: a record per repl, a program per current release.
 
+mod settings;
 mod workspace;
 
 use std::collections::HashMap;
@@ -143,8 +144,11 @@ impl Releases {
             // An earlier server released it and was killed before it said so.
             return self.switch(&spec.repl_id, known).await;
         }
-        let last = self.with(&spec.repl_id, |repl| repl.record.last_number());
-        let number = last.unwrap_or(0) + 1;
+        let known = self.with(&spec.repl_id, |repl| {
+            (repl.record.last_number(), repl.record.given.clone())
+        });
+        let (last, given) = known.unwrap_or_default();
+        let number = last + 1;
         let stored = Stored {
             release: Release {
                 release: number,
@@ -154,6 +158,7 @@ impl Releases {
             },
             argv: spec.argv.clone(),
             env: spec.env.clone(),
+            given,
             database: spec.database,
         };
         self.switch(&spec.repl_id, stored).await
@@ -168,12 +173,13 @@ impl Releases {
         let changing = self.changing(repl);
         let _one = changing.lock().await;
         let target = self.with(repl, |repl| repl.record.earlier(release).cloned());
-        let target = target.flatten().ok_or_else(|| {
+        let mut target = target.flatten().ok_or_else(|| {
             PlatformError::NotFound(match release {
                 Some(number) => format!("release {number} of {repl} that served"),
                 None => format!("an earlier release of {repl}"),
             })
         })?;
+        target.given.domains = self.nameable(repl, target.given.domains);
         self.switch(repl, target).await
     }
 
@@ -366,7 +372,7 @@ impl Releases {
             name: "release".to_owned(),
             writable: false,
         }];
-        let mut env = stored.env.clone();
+        let mut env = stored.variables();
         if stored.database {
             let from = self.database(repl)?;
             placed.push(Placed {
@@ -480,8 +486,10 @@ impl Releases {
             state,
             ready: u32::from(is_ready(state, repl.record.current())),
             replicas: wanted,
+            autoscale: None,
             restarts: standing.as_ref().map_or(0, |s| s.restarts),
             url: self.url(id),
+            domains: repl.record.given.domains.clone(),
             release: number.filter(|number| *number > 0),
             last_error: standing.and_then(|s| s.last_error),
             since,

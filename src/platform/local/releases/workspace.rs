@@ -18,7 +18,7 @@ impl Releases {
             // What an earlier server was running comes back; it was killed in between.
             let stored = match self.current(repl) {
                 Some(stored) => stored,
-                None => Stored::workspace(spec.argv.clone()),
+                None => Stored::workspace(spec.argv.clone(), self.given(repl)),
             };
             self.begin(repl, stored).await?;
         }
@@ -40,7 +40,7 @@ impl Releases {
     }
 
     /// Recorded first: a server that is killed in between brings it up at its next start.
-    async fn begin(&self, repl: &ReplId, stored: Stored) -> Result<(), PlatformError> {
+    pub(super) async fn begin(&self, repl: &ReplId, stored: Stored) -> Result<(), PlatformError> {
         self.with(repl, |repl| repl.record.opens(stored.clone()));
         self.save(repl)?;
         match self.start(repl, &stored).await {
