@@ -143,6 +143,9 @@ impl Client {
     }
 }
 
+/// Within which a revoked key closes what it opened, and a margin for a busy machine.
+const REVOKED: Duration = Duration::from_secs(10);
+
 const QUIET: &str = "import time\ntime.sleep(1000)\n";
 
 #[tokio::test]
@@ -247,6 +250,17 @@ async fn a_stranger_gets_nothing() {
             .await
             .err()
     };
+    // Its own user's key opens it, for as long as it is good.
+    let (id, ann) = server.user("ann").await;
+    let headers = [("x-api-key", ann.as_str())];
+    let opened = Socket::open(&server, "/repls/shop/terminal", &headers).await;
+    let mut client = Client::new(opened.expect("no connection"));
+    assert!(client.open("hers").await);
+    assert!(server.key_command(&["revoke", &id]).status.success());
+    let ended = async { while let Some(Ok(_)) = client.socket.0.next().await {} };
+    let ended = tokio::time::timeout(REVOKED, ended).await;
+    assert!(ended.is_ok(), "a terminal outlives the key that opened it");
+    assert_eq!(by(&ann).await, Some(401));
     assert_eq!(by(&bob).await, Some(404));
     assert_eq!(by("gtk_wrong").await, Some(401));
     for path in ["/repls/shop/ticket", "/repls/shop/save"] {

@@ -17,6 +17,7 @@ use hyper_util::rt::TokioIo;
 use super::Edge;
 use super::caller::COOKIE;
 use super::server::Peer;
+use super::session::revoked;
 use crate::model::ReplId;
 use crate::platform::{ByteStream, PlatformError};
 
@@ -46,6 +47,10 @@ pub enum Door {
     /// The runner's.
     Runner,
 }
+
+/// The id of the key that opened a connection, which ends with it.
+#[derive(Debug, Clone)]
+pub struct OpenedBy(pub String);
 
 /// Passes a request on to the repl's program, or to its runner, and the answer back.
 pub async fn forward(
@@ -132,6 +137,7 @@ async fn exchange(
     stream: Box<dyn ByteStream>,
 ) -> Result<Response, Failure> {
     let peer = request.extensions().get::<Peer>().cloned();
+    let opened_by = request.extensions().get::<OpenedBy>().cloned();
     let wanted = upgrade_wanted(request.headers());
     let client_side = wanted.is_some().then(|| hyper::upgrade::on(&mut request));
     prepare_request(&mut request, wanted.as_ref(), peer.as_ref());
@@ -157,15 +163,32 @@ async fn exchange(
     keep_session_cookie_ours(response.headers_mut());
     if let (Some(client_side), Some(program_side)) = (client_side, program_side) {
         put_upgrade(response.headers_mut(), upgraded_to.as_ref());
-        join(edge, client_side, program_side, peer);
+        let joined = join(edge, client_side, program_side, peer);
+        match opened_by {
+            Some(OpenedBy(key)) => {
+                let (tasks, edge) = (edge.shutdown.tasks.clone(), Arc::clone(edge));
+                tasks.spawn(async move {
+                    tokio::select! {
+                        () = joined => {}
+                        () = revoked(&edge, &key) => {}
+                    }
+                });
+            }
+            None => drop(edge.shutdown.tasks.spawn(joined)),
+        }
     }
     Ok(response.map(Body::new))
 }
 
 /// Copies bytes both ways until one side ends or the server stops.
-fn join(edge: &Arc<Edge>, client: OnUpgrade, program: OnUpgrade, peer: Option<Peer>) {
+fn join(
+    edge: &Edge,
+    client: OnUpgrade,
+    program: OnUpgrade,
+    peer: Option<Peer>,
+) -> impl Future<Output = ()> + Send + 'static {
     let stop = edge.shutdown.token.clone();
-    edge.shutdown.tasks.spawn(async move {
+    async move {
         let copied = async {
             let (client, program) = tokio::try_join!(client, program).ok()?;
             let (mut client, mut program) = (TokioIo::new(client), TokioIo::new(program));
@@ -175,7 +198,7 @@ fn join(edge: &Arc<Edge>, client: OnUpgrade, program: OnUpgrade, peer: Option<Pe
         };
         stop.run_until_cancelled(copied).await;
         drop(peer);
-    });
+    }
 }
 
 /// The protocol a message wants to change to, when it says so properly.

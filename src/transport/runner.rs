@@ -13,7 +13,7 @@ use super::Edge;
 use super::body::{ProblemBody, Query};
 use super::caller::Authenticated;
 use super::problem::HttpProblem;
-use super::proxy::{self, Door};
+use super::proxy::{self, Door, OpenedBy};
 use super::repls::{owned, platform_problem};
 use super::ws::{CodeQuery, caller_of};
 use crate::model::ReplId;
@@ -81,6 +81,7 @@ pub async fn terminal(
     let target = format!("/?ticket={ticket}");
     parts.uri = Uri::try_from(target)
         .map_err(|error| HttpProblem::internal(format!("the runner's URL: {error}")))?;
+    parts.extensions.insert(OpenedBy(caller.key_id.clone()));
     let request = Request::from_parts(parts, body);
     Ok(proxy::forward(&edge, Some(repl), Door::Runner, request).await)
 }

@@ -124,7 +124,7 @@ pub async fn run(edge: Arc<Edge>, caller: Caller, passed: bool, io: hyper::upgra
 }
 
 /// Resolves when the key no longer counts.
-async fn revoked(edge: &Edge, key_id: &str) {
+pub async fn revoked(edge: &Edge, key_id: &str) {
     let mut changes = edge.keys.changes();
     while edge.keys.caller(key_id).is_some() {
         if changes.changed().await.is_err() {
