@@ -1,4 +1,4 @@
-//! The command line's side of the protocol: `gantry submit`, `logs`, `ps`, `repl`, `rollback` and
+//! The command line's side of the protocol: `gantry submit`, `logs`, `ps`, `repl`, `rollback`, `module` and
 //! `service`.
 //!
 //! Data goes to standard output, everything else to standard error, so that output can be piped.
@@ -11,6 +11,7 @@ mod frame;
 mod http;
 mod logs;
 mod message;
+mod module;
 mod progress;
 mod ps;
 mod render;
@@ -45,6 +46,9 @@ pub enum Command {
     /// What a repl runs with: its replicas, variables and domains
     #[command(subcommand)]
     Repl(repl::ReplCommand),
+    /// Python modules: any function of them is called over gRPC, each in a pod of its own
+    #[command(subcommand)]
+    Module(module::ModuleCommand),
     /// Services: images run with N replicas, kept at N when nodes die
     #[command(subcommand)]
     Service(service::ServiceCommand),
@@ -59,6 +63,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Ps(args) => ps::run(args).await,
         Command::Rollback(args) => rollback::run(args).await,
         Command::Repl(command) => repl::run(command).await,
+        Command::Module(command) => module::run(command).await,
         Command::Service(command) => service::run(command).await,
     };
     let exit = ended.unwrap_or_else(|failure: Failure| {

@@ -8,6 +8,7 @@ mod id;
 mod image;
 mod language;
 mod limits;
+mod module;
 mod outcome;
 mod problem;
 mod release;
@@ -23,6 +24,10 @@ pub use id::{IdError, ReplId, ServiceName, SubmissionId, UserId};
 pub use image::{ImageError, ImageName};
 pub use language::{LANGUAGES, Language, ReportFormat, TestRunner};
 pub use limits::{Limits, LimitsRequest, MAX_CODE_BYTES, MAX_MESSAGE_BYTES};
+pub use module::{
+    MAX_MODULE_REPLICAS, ModuleName, ModuleNameError, ModuleRequest, ModuleSpec, ModuleState,
+    ModuleStatus, Package, replicas as module_replicas,
+};
 pub use outcome::{Outcome, Reason, Status, TestResult, Usage};
 pub use problem::Problem;
 pub use release::{Release, ReleaseState, ReplState, ReplStatus};

@@ -4,6 +4,7 @@ mod control;
 mod course;
 mod fit;
 mod junit;
+pub mod modules;
 mod names;
 mod places;
 mod plan;

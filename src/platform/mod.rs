@@ -7,6 +7,7 @@
 pub mod conformance;
 pub mod kubernetes;
 pub mod local;
+mod modules;
 mod services;
 mod sessions;
 
@@ -23,6 +24,7 @@ use crate::model::{
 };
 
 pub use crate::runner::client::ByteStream;
+pub use modules::{Modules, ModulesError};
 pub use services::{Services, ServicesError};
 pub use sessions::Sessions;
 
@@ -245,6 +247,11 @@ pub trait Platform: Send + Sync + fmt::Debug {
 
     /// Services; `None` on a backend that has only one machine to run them on.
     fn services(&self) -> Option<Arc<dyn Services>> {
+        None
+    }
+
+    /// Python modules served over gRPC; `None` on a backend that has none.
+    fn modules(&self) -> Option<Arc<dyn Modules>> {
         None
     }
 

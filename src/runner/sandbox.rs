@@ -59,6 +59,8 @@ pub struct SandboxSpec {
     pub shown: Vec<PathBuf>,
     /// Host folders shown at another place, writable or not.
     pub placed: Vec<Placed>,
+    /// Host folders shown to user code at another place, read-only.
+    pub inside: Vec<Placed>,
     /// `cgroup.procs` files to join first.
     pub cgroups: Vec<PathBuf>,
     /// Whether it shares the machine's network.
@@ -393,6 +395,12 @@ fn build_root(spec: &SandboxSpec, owner: Option<u32>) -> anyhow::Result<()> {
     }
     for path in &spec.shown {
         show(path, &base).with_context(|| format!("showing {}", path.display()))?;
+    }
+    for placed in &spec.inside {
+        let at = base.join(&placed.name);
+        fs::create_dir_all(&at)?;
+        bind(&placed.from, &at, false)?;
+        set_read_only(&at)?;
     }
     describe_users(&base.join("etc"))?;
     write_hook(&base.join(HOOK_FOLDER))?;

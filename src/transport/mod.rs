@@ -9,6 +9,7 @@ mod caller;
 mod guard;
 mod health;
 mod logs;
+mod modules;
 mod page;
 mod peers;
 mod problem;
@@ -39,7 +40,7 @@ use futures_util::FutureExt;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tower::ServiceExt;
 use utoipa::OpenApi;
-use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
 
 use crate::auth::{Keys, OneTime, RateLimits, Sessions};
@@ -48,6 +49,7 @@ use crate::journal::Journal;
 use crate::logs::LogSearch;
 use crate::model::ReplId;
 use crate::pipeline::Pipeline;
+use crate::pipeline::modules::ModuleCalls;
 use crate::platform::Platform;
 use crate::shutdown::Shutdown;
 
@@ -101,6 +103,8 @@ pub struct Edge {
     pub pipeline: Pipeline,
     /// Who owns sandboxes and releases.
     pub platform: Arc<dyn Platform>,
+    /// Python modules; `None` where the platform has none.
+    pub modules: Option<ModuleCalls>,
     /// Other replicas of this server.
     pub peers: Arc<Peers>,
     /// Numbers for `/metrics`.
@@ -161,6 +165,7 @@ impl Edge {
             journal: parts.journal,
             search: parts.search,
             pipeline: parts.pipeline,
+            modules: parts.platform.modules().map(ModuleCalls::new),
             platform: parts.platform,
             peers: parts.peers,
             numbers: parts.numbers,
@@ -366,6 +371,12 @@ pub fn router(edge: Arc<Edge>) -> Router {
         .routes(routes!(services::node_state))
         .routes(routes!(services::container_state))
         .routes(routes!(services::service_state))
+        .routes(routes!(modules::create))
+        .routes(routes!(modules::run).layer(DefaultBodyLimit::max(modules::MAX_CALL_BYTES)))
+        .routes(routes!(modules::list))
+        .routes(routes!(modules::describe))
+        .routes(routes!(modules::scale))
+        .routes(routes!(modules::remove))
         .routes(routes!(logs::search))
         .routes(routes!(health::alive))
         .routes(routes!(health::ready))

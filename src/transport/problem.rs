@@ -50,6 +50,32 @@ impl HttpProblem {
         self
     }
 
+    /// The body, for streams whose status is sent already.
+    pub fn value(&self) -> Value {
+        let Inner {
+            status,
+            problem,
+            extra,
+            retry_after: _,
+        } = &*self.0;
+        let mut body = Map::new();
+        body.insert(
+            "type".into(),
+            json!(format!("urn:gantry:problem:{}", problem.code)),
+        );
+        body.insert(
+            "title".into(),
+            json!(status.canonical_reason().unwrap_or("Error")),
+        );
+        body.insert("status".into(), json!(status.as_u16()));
+        body.insert("detail".into(), json!(problem.message));
+        body.insert("code".into(), json!(problem.code));
+        body.insert("cause".into(), json!(problem.cause));
+        body.insert("remediation".into(), json!(problem.remediation));
+        body.extend(extra.clone());
+        Value::Object(body)
+    }
+
     /// Says when to ask again.
     pub fn retry_after(mut self, seconds: u64) -> Self {
         self.0.retry_after = Some(seconds);
@@ -117,28 +143,12 @@ impl HttpProblem {
 
 impl IntoResponse for HttpProblem {
     fn into_response(self) -> Response {
+        let mut response = Response::new(Body::from(self.value().to_string()));
         let Inner {
             status,
-            problem,
-            extra,
             retry_after,
+            ..
         } = *self.0;
-        let mut body = Map::new();
-        body.insert(
-            "type".into(),
-            json!(format!("urn:gantry:problem:{}", problem.code)),
-        );
-        body.insert(
-            "title".into(),
-            json!(status.canonical_reason().unwrap_or("Error")),
-        );
-        body.insert("status".into(), json!(status.as_u16()));
-        body.insert("detail".into(), json!(problem.message));
-        body.insert("code".into(), json!(problem.code));
-        body.insert("cause".into(), json!(problem.cause));
-        body.insert("remediation".into(), json!(problem.remediation));
-        body.extend(extra);
-        let mut response = Response::new(Body::from(Value::Object(body).to_string()));
         *response.status_mut() = status;
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(CONTENT_TYPE));

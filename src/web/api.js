@@ -5,10 +5,10 @@ const REQUEST_TIMEOUT_MS = 60_000;
 
 /** An RFC 9457 problem, or a failure to reach the server in the same shape. */
 export class Problem extends Error {
-  constructor({ status = 0, title, detail, code, cause, remediation }) {
+  constructor({ status = 0, title, detail, code, cause, remediation, traceback }) {
     super(detail || title);
     this.name = "Problem";
-    Object.assign(this, { status, title, detail, code, reason: cause, remediation });
+    Object.assign(this, { status, title, detail, code, reason: cause, remediation, traceback });
   }
 }
 
@@ -29,6 +29,7 @@ async function problemFrom(response) {
     code: text(body?.code),
     cause: text(body?.cause),
     remediation: text(body?.remediation),
+    traceback: text(body?.exception?.traceback),
   });
 }
 
@@ -100,6 +101,14 @@ export const api = {
     request("POST", "/service", { body: { userId, services: [{ serviceName, replicas }] } }),
   deleteService: ({ serviceName, userId }) =>
     request("DELETE", `/service/${encodeURIComponent(serviceName)}`, { query: { userId } }),
+  modules: (signal) => request("GET", "/modules", { signal }),
+  module: ({ module, user_id: userId }, namespace, signal) =>
+    request("GET", `/modules/${encodeURIComponent(module)}`, { query: { userId, namespace }, signal }),
+  createModule: (module, body) => request("POST", `/create_pod/${encodeURIComponent(module)}`, { body }),
+  callModule: ({ module, user_id: userId }, method, body) =>
+    request("POST", "/run_module", { query: { module_name: module, method_name: method, userId }, body }),
+  removeModule: ({ module, user_id: userId }) =>
+    request("DELETE", `/pod/${encodeURIComponent(module)}`, { query: { userId } }),
   logs: (query, signal) => request("GET", "/logs", { query, signal }),
 };
 

@@ -8,6 +8,7 @@ import { href, route } from "./router.js";
 import { RunPanel } from "./run-panel.js";
 import { SubmissionsPanel } from "./submissions-panel.js";
 import { ReplsPanel } from "./repls-panel.js";
+import { ModulesPanel } from "./modules-panel.js";
 import { ServicesPanel } from "./services-panel.js";
 import { LogsPanel } from "./logs-panel.js";
 import { SignIn } from "./sign-in.js";
@@ -18,6 +19,7 @@ const PANELS = [
   { tab: "run", title: "Run", panel: RunPanel, keep: true },
   { tab: "submissions", title: "Submissions", panel: SubmissionsPanel },
   { tab: "repls", title: "Repls", panel: ReplsPanel },
+  { tab: "modules", title: "Modules", panel: ModulesPanel },
   { tab: "services", title: "Services", panel: ServicesPanel },
   { tab: "logs", title: "Logs", panel: LogsPanel },
 ];

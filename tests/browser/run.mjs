@@ -246,6 +246,30 @@ async function listChecks() {
     await byId("releases").getByText("current").waitFor();
     await shot("repls");
   });
+  await checks.check("a module is created, its functions are found, and one is called", async () => {
+    await openTab("modules");
+    await byId("module-name").fill("math");
+    await byId("create-module").click();
+    // The first module of a server waits for pip.
+    await page.locator(".row", { hasText: "math" }).locator("[data-state=running]").waitFor({ timeout: 240_000 });
+    await page.locator("a.row", { hasText: "math" }).click();
+    await byId("function-filter").fill("sqr");
+    await page.locator("[data-function=sqrt]").click();
+    await byId("call-form").getByText("Return the square root of x.").waitFor();
+    await byId("call-args").fill("[16");
+    await byId("call").click();
+    await byId("call-wrong").getByText("Arguments").waitFor();
+    await byId("call-args").fill("[16]");
+    await byId("call").click();
+    await byId("module-result").getByText("4").waitFor();
+    await shot("modules");
+    await byId("call-args").fill("[-1]");
+    await byId("call").click();
+    await byId("traceback").getByText("ValueError").waitFor();
+    await byId("remove-module").click();
+    await page.getByRole("button", { name: "Remove it" }).click();
+    await page.getByText("No such module").waitFor();
+  });
   await checks.check("without a cluster the Services tab says how to get one", async () => {
     await openTab("services");
     await byId("no-services").getByText("GANTRY_PLATFORM=kubernetes").waitFor();
@@ -391,7 +415,7 @@ async function lookChecks() {
     await byId("theme").click();
     await page.emulateMedia({ colorScheme: "light" });
     await page.setViewportSize(NARROW);
-    for (const tab of ["submissions", "repls", "services", "logs", "run"]) {
+    for (const tab of ["submissions", "repls", "modules", "services", "logs", "run"]) {
       await openTab(tab);
       await sleep(400);
       const width = await page.evaluate(() => document.documentElement.scrollWidth);

@@ -97,6 +97,7 @@ fn probe_isolation(runner: &Path, folder: &Path, checks: &mut Vec<Check>) -> Iso
             folder: folder.to_owned(),
             shown: SHOWN.iter().map(PathBuf::from).collect(),
             placed: Vec::new(),
+            inside: Vec::new(),
             cgroups: Vec::new(),
             network: false,
             role: Role::Trial,

@@ -3,6 +3,7 @@
 mod cgroup;
 mod host;
 mod launch;
+mod modules;
 mod program;
 mod record;
 mod releases;
@@ -17,7 +18,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::{
-    ByteStream, CONNECT_TIMEOUT, Check, ConfigureError, Opened, Platform, PlatformError,
+    ByteStream, CONNECT_TIMEOUT, Check, ConfigureError, Modules, Opened, Platform, PlatformError,
     ProgramEvent, ReleaseSpec, RunningRelease, WorkspaceSpec,
 };
 use crate::model::{
@@ -25,6 +26,7 @@ use crate::model::{
 };
 use crate::storage::DirectoryStore;
 use host::Host;
+use modules::LocalModules;
 use releases::Releases;
 use sandboxes::Sandboxes;
 
@@ -52,6 +54,7 @@ pub struct LocalConfig {
 pub struct LocalPlatform {
     sandboxes: Arc<Sandboxes>,
     releases: Releases,
+    modules: Arc<LocalModules>,
 }
 
 /// Program output that may wait for the journal: when it cannot keep up, programs are slowed.
@@ -70,11 +73,14 @@ impl LocalPlatform {
         let asked = Arc::clone(&sandboxes);
         tokio::spawn(async move { asked.interpreters().await });
         let (tell, events) = mpsc::channel(MAX_WAITING_EVENTS);
+        let modules = LocalModules::open(config.clone(), Arc::clone(&sandboxes))?;
         let releases = Releases::open(config, store, Arc::clone(&sandboxes), tell, events)?;
         releases.bring_back();
+        modules.bring_back();
         Ok(LocalPlatform {
             sandboxes,
             releases,
+            modules,
         })
     }
 }
@@ -182,11 +188,16 @@ impl Platform for LocalPlatform {
         self.releases.ticket_key(repl)
     }
 
+    fn modules(&self) -> Option<Arc<dyn Modules>> {
+        Some(Arc::clone(&self.modules) as Arc<dyn Modules>)
+    }
+
     async fn next_program_event(&self) -> Option<ProgramEvent> {
         self.releases.next_event().await
     }
 
     async fn shutdown(&self) {
+        self.modules.stop_all().await;
         self.releases.stop_all().await;
         self.sandboxes.drop_all().await;
     }

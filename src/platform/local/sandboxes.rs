@@ -182,9 +182,19 @@ impl Sandboxes {
         tenant: Tenant,
         role: impl FnOnce(AgentConfig) -> Role,
     ) -> anyhow::Result<Sandbox> {
+        self.make_showing(tenant, Vec::new(), role).await
+    }
+
+    /// The same, with more of the host's folders shown to user code, read-only.
+    pub async fn make_showing(
+        &self,
+        tenant: Tenant,
+        inside: Vec<Placed>,
+        role: impl FnOnce(AgentConfig) -> Role,
+    ) -> anyhow::Result<Sandbox> {
         let number = self.take_number();
         let group = self.group(&tenant.name);
-        let made = self.make_numbered(number, tenant, role).await;
+        let made = self.make_numbered(number, tenant, inside, role).await;
         if made.is_err() {
             self.return_number(number);
             // It may wait for processes to leave; the next sandbox of this name makes it anew.
@@ -197,6 +207,7 @@ impl Sandboxes {
         &self,
         number: u32,
         tenant: Tenant,
+        inside: Vec<Placed>,
         role: impl FnOnce(AgentConfig) -> Role,
     ) -> anyhow::Result<Sandbox> {
         let interpreters = self.interpreters().await;
@@ -213,6 +224,7 @@ impl Sandboxes {
             isolation: self.isolation(number),
             folder: folder.join("root"),
             shown: interpreters.shown.clone(),
+            inside,
             cgroups,
             network: tenant.network,
             role: role(self.agent_config(&tenant, &interpreters)),

@@ -1,0 +1,571 @@
+//! Modules: a function of a Python module is called in a pod of its user's, and its result comes back.
+
+mod channel;
+mod wire;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt};
+use hyper::http::uri::PathAndQuery;
+use serde::Serialize;
+use tokio::time::{Instant, sleep, timeout};
+use tonic::client::Grpc;
+use tonic::transport::Channel;
+use tonic::{Code, Request, Status};
+use tonic_prost::ProstCodec;
+
+use crate::model::{ModuleName, ModuleSpec, ModuleStatus, Problem, UserId};
+use crate::platform::{Modules as Backend, ModulesError, PlatformError};
+use wire::{
+    CallOutcome, CallReply, CallRequest, DescribeRequest, Description, StreamEvent, StreamPart,
+};
+pub use wire::{Failure, Kind};
+
+/// Largest message to or from a pod: a result, and what goes with it.
+const MAX_MESSAGE: usize = (16 << 20) + (64 << 10);
+
+/// Longest and usual time of a call, as of any run.
+pub const MAX_CALL: Duration = Duration::from_secs(60);
+const USUAL_CALL: Duration = Duration::from_secs(10);
+
+/// The pod tells itself that a call took too long; only when it does not within this, Gantry does.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// How long a new pod is waited for: as long as a release.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A call waits for a pod that is being started again this long.
+const BACK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Pause before a pod that does not answer yet is tried again.
+const AGAIN: Duration = Duration::from_millis(25);
+
+/// How long the names of a module's pods are taken as they were: a new one gets calls this much later.
+const NAMES_KEPT: Duration = Duration::from_secs(1);
+
+/// Why a module did not do what it was asked.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ModuleError {
+    /// There is no pod of this module.
+    #[error("there is no pod of this module")]
+    NoPod,
+    /// The module said no, or could not.
+    #[error("{}", .0.message)]
+    Failed(Box<Failure>),
+    /// The pod was not made.
+    #[error("{}", .0.message)]
+    Refused(Problem),
+    /// The pod, or the platform, does not answer.
+    #[error("{}", .0.message)]
+    Unavailable(Problem),
+    /// No answer in time, not even that.
+    #[error("no answer within {} ms", .0.as_millis())]
+    Late(Duration),
+}
+
+impl From<Failure> for ModuleError {
+    fn from(failure: Failure) -> Self {
+        ModuleError::Failed(Box::new(failure))
+    }
+}
+
+impl From<PlatformError> for ModuleError {
+    fn from(error: PlatformError) -> Self {
+        match error {
+            PlatformError::NotFound(_) => ModuleError::NoPod,
+            PlatformError::Unavailable(problem) | PlatformError::NotReady(problem) => {
+                ModuleError::Unavailable(problem)
+            }
+        }
+    }
+}
+
+/// A call of a function.
+#[derive(Debug, Clone)]
+pub struct Call {
+    /// The function, dotted where it is inside something.
+    pub method: String,
+    /// A JSON list.
+    pub args: Bytes,
+    /// A JSON object.
+    pub kwargs: Bytes,
+    /// Longest time; `None`: the usual one.
+    pub timeout: Option<Duration>,
+}
+
+/// What a function returned.
+#[derive(Debug, Clone)]
+pub struct Returned {
+    /// As JSON.
+    pub result: Bytes,
+    /// The arguments did not fit, and the list itself was passed as the only one.
+    pub as_list: bool,
+}
+
+/// What happens while a function runs.
+#[derive(Debug, Clone)]
+pub enum Happening {
+    /// A generator's next value, as JSON.
+    Item(Bytes),
+    /// What it printed.
+    Output {
+        /// `stdout` or `stderr`.
+        stream: String,
+        /// The bytes.
+        data: Bytes,
+    },
+    /// The last one.
+    End(Returned),
+}
+
+/// What can be called.
+#[derive(Debug, Clone, Serialize)]
+pub struct Described {
+    /// The module.
+    pub module: String,
+    /// The version of its package, when it has one.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub version: String,
+    /// Its docstring.
+    pub doc: String,
+    /// Its functions and classes.
+    pub functions: Vec<FunctionDescribed>,
+    /// Parts with functions of their own.
+    pub namespaces: Vec<String>,
+    /// There are more functions.
+    pub truncated: bool,
+}
+
+/// A function of a module.
+#[derive(Debug, Clone, Serialize)]
+pub struct FunctionDescribed {
+    /// Its name.
+    pub name: String,
+    /// Such as `(x, /)`; empty when Python does not know.
+    pub signature: String,
+    /// Its docstring.
+    pub doc: String,
+    /// It is a class.
+    pub is_class: bool,
+}
+
+/// The pods of one module, and the channels to them.
+#[derive(Debug)]
+struct Kept {
+    channels: Vec<(String, Channel)>,
+    looked: Instant,
+    next: Arc<AtomicUsize>,
+}
+
+/// What is asked once more when a pod broke off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Again {
+    /// Only what was not sent: a function may have run.
+    Unsent,
+    /// Anything: it changes nothing.
+    Always,
+}
+
+type Key = (UserId, ModuleName);
+
+/// Modules of a platform, and the channels to their pods.
+#[derive(Debug, Clone)]
+pub struct ModuleCalls {
+    platform: Arc<dyn Backend>,
+    kept: Arc<Mutex<HashMap<Key, Kept>>>,
+}
+
+impl ModuleCalls {
+    /// Of this platform.
+    pub fn new(platform: Arc<dyn Backend>) -> Self {
+        Self {
+            platform,
+            kept: Arc::default(),
+        }
+    }
+
+    /// Makes the module's pods, and returns when one answers: whether they were made now, and how it is. A
+    /// module that does not exist, or cannot be imported, leaves no pods.
+    pub async fn create(
+        &self,
+        user: &UserId,
+        spec: &ModuleSpec,
+    ) -> Result<(bool, ModuleStatus), ModuleError> {
+        let made = self.platform.ensure(user, spec).await;
+        let created = made.map_err(|error| match error {
+            ModulesError::Refused(problem) => ModuleError::Refused(problem),
+            ModulesError::Platform(error) => error.into(),
+        })?;
+        let key = (user.clone(), spec.name.clone());
+        self.forget(&key);
+        match self
+            .described(&key, "", Instant::now() + READY_TIMEOUT)
+            .await
+        {
+            Ok(_) => {}
+            Err(ModuleError::Failed(failure)) => {
+                if created {
+                    self.platform.remove(user, &spec.name).await?;
+                    self.forget(&key);
+                }
+                return Err(ModuleError::Failed(failure));
+            }
+            Err(error) => return Err(error),
+        }
+        let status = self.platform.status(user, &spec.name).await?;
+        Ok((created, status.ok_or(ModuleError::NoPod)?))
+    }
+
+    /// Removes the module's pods; `false`: there were none.
+    pub async fn remove(&self, user: &UserId, name: &ModuleName) -> Result<bool, ModuleError> {
+        let removed = self.platform.remove(user, name).await?;
+        self.forget(&(user.clone(), name.clone()));
+        Ok(removed)
+    }
+
+    /// Has it have so many pods.
+    pub async fn scale(
+        &self,
+        user: &UserId,
+        name: &ModuleName,
+        replicas: u32,
+    ) -> Result<ModuleStatus, ModuleError> {
+        let known = self.platform.status(user, name).await?;
+        known.ok_or(ModuleError::NoPod)?;
+        let spec = ModuleSpec {
+            name: name.clone(),
+            packages: None,
+            replicas: Some(replicas),
+        };
+        self.create(user, &spec).await.map(|(_, status)| status)
+    }
+
+    /// Every user's modules.
+    pub async fn list(&self) -> Result<Vec<ModuleStatus>, ModuleError> {
+        Ok(self.platform.list().await?)
+    }
+
+    /// What can be called in the module, or in a part of it.
+    pub async fn describe(
+        &self,
+        user: &UserId,
+        name: &ModuleName,
+        namespace: &str,
+    ) -> Result<Described, ModuleError> {
+        let key = (user.clone(), name.clone());
+        let until = Instant::now() + BACK_TIMEOUT;
+        let told = self.described(&key, namespace, until).await?;
+        let functions = told.functions.into_iter().map(|one| FunctionDescribed {
+            name: one.name,
+            signature: one.signature,
+            doc: one.doc,
+            is_class: one.is_class,
+        });
+        Ok(Described {
+            module: told.module,
+            version: told.version,
+            doc: told.doc,
+            functions: functions.collect(),
+            namespaces: told.namespaces,
+            truncated: told.truncated,
+        })
+    }
+
+    async fn described(
+        &self,
+        key: &Key,
+        namespace: &str,
+        until: Instant,
+    ) -> Result<Description, ModuleError> {
+        let request = DescribeRequest {
+            namespace: namespace.to_owned(),
+        };
+        let bound = until.saturating_duration_since(Instant::now()) + GRACE;
+        let asked = self.reached(key, until, Again::Always, |channel| {
+            let mut request = Request::new(request.clone());
+            request.set_timeout(bound);
+            async move {
+                let mut client = client(channel);
+                client.ready().await.map_err(not_ready)?;
+                let codec = ProstCodec::<DescribeRequest, Description>::default();
+                let answer = client.unary(request, path("Describe"), codec).await?;
+                Ok(answer.into_inner())
+            }
+        });
+        let described = timeout(bound, asked).await;
+        let described = described.map_err(|_| ModuleError::Late(bound))??;
+        match described.failure {
+            Some(failure) => Err(failure.into()),
+            None => Ok(described),
+        }
+    }
+
+    /// Calls a function. When this is dropped, the call is ended.
+    pub async fn call(
+        &self,
+        user: &UserId,
+        name: &ModuleName,
+        call: &Call,
+    ) -> Result<Returned, ModuleError> {
+        let key = (user.clone(), name.clone());
+        let (request, bound) = prepared(call);
+        let until = Instant::now() + BACK_TIMEOUT;
+        let asked = self.reached(&key, until, Again::Unsent, |channel| {
+            let request = Request::new(request.clone());
+            async move {
+                let mut client = client(channel);
+                client.ready().await.map_err(not_ready)?;
+                let codec = ProstCodec::<CallRequest, CallReply>::default();
+                let answer = client.unary(request, path("Call"), codec).await?;
+                Ok(answer.into_inner())
+            }
+        });
+        let answered = timeout(bound, asked).await;
+        returned(answered.map_err(|_| ModuleError::Late(bound))??)
+    }
+
+    /// Calls a function and tells what happens while it runs. When the stream is dropped, the call is
+    /// ended.
+    pub async fn stream(
+        &self,
+        user: &UserId,
+        name: &ModuleName,
+        call: &Call,
+    ) -> Result<impl Stream<Item = Result<Happening, ModuleError>> + Send + use<>, ModuleError>
+    {
+        let key = (user.clone(), name.clone());
+        let (request, bound) = prepared(call);
+        let until = Instant::now() + BACK_TIMEOUT;
+        let asked = self.reached(&key, until, Again::Unsent, |channel| {
+            let mut request = Request::new(request.clone());
+            request.set_timeout(bound);
+            async move {
+                let mut client = client(channel);
+                client.ready().await.map_err(not_ready)?;
+                let codec = ProstCodec::<CallRequest, StreamEvent>::default();
+                let answer = client
+                    .server_streaming(request, path("Stream"), codec)
+                    .await?;
+                Ok(answer.into_inner())
+            }
+        });
+        let answered = timeout(bound, asked).await;
+        let events = answered.map_err(|_| ModuleError::Late(bound))??;
+        Ok(events.filter_map(|event| std::future::ready(happening(event))))
+    }
+
+    /// Asks one of the module's pods; one that cannot be reached yet is tried again until then.
+    async fn reached<T, F: Future<Output = Result<T, Status>>>(
+        &self,
+        key: &Key,
+        until: Instant,
+        again: Again,
+        ask: impl Fn(Channel) -> F,
+    ) -> Result<T, ModuleError> {
+        loop {
+            let error = match self.channel(key).await {
+                Ok(Some(channel)) => match ask(channel).await {
+                    Ok(answer) => return Ok(answer),
+                    Err(status) => match channel::not_connected(&status) {
+                        Some(channel::NotConnected(error)) => error.into(),
+                        None if again == Again::Always && status.code() == Code::Unavailable => {
+                            told(&status)
+                        }
+                        None => return Err(told(&status)),
+                    },
+                },
+                Ok(None) => ModuleError::Unavailable(no_pod_yet()),
+                Err(error) => error,
+            };
+            if matches!(error, ModuleError::NoPod) {
+                return Err(error);
+            }
+            let failed = self.platform.status(&key.0, &key.1).await?;
+            let failed = failed.filter(|status| status.state == crate::model::ModuleState::Failed);
+            if failed.is_some() || Instant::now() >= until {
+                let cause = failed.and_then(|status| status.cause);
+                return Err(with_cause(error, cause));
+            }
+            // Its name may be another one by now.
+            self.forget(key);
+            sleep(AGAIN).await;
+        }
+    }
+
+    /// The channel to the pod whose turn it is; `None`: there is none yet.
+    async fn channel(&self, key: &Key) -> Result<Option<Channel>, ModuleError> {
+        {
+            let kept = self.locked();
+            if let Some(kept) = kept.get(key)
+                && kept.looked.elapsed() < NAMES_KEPT
+            {
+                return Ok(turn(kept));
+            }
+        }
+        let names = self.platform.replicas(&key.0, &key.1).await?;
+        let names = names.ok_or(ModuleError::NoPod)?;
+        let mut all = self.locked();
+        let kept = all.entry(key.clone()).or_insert_with(|| Kept {
+            channels: Vec::new(),
+            looked: Instant::now(),
+            next: Arc::default(),
+        });
+        kept.looked = Instant::now();
+        kept.channels.retain(|(name, _)| names.contains(name));
+        for name in names {
+            if !kept.channels.iter().any(|(known, _)| *known == name) {
+                let channel = channel::open(&self.platform, &key.0, &key.1, &name);
+                kept.channels.push((name, channel));
+            }
+        }
+        Ok(turn(kept))
+    }
+
+    /// Has the names of the module's pods looked up again. Channels to those that stay are kept.
+    fn forget(&self, key: &Key) {
+        let mut all = self.locked();
+        let Some(kept) = all.get_mut(key) else {
+            return;
+        };
+        match kept.looked.checked_sub(NAMES_KEPT) {
+            Some(before) => kept.looked = before,
+            None => {
+                all.remove(key);
+            }
+        }
+    }
+
+    fn locked(&self) -> std::sync::MutexGuard<'_, HashMap<Key, Kept>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn turn(kept: &Kept) -> Option<Channel> {
+    let next = kept.next.fetch_add(1, Ordering::Relaxed);
+    let index = next.checked_rem(kept.channels.len())?;
+    kept.channels.get(index).map(|(_, channel)| channel.clone())
+}
+
+fn client(channel: Channel) -> Grpc<Channel> {
+    Grpc::new(channel)
+        .max_decoding_message_size(MAX_MESSAGE)
+        .max_encoding_message_size(MAX_MESSAGE)
+}
+
+fn path(method: &str) -> PathAndQuery {
+    let path = match method {
+        "Call" => "/gantry.module.v1.ModuleService/Call",
+        "Stream" => "/gantry.module.v1.ModuleService/Stream",
+        _ => "/gantry.module.v1.ModuleService/Describe",
+    };
+    PathAndQuery::from_static(path)
+}
+
+/// The request, and how long an answer is waited for.
+fn prepared(call: &Call) -> (CallRequest, Duration) {
+    let allowed = call.timeout.unwrap_or(USUAL_CALL).min(MAX_CALL);
+    let request = CallRequest {
+        method: call.method.clone(),
+        args: call.args.clone(),
+        kwargs: call.kwargs.clone(),
+        timeout_ms: u32::try_from(allowed.as_millis()).unwrap_or(u32::MAX),
+    };
+    (request, allowed + GRACE)
+}
+
+fn returned(reply: CallReply) -> Result<Returned, ModuleError> {
+    match reply.outcome {
+        Some(CallOutcome::Result(result)) => Ok(Returned {
+            result,
+            as_list: reply.called_with == "list",
+        }),
+        Some(CallOutcome::Failure(failure)) => Err(failure.into()),
+        None => Err(ModuleError::Unavailable(strange(
+            "a reply without an outcome",
+        ))),
+    }
+}
+
+fn happening(event: Result<StreamEvent, Status>) -> Option<Result<Happening, ModuleError>> {
+    let event = match event {
+        Ok(event) => event.event?,
+        Err(status) => return Some(Err(told(&status))),
+    };
+    Some(match event {
+        StreamPart::Item(item) => Ok(Happening::Item(item)),
+        StreamPart::Output(output) => Ok(Happening::Output {
+            stream: output.stream,
+            data: output.data,
+        }),
+        StreamPart::End(reply) => returned(reply).map(Happening::End),
+    })
+}
+
+fn not_ready(error: tonic::transport::Error) -> Status {
+    Status::from_error(Box::new(error))
+}
+
+/// What a gRPC status that no pod of ours makes on purpose means.
+fn told(status: &Status) -> ModuleError {
+    let said = match status.message() {
+        "" => format!("{:?}", status.code()),
+        message => message.to_owned(),
+    };
+    match status.code() {
+        Code::DeadlineExceeded => ModuleError::Late(MAX_CALL),
+        Code::OutOfRange | Code::ResourceExhausted
+            if said.contains("larger than") || said.contains("too large") =>
+        {
+            let message = format!("the message is larger than {MAX_MESSAGE} bytes");
+            Failure {
+                kind: Kind::ResultTooLarge as i32,
+                message,
+                ..Failure::default()
+            }
+            .into()
+        }
+        Code::ResourceExhausted => Failure {
+            kind: Kind::Busy as i32,
+            message: said,
+            ..Failure::default()
+        }
+        .into(),
+        _ => ModuleError::Unavailable(Problem::new(
+            "module_unavailable",
+            "The module's pod broke off",
+            said,
+            "Ask again; whether the function ran is not known. GET /modules tells how the pod is.",
+        )),
+    }
+}
+
+fn strange(what: &str) -> Problem {
+    Problem::new(
+        "module_unavailable",
+        "The module's pod answered what is no answer",
+        what,
+        "Remove its pod and create it again: it may run another version of the server.",
+    )
+}
+
+fn no_pod_yet() -> Problem {
+    Problem::new(
+        "module_unavailable",
+        "The module's pod does not run",
+        "none of its pods is there",
+        "Ask again in a moment; GET /modules tells how it is.",
+    )
+}
+
+fn with_cause(error: ModuleError, cause: Option<String>) -> ModuleError {
+    match (error, cause) {
+        (ModuleError::Unavailable(problem), Some(cause)) => {
+            ModuleError::Unavailable(Problem { cause, ..problem })
+        }
+        (error, _) => error,
+    }
+}

@@ -1,0 +1,485 @@
+//! Modules on this machine: each replica is a sandbox like a released program's, with the server from
+//! `runner-image/gantry_module` in it.
+
+mod install;
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use super::program::{Owner, Program};
+use super::sandboxes::{Sandboxes, Tenant};
+use super::{LocalConfig, MAX_WAITING_EVENTS, unavailable};
+use crate::model::{
+    Limits, ModuleName, ModuleSpec, ModuleState, ModuleStatus, Package, Problem, ReplId, ReplState,
+    TicketKey, UserId,
+};
+use crate::platform::modules::{Modules, ModulesError};
+use crate::platform::{ByteStream, PlatformError};
+use crate::runner::app::{AppConfig, ProgramConfig};
+use crate::runner::sandbox::{Isolation, Placed, Role};
+use crate::runner::wire::AppPort;
+use crate::runner::workspace::Identity;
+use install::{Installer, PACKAGES, Parts, SERVER, TOOLS};
+
+/// What the supervisor and the module itself may take beside the calls: an interpreter, gRPC, and large
+/// packages such as pandas.
+const SERVER_MEMORY: u64 = 256 << 20;
+
+/// The repl that a module's sandbox takes itself for. Nobody has a ticket for it.
+const NO_REPL: &str = "module";
+
+/// What is stored of a module.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Record {
+    user_id: UserId,
+    module: ModuleName,
+    packages: Vec<Package>,
+    replicas: u32,
+    since: Timestamp,
+}
+
+#[derive(Debug)]
+struct Replica {
+    name: String,
+    program: Arc<Program>,
+}
+
+#[derive(Debug)]
+struct Module {
+    record: Record,
+    replicas: Vec<Replica>,
+    /// Why its replicas could not be started, when they could not.
+    failure: Option<String>,
+}
+
+type Key = (UserId, ModuleName);
+
+/// Modules of this machine.
+#[derive(Debug)]
+pub struct LocalModules {
+    folder: PathBuf,
+    config: LocalConfig,
+    sandboxes: Arc<Sandboxes>,
+    installer: Installer,
+    modules: Mutex<HashMap<Key, Module>>,
+    /// One change of a module at a time.
+    changing: Mutex<HashMap<Key, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+impl LocalModules {
+    /// Reads what an earlier server stored.
+    pub fn open(config: LocalConfig, sandboxes: Arc<Sandboxes>) -> anyhow::Result<Arc<Self>> {
+        let folder = config.data.join("modules");
+        fs::create_dir_all(folder.join("records"))?;
+        // Every sandbox wants a release; a module's is empty.
+        fs::create_dir_all(folder.join("empty"))?;
+        let mut modules = HashMap::new();
+        for entry in fs::read_dir(folder.join("records"))? {
+            let path = entry?.path();
+            if path.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            let record: Record = serde_json::from_slice(&fs::read(&path)?).map_err(|error| {
+                anyhow::anyhow!(
+                    "{} is damaged: {error}. Remove it to forget this module.",
+                    path.display()
+                )
+            })?;
+            let key = (record.user_id.clone(), record.module.clone());
+            let module = Module {
+                record,
+                replicas: Vec::new(),
+                failure: None,
+            };
+            modules.insert(key, module);
+        }
+        Ok(Arc::new(Self {
+            installer: Installer::new(folder.clone()),
+            folder,
+            config,
+            sandboxes,
+            modules: Mutex::new(modules),
+            changing: Mutex::default(),
+        }))
+    }
+
+    /// Starts every module that an earlier server served, one after the other.
+    pub fn bring_back(self: &Arc<Self>) {
+        let this = Arc::clone(self);
+        tokio::spawn(async move {
+            let keys: Vec<Key> = this.locked().keys().cloned().collect();
+            for (user, name) in keys {
+                let spec = ModuleSpec {
+                    name,
+                    packages: None,
+                    replicas: None,
+                };
+                if let Err(error) = this.ensure(&user, &spec).await {
+                    tracing::error!(%user, module = %spec.name, %error, "a module did not come back");
+                    this.with(&(user, spec.name), |module| {
+                        module.failure = Some(error.to_string());
+                    });
+                }
+            }
+        });
+    }
+
+    /// Ends every module; they come back with the next server.
+    pub async fn stop_all(&self) {
+        let modules: Vec<_> = self.locked().drain().collect();
+        for (_, module) in modules {
+            for replica in module.replicas {
+                replica.program.stop().await;
+            }
+        }
+    }
+
+    /// What is wanted, with what is left out filled in.
+    fn merged(&self, user: &UserId, spec: &ModuleSpec) -> Record {
+        let known = self.with(&(user.clone(), spec.name.clone()), |module| {
+            module.record.clone()
+        });
+        let known = known.unwrap_or_else(|| Record {
+            user_id: user.clone(),
+            module: spec.name.clone(),
+            packages: Vec::new(),
+            replicas: 1,
+            since: Timestamp::now(),
+        });
+        Record {
+            packages: spec.packages.clone().unwrap_or(known.packages),
+            replicas: spec.replicas.unwrap_or(known.replicas),
+            ..known
+        }
+    }
+
+    /// Takes out what must not serve any more: the dead, those with other packages, those too many.
+    fn take_out(&self, key: &Key, wanted: &Record) -> Vec<Replica> {
+        self.with(key, |module| {
+            let other = module.record.packages != wanted.packages;
+            let mut kept = Vec::new();
+            let mut out = Vec::new();
+            for replica in module.replicas.drain(..) {
+                let dead = replica.program.standing().borrow().over || !replica.program.is_alive();
+                let enough = kept.len() >= wanted.replicas as usize;
+                match other || dead || enough {
+                    true => out.push(replica),
+                    false => kept.push(replica),
+                }
+            }
+            module.replicas = kept;
+            out
+        })
+        .unwrap_or_default()
+    }
+
+    async fn start(&self, record: &Record, parts: &Parts) -> anyhow::Result<Replica> {
+        let nonce = Timestamp::now().as_microsecond();
+        let name = format!(
+            "module-{}-{}-{nonce:x}",
+            record.user_id,
+            record.module.label()
+        );
+        let maximum = self.config.maximum;
+        let memory = maximum.memory_bytes + SERVER_MEMORY;
+        let env = self.variables(record, parts.packages.is_some());
+        let mut random = [0; 32];
+        getrandom::fill(&mut random)
+            .map_err(|error| anyhow::anyhow!("the system gives no random numbers: {error}"))?;
+        let key = TicketKey::new(random);
+        let repl: ReplId = NO_REPL.parse()?;
+        let identity = Identity {
+            repl: repl.clone(),
+            key: key.text(),
+        };
+        let tenant = Tenant {
+            name: name.clone(),
+            placed: vec![Placed {
+                from: self.folder.join("empty"),
+                name: "release".to_owned(),
+                writable: false,
+            }],
+            slots: 1,
+            network: false,
+            memory,
+        };
+        let argv = ["python3", "-m", "gantry_module"].map(str::to_owned);
+        let made = self
+            .sandboxes
+            .make_showing(tenant, parts.inside(), |sandbox| {
+                let program = ProgramConfig {
+                    argv: argv.to_vec(),
+                    stays: false,
+                    env,
+                    memory_bytes: Some(memory),
+                    processes: Some(Limits::MAXIMUM.processes),
+                    sandbox,
+                };
+                Role::App(AppConfig {
+                    program,
+                    release: PathBuf::from("/release"),
+                    data: None,
+                    identity,
+                })
+            });
+        let sandbox = made.await?;
+        let owner = Owner {
+            user_id: record.user_id.clone(),
+            repl_id: repl,
+            key,
+        };
+        // What a module prints is kept for its status; it is no repl's log.
+        let (tell, mut events) = mpsc::channel(MAX_WAITING_EVENTS);
+        tokio::spawn(async move { while events.recv().await.is_some() {} });
+        let sandboxes = Arc::clone(&self.sandboxes);
+        let program = Program::watch(name.clone(), sandbox, sandboxes, owner, 0, tell).await?;
+        Ok(Replica {
+            name,
+            program: Arc::new(program),
+        })
+    }
+
+    fn variables(&self, record: &Record, packages: bool) -> Vec<(String, String)> {
+        let memory = self.config.maximum.memory_bytes;
+        let packages = if packages { PACKAGES } else { "" };
+        [
+            ("MODULE_NAME", record.module.to_string()),
+            ("MODULE_HOST", "127.0.0.1".to_owned()),
+            ("MODULE_PACKAGES", absolute(packages)),
+            ("MODULE_CALL_MEMORY_BYTES", (memory / 2).to_string()),
+            ("MODULE_MEMORY_BYTES", memory.to_string()),
+            ("PYTHONPATH", format!("/{SERVER}:/{TOOLS}")),
+            // What a call writes to its folder is nothing that the next one imports.
+            ("PYTHONSAFEPATH", "1".to_owned()),
+            ("PYTHONDONTWRITEBYTECODE", "1".to_owned()),
+            // A call has a processor; threads for more of them only cost memory.
+            ("OPENBLAS_NUM_THREADS", "1".to_owned()),
+            ("OMP_NUM_THREADS", "1".to_owned()),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .to_vec()
+    }
+
+    fn file(&self, key: &Key) -> PathBuf {
+        let (user, name) = key;
+        let file = format!("{user}.{}.json", name.label());
+        self.folder.join("records").join(file)
+    }
+
+    /// Stores it whole or not at all.
+    fn save(&self, key: &Key, record: &Record) -> Result<(), PlatformError> {
+        let write = || -> anyhow::Result<()> {
+            let file = self.file(key);
+            let staged = file.with_extension("new");
+            fs::write(&staged, serde_json::to_vec_pretty(record)?)?;
+            fs::File::open(&staged)?.sync_data()?;
+            fs::rename(&staged, file)?;
+            Ok(())
+        };
+        write().map_err(|error| {
+            unavailable(
+                "The module's record could not be stored",
+                &error,
+                "Check that the data folder is writable and has room.",
+            )
+        })
+    }
+
+    fn with<T>(&self, key: &Key, act: impl FnOnce(&mut Module) -> T) -> Option<T> {
+        self.locked().get_mut(key).map(act)
+    }
+
+    fn locked(&self) -> std::sync::MutexGuard<'_, HashMap<Key, Module>> {
+        self.modules.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn changing(&self, key: &Key) -> Arc<tokio::sync::Mutex<()>> {
+        let mut changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(changing.entry(key.clone()).or_default())
+    }
+}
+
+/// Where a sandbox has it; nothing stays nothing.
+fn absolute(place: &str) -> String {
+    match place {
+        "" => String::new(),
+        place => format!("/{place}"),
+    }
+}
+
+fn status(module: &Module) -> ModuleStatus {
+    let (mut ready, mut restarts, mut over, mut cause) = (0, 0, 0, module.failure.clone());
+    for replica in &module.replicas {
+        let standing = replica.program.standing().borrow().clone();
+        ready += u32::from(standing.state == ReplState::Running);
+        over += usize::from(standing.over);
+        restarts += standing.restarts;
+        if standing.state != ReplState::Running && standing.last_error.is_some() {
+            let lines = replica.program.last_lines();
+            cause = standing.last_error.map(|error| match lines.is_empty() {
+                true => error,
+                false => format!("{error}. Its last lines:\n{lines}"),
+            });
+        }
+    }
+    let record = &module.record;
+    let state = match ready {
+        0 if over == module.replicas.len() && cause.is_some() => ModuleState::Failed,
+        0 => ModuleState::Starting,
+        _ => ModuleState::Running,
+    };
+    ModuleStatus {
+        module: record.module.clone(),
+        user_id: record.user_id.clone(),
+        namespace: record.user_id.namespace(),
+        state,
+        cause,
+        ready,
+        replicas: record.replicas,
+        restarts,
+        packages: record.packages.clone(),
+        since: record.since,
+    }
+}
+
+fn starting(name: &ModuleName, cause: &str) -> PlatformError {
+    PlatformError::Unavailable(Problem::new(
+        "module_starting",
+        format!("The module {name} does not answer yet"),
+        cause,
+        "Ask again in a moment; GET /modules tells how it is.",
+    ))
+}
+
+#[async_trait]
+impl Modules for LocalModules {
+    async fn ensure(&self, user: &UserId, spec: &ModuleSpec) -> Result<bool, ModulesError> {
+        if self.sandboxes.host().isolation == Isolation::None {
+            let error = anyhow::anyhow!("this machine does not allow namespaces");
+            let remedy =
+                "Look at what the server said at its start; a module needs a port of its own.";
+            return Err(unavailable("A module cannot be served here", &error, remedy).into());
+        }
+        let key = (user.clone(), spec.name.clone());
+        let changing = self.changing(&key);
+        let _one = changing.lock().await;
+        let wanted = self.merged(user, spec);
+        let interpreters = self.sandboxes.interpreters().await;
+        let python = interpreters.python.as_deref();
+        let parts = self
+            .installer
+            .parts(python, &wanted.module, &wanted.packages)
+            .await
+            .map_err(ModulesError::Refused)?;
+        for replica in self.take_out(&key, &wanted) {
+            replica.program.stop().await;
+        }
+        self.save(&key, &wanted)?;
+        let running = {
+            let mut modules = self.locked();
+            let module = modules.entry(key.clone()).or_insert_with(|| Module {
+                record: wanted.clone(),
+                replicas: Vec::new(),
+                failure: None,
+            });
+            module.record = wanted.clone();
+            module.failure = None;
+            module.replicas.len()
+        };
+        let missing = (wanted.replicas as usize).saturating_sub(running);
+        for _ in 0..missing {
+            let replica = self.start(&wanted, &parts).await.map_err(|error| {
+                let remedy = "Look at the server's log; try again.";
+                unavailable("The module's sandbox could not be made", &error, remedy)
+            })?;
+            self.with(&key, |module| module.replicas.push(replica));
+        }
+        Ok(missing > 0)
+    }
+
+    async fn remove(&self, user: &UserId, name: &ModuleName) -> Result<bool, PlatformError> {
+        let key = (user.clone(), name.clone());
+        let changing = self.changing(&key);
+        let _one = changing.lock().await;
+        let Some(module) = self.locked().remove(&key) else {
+            return Ok(false);
+        };
+        for replica in module.replicas {
+            replica.program.stop().await;
+        }
+        fs::remove_file(self.file(&key)).map_err(|error| {
+            unavailable(
+                "The module's record could not be removed",
+                &error.into(),
+                "Check that the data folder is writable.",
+            )
+        })?;
+        Ok(true)
+    }
+
+    async fn list(&self) -> Result<Vec<ModuleStatus>, PlatformError> {
+        let mut all: Vec<ModuleStatus> = self.locked().values().map(status).collect();
+        all.sort_by(|a, b| (&a.user_id, &a.module).cmp(&(&b.user_id, &b.module)));
+        Ok(all)
+    }
+
+    async fn status(
+        &self,
+        user: &UserId,
+        name: &ModuleName,
+    ) -> Result<Option<ModuleStatus>, PlatformError> {
+        Ok(self.with(&(user.clone(), name.clone()), |module| status(module)))
+    }
+
+    async fn replicas(
+        &self,
+        user: &UserId,
+        name: &ModuleName,
+    ) -> Result<Option<Vec<String>>, PlatformError> {
+        let key = (user.clone(), name.clone());
+        Ok(self.with(&key, |module| {
+            let living = module
+                .replicas
+                .iter()
+                .filter(|replica| replica.program.is_alive());
+            living.map(|replica| replica.name.clone()).collect()
+        }))
+    }
+
+    async fn dial(
+        &self,
+        user: &UserId,
+        name: &ModuleName,
+        replica: &str,
+    ) -> Result<Box<dyn ByteStream>, PlatformError> {
+        let program = self.with(&(user.clone(), name.clone()), |module| {
+            let mut all = module.replicas.iter();
+            let found = all.find(|one| one.name == replica)?;
+            Some(Arc::clone(&found.program))
+        });
+        let program = program
+            .flatten()
+            .ok_or_else(|| starting(name, "the replica is gone; another one takes its place"))?;
+        let standing = program.standing().borrow().clone();
+        if standing.state != ReplState::Running {
+            let cause = standing.last_error;
+            let cause = cause.as_deref().unwrap_or("its server is starting");
+            return Err(starting(name, cause));
+        }
+        match program.dial(AppPort::Program).await {
+            Ok(stream) => Ok(Box::new(stream)),
+            Err(error) => Err(unavailable(
+                "The module cannot be reached",
+                &error.into(),
+                "Look at GET /modules; create its pod again if its sandbox ended.",
+            )),
+        }
+    }
+}

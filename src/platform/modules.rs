@@ -1,0 +1,63 @@
+//! The part of the seam about modules: pods that serve a Python module over gRPC, and the way to them.
+
+use std::fmt;
+
+use async_trait::async_trait;
+
+use super::{ByteStream, PlatformError};
+use crate::model::{ModuleName, ModuleSpec, ModuleStatus, Problem, UserId};
+
+/// Why a module's pods could not be made.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ModulesError {
+    /// What was asked for cannot be had: packages that do not install.
+    #[error("{}", .0.message)]
+    Refused(Problem),
+    /// The platform could not do it.
+    #[error(transparent)]
+    Platform(#[from] PlatformError),
+}
+
+/// Modules of a backend.
+///
+/// # Contract
+///
+/// - `ensure` **returns when everything is made**, which is before the module answers: `true` when this
+///   call made it. Again with the same: nothing changes. With other packages: pods with those.
+/// - `remove` **removes all that was made**; `false`: it was not there.
+/// - `replicas` names pods that answer, or will; `dial` connects to one of them by that name.
+/// - State is the backend's own: after a restart of the server all answer as before.
+/// - A module's pods have the limits of any user code, no token, and no network.
+#[async_trait]
+pub trait Modules: Send + Sync + fmt::Debug {
+    /// Makes the user's module be as it is wanted.
+    async fn ensure(&self, user: &UserId, spec: &ModuleSpec) -> Result<bool, ModulesError>;
+
+    /// Removes a module.
+    async fn remove(&self, user: &UserId, name: &ModuleName) -> Result<bool, PlatformError>;
+
+    /// Every user's modules.
+    async fn list(&self) -> Result<Vec<ModuleStatus>, PlatformError>;
+
+    /// One module; `None`: it is not there.
+    async fn status(
+        &self,
+        user: &UserId,
+        name: &ModuleName,
+    ) -> Result<Option<ModuleStatus>, PlatformError>;
+
+    /// Names of the module's pods; `None`: there is no such module.
+    async fn replicas(
+        &self,
+        user: &UserId,
+        name: &ModuleName,
+    ) -> Result<Option<Vec<String>>, PlatformError>;
+
+    /// A connection to the gRPC port of one of the module's pods.
+    async fn dial(
+        &self,
+        user: &UserId,
+        name: &ModuleName,
+        replica: &str,
+    ) -> Result<Box<dyn ByteStream>, PlatformError>;
+}

@@ -1,0 +1,502 @@
+//! Modules over HTTP: a pod for a Python module, calling its functions, what there is to call.
+
+mod failure;
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::extract::{Path, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures_util::{Stream, StreamExt};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use serde_json::value::RawValue;
+use utoipa::ToSchema;
+
+use super::Edge;
+use super::body::{Json, ProblemBody, Query, field_refused};
+use super::caller::Authenticated;
+use super::problem::HttpProblem;
+use crate::auth::{Caller, Role};
+use crate::model::{
+    FieldError, ModuleName, ModuleRequest, ModuleStatus, Problem, UserId, module_replicas,
+};
+use crate::pipeline::modules::{Call, Happening, MAX_CALL, ModuleCalls, Returned};
+use failure::told;
+
+/// Whose modules an admin's are when the request names nobody.
+const ADMIN: &str = "admin";
+
+/// Largest body of a call: its arguments.
+pub const MAX_CALL_BYTES: usize = 8 << 20;
+
+/// Deepest nesting of arguments: Python's own reader goes no deeper than about 1,000.
+const MAX_DEPTH: usize = 200;
+
+/// Between two comments on a quiet stream, so that nothing in between takes it for dead.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// Whose module a route is about.
+#[derive(Debug, Default, Deserialize)]
+pub struct Whose {
+    #[serde(rename = "userId")]
+    user_id: Option<String>,
+}
+
+/// A module's pods.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Created {
+    /// Always true here.
+    success: bool,
+    /// Whether this request made a pod; false: it was there.
+    #[serde(rename = "podCreated")]
+    pod_created: bool,
+    /// How it is.
+    #[serde(flatten)]
+    #[schema(value_type = Object)]
+    status: ModuleStatus,
+}
+
+/// Start a pod that serves the module over gRPC; again: the same pod
+///
+/// It answers when the pod does. A module that does not exist leaves no pod.
+#[utoipa::path(post, path = "/create_pod/{module}", tag = "modules",
+    params(("module" = String, Path), ("userId" = Option<String>, Query, description = "Whose; an admin's own (`admin`) when it is left out")),
+    request_body(content = Object, description = "`packages`: installed for it, `name==version`; `replicas`: how many pods",
+        example = json!({ "packages": ["requests==2.32.3"], "replicas": 1 })),
+    responses((status = 200, body = Created), (status = 400, body = ProblemBody), (status = 403, body = ProblemBody),
+              (status = 404, body = ProblemBody), (status = 422, body = ProblemBody), (status = 503, body = ProblemBody)))]
+pub async fn create(
+    State(edge): State<Arc<Edge>>,
+    Authenticated(caller): Authenticated,
+    Path(module): Path<String>,
+    Query(whose): Query<Whose>,
+    Json(request): Json<ModuleRequest>,
+) -> Result<axum::Json<Created>, HttpProblem> {
+    let modules = modules(&edge)?;
+    let user = user(&caller, whose.user_id)?;
+    let name = named("module", &module)?;
+    let spec = request
+        .validate(name)
+        .map_err(|error| field_refused(&error))?;
+    let made = modules.create(&user, &spec).await;
+    let (pod_created, status) = made.map_err(|error| told(error, &spec.name, None))?;
+    Ok(axum::Json(Created {
+        success: true,
+        pod_created,
+        status,
+    }))
+}
+
+/// Modules.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct List {
+    /// State with cause; a user sees its own, an admin everybody's.
+    #[schema(value_type = Vec<Object>)]
+    modules: Vec<ModuleStatus>,
+}
+
+/// The modules that have pods, and how they are
+#[utoipa::path(get, path = "/modules", tag = "modules", responses((status = 200, body = List)))]
+pub async fn list(
+    State(edge): State<Arc<Edge>>,
+    Authenticated(caller): Authenticated,
+) -> Result<axum::Json<List>, HttpProblem> {
+    let all = modules(&edge)?.list().await;
+    let mut modules = all.map_err(failure::platform)?;
+    modules.retain(|module| caller.sees(&module.user_id));
+    Ok(axum::Json(List { modules }))
+}
+
+/// Which part of a module.
+#[derive(Debug, Default, Deserialize)]
+pub struct Part {
+    #[serde(rename = "userId")]
+    user_id: Option<String>,
+    #[serde(default)]
+    namespace: String,
+}
+
+/// What can be called in a module: functions, signatures, docstrings
+#[utoipa::path(get, path = "/modules/{module}", tag = "modules",
+    params(("module" = String, Path), ("namespace" = Option<String>, Query, description = "A part of it, such as `linalg`"),
+           ("userId" = Option<String>, Query, description = "Whose; an admin's own (`admin`) when it is left out")),
+    responses((status = 200, body = Object), (status = 404, body = ProblemBody), (status = 503, body = ProblemBody)))]
+pub async fn describe(
+    State(edge): State<Arc<Edge>>,
+    Authenticated(caller): Authenticated,
+    Path(module): Path<String>,
+    Query(part): Query<Part>,
+) -> Result<Response, HttpProblem> {
+    let modules = modules(&edge)?;
+    let user = user(&caller, part.user_id)?;
+    let name = named("module", &module)?;
+    let described = modules.describe(&user, &name, &part.namespace).await;
+    let described = described.map_err(|error| told(error, &name, Some(&part.namespace)))?;
+    Ok(axum::Json(described).into_response())
+}
+
+/// What was removed.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Removed {
+    /// Always true here.
+    success: bool,
+    /// Which.
+    module: String,
+}
+
+/// Remove a module's pods
+#[utoipa::path(delete, path = "/pod/{module}", tag = "modules",
+    params(("module" = String, Path), ("userId" = Option<String>, Query, description = "Whose; an admin's own (`admin`) when it is left out")),
+    responses((status = 200, body = Removed), (status = 404, body = ProblemBody), (status = 503, body = ProblemBody)))]
+pub async fn remove(
+    State(edge): State<Arc<Edge>>,
+    Authenticated(caller): Authenticated,
+    Path(module): Path<String>,
+    Query(whose): Query<Whose>,
+) -> Result<axum::Json<Removed>, HttpProblem> {
+    let modules = modules(&edge)?;
+    let user = user(&caller, whose.user_id)?;
+    let name = named("module", &module)?;
+    match modules.remove(&user, &name).await {
+        Ok(true) => Ok(axum::Json(Removed {
+            success: true,
+            module,
+        })),
+        Ok(false) => Err(failure::no_pod(&name)),
+        Err(error) => Err(told(error, &name, None)),
+    }
+}
+
+/// How many pods a module is to have.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Scale {
+    /// 1 to 16.
+    replicas: u32,
+}
+
+/// Have a module served by more or fewer pods; calls are spread over them
+#[utoipa::path(post, path = "/modules/{module}/scale", tag = "modules", request_body = Scale,
+    params(("module" = String, Path), ("userId" = Option<String>, Query, description = "Whose; an admin's own (`admin`) when it is left out")),
+    responses((status = 200, body = Object), (status = 400, body = ProblemBody), (status = 404, body = ProblemBody),
+              (status = 503, body = ProblemBody)))]
+pub async fn scale(
+    State(edge): State<Arc<Edge>>,
+    Authenticated(caller): Authenticated,
+    Path(module): Path<String>,
+    Query(whose): Query<Whose>,
+    Json(Scale { replicas }): Json<Scale>,
+) -> Result<axum::Json<ModuleStatus>, HttpProblem> {
+    let modules = modules(&edge)?;
+    let user = user(&caller, whose.user_id)?;
+    let name = named("module", &module)?;
+    let replicas = module_replicas(replicas).map_err(|error| field_refused(&error))?;
+    let scaled = modules.scale(&user, &name, replicas).await;
+    scaled
+        .map(axum::Json)
+        .map_err(|error| told(error, &name, None))
+}
+
+/// Which function.
+#[derive(Debug, Deserialize)]
+pub struct Which {
+    module_name: Option<String>,
+    method_name: Option<String>,
+    #[serde(rename = "userId")]
+    user_id: Option<String>,
+}
+
+/// What it is called with.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Arguments {
+    #[serde(default)]
+    args: Option<Box<RawValue>>,
+    #[serde(default)]
+    kwargs: Option<Box<RawValue>>,
+    #[serde(default)]
+    timeout_ms: Option<u64>,
+}
+
+/// Call a function of a module
+///
+/// `args` are positional. When they do not fit and there are no `kwargs`, the list is passed as one argument, and
+/// `called_with` says so. With `Accept: text/event-stream`: what a generator yields (`item`) and what is printed (`output`)
+/// comes while it runs; `result` or `error` is the last event.
+#[utoipa::path(post, path = "/run_module", tag = "modules",
+    params(("module_name" = String, Query), ("method_name" = String, Query, description = "Dotted where it is inside something: `linalg.norm`"),
+           ("userId" = Option<String>, Query, description = "Whose; an admin's own (`admin`) when it is left out")),
+    request_body(content = Object, description = "`args`: a list; `kwargs`: an object; `timeout_ms`: at most 60000, else 10000",
+        example = json!({ "args": [16, 20, 24], "kwargs": {} })),
+    responses((status = 200, body = Object, description = "`{\"result\": …}`"), (status = 400, body = ProblemBody), (status = 403, body = ProblemBody),
+              (status = 404, body = ProblemBody), (status = 413, body = ProblemBody), (status = 422, body = ProblemBody),
+              (status = 503, body = ProblemBody), (status = 504, body = ProblemBody)))]
+pub async fn run(
+    State(edge): State<Arc<Edge>>,
+    Authenticated(caller): Authenticated,
+    Query(which): Query<Which>,
+    headers: HeaderMap,
+    body: Result<Json<Arguments>, HttpProblem>,
+) -> Result<Response, HttpProblem> {
+    let modules = modules(&edge)?;
+    let Json(arguments) = body.map_err(too_large)?;
+    let user = user(&caller, which.user_id)?;
+    let name = named("module_name", &required("module_name", which.module_name)?)?;
+    let method = required("method_name", which.method_name)?;
+    let call = checked(arguments, method).map_err(|error| field_refused(&error))?;
+    let streams = headers
+        .get_all(header::ACCEPT)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .any(|value| value.contains("text/event-stream"));
+    if streams {
+        let events = modules.stream(&user, &name, &call).await;
+        let events = events.map_err(|error| told(error, &name, Some(&call.method)))?;
+        let (name, method) = (name.clone(), call.method.clone());
+        let shown = events.map(move |event| match event {
+            Ok(happening) => shown(happening),
+            Err(error) => failed(told(error, &name, Some(&method))),
+        });
+        return Ok(stream(shown));
+    }
+    let returned = modules.call(&user, &name, &call).await;
+    let returned = returned.map_err(|error| told(error, &name, Some(&call.method)))?;
+    Ok(result(&returned))
+}
+
+fn stream(events: impl Stream<Item = Event> + Send + 'static) -> Response {
+    let keep_alive = KeepAlive::new().interval(KEEP_ALIVE);
+    Sse::new(events.map(Ok::<_, Infallible>))
+        .keep_alive(keep_alive)
+        .into_response()
+}
+
+fn shown(happening: Happening) -> Event {
+    match happening {
+        Happening::Item(item) => Event::default().event("item").data(text(&item)),
+        Happening::Output { stream, data } => {
+            let data = String::from_utf8_lossy(&data);
+            let told = json!({ "stream": stream, "data": data });
+            Event::default().event("output").data(told.to_string())
+        }
+        Happening::End(returned) => {
+            let body = result_bytes(&returned);
+            Event::default().event("result").data(text(&body))
+        }
+    }
+}
+
+fn failed(problem: HttpProblem) -> Event {
+    Event::default()
+        .event("error")
+        .data(problem.value().to_string())
+}
+
+/// JSON from a pod is ASCII without line breaks.
+fn text(json: &[u8]) -> String {
+    String::from_utf8_lossy(json).replace(['\n', '\r'], " ")
+}
+
+fn result(returned: &Returned) -> Response {
+    let mut response = Response::new(Body::from(result_bytes(returned)));
+    response.headers_mut().insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("application/json"),
+    );
+    response
+}
+
+/// The result is JSON as it came: what is large is not read again.
+fn result_bytes(returned: &Returned) -> Bytes {
+    const BEFORE: &[u8] = b"{\"result\":";
+    let after: &[u8] = match returned.as_list {
+        true => b",\"called_with\":\"list\"}",
+        false => b"}",
+    };
+    let mut body = Vec::with_capacity(BEFORE.len() + returned.result.len() + after.len());
+    for part in [BEFORE, &returned.result, after] {
+        body.extend_from_slice(part);
+    }
+    body.into()
+}
+
+fn too_large(problem: HttpProblem) -> HttpProblem {
+    if problem.status() != StatusCode::PAYLOAD_TOO_LARGE {
+        return problem;
+    }
+    HttpProblem::new(
+        StatusCode::PAYLOAD_TOO_LARGE,
+        Problem::new(
+            "body_too_large",
+            "The arguments are too large",
+            format!("a call may have {MAX_CALL_BYTES} bytes of arguments"),
+            "Send less at a time, or have the function fetch it itself",
+        ),
+    )
+}
+
+fn checked(arguments: Arguments, method: String) -> Result<Call, FieldError> {
+    let raw = |name: &str, value: Option<Box<RawValue>>, opening: char, words: &str| {
+        let Some(value) = value else {
+            return Ok(Bytes::new());
+        };
+        let text = value.get();
+        if text == "null" {
+            return Ok(Bytes::new());
+        }
+        if !text.starts_with(opening) {
+            return Err(FieldError::new(name, format!("must be {words}")));
+        }
+        if depth(text) > MAX_DEPTH {
+            let reason = format!("is nested deeper than {MAX_DEPTH} levels");
+            return Err(FieldError::new(name, reason));
+        }
+        Ok(Bytes::from(String::from(Box::<str>::from(value))))
+    };
+    let timeout = arguments.timeout_ms.map(Duration::from_millis);
+    if timeout.is_some_and(|timeout| timeout.is_zero() || timeout > MAX_CALL) {
+        let most = MAX_CALL.as_millis();
+        let reason = format!("must be a number of milliseconds from 1 to {most}");
+        return Err(FieldError::new("timeout_ms", reason));
+    }
+    Ok(Call {
+        method,
+        args: raw("args", arguments.args, '[', "a list")?,
+        kwargs: raw("kwargs", arguments.kwargs, '{', "an object")?,
+        timeout,
+    })
+}
+
+/// How deep lists and objects of a JSON text are nested.
+fn depth(json: &str) -> usize {
+    let (mut depth, mut deepest) = (0_usize, 0);
+    let (mut in_text, mut escaped) = (false, false);
+    for byte in json.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_text => escaped = true,
+            b'"' => in_text = !in_text,
+            b'[' | b'{' if !in_text => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b']' | b'}' if !in_text => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
+}
+
+fn modules(edge: &Edge) -> Result<&ModuleCalls, HttpProblem> {
+    edge.modules.as_ref().ok_or_else(|| {
+        HttpProblem::new(
+            StatusCode::NOT_IMPLEMENTED,
+            Problem::new(
+                "modules_not_here",
+                "Modules need the local platform",
+                format!("this server runs on the {} platform", edge.platform.name()),
+                "Use a server on the local platform",
+            ),
+        )
+    })
+}
+
+/// Whose modules a request is about.
+fn user(caller: &Caller, named: Option<String>) -> Result<UserId, HttpProblem> {
+    let named = named.filter(|text| !text.is_empty());
+    let named: Option<UserId> =
+        named
+            .map(|text| text.parse())
+            .transpose()
+            .map_err(|error: crate::model::IdError| {
+                field_refused(&FieldError::new("userId", error.to_string()))
+            })?;
+    let user = match (&caller.role, named) {
+        (_, Some(named)) => named,
+        (Role::User(own), None) => own.clone(),
+        (Role::Admin, None) => ADMIN
+            .parse()
+            .map_err(|_| HttpProblem::internal("the admin's name is not a user's"))?,
+    };
+    if caller.may_act_for(&user) {
+        return Ok(user);
+    }
+    Err(HttpProblem::new(
+        StatusCode::FORBIDDEN,
+        Problem::new(
+            "forbidden",
+            format!("This key may not act for {user}"),
+            "userId names another user than the key's",
+            "Leave userId out, or use a key of that user's",
+        ),
+    ))
+}
+
+fn named(field: &str, text: &str) -> Result<ModuleName, HttpProblem> {
+    text.parse()
+        .map_err(|error: crate::model::ModuleNameError| {
+            field_refused(&FieldError::new(field, error.to_string()))
+        })
+}
+
+fn required(field: &str, value: Option<String>) -> Result<String, HttpProblem> {
+    value
+        .filter(|text| !text.is_empty())
+        .ok_or_else(|| field_refused(&FieldError::new(field, "is required in the query")))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn call(body: &str) -> Result<Call, FieldError> {
+        checked(serde_json::from_str(body).unwrap(), "sqrt".to_owned())
+    }
+
+    #[test]
+    fn arguments_are_passed_on_as_they_came() {
+        let made = call(r#"{"args":[1e400, 123456789012345678901234567890],"kwargs":{"a":"]"}}"#);
+        let made = made.unwrap();
+        assert_eq!(&made.args[..], b"[1e400, 123456789012345678901234567890]");
+        assert_eq!(&made.kwargs[..], br#"{"a":"]"}"#);
+        assert!(call("{}").unwrap().args.is_empty());
+    }
+
+    #[test]
+    fn a_wrong_argument_is_named() {
+        let refused = |body: &str| call(body).unwrap_err().field;
+        assert_eq!(refused(r#"{"args":{}}"#), "args");
+        assert_eq!(refused(r#"{"kwargs":[]}"#), "kwargs");
+        assert_eq!(refused(r#"{"timeout_ms":0}"#), "timeout_ms");
+        assert_eq!(refused(r#"{"timeout_ms":60001}"#), "timeout_ms");
+        let deep = format!("{{\"args\":{}{}}}", "[".repeat(300), "]".repeat(300));
+        assert_eq!(refused(&deep), "args");
+    }
+
+    #[test]
+    fn brackets_in_texts_are_no_nesting() {
+        assert_eq!(depth(r#"["[[[", "\"[", {"a": []}]"#), 3);
+    }
+
+    #[test]
+    fn a_result_is_put_into_the_reply_unread() {
+        let returned = |as_list| Returned {
+            result: Bytes::from_static(b"[16,20,24]"),
+            as_list,
+        };
+        assert_eq!(
+            &result_bytes(&returned(false))[..],
+            br#"{"result":[16,20,24]}"#
+        );
+        assert_eq!(
+            &result_bytes(&returned(true))[..],
+            br#"{"result":[16,20,24],"called_with":"list"}"#
+        );
+    }
+}
