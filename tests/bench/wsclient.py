@@ -8,12 +8,12 @@ import struct
 
 
 class WebSocket:
-    def __init__(self, port, key, path="/ws/code", timeout=60, host="127.0.0.1"):
+    def __init__(self, port, key, path="/ws/code", timeout=60, host="127.0.0.1", named=None):
         self.sock = socket.create_connection((host, port), timeout=timeout)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         nonce = base64.b64encode(os.urandom(16)).decode()
         self.sock.sendall(
-            f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
+            f"GET {path} HTTP/1.1\r\nHost: {named or f'{host}:{port}'}\r\nUpgrade: websocket\r\n"
             f"Connection: Upgrade\r\nSec-WebSocket-Key: {nonce}\r\nSec-WebSocket-Version: 13\r\n"
             f"X-API-Key: {key}\r\n\r\n".encode()
         )
@@ -31,13 +31,15 @@ class WebSocket:
         self.buffer += data
 
     def send(self, message):
-        data = json.dumps(message).encode()
+        self.send_bytes(json.dumps(message).encode(), 0x81)
+
+    def send_bytes(self, data, kind=0x82):
         if len(data) < 126:
-            head = struct.pack("!BB", 0x81, 0x80 | len(data))
+            head = struct.pack("!BB", kind, 0x80 | len(data))
         elif len(data) < 65536:
-            head = struct.pack("!BBH", 0x81, 0xFE, len(data))
+            head = struct.pack("!BBH", kind, 0xFE, len(data))
         else:
-            head = struct.pack("!BBQ", 0x81, 0xFF, len(data))
+            head = struct.pack("!BBQ", kind, 0xFF, len(data))
         # A mask of zeroes is a mask, and leaves the measuring to what is measured.
         self.sock.sendall(head + b"\0\0\0\0" + data)
 
@@ -59,10 +61,13 @@ class WebSocket:
             self._more()
 
     def receive(self):
+        """The next message: JSON, or bytes."""
         while True:
             kind, data = self._frame()
             if kind == 1:
                 return json.loads(data)
+            if kind == 2:
+                return data
             if kind == 8:
                 raise ConnectionError(f"closed: {data[:2].hex()} {data[2:].decode()}")
             if kind == 9:
