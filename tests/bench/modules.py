@@ -94,7 +94,7 @@ def measure(programs: pathlib.Path, short: bool) -> None:
 
     rounds, times, seconds = (3, 200, 2) if short else (9, 1_000, 10)
     gantry = Gantry(programs)
-    direct = {module: Server(module, PYTHONDONTWRITEBYTECODE="1") for module in ("math", "numpy")}
+    direct = {module: Server(module, PYTHONPATH=str(ROOT / "runner-image"), PYTHONDONTWRITEBYTECODE="1") for module in ("math", "numpy")}
     try:
         connection = gantry.connection()
         Gantry.post(connection, "/create_pod/math")
