@@ -162,7 +162,7 @@ async fn what_is_wrong_with_a_request_is_said_by_field() {
         (json!({ "replId": "x", "userId": "A" }), "userId"),
         (
             json!({ "replId": "x", "language": "cobol" }),
-            "known are python, node, bash",
+            "known are python, node, typescript, bash",
         ),
         (
             json!({ "replId": "x", "language": "python", "more": 1 }),

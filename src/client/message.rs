@@ -11,9 +11,6 @@ use super::render;
 use super::submit::SubmitArgs;
 use crate::model::{Case, LANGUAGES, Language, MAX_MESSAGE_BYTES, SubmissionId, UserId};
 
-/// Extensions beside the one of each language's entrypoint.
-const MORE_EXTENSIONS: [(&str, &str); 3] = [("mjs", "node"), ("cjs", "node"), ("bash", "bash")];
-
 /// A submission that is ready to be sent, as often as it takes: the server runs an id once.
 #[derive(Debug)]
 pub(super) struct Message {
@@ -145,24 +142,13 @@ fn limits(args: &SubmitArgs) -> Value {
 /// The language a file's name tells.
 fn language_of(name: &str) -> Option<&'static Language> {
     let extension = Path::new(name).extension()?.to_str()?.to_ascii_lowercase();
-    let own = |language: &&Language| {
-        Path::new(language.entrypoint)
-            .extension()
-            .is_some_and(|own| own == extension.as_str())
-    };
-    LANGUAGES.iter().find(own).or_else(|| {
-        let (_, name) = MORE_EXTENSIONS
-            .iter()
-            .find(|(known, _)| *known == extension)?;
-        Language::named(name)
-    })
+    Language::of_extension(&extension)
 }
 
 fn unknown_language(what: &str) -> Failure {
     let extensions: Vec<&str> = LANGUAGES
         .iter()
-        .filter_map(|language| Path::new(language.entrypoint).extension()?.to_str())
-        .chain(MORE_EXTENSIONS.iter().map(|(extension, _)| *extension))
+        .flat_map(|language| language.extensions.iter().copied())
         .collect();
     Failure::usage(
         format!("which language is {what}?"),

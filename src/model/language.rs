@@ -1,5 +1,16 @@
 //! The language table: what Gantry knows about each language it runs.
 
+mod table;
+
+pub use table::LANGUAGES;
+
+/// The folder of a workspace that compiled output goes to: what is there afterwards is what runs and
+/// what is released, beside the files that were sent.
+pub const BUILD_FOLDER: &str = ".build";
+
+/// The file of a release that holds [`BUILD_FOLDER`]; a tar archive, compressed with gzip.
+pub const BUILD_ARCHIVE: &str = ".build.tar.gz";
+
 /// How a language's own test runner reports, test by test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReportFormat {
@@ -14,92 +25,171 @@ pub struct TestRunner {
     pub name: &'static str,
     /// Command; `{report}` is replaced by the report file's path, and the test files follow.
     pub argv: &'static [&'static str],
+    /// What a test file is to the runner: `{file}`, or what it was compiled to.
+    pub file: &'static str,
     /// What the report file holds.
     pub format: ReportFormat,
     /// What to install when the command is missing.
     pub install: &'static str,
 }
 
+/// A command that has to be there.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Tool {
+    /// Its name.
+    pub command: &'static str,
+    /// Arguments on which it prints the folder it lives in, where its name may lead to a launcher that
+    /// does not work in a sandbox.
+    pub home: &'static [&'static str],
+    /// How to install it.
+    pub install: &'static str,
+}
+
+/// How programs are compiled, before anything of them runs.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Compile {
+    /// Command. What it leaves in [`BUILD_FOLDER`], which is there, is kept.
+    pub argv: &'static [&'static str],
+    /// Command where the language's project file is among the files.
+    pub project: Option<&'static [&'static str]>,
+}
+
 /// One language.
+///
+/// In its commands a word can stand for something:
+///
+/// | word | stands for |
+/// |---|---|
+/// | `{file}` | the entrypoint's path |
+/// | `{stem}` | the same without its extension |
+/// | `{class}` | the stem's last part, below the package that the file names |
+/// | `{sources}` | every file with one of the language's extensions |
+/// | `{memory}` | bytes of memory that the run may use |
 #[derive(Debug, PartialEq, Eq)]
 pub struct Language {
     /// The name a submission uses.
     pub name: &'static str,
+    /// Other names for it.
+    pub aliases: &'static [&'static str],
     /// The file that `code` becomes, and the default of `entrypoint`.
     pub entrypoint: &'static str,
-    /// Command that runs a program; the entrypoint and its arguments follow.
-    pub argv: &'static [&'static str],
+    /// What the entrypoint may be called instead, where there is no file of that name.
+    pub others: &'static [&'static str],
+    /// Extensions of its files, the entrypoint's first.
+    pub extensions: &'static [&'static str],
+    /// The file that makes a folder a project of it.
+    pub project: Option<&'static str>,
+    /// Commands it takes to compile and to run.
+    pub tools: &'static [Tool],
+    /// Beginnings of the names below `/etc` that its commands read.
+    pub settings: &'static [&'static str],
+    /// Variables of its compiler, unless the submission has its own.
+    pub env: &'static [(&'static str, &'static str)],
+    /// The compile step, where it has one.
+    pub compile: Option<Compile>,
+    /// Command that runs a program; its arguments follow.
+    pub run: &'static [&'static str],
     /// The runner for test files, where the language has one.
     pub test_runner: Option<TestRunner>,
     /// Started ahead of time: a run then costs no interpreter start.
     pub warm: bool,
 }
 
-/// Every language, in the order the page lists them.
-pub static LANGUAGES: &[Language] = &[
-    Language {
-        name: "python",
-        entrypoint: "main.py",
-        argv: &["python3"],
-        test_runner: Some(TestRunner {
-            name: "pytest",
-            argv: &[
-                "python3",
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "--junitxml={report}",
-            ],
-            format: ReportFormat::JUnit,
-            install: "pip install pytest",
-        }),
-        warm: true,
-    },
-    Language {
-        name: "node",
-        entrypoint: "main.js",
-        argv: &["node"],
-        test_runner: Some(TestRunner {
-            name: "node --test",
-            argv: &[
-                "node",
-                "--test",
-                "--test-reporter=spec",
-                "--test-reporter-destination=stdout",
-                "--test-reporter=junit",
-                "--test-reporter-destination={report}",
-            ],
-            format: ReportFormat::JUnit,
-            install: "Node.js 20 or later",
-        }),
-        warm: false,
-    },
-    Language {
-        name: "bash",
-        entrypoint: "main.sh",
-        argv: &["bash"],
-        test_runner: None,
-        warm: false,
-    },
-];
+/// What the words in a language's commands stand for.
+#[derive(Debug, Clone, Copy)]
+pub struct Words<'a> {
+    /// The entrypoint's path.
+    pub entrypoint: &'a str,
+    /// Every file's path.
+    pub files: &'a [&'a str],
+    /// The entrypoint's text, where it is known.
+    pub text: &'a str,
+    /// Bytes of memory that the run may use.
+    pub memory_bytes: u64,
+}
 
 impl Language {
     /// The language of this name.
     pub fn named(name: &str) -> Option<&'static Language> {
-        LANGUAGES.iter().find(|language| language.name == name)
+        LANGUAGES
+            .iter()
+            .find(|language| language.name == name || language.aliases.contains(&name))
     }
 
-    /// The command that runs this file.
-    pub fn command(&self, entrypoint: &str) -> Vec<String> {
-        let command = self.argv.iter().map(|part| (*part).to_owned());
-        command.chain([entrypoint.to_owned()]).collect()
+    /// The language whose files have this extension.
+    pub fn of_extension(extension: &str) -> Option<&'static Language> {
+        LANGUAGES
+            .iter()
+            .find(|language| language.extensions.contains(&extension))
+    }
+
+    /// A command of this language's, its words replaced.
+    pub fn fill(&self, command: &[&str], words: &Words<'_>) -> Vec<String> {
+        let mut filled = Vec::with_capacity(command.len());
+        for part in command {
+            if *part == "{sources}" {
+                let sources = words.files.iter().filter(|path| self.is_source(path));
+                filled.extend(sources.map(|path| argument(path)));
+            } else if part.contains('{') {
+                filled.push(self.replace(part, words));
+            } else {
+                filled.push((*part).to_owned());
+            }
+        }
+        filled
+    }
+
+    /// The command that compiles these files.
+    pub fn compile(&self, words: &Words<'_>) -> Option<Vec<String>> {
+        let compile = self.compile.as_ref()?;
+        let is_project = self.project.is_some_and(|file| words.files.contains(&file));
+        let project = compile.project.filter(|_| is_project);
+        Some(self.fill(project.unwrap_or(compile.argv), words))
+    }
+
+    /// What a test file is to the language's test runner.
+    pub fn test_file(&self, runner: &TestRunner, path: &str) -> String {
+        let words = Words {
+            entrypoint: path,
+            files: &[],
+            text: "",
+            memory_bytes: 0,
+        };
+        self.replace(runner.file, &words)
     }
 
     /// The command that starts a project, whose files are in the workspace.
     pub fn start(&self) -> Vec<String> {
-        self.command(self.entrypoint)
+        let words = Words {
+            entrypoint: self.entrypoint,
+            files: &[],
+            text: "",
+            memory_bytes: super::Limits::DEFAULT.memory_bytes,
+        };
+        let run = self.fill(self.run, &words);
+        let Some(compile) = &self.compile else {
+            return run;
+        };
+        let shell = |command: &[&str]| {
+            let parts = command.iter().map(|part| match *part {
+                "{sources}" => self.sources_in_shell(),
+                part => quoted(&self.replace(part, &words)),
+            });
+            parts.collect::<Vec<String>>().join(" ")
+        };
+        let mut build = shell(compile.argv);
+        if let (Some(file), Some(project)) = (self.project, compile.project) {
+            build = format!(
+                "if [ -f {file} ]; then {}; else {build}; fi",
+                shell(project)
+            );
+        }
+        let run: Vec<String> = run.iter().map(|part| quoted(part)).collect();
+        let run = run.join(" ");
+        // A file's name may hold spaces, but hardly a line's end.
+        let script =
+            format!("set -f; IFS='\n'; mkdir -p {BUILD_FOLDER} && {{ {build}; }} && exec {run}");
+        ["sh", "-c", &script].map(str::to_owned).to_vec()
     }
 
     /// Every name, for messages.
@@ -107,6 +197,57 @@ impl Language {
         let names: Vec<&str> = LANGUAGES.iter().map(|language| language.name).collect();
         names.join(", ")
     }
+
+    fn is_source(&self, path: &str) -> bool {
+        path.rsplit_once('.')
+            .is_some_and(|(_, extension)| self.extensions.contains(&extension))
+    }
+
+    fn sources_in_shell(&self) -> String {
+        let names = self
+            .extensions
+            .iter()
+            .map(|extension| format!("-name '*.{extension}'"));
+        let names = names.collect::<Vec<String>>().join(" -o ");
+        format!("$(find . -path './.*' -prune -o -type f \\( {names} \\) -print)")
+    }
+
+    fn replace(&self, part: &str, words: &Words<'_>) -> String {
+        let stem = words.entrypoint.rsplit_once('.');
+        let stem = stem.map_or(words.entrypoint, |(stem, _)| stem);
+        part.replace("{file}", words.entrypoint)
+            .replace("{stem}", stem)
+            .replace("{class}", &class(stem, words.text))
+            .replace("{memory}", &words.memory_bytes.to_string())
+    }
+}
+
+/// A path that no command takes for an option.
+fn argument(path: &str) -> String {
+    if path.starts_with('-') {
+        format!("./{path}")
+    } else {
+        path.to_owned()
+    }
+}
+
+/// A class's whole name: the file's own name, below the package that its text names.
+fn class(stem: &str, text: &str) -> String {
+    let name = stem.rsplit_once('/').map_or(stem, |(_, name)| name);
+    let package = text.lines().find_map(|line| {
+        let rest = line.trim_start().strip_prefix("package ")?;
+        let (package, _) = rest.split_once(';')?;
+        Some(package.trim())
+    });
+    match package {
+        Some(package) => format!("{package}.{name}"),
+        None => name.to_owned(),
+    }
+}
+
+/// A word of a shell's command, as it is.
+fn quoted(part: &str) -> String {
+    format!("'{}'", part.replace('\'', "'\\''"))
 }
 
 impl serde::Serialize for &'static Language {
@@ -125,5 +266,72 @@ impl<'de> serde::Deserialize<'de> for &'static Language {
                 Language::names()
             ))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::collections::HashSet;
+
+    fn words<'a>(entrypoint: &'a str, files: &'a [&'a str], text: &'a str) -> Words<'a> {
+        Words {
+            entrypoint,
+            files,
+            text,
+            memory_bytes: 64,
+        }
+    }
+
+    #[test]
+    fn every_name_and_extension_is_one_languages() {
+        let (mut names, mut extensions) = (HashSet::new(), HashSet::new());
+        for language in LANGUAGES {
+            for name in language.aliases.iter().chain([&language.name]) {
+                assert!(names.insert(*name), "{name} is there twice");
+            }
+            for extension in language.extensions {
+                assert!(extensions.insert(*extension), "{extension} is there twice");
+            }
+            let own = language.entrypoint.rsplit_once('.').unwrap().1;
+            assert_eq!(Some(&own), language.extensions.first(), "{}", language.name);
+            assert!(!language.tools.is_empty(), "{}", language.name);
+        }
+    }
+
+    #[test]
+    fn words_in_commands_stand_for_what_was_sent() {
+        let c = Language::named("c").unwrap();
+        let files = ["main.c", "lib/-a b.c", "lib/a.h", "-x.c"];
+        let compile = c.compile(&words("main.c", &files, "")).unwrap();
+        let sources = ["main.c", "lib/-a b.c", "./-x.c"];
+        assert!(
+            compile.windows(3).any(|part| part == sources),
+            "{compile:?}"
+        );
+        assert!(!compile.contains(&"lib/a.h".to_owned()));
+        let go = Language::named("golang").unwrap();
+        let compile = |files: &[&str]| go.compile(&words("main.go", files, "")).unwrap();
+        assert_eq!(compile(&["main.go"]).last().unwrap(), "main.go");
+        assert_eq!(compile(&["go.mod", "main.go"]).last().unwrap(), ".");
+        let java = Language::named("java").unwrap();
+        let text = "// first\n  package org.example ;\nclass App {}";
+        let run = java.fill(java.run, &words("src/App.java", &[], text));
+        assert_eq!(run.last().unwrap(), "org.example.App");
+        assert!(run.contains(&"-XX:MaxRAM=64".to_owned()), "{run:?}");
+        let python = Language::named("python").unwrap();
+        let run = python.fill(python.run, &words("a/start.py", &[], ""));
+        assert_eq!(run, ["python3", "a/start.py"]);
+    }
+
+    #[test]
+    fn a_workspaces_start_compiles_what_has_to_be() {
+        let start = |name: &str| Language::named(name).unwrap().start();
+        assert_eq!(start("python"), ["python3", "main.py"]);
+        let go = start("go");
+        assert_eq!(go[..2], ["sh", "-c"]);
+        assert!(go[2].contains("if [ -f go.mod ]"), "{}", go[2]);
+        assert!(go[2].ends_with("&& exec '.build/main'"), "{}", go[2]);
     }
 }

@@ -22,7 +22,10 @@ pub use domain::{Domain, DomainProof, DomainsRequest, MAX_DOMAINS, domain_taken}
 pub use event::{Ending, Event, Origin, OutputStream, Record, RunReport, Step, StepState};
 pub use id::{IdError, ReplId, ServiceName, SubmissionId, UserId};
 pub use image::{ImageError, ImageName};
-pub use language::{LANGUAGES, Language, ReportFormat, TestRunner};
+pub use language::{
+    BUILD_ARCHIVE, BUILD_FOLDER, Compile, LANGUAGES, Language, ReportFormat, TestRunner, Tool,
+    Words,
+};
 pub use limits::{Limits, LimitsRequest, MAX_CODE_BYTES, MAX_MESSAGE_BYTES};
 pub use module::{
     MAX_MODULE_REPLICAS, ModuleName, ModuleNameError, ModuleRequest, ModuleSpec, ModuleState,

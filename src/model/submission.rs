@@ -5,7 +5,10 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Language, Limits, LimitsRequest, MAX_CODE_BYTES, ReplId, SubmissionId, UserId};
+use super::{
+    BUILD_ARCHIVE, BUILD_FOLDER, Language, Limits, LimitsRequest, MAX_CODE_BYTES, ReplId,
+    SubmissionId, UserId,
+};
 
 /// Most files in one submission, so that unpacking is bounded.
 const MAX_FILES: usize = 1_000;
@@ -46,6 +49,12 @@ impl FieldError {
 pub struct RelativePath(String);
 
 impl RelativePath {
+    /// Whether it is in this folder.
+    pub fn is_below(&self, folder: &str) -> bool {
+        let rest = self.0.strip_prefix(folder);
+        rest.is_some_and(|rest| rest.starts_with('/'))
+    }
+
     /// The path as text.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -234,6 +243,7 @@ impl SubmissionRequest {
             ));
         }
         check_tree(&files)?;
+        check_reserved(language, &files)?;
         let args = self.args.unwrap_or_default();
         let env = self.env.unwrap_or_default();
         check_args("args", &args)?;
@@ -313,8 +323,43 @@ fn default_entrypoint(language: &Language, files: &Files) -> Result<RelativePath
     {
         return Ok(only.clone());
     }
-    RelativePath::try_from(language.entrypoint.to_owned())
-        .map_err(|e| FieldError::new("entrypoint", e))
+    let place = |path: &str| RelativePath(path.to_owned());
+    let package = language.project.filter(|file| *file == PACKAGE);
+    let named = package
+        .and_then(|file| package_entrypoint(files.get(&place(file))?))
+        .map(|path| place(&path));
+    let usual = place(language.entrypoint);
+    let others = language.others.iter().map(|path| place(path));
+    let mut known = named.into_iter().chain([usual.clone()]).chain(others);
+    Ok(known.find(|path| files.contains_key(path)).unwrap_or(usual))
+}
+
+/// Node's project file.
+const PACKAGE: &str = "package.json";
+
+/// The program that a `package.json` names: what its start script runs, or its main file.
+fn package_entrypoint(package: &str) -> Option<String> {
+    let package: serde_json::Value = serde_json::from_str(package).ok()?;
+    let text = |pointer: &str| package.pointer(pointer)?.as_str();
+    let started = || text("/scripts/start")?.trim().strip_prefix("node ");
+    let named = started().or_else(|| text("/main"))?.trim();
+    Some(named.strip_prefix("./").unwrap_or(named).to_owned())
+}
+
+/// What is compiled goes to a place of its own.
+fn check_reserved(language: &Language, files: &Files) -> Result<(), FieldError> {
+    let builds = language.compile.is_some();
+    let taken = files.keys().find(|path| {
+        path.as_str() == BUILD_ARCHIVE
+            || builds && (path.as_str() == BUILD_FOLDER || path.is_below(BUILD_FOLDER))
+    });
+    match taken {
+        Some(path) => Err(FieldError::new(
+            "files",
+            format!("{path} is where compiled output goes"),
+        )),
+        None => Ok(()),
+    }
 }
 
 /// A file cannot also be a folder.

@@ -23,6 +23,8 @@ pub struct Control {
 #[derive(Debug, Default)]
 struct State {
     run: Option<RunHandle>,
+    /// The program is being compiled: what may be cancelled, and takes no input.
+    compiler: Option<RunHandle>,
     /// Input that came before the program ran.
     early: Vec<(Vec<u8>, bool)>,
     input: usize,
@@ -38,7 +40,7 @@ impl Control {
             return false;
         }
         self.cancelled.cancel();
-        if let Some(run) = &state.run {
+        for run in state.run.iter().chain(&state.compiler) {
             run.cancel();
         }
         true
@@ -78,6 +80,15 @@ impl Control {
         Ok(())
     }
 
+    /// Compiling has begun: input is kept for the program.
+    pub fn compiling(&self, run: RunHandle) {
+        let mut state = self.locked();
+        if self.cancelled.is_cancelled() {
+            run.cancel();
+        }
+        state.compiler = Some(run);
+    }
+
     /// A run has begun.
     pub fn running(&self, run: RunHandle) {
         let mut state = self.locked();
@@ -90,9 +101,11 @@ impl Control {
         state.run = Some(run);
     }
 
-    /// The run has ended.
+    /// What ran or compiled has ended.
     pub fn not_running(&self) {
-        self.locked().run = None;
+        let mut state = self.locked();
+        state.run = None;
+        state.compiler = None;
     }
 
     fn locked(&self) -> std::sync::MutexGuard<'_, State> {

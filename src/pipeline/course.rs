@@ -10,7 +10,7 @@ use tokio::time::{sleep, timeout};
 
 use super::control::Control;
 use super::text::TextDecoder;
-use super::verdict::{FinishedRun, Verdict, decide, judge_case};
+use super::verdict::{FinishedRun, Verdict, decide, judge_case, judge_compile};
 use super::{Inner, plan};
 use crate::journal::{Appended, JournalError, NewRecord};
 use crate::model::{
@@ -163,12 +163,30 @@ impl Course {
             self.append(Event::Queued).await?;
         }
         let inner = Arc::clone(&self.inner);
+        if let Some(problem) = inner.platform.lacks(self.submission.language).await {
+            return Ok(self.unavailable(problem));
+        }
         let permit = tokio::select! {
             permit = inner.queue.turn(&self.submission.user_id) => permit,
             () = self.control.cancelled() => return Ok(self.ended(Outcome::new(Status::Cancelled))),
         };
         let tested = self.test().await?;
         drop(permit);
+        let has_run = tested.is_ok();
+        let outcome = self.conclude(tested).await?;
+        if let Some(build) = plan::build(&self.submission)
+            && has_run
+        {
+            inner.sessions.of(&self.submission.user_id).forget(build);
+        }
+        Ok(outcome)
+    }
+
+    /// What follows from the test.
+    async fn conclude(
+        &mut self,
+        tested: Result<(Verdict, Vec<FinishedRun>), Problem>,
+    ) -> Result<Outcome, JournalError> {
         let (verdict, runs) = match tested {
             Ok(tested) => tested,
             // Nothing has run yet.
@@ -208,20 +226,23 @@ impl Course {
             )));
         }
         self.step(Step::Sandbox, StepState::Passed).await?;
+        if let Some(job) = plan::compile(&self.submission)
+            && let Some(ended) = self.compile(&session, job).await?
+        {
+            return Ok(Ok(ended));
+        }
         self.step(Step::Test, StepState::Started).await?;
         let mut runs = Vec::new();
         let mut told = 0;
         let mut output_left = MAX_OUTPUT_BYTES;
-        for (number, mut job) in (0..).zip(plan::jobs(&self.submission)) {
+        for (number, mut job) in plan::jobs(&self.submission).enumerate() {
             job.limits.output_bytes = job.limits.output_bytes.min(output_left);
-            let run = self.one_run(&session, number, job).await?;
+            let run = self.one_run(&session, job).await?;
             let written = run.stdout.len() + run.stderr.len();
             output_left = output_left.saturating_sub(written as u64);
             let undecided = run.report.is_none() || self.control.is_cancelled();
             let result = match &self.submission.tests {
-                Tests::Cases(cases) => cases
-                    .get(number as usize)
-                    .map(|case| judge_case(case, &run)),
+                Tests::Cases(cases) => cases.get(number).map(|case| judge_case(case, &run)),
                 Tests::ExitCode | Tests::Files(_) => None,
             };
             runs.push(run);
@@ -246,19 +267,29 @@ impl Course {
         Ok(Ok((verdict, runs)))
     }
 
-    /// One run, from wherever it is to its end.
-    async fn one_run(
-        &self,
+    /// Compiles the program. `Some`: that was its end.
+    async fn compile(
+        &mut self,
         session: &Session,
-        number: u32,
         job: Job,
-    ) -> Result<FinishedRun, JournalError> {
-        let before = self
-            .history
-            .runs
-            .get(number as usize)
-            .cloned()
-            .unwrap_or_default();
+    ) -> Result<Option<(Verdict, Vec<FinishedRun>)>, JournalError> {
+        self.step(Step::Compile, StepState::Started).await?;
+        let run = self.one_run(session, job).await?;
+        let verdict = judge_compile(&run);
+        let state = match verdict {
+            None => StepState::Passed,
+            Some(_) => StepState::Failed,
+        };
+        self.step(Step::Compile, state).await?;
+        Ok(verdict.map(|verdict| (verdict, vec![run])))
+    }
+
+    /// One run, from wherever it is to its end.
+    async fn one_run(&self, session: &Session, job: Job) -> Result<FinishedRun, JournalError> {
+        let (id, patience) = (job.id, job.limits.wall() + RUNNER_GRACE);
+        let compiles = job.output.is_some();
+        let before = self.history.runs.get(id.run as usize);
+        let before = before.cloned().unwrap_or_default();
         let mut finished = FinishedRun {
             report: before.report.clone(),
             lost: None,
@@ -268,14 +299,17 @@ impl Course {
         if before.report.is_some() {
             return Ok(finished);
         }
-        let id = job.id;
         let mut run = if before.last_seq == 0 && before.beyond == [0; 2] {
             session.start(job)
         } else {
             session.attach(id, before.last_seq)
         };
-        self.control.running(run.handle());
-        let result = self.follow(session, &mut run, &mut finished, &before).await;
+        match compiles {
+            true => self.control.compiling(run.handle()),
+            false => self.control.running(run.handle()),
+        }
+        let followed = self.follow(session, &mut run, patience, &mut finished, &before);
+        let result = followed.await;
         self.control.not_running();
         let last = result?;
         // The runner may forget the run when its end is on the disk; the reply need not wait for
@@ -297,12 +331,12 @@ impl Course {
         &self,
         session: &Session,
         run: &mut Run,
+        patience: Duration,
         finished: &mut FinishedRun,
         before: &RecordedRun,
     ) -> Result<Option<(u64, u64)>, JournalError> {
         let (mut covered, mut recorded) = (before.last_seq, before.beyond);
         let JobId { run: number, .. } = run.id();
-        let patience = self.submission.limits.wall() + RUNNER_GRACE;
         let mut decoders = [TextDecoder::default(), TextDecoder::default()];
         loop {
             let (seq, event) = match timeout(patience, run.next()).await {
@@ -379,12 +413,7 @@ impl Course {
         let submission = &self.submission;
         let (repl, id) = (submission.repl_id.clone(), submission.id);
         self.step(Step::Publish, StepState::Started).await?;
-        let published = self
-            .inner
-            .store
-            .publish(&repl, id, &self.submission.files)
-            .await;
-        if let Err(problem) = published {
+        if let Err(problem) = self.publish().await {
             self.step(Step::Publish, StepState::Failed).await?;
             return self.deploy_failed(outcome, problem);
         }
@@ -440,6 +469,34 @@ impl Course {
         let places = &self.inner.places;
         let _place = places.take(platform, &spec.user_id, &spec.repl_id).await?;
         platform.ensure_release(spec).await
+    }
+
+    /// Stores what passed, once: what an earlier server stored is there, and what was compiled for it may
+    /// not be any more.
+    async fn publish(&self) -> Result<(), Problem> {
+        let Submission {
+            id, repl_id, files, ..
+        } = &self.submission;
+        let published = (Step::Publish, StepState::Passed);
+        if self.history.steps.contains(&published) {
+            return Ok(());
+        }
+        let Some(build) = plan::build(&self.submission) else {
+            return self.inner.store.publish(repl_id, *id, files).await;
+        };
+        let session = self.inner.sessions.of(&self.submission.user_id);
+        let archive = session.build(build).await.map_err(|why| {
+            Problem::new(
+                "build_gone",
+                "What was compiled and tested is not there any more",
+                why,
+                "Submit it again under a new submission_id.",
+            )
+        })?;
+        let store = &self.inner.store;
+        store
+            .publish_built(repl_id, *id, files, Some(archive))
+            .await
     }
 
     fn deploy_failed(&self, outcome: &mut Outcome, problem: Problem) -> Result<(), JournalError> {

@@ -17,6 +17,7 @@ mod verdict;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use futures_util::future::join_all;
 use tokio_util::task::TaskTracker;
 
 use crate::journal::{Journal, JournalError, NewRecord};
@@ -260,8 +261,8 @@ impl Pipeline {
         Ok(running)
     }
 
-    /// Starts the user's repl from its current files. Without a language it is the one whose entrypoint is
-    /// among them.
+    /// Starts the user's repl from its current files. Without a language it is the one whose entrypoint or
+    /// project file is among them.
     pub async fn start(
         &self,
         user: &UserId,
@@ -273,6 +274,9 @@ impl Pipeline {
             None => self.language_of(repl).await?,
         };
         let platform = &self.inner.platform;
+        if let Some(problem) = platform.lacks(language).await {
+            return Err(PlatformError::NotReady(problem));
+        }
         let _place = self.inner.places.take(&**platform, user, repl).await?;
         platform.used(user);
         let spec = WorkspaceSpec {
@@ -344,10 +348,25 @@ impl Pipeline {
     }
 
     async fn language_of(&self, repl: &ReplId) -> Result<&'static Language, PlatformError> {
-        for language in LANGUAGES {
-            let has = self.inner.store.has_current(repl, language.entrypoint);
-            if has.await.map_err(PlatformError::Unavailable)? {
-                return Ok(language);
+        let store = &self.inner.store;
+        // An entrypoint says more than a project's file.
+        let entrypoints = LANGUAGES
+            .iter()
+            .map(|known| (known, Some(known.entrypoint)));
+        let projects = LANGUAGES.iter().map(|known| (known, known.project));
+        for asked in [entrypoints.collect::<Vec<_>>(), projects.collect()] {
+            let asked = asked
+                .into_iter()
+                .filter_map(|(known, file)| Some((known, file?)));
+            // At one time: a store in a bucket takes a while for each.
+            let answers = join_all(asked.map(|(known, file)| async move {
+                let has = store.has_current(repl, file).await;
+                has.map(|has| has.then_some(known))
+            }));
+            for found in answers.await {
+                if let Some(language) = found.map_err(PlatformError::Unavailable)? {
+                    return Ok(language);
+                }
             }
         }
         // Its start command says that the file is missing; its user can add it then.

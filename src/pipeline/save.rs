@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
 use super::{Pipeline, Share};
-use crate::model::{Problem, RelativePath, ReplId, ReplState};
+use crate::model::{BUILD_FOLDER, Problem, RelativePath, ReplId, ReplState};
 use crate::platform::{Platform, PlatformError};
 use crate::storage::CodeStore;
 
@@ -150,7 +150,11 @@ async fn copy(
     let mut now = BTreeMap::new();
     for file in runner.list().await? {
         let path = RelativePath::try_from(file.path);
-        if let (Ok(path), "file") = (path, file.kind.as_str()) {
+        // What was compiled is compiled again at the next start.
+        let built = |path: &RelativePath| path.is_below(BUILD_FOLDER);
+        if let (Ok(path), "file") = (path, file.kind.as_str())
+            && !built(&path)
+        {
             now.insert(path, (file.size, file.modified));
         }
     }

@@ -3,8 +3,10 @@
 
 use super::fit::{MAX_ACTUAL, cut, cut_outputs};
 use crate::model::{
-    Case, Ending, Outcome, Problem, Reason, RunReport, Status, Submission, TestResult, Tests, Usage,
+    Case, Ending, Limits, Outcome, Problem, Reason, RunReport, Status, Submission, TestResult,
+    Tests, Usage,
 };
+use crate::runner::wire::MAX_BUILD_BYTES;
 
 /// One run that is over: what the runner said and what the program wrote.
 #[derive(Debug, Clone, Default)]
@@ -93,6 +95,44 @@ fn not_decided(run: &FinishedRun) -> Option<(Status, Option<Problem>)> {
         }
         _ => None,
     }
+}
+
+/// What follows from a compiler's run; `None`: the program is there.
+pub fn judge_compile(run: &FinishedRun) -> Option<Verdict> {
+    let mut verdict = Verdict {
+        status: Status::TestsFailed,
+        reason: Some(Reason::Compile),
+        tests: Vec::new(),
+        error: None,
+        // A compiler's exit code is not the program's.
+        shown: usize::MAX,
+    };
+    if let Some((status, error)) = not_decided(run) {
+        verdict.status = status;
+        verdict.reason = None;
+        verdict.error = error;
+        return Some(verdict);
+    }
+    match run.report.as_ref().map(|report| &report.ending) {
+        Some(Ending::Exited(0)) => return None,
+        Some(Ending::Limit(reason)) => {
+            let most = Limits::COMPILE;
+            verdict.error = Some(Problem::new(
+                "compile_limit",
+                format!("The compiler was stopped at its {} limit", reason.as_str()),
+                format!(
+                    "compiling may take {} s, {} s of processor time and {} MiB of memory, and leave {} MiB",
+                    most.wall_ms / 1_000,
+                    most.cpu_ms / 1_000,
+                    most.memory_bytes >> 20,
+                    MAX_BUILD_BYTES >> 20,
+                ),
+                "Send less code, or leave out what takes the compiler so long.",
+            ));
+        }
+        _ => {}
+    }
+    Some(verdict)
 }
 
 fn reason_of(ending: &Ending) -> Option<Reason> {
@@ -315,6 +355,29 @@ mod tests {
             decide(&s, &[FinishedRun::default()]).status,
             Status::Unavailable
         );
+    }
+
+    #[test]
+    fn what_does_not_compile_is_the_programs_failure_and_a_lost_compiler_is_not() {
+        let judged = |run: FinishedRun| {
+            let verdict = judge_compile(&run)?;
+            let code = verdict.error.as_ref().map(|error| error.code.clone());
+            assert_eq!(verdict.outcome(&[run]).exit_code, None);
+            Some((verdict.status, verdict.reason, code))
+        };
+        let compile = Some(Reason::Compile);
+        assert_eq!(judged(run(Ending::Exited(0), "warning")), None);
+        assert_eq!(
+            judged(run(Ending::Exited(1), "error")),
+            Some((Status::TestsFailed, compile, None))
+        );
+        let limit = judged(run(Ending::Limit(Reason::Memory), ""));
+        let code = Some("compile_limit".to_owned());
+        assert_eq!(limit, Some((Status::TestsFailed, compile, code)));
+        let (status, reason, _) = judged(run(Ending::Cancelled, "")).unwrap();
+        assert_eq!((status, reason), (Status::Cancelled, None));
+        let (status, reason, _) = judged(FinishedRun::default()).unwrap();
+        assert_eq!((status, reason), (Status::Unavailable, None));
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! The suite that holds every platform to the contract on [`Platform`]. One list of promises; a
 //! backend's test calls [`all`] with a platform of its own.
 
+mod built;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -63,6 +65,8 @@ pub fn python(code: &str) -> Job {
         stdin_open: false,
         limits: Limits::DEFAULT,
         report: None,
+        output: None,
+        build: None,
     }
 }
 
@@ -149,6 +153,11 @@ pub async fn all(subject: &Subject) -> anyhow::Result<()> {
     a_domain_is_one_repls(subject)
         .await
         .with_context(context("a domain is one repl's, and a release's"))?;
+    built::what_was_built_runs_and_is_released(subject)
+        .await
+        .with_context(context(
+            "what a job built is there for those that follow, and in the release",
+        ))?;
     a_program_that_ends_is_a_release(subject)
         .await
         .with_context(context("a program that ends is a release"))?;

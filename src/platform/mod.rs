@@ -19,8 +19,8 @@ use async_trait::async_trait;
 use futures_util::future::BoxFuture;
 
 use crate::model::{
-    Event, FieldError, Origin, Problem, Release, ReplChange, ReplId, ReplSettings, ReplStatus,
-    SubmissionId, Tested, TicketKey, UserId,
+    Event, FieldError, Language, Origin, Problem, Release, ReplChange, ReplId, ReplSettings,
+    ReplStatus, SubmissionId, Tested, TicketKey, UserId,
 };
 
 pub use crate::runner::client::ByteStream;
@@ -178,6 +178,12 @@ pub trait Platform: Send + Sync + fmt::Debug {
 
     /// What the platform found on its machine or cluster when it started.
     fn checks(&self) -> Vec<Check>;
+
+    /// Why programs of this language cannot run here, if it is known that they cannot. Looked at once,
+    /// when the platform starts; where an image brings the languages, it has them.
+    async fn lacks(&self, _language: &'static Language) -> Option<Problem> {
+        None
+    }
 
     /// A stream to the user's runner, its sandbox made first if it is not there.
     async fn connect(&self, user: &UserId) -> Result<Box<dyn ByteStream>, PlatformError>;

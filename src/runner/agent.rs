@@ -22,13 +22,14 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, timeout};
 
+use super::build::{Builds, pack, unpack};
 use super::confine::{Confinement, Identity, Reach};
 use super::job::{Command, Input, JobLog, KILL_PATIENCE, Supervisor};
 use super::process::{Exit, MemoryGroup, die_first, reap};
 use super::slot::{Ground, Slot};
 use super::warm::{HOOK_FOLDER, Interpreter, Parked, Program, needs_cold_start, pipes};
 use super::wire::{FromRunner, Job, JobEvent, JobId, ToRunner, VERSION, frames};
-use crate::model::{Ending, Reason, RunReport, Usage};
+use crate::model::{Ending, OutputStream, Reason, RunReport, Usage};
 
 /// The server pings every 5 s; three missed ones mean that it is gone (design.md §7).
 const SERVER_SILENCE: Duration = Duration::from_secs(15);
@@ -221,6 +222,7 @@ struct Agent {
     jobs: RefCell<HashMap<JobId, Rc<JobLog>>>,
     ended: RefCell<VecDeque<JobId>>,
     remembered: RefCell<Remembered>,
+    builds: Builds,
     connections: Cell<usize>,
     active: Cell<Instant>,
 }
@@ -250,6 +252,7 @@ pub async fn run(
         jobs: RefCell::default(),
         ended: RefCell::default(),
         remembered: RefCell::default(),
+        builds: Builds::default(),
         connections: Cell::new(0),
         active: Cell::new(Instant::now()),
         config,
@@ -473,6 +476,13 @@ impl Agent {
                 }
                 ToRunner::Cancel { job } => self.command(job, Command::Cancel),
                 ToRunner::Ack { job, seq } => self.stored(job, seq),
+                ToRunner::Fetch { job } => match self.builds.of(job) {
+                    Some(archive) => {
+                        tasks.spawn_local(send_build(job, archive, tell.clone()));
+                    }
+                    None => tell.send(FromRunner::NoBuild { job }).await?,
+                },
+                ToRunner::Forget { job } => self.builds.forget(job),
                 ToRunner::Shutdown => std::process::exit(0),
             }
         }
@@ -554,10 +564,10 @@ impl Agent {
         let launched = self.launch(&job, &slot, parked).await;
         let next = self.park_ahead(&slot);
         let report = match launched {
-            Ok(program) => {
+            Ok((program, given)) => {
                 // Where all share one user id, only the job's own process tree is its own.
                 let tree = slot.tree(known(0));
-                let supervisor = Supervisor::new(&job, &slot, tree, orphans, &log);
+                let supervisor = Supervisor::new(&job, &slot, tree, orphans, &log, given);
                 let mut report = supervisor.watch(program, early, &mut commands).await;
                 // Nobody in a sandbox can make the kernel do this but by using up its memory.
                 if report.ending == Ending::Signalled(libc::SIGKILL) && self.memory.kills() > kills
@@ -569,12 +579,64 @@ impl Agent {
                     let _ = slot.tree(known(0)).kill(KILL_PATIENCE).await;
                     report.test_report = slot.read_report(name);
                 }
+                if let (Some(folder), Ending::Exited(0)) = (&job.output, &report.ending) {
+                    // Nor to what it built.
+                    let still = slot.tree(known(0)).kill(KILL_PATIENCE).await;
+                    if let Err(why) = self.keep_build(&slot, folder, job.id, still).await {
+                        let words = format!("what was built cannot be kept: {why}\n");
+                        let (stream, data) = (OutputStream::Stderr, words.into_bytes());
+                        log.push(JobEvent::Output { stream, data });
+                        report.ending = Ending::Limit(Reason::Disk);
+                    }
+                }
                 report
             }
             Err(error) => not_started(&format!("{error:#}")),
         };
         self.end(&log, report);
         self.recycle(slot, known(0), next).await;
+    }
+
+    /// Packs what the job built, for those that follow. `still`: whether all of its processes are gone.
+    async fn keep_build(
+        &self,
+        slot: &Arc<Slot>,
+        folder: &str,
+        job: JobId,
+        still: io::Result<()>,
+    ) -> io::Result<()> {
+        still?;
+        let (slot, folder) = (Arc::clone(slot), folder.to_owned());
+        // Packing takes as long as it takes, in which other jobs go on.
+        let packed = tokio::task::spawn_blocking(move || pack(slot.folder(), &folder));
+        self.builds
+            .keep(job, packed.await.map_err(io::Error::other).flatten()?);
+        Ok(())
+    }
+
+    /// Makes the slot's workspace what the job is to find. Says how large the largest file is that an
+    /// earlier job built.
+    async fn furnish(&self, job: &Job, slot: &Arc<Slot>) -> anyhow::Result<u64> {
+        slot.write_files(&job.files)?;
+        if let Some(folder) = &job.output {
+            slot.make_folder(folder)?;
+        }
+        let Some(build) = job.build else {
+            return Ok(0);
+        };
+        let archive = self.builds.of(build).ok_or_else(|| {
+            anyhow::anyhow!("what was compiled is gone: the sandbox was made anew meanwhile")
+        })?;
+        let slot = Arc::clone(slot);
+        let unpacked = move || {
+            unpack(&archive[..], slot.folder(), slot.uid)?;
+            Ok(slot.footprint().largest_file)
+        };
+        tokio::task::spawn_blocking(unpacked)
+            .await
+            .map_err(io::Error::other)
+            .flatten()
+            .map_err(|error| anyhow::anyhow!("what was compiled cannot be unpacked: {error}"))
     }
 
     fn end(&self, log: &Rc<JobLog>, report: RunReport) {
@@ -592,10 +654,10 @@ impl Agent {
     async fn launch(
         &self,
         job: &Job,
-        slot: &Slot,
+        slot: &Arc<Slot>,
         parked: Option<Parked>,
-    ) -> anyhow::Result<Program> {
-        slot.write_files(&job.files)?;
+    ) -> anyhow::Result<(Program, u64)> {
+        let given = self.furnish(job, slot).await?;
         let warm = job.argv.len() >= 2
             && job.argv[0] == "python3"
             && job.argv[1] == "main.py"
@@ -604,14 +666,15 @@ impl Agent {
         env.extend(job.env.iter().cloned());
         if let Some(parked) = parked {
             if warm {
-                return Ok(parked.run(&job.argv, &env, &job.limits).await?);
+                let program = parked.run(&job.argv, &env, &job.limits).await?;
+                return Ok((program, given));
             }
             drop(parked);
             slot.tree(vec![self.interpreter_pid.get()])
                 .kill(KILL_PATIENCE)
                 .await?;
         }
-        self.spawn(job, slot, env)
+        Ok((self.spawn(job, slot, env)?, given))
     }
 
     fn spawn(&self, job: &Job, slot: &Slot, env: Vec<(String, String)>) -> anyhow::Result<Program> {
@@ -692,6 +755,21 @@ async fn forward(log: Rc<JobLog>, mut after: u64, tell: mpsc::Sender<FromRunner>
             return;
         }
         after = seq;
+    }
+}
+
+/// Bytes of an archive in one frame: others' frames go in between.
+const BUILD_PIECE: usize = 1 << 20;
+
+async fn send_build(job: JobId, archive: Arc<Vec<u8>>, tell: mpsc::Sender<FromRunner>) {
+    let pieces = archive.chunks(BUILD_PIECE);
+    let count = pieces.len();
+    for (number, piece) in (1..).zip(pieces) {
+        let (data, last) = (piece.to_vec(), number == count);
+        let frame = FromRunner::Build { job, data, last };
+        if tell.send(frame).await.is_err() {
+            return;
+        }
     }
 }
 

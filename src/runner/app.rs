@@ -26,6 +26,7 @@ use tokio::sync::{Notify, broadcast, mpsc};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::agent::{AgentConfig, Exits, collect_children};
+use super::build::unpack;
 use super::confine::{Confinement, Identity};
 use super::job::KILL_PATIENCE;
 use super::process::signal as signal_process;
@@ -33,7 +34,7 @@ use super::slot::{Ground, Slot, bind};
 use super::warm::pipes;
 use super::wire::{AppPort, FromApp, frames};
 use super::workspace::{self, Terminal, Workspace};
-use crate::model::{Ending, Limits, OutputStream};
+use crate::model::{BUILD_ARCHIVE, Ending, Limits, OutputStream};
 
 /// The port a released program listens on (design.md §5).
 pub const PROGRAM_PORT: u16 = 3_000;
@@ -172,6 +173,7 @@ pub async fn run(config: AppConfig, listener: UnixListener) -> anyhow::Result<()
 
 fn copy_release(release: &Path, slot: &Slot) -> anyhow::Result<()> {
     let (mut files, mut bytes) = (Vec::new(), 0);
+    let mut build = None;
     let mut folders = vec![release.to_owned()];
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(folder)? {
@@ -196,11 +198,25 @@ fn copy_release(release: &Path, slot: &Slot) -> anyhow::Result<()> {
                 bytes <= MOST_BYTES && files.len() < MOST_FILES,
                 "it is more than {MOST_FILES} files or {MOST_BYTES} bytes in all"
             );
+            if name == BUILD_ARCHIVE {
+                build = Some(path);
+                continue;
+            }
             files.push((name.to_owned(), std::fs::read(&path)?));
         }
     }
     slot.write_files(&files)?;
+    if let Some(build) = build {
+        unpack_build(&build, slot)?;
+    }
     Ok(())
+}
+
+/// Puts what was compiled beside a release's files.
+pub(super) fn unpack_build(archive: &Path, slot: &Slot) -> anyhow::Result<()> {
+    let file = File::open(archive)?;
+    unpack(file, slot.folder(), slot.uid)
+        .with_context(|| format!("{} cannot be unpacked", archive.display()))
 }
 
 impl App {

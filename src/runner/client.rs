@@ -13,8 +13,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, sleep, sleep_until, timeout};
 
 use super::wire::{
-    FrameReader, FrameWriter, FromRunner, Job, JobEvent, JobId, ToRunner, VERSION, WireError,
-    frames,
+    FrameReader, FrameWriter, FromRunner, Job, JobEvent, JobId, MAX_BUILD_BYTES, ToRunner, VERSION,
+    WireError, frames,
 };
 
 /// A heartbeat each way this often (design.md §7).
@@ -42,6 +42,9 @@ const IDLE: Duration = Duration::from_secs(20 * 60);
 
 /// A run whose runner died before it wrote anything is started once more, and no more.
 const MAX_STARTS: u32 = 2;
+
+/// Tries to fetch what a job built; each gets over one lost connection.
+const MAX_FETCHES: u32 = 3;
 
 /// A duplex stream of bytes.
 pub trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -101,6 +104,7 @@ enum Command {
     Start(Box<Job>, mpsc::UnboundedSender<RunEvent>),
     Attach(JobId, u64, mpsc::UnboundedSender<RunEvent>),
     Send(ToRunner),
+    Fetch(JobId, oneshot::Sender<Result<Vec<u8>, String>>),
     Connect(oneshot::Sender<Result<(), String>>),
 }
 
@@ -173,6 +177,25 @@ impl Session {
         let (tell, events) = mpsc::unbounded_channel();
         self.command(Command::Attach(id, after, tell));
         self.run(id, events)
+    }
+
+    /// The archive of what this job built, or why it cannot be had any more.
+    pub async fn build(&self, job: JobId) -> Result<Vec<u8>, String> {
+        for _ in 0..MAX_FETCHES {
+            self.ready().await?;
+            let (tell, told) = oneshot::channel();
+            self.command(Command::Fetch(job, tell));
+            // Without an answer the connection broke.
+            if let Ok(answer) = told.await {
+                return answer;
+            }
+        }
+        Err(format!("its connection broke {MAX_FETCHES} times"))
+    }
+
+    /// What this job built is not needed any more.
+    pub fn forget(&self, job: JobId) {
+        self.command(Command::Send(ToRunner::Forget { job }));
     }
 
     /// Ends the runner and everything in its sandbox.
@@ -262,7 +285,14 @@ impl Active {
     }
 }
 
+/// What a job built, on its way.
+struct Arriving {
+    archive: Vec<u8>,
+    tell: oneshot::Sender<Result<Vec<u8>, String>>,
+}
+
 type Runs = HashMap<JobId, Active>;
+type Builds = HashMap<JobId, Arriving>;
 type Reader = FrameReader<Box<dyn ByteStream>>;
 type Writer = FrameWriter<Box<dyn ByteStream>>;
 
@@ -274,13 +304,14 @@ async fn keep(
     connection: watch::Sender<bool>,
 ) {
     let mut runs = Runs::new();
+    let mut builds = Builds::new();
     let mut unsent = Vec::new();
     let mut waiting: Vec<oneshot::Sender<Result<(), String>>> = Vec::new();
     loop {
         if runs.is_empty() {
             match commands.recv().await {
                 Some(Command::Connect(tell)) => waiting.push(tell),
-                Some(command) => unsent.extend(admit(command, &mut runs)),
+                Some(command) => unsent.extend(admit(command, &mut runs, &mut builds)),
                 None => return,
             }
         }
@@ -294,6 +325,7 @@ async fn keep(
             }
             Err(why) => {
                 unsent.clear();
+                builds.clear();
                 for waiting in waiting.drain(..) {
                     let _ = waiting.send(Err(why.clone()));
                 }
@@ -304,8 +336,11 @@ async fn keep(
             }
         };
         let frames = std::mem::take(&mut unsent);
-        let ended = converse(reader, writer, frames, idle, &mut commands, &mut runs).await;
+        let streams = (reader, writer);
+        let ended = converse(streams, frames, idle, &mut commands, &mut runs, &mut builds).await;
         connection.send_replace(false);
+        // Whoever waits for one asks again.
+        builds.clear();
         match ended {
             Ok(Over::Dropped) => return,
             Ok(Over::Idle) => tracing::debug!("an idle runner's connection was let go"),
@@ -318,9 +353,14 @@ async fn keep(
 }
 
 /// Notes a command; `Some` is a frame to send as it is.
-fn admit(command: Command, runs: &mut Runs) -> Option<ToRunner> {
+fn admit(command: Command, runs: &mut Runs, builds: &mut Builds) -> Option<ToRunner> {
     let (id, active) = match command {
         Command::Send(frame) => return Some(frame),
+        Command::Fetch(job, tell) => {
+            let archive = Vec::new();
+            builds.insert(job, Arriving { archive, tell });
+            return Some(ToRunner::Fetch { job });
+        }
         Command::Connect(tell) => {
             let _ = tell.send(Ok(()));
             return None;
@@ -411,12 +451,12 @@ enum Over {
 
 /// Speaks over one connection until it breaks (`Err`) or is no longer needed.
 async fn converse(
-    mut reader: Reader,
-    mut writer: Writer,
+    (mut reader, mut writer): (Reader, Writer),
     first: Vec<ToRunner>,
     idle: Duration,
     commands: &mut mpsc::UnboundedReceiver<Command>,
     runs: &mut Runs,
+    builds: &mut Builds,
 ) -> Result<Over, WireError> {
     for (id, run) in runs.iter_mut() {
         say(&mut writer, &run.opening(*id)).await?;
@@ -437,9 +477,9 @@ async fn converse(
                     let id = match &command {
                         Command::Start(job, _) => Some(job.id),
                         Command::Attach(id, ..) => Some(*id),
-                        Command::Send(_) | Command::Connect(_) => None,
+                        Command::Send(_) | Command::Fetch(..) | Command::Connect(_) => None,
                     };
-                    let frame = admit(command, runs);
+                    let frame = admit(command, runs, builds);
                     let opening = id.and_then(|id| Some(runs.get_mut(&id)?.opening(id)));
                     for frame in frame.into_iter().chain(opening) {
                         say(&mut writer, &frame).await?;
@@ -451,7 +491,7 @@ async fn converse(
                 if !runs.is_empty() {
                     used = heard;
                 }
-                receive(frame?, runs);
+                receive(frame?, runs, builds);
             }
             () = sleep_until(used + idle), if runs.is_empty() => {
                 return Ok(Over::Idle);
@@ -462,9 +502,29 @@ async fn converse(
     }
 }
 
-fn receive(frame: FromRunner, runs: &mut Runs) {
+fn receive(frame: FromRunner, runs: &mut Runs, builds: &mut Builds) {
     match frame {
         FromRunner::Hello { .. } | FromRunner::Pong => {}
+        FromRunner::Build { job, data, last } => {
+            let Some(mut build) = builds.remove(&job) else {
+                return;
+            };
+            build.archive.extend_from_slice(&data);
+            if build.archive.len() > MAX_BUILD_BYTES {
+                let why = "it is larger than a runner may send";
+                let _ = build.tell.send(Err(why.to_owned()));
+            } else if last {
+                let _ = build.tell.send(Ok(build.archive));
+            } else {
+                builds.insert(job, build);
+            }
+        }
+        FromRunner::NoBuild { job } => {
+            if let Some(build) = builds.remove(&job) {
+                let why = "the sandbox that compiled it is gone, and what it compiled with it";
+                let _ = build.tell.send(Err(why.to_owned()));
+            }
+        }
         FromRunner::Unknown { job } => {
             if let Some(run) = runs.remove(&job) {
                 let why = "the sandbox that ran it is gone, and its outcome with it";

@@ -125,6 +125,8 @@ pub struct Supervisor<'a> {
     tree: Tree,
     orphans: Orphans,
     log: &'a Rc<JobLog>,
+    /// Bytes of the largest file that was there before it started, built by an earlier job.
+    given: u64,
     started: Instant,
     output_bytes: u64,
     truncated: bool,
@@ -153,6 +155,7 @@ impl<'a> Supervisor<'a> {
         tree: Tree,
         orphans: Orphans,
         log: &'a Rc<JobLog>,
+        given: u64,
     ) -> Self {
         Self {
             job,
@@ -160,6 +163,7 @@ impl<'a> Supervisor<'a> {
             tree,
             orphans,
             log,
+            given,
             started: Instant::now(),
             output_bytes: 0,
             truncated: false,
@@ -356,7 +360,7 @@ impl<'a> Supervisor<'a> {
             return Ending::Limit(Reason::Cpu);
         }
         let footprint = self.slot.footprint();
-        let too_large = footprint.largest_file > limits.file_bytes;
+        let too_large = footprint.largest_file > limits.file_bytes.max(self.given);
         if too_large || (footprint.full && plain != Ending::Exited(0)) {
             return Ending::Limit(Reason::Disk);
         }

@@ -5,6 +5,7 @@
 pub mod agent;
 pub mod app;
 mod attach;
+mod build;
 pub mod client;
 pub mod confine;
 mod fetch;

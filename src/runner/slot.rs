@@ -220,6 +220,13 @@ impl Slot {
         Ok(())
     }
 
+    /// Makes an empty folder in the workspace, for its user.
+    pub fn make_folder(&self, name: &str) -> io::Result<()> {
+        let folder = self.folder().join(name);
+        fs::create_dir(&folder)?;
+        std::os::unix::fs::chown(&folder, self.uid, self.uid)
+    }
+
     /// Reads a small regular file from the folder for temporary files. The job chose what stands
     /// there, so links, pipes and devices are refused and nothing blocks.
     pub fn read_report(&self, name: &str) -> Option<String> {

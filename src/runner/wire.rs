@@ -12,10 +12,14 @@ use tokio_util::codec::{FramedRead, FramedWrite, LengthDelimitedCodec};
 use crate::model::{Limits, OutputStream, RunReport, SubmissionId};
 
 /// The version of these frames. Raised when a frame changes shape.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Largest frame: a job carries at most 8 MiB of code, and its arguments and input beside it.
 pub const MAX_FRAME_BYTES: usize = 12 << 20;
+
+/// Largest archive of what a job built: a release has 256 MiB for everything, and the archive is there
+/// beside its content.
+pub const MAX_BUILD_BYTES: usize = 64 << 20;
 
 /// One run, for all time: the submission and the run's number within it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -51,6 +55,11 @@ pub struct Job {
     pub limits: Limits,
     /// Read this file from the workspace afterwards: a test runner's report.
     pub report: Option<String>,
+    /// Make this folder in the workspace first, and keep what is in it when the job ends with exit code
+    /// 0: what was built.
+    pub output: Option<String>,
+    /// Put what this job built into the workspace, beside the files.
+    pub build: Option<JobId>,
 }
 
 /// From the server.
@@ -91,6 +100,16 @@ pub enum ToRunner {
         /// The last sequence number stored.
         seq: u64,
     },
+    /// Send what this job built.
+    Fetch {
+        /// Which.
+        job: JobId,
+    },
+    /// What this job built is not needed any more.
+    Forget {
+        /// Which.
+        job: JobId,
+    },
     /// Heartbeat.
     Ping,
     /// End every job and the runner itself.
@@ -116,6 +135,20 @@ pub enum FromRunner {
     },
     /// The runner does not have this job (any more).
     Unknown {
+        /// Which.
+        job: JobId,
+    },
+    /// A piece of what a job built, in order.
+    Build {
+        /// Which.
+        job: JobId,
+        /// The next bytes of the archive.
+        data: Vec<u8>,
+        /// Nothing follows.
+        last: bool,
+    },
+    /// The runner does not have what this job built (any more).
+    NoBuild {
         /// Which.
         job: JobId,
     },

@@ -8,7 +8,7 @@ use anyhow::{Context, ensure};
 use async_trait::async_trait;
 
 use super::CodeStore;
-use crate::model::{RelativePath, ReplId, SubmissionId};
+use crate::model::{BUILD_ARCHIVE, RelativePath, ReplId, SubmissionId};
 
 /// Paths and texts, as they were found.
 pub type Found = BTreeMap<String, String>;
@@ -28,6 +28,9 @@ pub async fn all(store: Arc<dyn CodeStore>, look: &dyn Look, repl: &ReplId) -> a
     what_is_published_is_there_to_the_byte(&*store, look, repl)
         .await
         .context("promise broken: what is published is there, to the byte")?;
+    what_was_built_is_the_releases_alone(&*store, look, repl)
+        .await
+        .context("promise broken: what was built is in the release, and no current file")?;
     a_release_is_immutable(&*store, look, repl)
         .await
         .context("promise broken: a release is immutable")?;
@@ -71,6 +74,26 @@ async fn what_is_published_is_there_to_the_byte(
     ensure!(release == found(AWKWARD), "the release is {release:?}");
     let current = look.current(repl).await?;
     ensure!(current == found(AWKWARD), "current is {current:?}");
+    Ok(())
+}
+
+async fn what_was_built_is_the_releases_alone(
+    store: &dyn CodeStore,
+    look: &dyn Look,
+    repl: &ReplId,
+) -> anyhow::Result<()> {
+    let id = SubmissionId::new();
+    let sent = [("main.c", "int main;")];
+    for archive in ["first", "again"] {
+        let archive = Some(archive.as_bytes().to_vec());
+        let sent = files(&sent)?;
+        store.publish_built(repl, id, &sent, archive).await?;
+    }
+    let release = look.release(repl, id).await?;
+    let whole = [("main.c", "int main;"), (BUILD_ARCHIVE, "first")];
+    ensure!(release == found(&whole), "the release is {release:?}");
+    let current = look.current(repl).await?;
+    ensure!(current == found(&sent), "current is {current:?}");
     Ok(())
 }
 

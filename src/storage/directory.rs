@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 
 use super::{CodeStore, LANES, lane};
-use crate::model::{Problem, RelativePath, ReplId, SubmissionId};
+use crate::model::{BUILD_ARCHIVE, Problem, RelativePath, ReplId, SubmissionId};
 
 /// A folder with `releases/{repl}/{submission}/` (immutable) and `code/{repl}/` (current).
 #[derive(Debug, Clone)]
@@ -70,20 +70,21 @@ impl DirectoryStore {
 
 #[async_trait]
 impl CodeStore for DirectoryStore {
-    async fn publish(
+    async fn publish_built(
         &self,
         repl: &ReplId,
         submission: SubmissionId,
         files: &BTreeMap<RelativePath, String>,
+        build: Option<Vec<u8>>,
     ) -> Result<(), Problem> {
         let release = self.release(repl, submission);
         let code = self.current(repl);
         let files = files.clone();
         let write = move || {
             if !release.exists() {
-                write_whole(&release, &files)?;
+                write_whole(&release, &files, build.as_deref())?;
             }
-            write_whole(&code, &files)
+            write_whole(&code, &files, None)
         };
         self.alone(repl, write).await
     }
@@ -174,20 +175,28 @@ fn write_one(code: &Path, path: &RelativePath, content: &[u8]) -> io::Result<()>
 }
 
 /// Writes a folder beside its place and moves it there, so that it is seen whole or not at all.
-fn write_whole(folder: &Path, files: &BTreeMap<RelativePath, String>) -> io::Result<()> {
+fn write_whole(
+    folder: &Path,
+    files: &BTreeMap<RelativePath, String>,
+    build: Option<&[u8]>,
+) -> io::Result<()> {
     let parent = folder.parent().unwrap_or(folder);
     fs::create_dir_all(parent)?;
     let staged = parent.join(format!(".{}.new", file_name(folder)));
     let replaced = parent.join(format!(".{}.old", file_name(folder)));
     remove(&staged)?;
     fs::create_dir(&staged)?;
-    for (path, text) in files {
-        let target = staged.join(path.as_str());
+    let texts = files
+        .iter()
+        .map(|(path, text)| (path.as_str(), text.as_bytes()));
+    let build = build.map(|archive| (BUILD_ARCHIVE, archive));
+    for (path, content) in texts.chain(build) {
+        let target = staged.join(path);
         if let Some(folder) = target.parent() {
             fs::create_dir_all(folder)?;
         }
         let mut file = File::create_new(&target)?;
-        file.write_all(text.as_bytes())?;
+        file.write_all(content)?;
         file.sync_data()?;
     }
     File::open(&staged)?.sync_all()?;

@@ -29,6 +29,18 @@ pub trait CodeStore: Send + Sync + fmt::Debug {
         repl: &ReplId,
         submission: SubmissionId,
         files: &BTreeMap<RelativePath, String>,
+    ) -> Result<(), Problem> {
+        self.publish_built(repl, submission, files, None).await
+    }
+
+    /// The same with an archive of what was built from the files, which the release has as
+    /// [`BUILD_ARCHIVE`](crate::model::BUILD_ARCHIVE). It is no current file.
+    async fn publish_built(
+        &self,
+        repl: &ReplId,
+        submission: SubmissionId,
+        files: &BTreeMap<RelativePath, String>,
+        build: Option<Vec<u8>>,
     ) -> Result<(), Problem>;
 
     /// Puts one file among the repl's current files, durably and whole or not at all.

@@ -32,7 +32,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::Mutex;
 
 use super::{CodeStore, LANES, lane};
-use crate::model::{Problem, RelativePath, ReplId, SubmissionId};
+use crate::model::{BUILD_ARCHIVE, Problem, RelativePath, ReplId, SubmissionId};
 
 /// Longest wait for a connection: what the SDKs of AWS wait.
 const CONNECT_PATIENCE: Duration = Duration::from_millis(3_100);
@@ -130,6 +130,15 @@ pub struct ManifestFile {
     pub sha256: String,
 }
 
+impl ManifestFile {
+    fn of(content: &[u8]) -> Self {
+        Self {
+            bytes: content.len() as u64,
+            sha256: hexadecimal(&Sha256::digest(content)),
+        }
+    }
+}
+
 impl Manifest {
     /// The key of the manifest of the release under this prefix.
     pub fn key(prefix: &str) -> String {
@@ -138,11 +147,7 @@ impl Manifest {
 
     fn of(files: &BTreeMap<RelativePath, String>) -> Self {
         let entry = |(path, text): (&RelativePath, &String)| {
-            let file = ManifestFile {
-                bytes: text.len() as u64,
-                sha256: hexadecimal(&Sha256::digest(text.as_bytes())),
-            };
-            (path.as_str().to_owned(), file)
+            (path.as_str().to_owned(), ManifestFile::of(text.as_bytes()))
         };
         Self {
             files: files.iter().map(entry).collect(),
@@ -394,6 +399,7 @@ impl S3Store {
         &self,
         prefix: &str,
         files: &BTreeMap<RelativePath, String>,
+        build: Option<Vec<u8>>,
     ) -> Result<(), Problem> {
         if self.manifest(prefix).await?.is_some() {
             return Ok(());
@@ -401,7 +407,13 @@ impl S3Store {
         // What a publisher that died has left there belongs to no release.
         self.remove_others(prefix, &keys(prefix, files)).await?;
         self.put_all(prefix, files).await?;
-        self.seal(prefix, &Manifest::of(files)).await
+        let mut manifest = Manifest::of(files);
+        if let Some(build) = build {
+            let file = ManifestFile::of(&build);
+            manifest.files.insert(BUILD_ARCHIVE.to_owned(), file);
+            self.put(format!("{prefix}{BUILD_ARCHIVE}"), build).await?;
+        }
+        self.seal(prefix, &manifest).await
     }
 
     async fn make_current(
@@ -500,13 +512,14 @@ fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
 
 #[async_trait]
 impl CodeStore for S3Store {
-    async fn publish(
+    async fn publish_built(
         &self,
         repl: &ReplId,
         submission: SubmissionId,
         files: &BTreeMap<RelativePath, String>,
+        build: Option<Vec<u8>>,
     ) -> Result<(), Problem> {
-        self.publish_release(&release_prefix(repl, submission), files)
+        self.publish_release(&release_prefix(repl, submission), files, build)
             .await?;
         self.make_current(repl, files).await
     }

@@ -139,6 +139,10 @@ pub struct LanguageInfo {
     name: &'static str,
     /// The file that `code` becomes.
     entrypoint: &'static str,
+    /// Extensions of its files.
+    extensions: &'static [&'static str],
+    /// Whether it has a compile step.
+    compiled: bool,
     /// What runs test files, where the language has such a thing.
     test_runner: Option<&'static str>,
 }
@@ -157,6 +161,8 @@ pub async fn languages(_: Authenticated) -> axum::Json<Languages> {
     let info = |language: &crate::model::Language| LanguageInfo {
         name: language.name,
         entrypoint: language.entrypoint,
+        extensions: language.extensions,
+        compiled: language.compile.is_some(),
         test_runner: language.test_runner.map(|runner| runner.name),
     };
     axum::Json(Languages {

@@ -99,7 +99,7 @@ def make_images(environment, programs):
     images.build_base()
     call("docker", "load", "--quiet", "--input", images.base_archive())
     call("docker", "tag", images.BASE_IMAGE, "debian:bookworm-slim")
-    call("scripts/images", "--programs", programs)
+    call("scripts/images", "--programs", programs, *images.RUNNER.arguments)
     stand_ins = [
         ("elasticsearch", "docker.elastic.co/elasticsearch/elasticsearch:8.19.0", build.elasticsearch, "program"),
         ("kibana", "docker.elastic.co/kibana/kibana:8.19.0", None, None),

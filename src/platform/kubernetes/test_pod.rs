@@ -59,7 +59,11 @@ pub fn manifest(user: &UserId, config: &TestPodConfig) -> Manifest {
     let mut labels = of_user(user);
     labels[ROLE] = TEST.into();
     // One run at a time: a pod has one user id to give.
-    let memory = config.maximum.memory_bytes + RUNNER_MEMORY;
+    let run = config
+        .maximum
+        .memory_bytes
+        .max(Limits::COMPILE.memory_bytes);
+    let memory = run + RUNNER_MEMORY;
     let workspace = (4 * config.maximum.file_bytes).max(64 << 20);
     let folder = |name: &str, bytes: u64| json!({ "name": name, "emptyDir": { "medium": "Memory", "sizeLimit": bytes.to_string() } });
     let mount = |name: &str| json!({ "name": name, "mountPath": format!("/{name}") });

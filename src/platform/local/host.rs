@@ -1,12 +1,13 @@
 //! What this machine has and allows: interpreters, namespaces, filters. Looked at once, at start.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::cgroup::Cgroup;
 use super::launch::launch;
+use crate::model::{LANGUAGES, Tool};
 use crate::platform::{Check, Finding};
 use crate::runner::confine::landlock_version;
 use crate::runner::sandbox::{Isolation, Role, SandboxSpec};
@@ -63,6 +64,8 @@ pub struct Interpreters {
     pub path: String,
     /// Host paths to show.
     pub shown: Vec<PathBuf>,
+    /// By language, the first of its commands that this machine lacks.
+    pub missing: HashMap<&'static str, &'static Tool>,
 }
 
 impl Host {
@@ -196,23 +199,22 @@ impl Interpreters {
             folders.extend(python.parent().map(Path::to_owned));
             python
         });
-        for command in ["node", "bash"] {
-            let Some(found) = search(command) else {
-                continue;
-            };
-            let real = fs::canonicalize(&found).unwrap_or(found);
-            if is_shown(&real) {
-                continue;
+        let mut missing = HashMap::new();
+        for language in LANGUAGES {
+            for tool in language.tools {
+                // Python was asked itself.
+                if language.warm && python.is_some() {
+                    continue;
+                }
+                match search(tool.command) {
+                    Some(found) => locate(tool, found, &mut shown, &mut folders),
+                    None => {
+                        missing.entry(language.name).or_insert(tool);
+                    }
+                }
             }
-            // PREFIX/bin/COMMAND: libraries are below PREFIX.
-            if let (Some(bin), Some(prefix)) = (real.parent(), real.ancestors().nth(2))
-                && prefix != Path::new("/")
-            {
-                shown.insert(prefix.to_owned());
-                folders.push(bin.to_owned());
-            }
+            shown.extend(language.settings.iter().flat_map(|name| settings(name)));
         }
-        shown.extend(python_settings());
         let mut path: Vec<String> = Vec::new();
         for folder in folders {
             let folder = folder.to_string_lossy().into_owned();
@@ -225,6 +227,7 @@ impl Interpreters {
             python,
             path: path.join(":"),
             shown: shown.into_iter().collect(),
+            missing,
         }
     }
 }
@@ -244,11 +247,65 @@ fn ask_python() -> Option<(PathBuf, Vec<PathBuf>)> {
     Some((python, lines.filter(|path| path.is_absolute()).collect()))
 }
 
-/// Distributions keep a system-wide `sitecustomize` and the like below `/etc`.
-fn python_settings() -> Vec<PathBuf> {
+/// Where a command that was found lives: what has to be shown of the machine, and where `PATH` has to lead.
+fn locate(tool: &Tool, found: PathBuf, shown: &mut BTreeSet<PathBuf>, folders: &mut Vec<PathBuf>) {
+    let real = fs::canonicalize(&found).unwrap_or_else(|_| found.clone());
+    let standard = |path: &Path| {
+        let folder = path.parent().unwrap_or(path);
+        STANDARD_PATH
+            .split(':')
+            .any(|known| Path::new(known) == folder)
+    };
+    if is_shown(&real) && standard(&found) {
+        return;
+    }
+    // PREFIX/bin/COMMAND: libraries are below PREFIX.
+    let prefix = real.ancestors().nth(2).filter(|prefix| !is_private(prefix));
+    let prefix = prefix.map(Path::to_owned);
+    let Some(home) = ask_home(tool, &found).or(prefix) else {
+        folders.extend(real.parent().map(Path::to_owned));
+        shown.insert(real);
+        return;
+    };
+    folders.push(home.join("bin"));
+    if !is_shown(&home) {
+        shown.insert(home);
+    }
+}
+
+/// Whether a folder holds more than programs: somebody's home, or the machine.
+fn is_private(folder: &Path) -> bool {
+    let own = std::env::var_os("HOME").is_some_and(|home| Path::new(&home) == folder);
+    own || folder
+        .parent()
+        .is_none_or(|above| above == Path::new("/home"))
+        || folder == Path::new("/root")
+}
+
+/// A launcher knows the folder of what it launches.
+fn ask_home(tool: &Tool, found: &Path) -> Option<PathBuf> {
+    if tool.home.is_empty() {
+        return None;
+    }
+    let answer = Command::new(found)
+        .args(tool.home)
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .output()
+        .ok()?;
+    let text = String::from_utf8(answer.stdout).ok()?;
+    let home = PathBuf::from(text.trim_end());
+    home.join("bin")
+        .join(tool.command)
+        .is_file()
+        .then_some(home)
+}
+
+/// What a language's commands read below `/etc`: distributions keep their settings there.
+fn settings(beginning: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir("/etc").into_iter().flatten().flatten();
     entries
-        .filter(|entry| entry.file_name().to_string_lossy().starts_with("python3"))
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with(beginning))
         .map(|entry| entry.path())
         .collect()
 }

@@ -22,7 +22,8 @@ use super::{
     ProgramEvent, ReleaseSpec, RunningRelease, WorkspaceSpec,
 };
 use crate::model::{
-    Limits, Problem, Release, ReplChange, ReplId, ReplSettings, ReplStatus, TicketKey, UserId,
+    Language, Limits, Problem, Release, ReplChange, ReplId, ReplSettings, ReplStatus, TicketKey,
+    UserId,
 };
 use crate::storage::DirectoryStore;
 use host::Host;
@@ -103,6 +104,20 @@ impl Platform for LocalPlatform {
 
     fn checks(&self) -> Vec<Check> {
         self.sandboxes.host().checks.clone()
+    }
+
+    async fn lacks(&self, language: &'static Language) -> Option<Problem> {
+        let interpreters = self.sandboxes.interpreters().await;
+        let tool = interpreters.missing.get(language.name)?;
+        Some(Problem::new(
+            "language_unavailable",
+            format!("{} programs cannot run here", language.name),
+            format!("{} is not installed where the server runs", tool.command),
+            format!(
+                "Install it there ({}) and start the server again.",
+                tool.install
+            ),
+        ))
     }
 
     async fn connect(&self, user: &UserId) -> Result<Box<dyn ByteStream>, PlatformError> {

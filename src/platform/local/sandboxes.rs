@@ -145,7 +145,12 @@ impl Sandboxes {
             placed: Vec::new(),
             slots,
             network: self.config.network,
-            memory: self.config.runs_per_user as u64 * self.config.maximum.memory_bytes,
+            memory: self.config.runs_per_user as u64
+                * self
+                    .config
+                    .maximum
+                    .memory_bytes
+                    .max(Limits::COMPILE.memory_bytes),
         };
         *sandbox = Some(self.make(tenant, Role::Agent).await?);
         self.dial(&name)

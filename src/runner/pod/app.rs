@@ -29,9 +29,9 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{DEFAULT_PATH, Termination, hide, variable};
-use crate::model::Ending;
+use crate::model::{BUILD_ARCHIVE, Ending};
 use crate::runner::agent::AgentConfig;
-use crate::runner::app::{App, PROGRAM_PORT, Pauses, ProgramConfig, State, describe};
+use crate::runner::app::{App, PROGRAM_PORT, Pauses, ProgramConfig, State, describe, unpack_build};
 use crate::runner::confine::Reach;
 use crate::runner::sandbox::close_inherited;
 use crate::runner::slot::{Ground, Slot};
@@ -85,6 +85,12 @@ pub fn main() -> anyhow::Result<ExitCode> {
             own(io::stderr().as_fd().try_clone_to_owned())?,
         ];
         let slot = Slot::as_it_is(&config.sandbox, 0)?;
+        let build = slot.folder().join(BUILD_ARCHIVE);
+        if build.is_file() {
+            unpack_build(&build, &slot)?;
+            // The container may be started again, where its workspace stays; and it is twice the room.
+            fs::remove_file(&build).with_context(|| format!("removing {}", build.display()))?;
+        }
         let pod = Rc::new(Pod {
             app: App::new(config, slot, Some(echo))?,
             restarts: Cell::new(0),

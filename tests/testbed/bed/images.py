@@ -18,8 +18,9 @@ BASE_RECIPE = ["--variant=minbase", "bookworm"]
 
 
 class Image:
-    def __init__(self, name, reference, folder, prepare=None, program=None):
+    def __init__(self, name, reference, folder, prepare=None, program=None, arguments=()):
         self.name, self.reference, self.folder, self.prepare, self.program = name, reference, folder, prepare, program
+        self.arguments = [f"--build-arg={argument}" for argument in arguments]
 
 
 def add_pause(context):
@@ -28,14 +29,16 @@ def add_pause(context):
 
 PAUSE = Image("pause", PAUSE_IMAGE, SOURCES / "images" / "pause", add_pause)
 DATABASE = Image("postgres", DATABASE_IMAGE, SOURCES / "images" / "postgres")
-RUNNER = Image("gantry-runner", RUNNER_IMAGE, REPOSITORY / "runner-image", program="gantry-runner")
+# A language of each kind: the whole image has 2.7 GB, and this one is unpacked by every test run.
+RUNNER = Image("gantry-runner", RUNNER_IMAGE, REPOSITORY / "runner-image", program="gantry-runner",
+               arguments=["LANGUAGES=gcc libc6-dev lua5.4 lua-socket", "LIBRARIES=python3-requests"])
 # Only what tests an installation needs it: `images --server`.
 SERVER = Image("gantry", SERVER_IMAGE, REPOSITORY / "infrastructure", program="gantry")
 IMAGES = [PAUSE, DATABASE, RUNNER]
 
 
 def archive(image):
-    inputs = [image.folder, *BASE_RECIPE] + ([own(image.program)] if image.program else [])
+    inputs = [image.folder, *BASE_RECIPE, *image.arguments] + ([own(image.program)] if image.program else [])
     return CACHE / "images" / f"{image.name}-{digest(*inputs)}.tar"
 
 
@@ -105,7 +108,7 @@ def build(image):
             if image is not PAUSE:
                 call("pull", "--quiet", f"docker-archive:{base_archive()}")
             call("build", "--isolation=chroot", "--network=host", "--pull=never", "--layers", "--quiet", "--format=docker",
-                 "--tag", image.reference, str(context))
+                 "--tag", image.reference, *image.arguments, str(context))
             push(call, image.reference, target)
         finally:
             shutil.rmtree(context, ignore_errors=True)

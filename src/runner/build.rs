@@ -1,0 +1,281 @@
+//! What a job built: packed when the job has ended, put into the workspaces of those that follow, and
+//! at last into the release's. What lies there was made by user code, so nothing of it is followed.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{PermissionsExt, lchown};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use flate2::Compression;
+use flate2::read::GzDecoder;
+use flate2::write::GzEncoder;
+use tar::{Archive, Builder, EntryType, Header};
+
+use super::wire::{JobId, MAX_BUILD_BYTES};
+
+/// Most bytes in an archive, unpacked. What is more does not fit into a slot's scratch space.
+const MAX_BYTES: u64 = 192 << 20;
+
+/// Most files and folders in an archive, as many as a slot's scratch space has.
+const MAX_ENTRIES: usize = 16_384;
+
+/// Bytes of archives that are kept for jobs that follow. A server says when one is not needed any more;
+/// what a server that died has left goes when there is no room.
+const MAX_KEPT_BYTES: usize = 192 << 20;
+
+/// Archives of jobs whose submissions are not over.
+#[derive(Debug, Default)]
+pub struct Builds(RefCell<VecDeque<(JobId, Arc<Vec<u8>>)>>);
+
+impl Builds {
+    /// Keeps one; the oldest make room.
+    pub fn keep(&self, job: JobId, archive: Vec<u8>) {
+        let mut kept = self.0.borrow_mut();
+        kept.push_back((job, Arc::new(archive)));
+        let bytes = |kept: &VecDeque<(JobId, Arc<Vec<u8>>)>| -> usize {
+            kept.iter().map(|(_, archive)| archive.len()).sum()
+        };
+        while kept.len() > 1 && bytes(&kept) > MAX_KEPT_BYTES {
+            kept.pop_front();
+        }
+    }
+
+    /// The one that this job built.
+    pub fn of(&self, job: JobId) -> Option<Arc<Vec<u8>>> {
+        let kept = self.0.borrow();
+        let (_, archive) = kept.iter().find(|(id, _)| *id == job)?;
+        Some(Arc::clone(archive))
+    }
+
+    /// It is not needed any more.
+    pub fn forget(&self, job: JobId) {
+        self.0.borrow_mut().retain(|(id, _)| *id != job);
+    }
+}
+
+/// Packs a folder of a workspace. No process that could change it may be alive.
+pub fn pack(workspace: &Path, folder: &str) -> io::Result<Vec<u8>> {
+    let bounded = Bounded {
+        bytes: Vec::new(),
+        most: MAX_BUILD_BYTES,
+    };
+    let mut archive = Builder::new(GzEncoder::new(bounded, Compression::fast()));
+    let (mut bytes, mut entries) = (0, 0);
+    let mut waiting = vec![PathBuf::from(folder)];
+    while let Some(path) = waiting.pop() {
+        let at = workspace.join(&path);
+        let about = fs::symlink_metadata(&at)?;
+        entries += 1;
+        if entries > MAX_ENTRIES {
+            return Err(too_large(&format!("it is more than {MAX_ENTRIES} files")));
+        }
+        let mut header = Header::new_gnu();
+        // Neither whose it was nor when it was made: the same input gives the same archive.
+        header.set_mtime(0);
+        if about.is_dir() {
+            header.set_entry_type(EntryType::Directory);
+            header.set_mode(0o755);
+            header.set_size(0);
+            archive.append_data(&mut header, &path, io::empty())?;
+            for entry in fs::read_dir(&at)? {
+                waiting.push(path.join(entry?.file_name()));
+            }
+        } else if about.is_file() {
+            bytes += about.len();
+            if bytes > MAX_BYTES {
+                return Err(too_large(&format!("it is more than {MAX_BYTES} bytes")));
+            }
+            let executable = about.permissions().mode() & 0o111 != 0;
+            header.set_mode(if executable { 0o755 } else { 0o644 });
+            header.set_size(about.len());
+            archive.append_data(&mut header, &path, File::open(&at)?)?;
+        } else if about.is_symlink() {
+            header.set_entry_type(EntryType::Symlink);
+            header.set_mode(0o777);
+            header.set_size(0);
+            archive.append_link(&mut header, &path, fs::read_link(&at)?)?;
+        }
+        // Pipes and sockets are nothing that could be released.
+    }
+    Ok(archive.into_inner()?.finish()?.bytes)
+}
+
+/// Unpacks an archive into a workspace, for its user. Nothing is written outside of it.
+pub fn unpack(archive: impl Read, workspace: &Path, uid: Option<u32>) -> io::Result<()> {
+    let mut archive = Archive::new(GzDecoder::new(archive).take(MAX_BYTES + HEADERS));
+    archive.set_preserve_mtime(false);
+    for (number, entry) in archive.entries()?.enumerate() {
+        if number >= MAX_ENTRIES {
+            return Err(too_large(&format!("it is more than {MAX_ENTRIES} files")));
+        }
+        let mut entry = entry?;
+        let path = entry.path()?.into_owned();
+        let plain = path
+            .components()
+            .all(|part| matches!(part, Component::Normal(_)));
+        if !plain || !entry.unpack_in(workspace)? {
+            let why = format!("{} leads out of the workspace", path.display());
+            return Err(io::Error::other(why));
+        }
+        if uid.is_some() {
+            lchown(workspace.join(&path), uid, uid)?;
+        }
+    }
+    Ok(())
+}
+
+/// What an archive has beside its files' bytes: a head for each, and padding.
+const HEADERS: u64 = 4 * 512 * MAX_ENTRIES as u64;
+
+fn too_large(why: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::FileTooLarge, why)
+}
+
+/// Bytes that do not become more than a bound.
+struct Bounded {
+    bytes: Vec<u8>,
+    most: usize,
+}
+
+impl Write for Bounded {
+    fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
+        if self.bytes.len() + piece.len() > self.most {
+            let why = format!("it is more than {} bytes, compressed", self.most);
+            return Err(too_large(&why));
+        }
+        self.bytes.extend_from_slice(piece);
+        Ok(piece.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::model::SubmissionId;
+    use std::os::unix::fs::symlink;
+
+    fn folder(make: impl Fn(&Path)) -> tempfile::TempDir {
+        let workspace = tempfile::tempdir().unwrap();
+        fs::create_dir(workspace.path().join("out")).unwrap();
+        make(&workspace.path().join("out"));
+        workspace
+    }
+
+    #[test]
+    fn what_was_packed_comes_out_as_it_was() {
+        let long = "n".repeat(200);
+        let from = folder(|out| {
+            fs::create_dir_all(out.join("a/b")).unwrap();
+            fs::write(out.join("a/b/program"), b"\x7fELF\xff").unwrap();
+            let mode = fs::Permissions::from_mode(0o4755);
+            fs::set_permissions(out.join("a/b/program"), mode).unwrap();
+            fs::write(out.join(&long), "text").unwrap();
+            symlink("a/b/program", out.join("link")).unwrap();
+            symlink("/etc/passwd", out.join("outside")).unwrap();
+        });
+        fs::write(from.path().join("beside"), "not packed").unwrap();
+        let archive = pack(from.path(), "out").unwrap();
+        assert_eq!(archive, pack(from.path(), "out").unwrap());
+        let to = tempfile::tempdir().unwrap();
+        unpack(&archive[..], to.path(), None).unwrap();
+        let out = to.path().join("out");
+        assert_eq!(fs::read(out.join("link")).unwrap(), b"\x7fELF\xff");
+        let mode = |name: &str| fs::metadata(out.join(name)).unwrap().permissions().mode();
+        assert_eq!(mode("a/b/program") & 0o7777, 0o755);
+        assert_eq!(mode(&long) & 0o7777, 0o644);
+        assert_eq!(
+            fs::read_link(out.join("outside")).unwrap(),
+            Path::new("/etc/passwd")
+        );
+        assert!(!to.path().join("beside").exists());
+    }
+
+    #[test]
+    fn a_link_in_the_folders_place_is_not_followed() {
+        let elsewhere = folder(|out| fs::write(out.join("secret"), "s").unwrap());
+        let workspace = tempfile::tempdir().unwrap();
+        symlink(elsewhere.path(), workspace.path().join("out")).unwrap();
+        let archive = pack(workspace.path(), "out").unwrap();
+        let to = tempfile::tempdir().unwrap();
+        unpack(&archive[..], to.path(), None).unwrap();
+        assert!(
+            fs::symlink_metadata(to.path().join("out"))
+                .unwrap()
+                .is_symlink()
+        );
+        assert!(pack(workspace.path(), "absent").is_err());
+    }
+
+    /// An archive as nobody here makes it.
+    fn hostile(entries: &[(&str, EntryType, &str)]) -> Vec<u8> {
+        let mut archive = Builder::new(GzEncoder::new(Vec::new(), Compression::fast()));
+        for (path, kind, content) in entries {
+            let mut header = Header::new_gnu();
+            header.set_entry_type(*kind);
+            header.set_mode(0o644);
+            header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
+            if *kind == EntryType::Symlink {
+                header.set_link_name(content).unwrap();
+                header.set_size(0);
+                header.set_cksum();
+                archive.append(&header, io::empty()).unwrap();
+            } else {
+                header.set_size(content.len() as u64);
+                header.set_cksum();
+                archive.append(&header, content.as_bytes()).unwrap();
+            }
+        }
+        archive.into_inner().unwrap().finish().unwrap()
+    }
+
+    #[test]
+    fn nothing_is_written_outside() {
+        use EntryType::{Regular, Symlink};
+        let above = tempfile::tempdir().unwrap();
+        let workspace = above.path().join("workspace");
+        fs::create_dir(&workspace).unwrap();
+        let elsewhere = above.path().to_str().unwrap();
+        for entries in [
+            &[("../escaped", Regular, "x")][..],
+            &[("/escaped-to-root", Regular, "x")],
+            &[("link", Symlink, elsewhere), ("link/escaped", Regular, "x")],
+        ] {
+            assert!(unpack(&hostile(entries)[..], &workspace, None).is_err());
+        }
+        assert!(!above.path().join("escaped").exists());
+        assert!(!Path::new("/escaped-to-root").exists());
+        assert!(unpack(&b"no archive"[..], &workspace, None).is_err());
+    }
+
+    #[test]
+    fn what_is_too_large_is_refused() {
+        let from = folder(|out| {
+            let sparse = File::create(out.join("sparse")).unwrap();
+            sparse.set_len(MAX_BYTES + 1).unwrap();
+        });
+        let error = pack(from.path(), "out").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::FileTooLarge);
+    }
+
+    #[test]
+    fn the_oldest_make_room() {
+        let builds = Builds::default();
+        let submission = SubmissionId::new();
+        let ids = [0, 1, 2].map(|run| JobId { submission, run });
+        for id in ids {
+            builds.keep(id, vec![0; MAX_KEPT_BYTES / 2]);
+        }
+        assert!(builds.of(ids[0]).is_none());
+        assert!(builds.of(ids[1]).is_some() && builds.of(ids[2]).is_some());
+        builds.forget(ids[2]);
+        assert!(builds.of(ids[2]).is_none());
+    }
+}

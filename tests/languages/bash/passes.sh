@@ -1,0 +1,4 @@
+read -r name
+sum=0
+for word in "$@"; do sum=$((sum + word)); done
+echo "Hello $name $sum"

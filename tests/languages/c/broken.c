@@ -1,0 +1,3 @@
+int main(void) {
+    int count = not_a_number;
+}

@@ -1,0 +1,3 @@
+int main() {
+    int count = "not a number";
+}

@@ -1,0 +1,2 @@
+name = $stdin.gets.strip
+puts "Hello #{name} #{ARGV.sum(&:to_i)}"
