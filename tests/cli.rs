@@ -3,8 +3,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::FromRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -512,6 +513,160 @@ fn ctrl_c_cancels_the_submission() {
         pressed.elapsed()
     );
     assert!(ran.stderr.contains("cancelled"), "{ran:#?}");
+}
+
+#[test]
+fn a_repl_is_started_entered_and_stopped() {
+    let mut server = Server::start();
+    let files = server.folder.path().join("data/store/code/shop");
+    fs::create_dir_all(&files).unwrap();
+    fs::write(files.join("main.py"), "print('Hello')").unwrap();
+    let ran = server.run(&["start", "shop"]).exits(0);
+    assert!(
+        ran.stdout.starts_with("http://shop.apps.localhost"),
+        "{ran:?}"
+    );
+    assert!(ran.stderr.contains("is started"), "{ran:?}");
+    let ran = server.run(&["start", "shop", "--language", "python"]);
+    assert!(ran.exits(0).stderr.contains("was running"));
+    let ran = server.run(&["start", "shop", "--language", "cobol"]);
+    assert!(ran.exits(1).stderr.contains("python"));
+    let ran = server.run(&["shell", "shop"]).exits(2);
+    assert!(ran.stderr.contains("terminal"), "{ran:?}");
+
+    let mut window = Window::open(&server, &["shell", "shop"]);
+    window.types("echo $((6*7)) grüße; stty size\n");
+    window.shows("42 grüße");
+    window.shows("33 99");
+    window.types("\u{1d}");
+    assert_eq!(window.ended(), Some(0));
+    assert!(window.seen().contains("comes back"), "{}", window.seen());
+    // Taken up where it was left.
+    let mut window = Window::open(&server, &["shell", "shop"]);
+    window.shows("42 grüße");
+    // Waited for while the server is away; what ran in it went with the server.
+    server.crash_and_restart(Duration::from_millis(500));
+    window.shows("connection lost");
+    window.types_until("echo ba'ck'\n", "back");
+    window.types("exit 7\n");
+    assert_eq!(window.ended(), Some(7));
+    server.run(&["restart", "shop"]).exits(0);
+    server.run(&["stop", "shop"]).exits(0);
+    let ran = server.run(&["ps"]).exits(0);
+    assert!(ran.stdout.contains("stopped"), "{ran:?}");
+    let mut window = Window::open(&server, &["shell", "shop"]);
+    assert_eq!(window.ended(), Some(1));
+    assert!(
+        window.seen().contains("gantry start shop"),
+        "{}",
+        window.seen()
+    );
+}
+
+/// A command in a terminal of 99 columns and 33 rows.
+struct Window {
+    child: Child,
+    master: File,
+    seen: std::sync::Arc<std::sync::Mutex<Vec<u8>>>,
+}
+
+impl Window {
+    fn open(server: &Server, args: &[&str]) -> Self {
+        let size = libc::winsize {
+            ws_row: 33,
+            ws_col: 99,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        let (mut master, mut slave) = (0, 0);
+        let none = std::ptr::null_mut();
+        // SAFETY: both descriptors are written by the call, and owned by nobody else.
+        let (master, slave) = unsafe {
+            let opened = libc::openpty(&mut master, &mut slave, none, none.cast(), &raw const size);
+            assert_eq!(opened, 0);
+            (File::from_raw_fd(master), File::from_raw_fd(slave))
+        };
+        // Only the command holds its side: its end is seen.
+        rustix::io::fcntl_setfd(&master, rustix::io::FdFlags::CLOEXEC).unwrap();
+        let mut command = server.command(args);
+        let child = command
+            .stdin(slave.try_clone().unwrap())
+            .stdout(slave.try_clone().unwrap())
+            .stderr(slave)
+            .spawn()
+            .unwrap();
+        drop(command);
+        let seen: std::sync::Arc<std::sync::Mutex<Vec<u8>>> = std::sync::Arc::default();
+        let (mut reader, kept) = (master.try_clone().unwrap(), std::sync::Arc::clone(&seen));
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(length @ 1..) = reader.read(&mut buffer) {
+                let mut kept = kept.lock().unwrap();
+                kept.extend_from_slice(&buffer[..length]);
+            }
+        });
+        Self {
+            child,
+            master,
+            seen,
+        }
+    }
+
+    fn seen(&self) -> String {
+        String::from_utf8_lossy(&self.seen.lock().unwrap()).into_owned()
+    }
+
+    fn types(&mut self, text: &str) {
+        self.master.write_all(text.as_bytes()).unwrap();
+    }
+
+    #[track_caller]
+    fn shows(&self, text: &str) {
+        let begun = Instant::now();
+        while !self.seen().contains(text) {
+            assert!(
+                begun.elapsed() < START_TIMEOUT,
+                "no {text:?}: {}",
+                self.seen()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Types it again and again: what is typed while there is no connection goes nowhere.
+    #[track_caller]
+    fn types_until(&mut self, typed: &str, shown: &str) {
+        let begun = Instant::now();
+        while !self.seen().contains(shown) {
+            assert!(
+                begun.elapsed() < START_TIMEOUT,
+                "no {shown:?}: {}",
+                self.seen()
+            );
+            self.types(typed);
+            std::thread::sleep(Duration::from_millis(300));
+        }
+    }
+
+    fn ended(&mut self) -> Option<i32> {
+        let begun = Instant::now();
+        while begun.elapsed() < COMMAND_TIMEOUT {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                // What it said last is still on its way.
+                std::thread::sleep(Duration::from_millis(100));
+                return status.code();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        panic!("it does not end: {}", self.seen());
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 #[test]

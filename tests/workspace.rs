@@ -179,6 +179,8 @@ async fn terminals_are_resized_speak_utf_8_and_outlive_a_connection() {
     assert!(client.open("two").await);
     client.type_in("two", "echo sec'ond'\n").await;
     client.sees("second").await;
+    let list = client.ask("terminal.list", json!({})).await;
+    assert_eq!(list["terminals"], json!(["one", "two"]));
     client
         .type_in("one", "(sleep 0.5; echo while-a'way') &\n")
         .await;
@@ -197,6 +199,8 @@ async fn terminals_are_resized_speak_utf_8_and_outlive_a_connection() {
         (&ended["terminal"], &ended["exit_code"]),
         (&json!("one"), &json!(7))
     );
+    let list = back.ask("terminal.list", json!({})).await;
+    assert_eq!(list["terminals"], json!(["two"]));
     assert!(back.open("one").await, "an ended terminal is made anew");
     assert!(
         back.refused("terminal.open", json!({ "terminal": "../x" }))
@@ -381,6 +385,33 @@ async fn files_are_edited_watched_and_kept() {
 }
 
 #[tokio::test]
+async fn a_new_repl_begins_with_the_files_it_is_given_and_keeps_those_it_has() {
+    let server = Server::start();
+    let begin = |repl: &str, text: &str| json!({ "replId": repl, "userId": "ann", "language": "python", "files": { "main.py": text } });
+    post(&server, "/start", begin("fresh", "print('new')")).await;
+    let kept = || std::fs::read_to_string(store(&server, "fresh").join("main.py")).unwrap();
+    assert_eq!(kept(), "print('new')");
+    stop(&server, "fresh").await;
+    post(&server, "/start", begin("fresh", "print('other')")).await;
+    assert_eq!(kept(), "print('new')");
+    // Not into another's, and nowhere outside.
+    let (_, bob) = server.user("bob").await;
+    let refused = async |body: Value| {
+        let request = server.post("/start").header("x-api-key", &bob).json(&body);
+        let answer = request.send().await.unwrap();
+        assert_eq!(answer.status(), 400, "{body}");
+    };
+    let mut theirs =
+        json!({ "replId": "fresh", "language": "python", "files": { "theirs.py": "" } });
+    refused(theirs.clone()).await;
+    assert!(!store(&server, "fresh").join("theirs.py").exists());
+    theirs["replId"] = "bobs".into();
+    theirs["files"] = json!({ "../outside.py": "" });
+    refused(theirs).await;
+    assert!(!server.data.path().join("store/code/outside.py").exists());
+}
+
+#[tokio::test]
 async fn no_edit_is_lost_over_many_stops() {
     let server = Server::start();
     opened(&server, "often", "print('Hello')").await;
@@ -429,7 +460,7 @@ async fn a_program_is_stopped_edited_and_run_beside_its_terminals() {
         .await;
     client.done("program.run", json!({})).await;
     client
-        .hears(|told| told["event"] == "output" && told["data"] == "two\n")
+        .hears(|told| told["event"] == "output" && told["data"].to_string().contains("two"))
         .await;
     client.hears(|told| told["state"] == "serving").await;
     assert!(
@@ -442,6 +473,11 @@ async fn a_program_is_stopped_edited_and_run_beside_its_terminals() {
     client.hears(|told| told["state"] == "serving").await;
     client.done("program.stop", json!({})).await;
     client.hears(|told| told["state"] == "ended").await;
+    // Who comes later is told what was printed.
+    let mut late = Client::by_key(&server, "shop").await;
+    let state = late.ask("program.state", json!({})).await;
+    let output = state["output"].as_str().unwrap();
+    assert!(output.starts_with("two\n"), "{state}");
     // Whatever the program did, the terminal and what runs in it are there.
     client.type_in("one", "jobs; echo still-the're'\n").await;
     client.sees("Running").await;

@@ -7,51 +7,25 @@
 
 use std::time::Duration;
 
-use backon::{BackoffBuilder, ExponentialBuilder};
-use futures_util::{SinkExt, StreamExt};
-use reqwest::StatusCode;
-use secrecy::ExposeSecret;
-use tokio::net::TcpStream;
+use futures_util::StreamExt;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep, timeout};
-use tokio_tungstenite::tungstenite::client::IntoClientRequest;
-use tokio_tungstenite::tungstenite::handshake::client::Request;
-use tokio_tungstenite::tungstenite::http::HeaderValue;
-use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Error as WsError, Message as WsMessage};
-use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async_with_config};
 
+use super::connection::{self, Patience, Pulse, Socket, send};
 use super::failure::{Failure, chain};
 use super::frame::Frame;
-use super::http::{self, Api};
+use super::http::Api;
 use super::message::Message;
 use super::progress::{Progress, Taken};
 use crate::model::Status;
 
-/// Longest wait for a TCP connection and the WebSocket handshake on it.
-const HANDSHAKE_TIMEOUT: Duration = http::CONNECT_TIMEOUT;
-/// How long a lost server is waited for: a restart takes a second, a machine's reboot most of this.
-const GIVE_UP_AFTER: Duration = Duration::from_secs(60);
-/// First and longest pause between two attempts: a restarted server is back soon, and a server that
-/// is away longer is not to be knocked at more often than a person would.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
-/// A connection that lived this long was a good one: the next loss is waited for anew.
-const STABLE_AFTER: Duration = Duration::from_secs(3);
-/// Between two pings: half of the 60 s after which many proxies and NAT tables forget a quiet TCP connection.
-const PING_EVERY: Duration = Duration::from_secs(30);
-/// Nothing received for this long, pongs included, is a dead connection: two pings went unanswered.
-const QUIET_TIMEOUT: Duration = Duration::from_secs(75);
-/// Longest wait for one message to leave: the largest, 1 MiB, over 150 kbit/s.
-const SEND_TIMEOUT: Duration = Duration::from_secs(60);
+/// Where submissions go.
+const PATH: &str = "/ws/code";
 /// After Ctrl+C: killing a process tree and writing the reply take well under a second; a second
 /// Ctrl+C does not wait.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
-/// Longest farewell: the reply is here, and a server that does not answer a close is not waited for.
-const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
-/// Largest message taken from the server: 16 MiB of output, the most a run may write, sixfold as
-/// JSON escapes, and room for the tests.
-const MAX_FRAME_BYTES: usize = 128 << 20;
 
 /// Who shows what is going on.
 pub(super) trait View {
@@ -69,8 +43,6 @@ pub(super) enum End {
     /// By Ctrl+C.
     Interrupted,
 }
-
-type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
 /// How one connection ended.
 enum Talk {
@@ -93,8 +65,7 @@ pub(super) struct Follower<'a, V> {
     view: V,
     progress: Progress,
     interrupts: Signal,
-    /// When a lost server is given up.
-    give_up_at: Option<Instant>,
+    patience: Patience,
     /// After Ctrl+C: when the reply is no longer waited for.
     cancel_until: Option<Instant>,
 }
@@ -114,7 +85,7 @@ impl<'a, V: View> Follower<'a, V> {
             message,
             view,
             interrupts,
-            give_up_at: None,
+            patience: Patience::default(),
             cancel_until: None,
         })
     }
@@ -128,10 +99,7 @@ impl<'a, V: View> Follower<'a, V> {
             match self.converse(socket).await? {
                 Talk::End(end) => return Ok(end),
                 Talk::Lost(cause) => {
-                    let now = Instant::now();
-                    if self.give_up_at.is_none() || now - connected > STABLE_AFTER {
-                        self.give_up_at = Some(now + GIVE_UP_AFTER);
-                    }
+                    self.patience.lost(connected);
                     self.view
                         .notice(&format!("connection lost ({cause}); trying again"));
                 }
@@ -141,34 +109,12 @@ impl<'a, V: View> Follower<'a, V> {
 
     /// A connection; `None` after Ctrl+C.
     async fn connect(&mut self) -> Result<Option<Socket>, Failure> {
-        let until = self
-            .give_up_at
-            .unwrap_or_else(|| Instant::now() + http::FIRST_CONTACT);
-        let mut pauses = ExponentialBuilder::default()
-            .with_min_delay(PAUSES.0)
-            .with_max_delay(PAUSES.1)
-            .with_jitter()
-            .without_max_times()
-            .build();
-        loop {
-            let attempt = tokio::select! {
-                attempt = open(self.api) => attempt,
-                _ = self.interrupts.recv() => return Ok(None),
-            };
-            let failure = match attempt {
-                Ok(socket) => return Ok(Some(socket)),
-                Err(failure) if failure.passes => failure,
-                Err(failure) => return Err(self.given_up(failure)),
-            };
-            let pause = pauses.next().unwrap_or(PAUSES.1);
-            if Instant::now() + pause > until {
-                return Err(self.given_up(failure));
-            }
-            tokio::select! {
-                () = sleep(pause) => {}
-                _ = self.interrupts.recv() => return Ok(None),
-            }
-        }
+        let interrupts = &mut self.interrupts;
+        let interrupted = async || {
+            interrupts.recv().await;
+        };
+        let connected = connection::connect(self.api, PATH, &self.patience, interrupted).await;
+        connected.map_err(|failure| self.given_up(failure))
     }
 
     /// What cannot be followed any more may still be running: that must be said.
@@ -203,13 +149,15 @@ impl<'a, V: View> Follower<'a, V> {
         {
             return Ok(Talk::Lost(cause));
         }
-        let mut heard = Instant::now();
-        let mut ticks = ticks();
+        let mut pulse = Pulse::new();
         loop {
-            match self.next(&mut socket, &mut ticks).await {
+            match self.next(&mut socket, &mut pulse).await {
                 Happening::Received(received) => {
-                    heard = Instant::now();
+                    pulse.heard();
                     if let Some(talk) = self.received(&mut socket, received).await? {
+                        if matches!(talk, Talk::End(_)) {
+                            connection::close(socket).await;
+                        }
                         return Ok(talk);
                     }
                 }
@@ -224,14 +172,7 @@ impl<'a, V: View> Follower<'a, V> {
                     }
                 }
                 Happening::Tick => {
-                    if heard.elapsed() > QUIET_TIMEOUT {
-                        return Ok(Talk::Lost(format!(
-                            "silent for {} s",
-                            QUIET_TIMEOUT.as_secs()
-                        )));
-                    }
-                    if let Err(cause) = send(&mut socket, WsMessage::Ping(Vec::new().into())).await
-                    {
+                    if let Err(cause) = pulse.ping(&mut socket).await {
                         return Ok(Talk::Lost(cause));
                     }
                 }
@@ -243,12 +184,12 @@ impl<'a, V: View> Follower<'a, V> {
         }
     }
 
-    async fn next(&mut self, socket: &mut Socket, ticks: &mut Interval) -> Happening {
+    async fn next(&mut self, socket: &mut Socket, pulse: &mut Pulse) -> Happening {
         let cancel_until = self.cancel_until;
         tokio::select! {
             received = socket.next() => Happening::Received(received),
             _ = self.interrupts.recv() => Happening::Interrupted,
-            _ = ticks.tick() => Happening::Tick,
+            () = pulse.due() => Happening::Tick,
             () = sleep_until(cancel_until) => Happening::CancelTimeout,
         }
     }
@@ -290,9 +231,8 @@ impl<'a, V: View> Follower<'a, V> {
             },
             Taken::Gap => Ok(Some(Talk::Lost("frames are missing".to_owned()))),
             Taken::Reply(outcome) => {
-                self.view.frame(&frame)?;
                 // The reply is here: how the connection ends does not matter any more.
-                let _ = timeout(CLOSE_TIMEOUT, socket.close(None)).await;
+                self.view.frame(&frame)?;
                 let end = match self.cancel_until {
                     Some(_) => End::Interrupted,
                     None => End::Replied(outcome.status),
@@ -303,13 +243,6 @@ impl<'a, V: View> Follower<'a, V> {
     }
 }
 
-fn ticks() -> Interval {
-    let mut ticks = interval(PING_EVERY);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    ticks.reset();
-    ticks
-}
-
 async fn sleep_until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline).await,
@@ -317,61 +250,15 @@ async fn sleep_until(deadline: Option<Instant>) {
     }
 }
 
-async fn send(socket: &mut Socket, message: WsMessage) -> Result<(), String> {
-    match timeout(SEND_TIMEOUT, socket.send(message)).await {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => Err(chain(&error)),
-        Err(_) => Err(format!(
-            "nothing could be sent for {} s",
-            SEND_TIMEOUT.as_secs()
-        )),
-    }
-}
-
-async fn open(api: &Api) -> Result<Socket, Failure> {
-    let address = api.websocket();
-    let unreachable = |cause| http::unreachable(api.address(), cause);
-    let request = handshake(api, &address).map_err(unreachable)?;
-    let config = WebSocketConfig::default()
-        .max_message_size(Some(MAX_FRAME_BYTES))
-        .max_frame_size(Some(MAX_FRAME_BYTES));
-    // Small frames are the rule: none of them waits for the next.
-    let connecting = connect_async_with_config(request, Some(config), true);
-    match timeout(HANDSHAKE_TIMEOUT, connecting).await {
-        Ok(Ok((socket, _))) => Ok(socket),
-        Ok(Err(WsError::Http(response))) => {
-            let status = StatusCode::from_u16(response.status().as_u16())
-                .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-            Err(http::refused(
-                status,
-                response.body().as_deref().unwrap_or_default(),
-            ))
-        }
-        Ok(Err(error)) => Err(unreachable(chain(&error))),
-        Err(_) => Err(unreachable(format!(
-            "no answer for {} s",
-            HANDSHAKE_TIMEOUT.as_secs()
-        ))),
-    }
-}
-
-fn handshake(api: &Api, address: &str) -> Result<Request, String> {
-    let mut request = address
-        .into_client_request()
-        .map_err(|error| chain(&error))?;
-    let mut key =
-        HeaderValue::from_str(api.key().expose_secret()).map_err(|error| chain(&error))?;
-    key.set_sensitive(true);
-    request.headers_mut().insert("X-API-Key", key);
-    Ok(request)
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use futures_util::SinkExt;
     use serde_json::json;
 
     use super::*;
+    use crate::client::connection::HANDSHAKE_TIMEOUT;
+    use crate::client::http;
     use crate::model::SubmissionId;
 
     fn frame(id: SubmissionId, seq: impl Into<Option<u64>>, rest: &str) -> Frame {

@@ -58,10 +58,10 @@ impl Api {
         self.base.as_str().trim_end_matches('/')
     }
 
-    /// The WebSocket's address.
-    pub(super) fn websocket(&self) -> String {
+    /// A WebSocket's address.
+    pub(super) fn websocket(&self, path: &str) -> String {
         let rest = self.address().trim_start_matches("http");
-        format!("ws{rest}/ws/code")
+        format!("ws{rest}{path}")
     }
 
     pub(super) fn key(&self) -> &SecretString {

@@ -1,10 +1,11 @@
-//! The command line's side of the protocol: `gantry submit`, `logs`, `ps`, `repl`, `rollback`, `module` and
-//! `service`.
+//! The command line's side of the protocol: `gantry submit`, `logs`, `ps`, `start`, `stop`, `restart`, `shell`,
+//! `repl`, `rollback`, `service` and `module`.
 //!
 //! Data goes to standard output, everything else to standard error, so that output can be piped.
 //! Every failure becomes a [`Failure`] and is printed in one place, here.
 
 mod collect;
+mod connection;
 mod failure;
 mod follow;
 mod frame;
@@ -20,7 +21,9 @@ mod rollback;
 mod screen;
 mod server;
 mod service;
+mod shell;
 mod sse;
+mod start;
 mod stdout;
 mod submit;
 mod units;
@@ -41,6 +44,15 @@ pub enum Command {
     Logs(logs::LogsArgs),
     /// List the repls: what is deployed, and how it is
     Ps(ps::PsArgs),
+    /// Start a repl from its current files
+    Start(start::StartArgs),
+    /// Stop a repl; its files stay in the code store
+    Stop(start::ReplArgs),
+    /// End the program of a repl and start it again
+    Restart(start::ReplArgs),
+    /// Open a terminal in a repl
+    #[command(after_help = shell::AFTER_HELP)]
+    Shell(shell::ShellArgs),
     /// Make an earlier release of a repl serve again
     Rollback(rollback::RollbackArgs),
     /// What a repl runs with: its replicas, variables and domains
@@ -61,19 +73,24 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Submit(args) => submit::run(*args).await,
         Command::Logs(args) => logs::run(args).await,
         Command::Ps(args) => ps::run(args).await,
+        Command::Start(args) => start::start(args).await,
+        Command::Stop(args) => start::stop(args).await,
+        Command::Restart(args) => start::restart(args).await,
+        // A shell's exit code is its own.
+        Command::Shell(args) => return Ok(shell::run(args).await.unwrap_or_else(said)),
         Command::Rollback(args) => rollback::run(args).await,
         Command::Repl(command) => repl::run(command).await,
         Command::Module(command) => module::run(command).await,
         Command::Service(command) => service::run(command).await,
     };
-    let exit = ended.unwrap_or_else(|failure: Failure| {
-        eprint!(
-            "{}",
-            render::problem(&failure.problem, render::Style::stderr())
-        );
-        failure.exit
-    });
-    Ok(exit.into())
+    Ok(ended.map_or_else(said, ExitCode::from))
+}
+
+/// Says why it was not done.
+fn said(failure: Failure) -> ExitCode {
+    let style = render::Style::stderr();
+    eprint!("{}", render::problem(&failure.problem, style));
+    failure.exit.into()
 }
 
 impl From<Exit> for ExitCode {

@@ -14,7 +14,7 @@ mod save;
 mod text;
 mod verdict;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures_util::future::join_all;
@@ -22,8 +22,8 @@ use tokio_util::task::TaskTracker;
 
 use crate::journal::{Journal, JournalError, NewRecord};
 use crate::model::{
-    Domain, DomainProof, Event, FieldError, LANGUAGES, Language, Limits, Problem, ReplChange,
-    ReplId, ReplSettings, Submission, SubmissionId, UserId,
+    Domain, DomainProof, Event, FieldError, LANGUAGES, Language, Limits, Problem, RelativePath,
+    ReplChange, ReplId, ReplSettings, Submission, SubmissionId, UserId,
 };
 use crate::platform::{
     ConfigureError, Opened, Platform, PlatformError, RunningRelease, Sessions, WorkspaceSpec,
@@ -290,6 +290,29 @@ impl Pipeline {
             self.note(user, repl, "repl.opened", message, None).await;
         }
         Ok(opened)
+    }
+
+    /// Puts files into the code store for a repl that does not have them yet. Its name becomes the user's.
+    pub async fn bring(
+        &self,
+        user: &UserId,
+        repl: &ReplId,
+        files: BTreeMap<RelativePath, String>,
+    ) -> Result<(), PlatformError> {
+        let platform = &self.inner.platform;
+        let _place = self.inner.places.take(&**platform, user, repl).await?;
+        if platform.claim(repl, user).await? != *user {
+            return Err(PlatformError::NotFound(format!("the repl {repl}")));
+        }
+        let store = &self.inner.store;
+        for (path, text) in files {
+            let has = store.has_current(repl, path.as_str()).await;
+            if !has.map_err(PlatformError::Unavailable)? {
+                let put = store.put_current(repl, &path, text.into_bytes()).await;
+                put.map_err(PlatformError::Unavailable)?;
+            }
+        }
+        Ok(())
     }
 
     /// Changes what the user's repl runs with.

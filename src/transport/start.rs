@@ -1,5 +1,6 @@
 //! `POST /start`: a repl runs from the files that are in the code store, whoever put them there.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::extract::State;
@@ -15,7 +16,7 @@ use super::problem::HttpProblem;
 use super::repls::{ReplIdText, platform_problem, unsuccessful};
 use super::runner;
 use crate::auth::{Caller, Role};
-use crate::model::{FieldError, Language, Problem, ReplId, UserId};
+use crate::model::{FieldError, Language, Problem, RelativePath, ReplId, UserId};
 use crate::platform::PlatformError;
 
 /// What `POST /start` takes: `replId`, and `language` or `userId` or both.
@@ -31,6 +32,10 @@ pub struct Start {
     user_id: Option<String>,
     /// What it is written in. Left out: the language whose entrypoint is among its files.
     language: Option<String>,
+    /// Files to begin with, as `{path: text}`. One that the repl has stays as it is.
+    #[serde(default)]
+    #[schema(value_type = Object)]
+    files: BTreeMap<RelativePath, String>,
 }
 
 /// What `POST /start` answers.
@@ -64,7 +69,8 @@ pub async fn start(
     Authenticated(caller): Authenticated,
     body: Result<Json<Start>, HttpProblem>,
 ) -> Result<axum::Json<Started>, HttpProblem> {
-    let Json(body) = body.map_err(unsuccessful)?;
+    let Json(mut body) = body.map_err(unsuccessful)?;
+    let files = std::mem::take(&mut body.files);
     let wanted = Wanted::of(&body).map_err(refused)?;
     let repl = wanted.repl;
     let user = match wanted.user {
@@ -75,7 +81,13 @@ pub async fn start(
         }
         None => user_of(&edge, &caller, &repl).await?,
     };
-    match edge.pipeline.start(&user, &repl, wanted.language).await {
+    let started = async {
+        if !files.is_empty() {
+            edge.pipeline.bring(&user, &repl, files).await?;
+        }
+        edge.pipeline.start(&user, &repl, wanted.language).await
+    };
+    match started.await {
         Ok(opened) => Ok(axum::Json(Started {
             terminal_url: with_ticket(&edge, &repl, opened.terminal_url).await,
             success: true,

@@ -5,7 +5,7 @@ import { remembered } from "./storage.js";
 /** Writing to storage on each key press would be felt with long code. */
 const SAVE_DELAY_MS = 400;
 
-const SAMPLES = {
+export const SAMPLES = {
   python: "print('Hello')\n",
   node: "console.log('Hello');\n",
   nodejs: "console.log('Hello');\n",

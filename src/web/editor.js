@@ -20,12 +20,22 @@ function languageExtension(cm, language) {
     case "nodejs":
     case "javascript":
       return [cm.javascript(), cm.indentUnit.of("  ")];
-    case "bash":
-    case "sh":
-      return [cm.StreamLanguage.define(cm.shell), cm.indentUnit.of("  ")];
+    case "typescript":
+      return [cm.javascript({ typescript: true, jsx: true }), cm.indentUnit.of("  ")];
     default:
-      return [];
+      return modeExtension(cm, language);
   }
+}
+
+/** Names that differ from the mode's. */
+const MODES = { bash: "shell", sh: "shell", "c++": "cpp" };
+/** Where indenting by two is not the custom. */
+const INDENTS = { go: "\t", rust: "    ", c: "    ", cpp: "    ", java: "    ", perl: "    " };
+
+function modeExtension(cm, language) {
+  const name = MODES[language] ?? language;
+  const mode = Object.hasOwn(cm.modes, name) ? cm.modes[name] : null;
+  return mode ? [cm.StreamLanguage.define(mode), cm.indentUnit.of(INDENTS[name] ?? "  ")] : [];
 }
 
 /** Colours come from the page's CSS variables, so the editor follows the theme without being rebuilt. */
@@ -51,10 +61,14 @@ function appearance(cm) {
   return [theme, cm.syntaxHighlighting(style)];
 }
 
-function createView(cm, parent, { value, language, submit, changed }) {
+function createView(cm, parent, { value, language, label, readOnly, submit, save, changed }) {
   const languageSlot = new cm.Compartment();
   const run = () => {
     submit();
+    return true;
+  };
+  const keep = () => {
+    save();
     return true;
   };
   const view = new cm.EditorView({
@@ -62,7 +76,7 @@ function createView(cm, parent, { value, language, submit, changed }) {
     state: cm.EditorState.create({
       doc: value,
       extensions: [
-        cm.keymap.of([{ key: "Mod-Enter", run }, { key: "Ctrl-Enter", run }, cm.indentWithTab, ...cm.historyKeymap, ...cm.defaultKeymap]),
+        cm.keymap.of([{ key: "Mod-Enter", run }, { key: "Ctrl-Enter", run }, { key: "Mod-s", run: keep }, cm.indentWithTab, ...cm.historyKeymap, ...cm.defaultKeymap]),
         cm.history(),
         cm.lineNumbers(),
         cm.highlightActiveLine(),
@@ -73,7 +87,8 @@ function createView(cm, parent, { value, language, submit, changed }) {
         cm.indentOnInput(),
         languageSlot.of(languageExtension(cm, language)),
         appearance(cm),
-        cm.EditorView.contentAttributes.of({ "aria-label": "Code", spellcheck: "false" }),
+        cm.EditorView.contentAttributes.of({ "aria-label": label, spellcheck: "false" }),
+        cm.EditorState.readOnly.of(readOnly),
         cm.EditorView.updateListener.of((update) => update.docChanged && changed(update.state.doc.toString())),
       ],
     }),
@@ -85,14 +100,14 @@ function createView(cm, parent, { value, language, submit, changed }) {
   };
 }
 
-/** `value` may be changed from outside; `onChange(text)` reports typing; `onSubmit` is Ctrl+Enter or Cmd+Enter. */
-export function Editor({ value, language, onChange, onSubmit }) {
+/** `value` may be changed from outside; `onChange(text)` reports typing; `onSubmit` is Ctrl+Enter or Cmd+Enter, `onSave` with S. */
+export function Editor({ value, language, label = "Code", readOnly = false, onChange, onSubmit, onSave = () => {} }) {
   const host = useRef(null);
   const editor = useRef(null);
   const [rich, setRich] = useState(false);
   // The editor outlives renders, its callbacks must be the newest.
   const latest = useRef({});
-  latest.current = { value, language, onChange, onSubmit };
+  latest.current = { value, language, onChange, onSubmit, onSave };
 
   useEffect(() => {
     let gone = false;
@@ -102,7 +117,10 @@ export function Editor({ value, language, onChange, onSubmit }) {
       editor.current = createView(cm, host.current, {
         value: latest.current.value,
         language: latest.current.language,
+        label,
+        readOnly,
         submit: () => latest.current.onSubmit(),
+        save: () => latest.current.onSave(),
         changed: (text) => latest.current.onChange(text),
       });
       setRich(true);
@@ -124,14 +142,15 @@ export function Editor({ value, language, onChange, onSubmit }) {
   }, [value]);
 
   const keys = (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-      event.preventDefault();
-      onSubmit();
-    }
+    if (!event.ctrlKey && !event.metaKey) return;
+    const doing = { Enter: onSubmit, s: onSave }[event.key];
+    if (!doing) return;
+    event.preventDefault();
+    doing();
   };
   return html`
     <div class="editor" ref=${host} data-editor=${rich ? "codemirror" : "plain"}>
-      ${!rich && html`<textarea aria-label="Code" spellcheck="false" autocapitalize="off" autocomplete="off" wrap="off"
+      ${!rich && html`<textarea aria-label=${label} readonly=${readOnly} spellcheck="false" autocapitalize="off" autocomplete="off" wrap="off"
         value=${value} onInput=${(event) => onChange(event.currentTarget.value)} onKeyDown=${keys}></textarea>`}
     </div>
   `;

@@ -1,28 +1,15 @@
-// The Repls tab: what is deployed, how it is doing, its releases, going back to one of them, stopping it.
+// The Repls tab: what is deployed or open, how it is doing, its releases, going back to one of them, starting and stopping it.
 import { html, useState } from "./vendor/preact.js";
 import { api } from "./api.js";
 import { finishedRuns } from "./run.js";
 import { href, route } from "./router.js";
+import { POLL_MS, StateBadge, attempt, isStopped, readiness, stopRepl } from "./repl-state.js";
+import { Split } from "./split.js";
+import { StartDialog } from "./start-dialog.js";
 import { AppLink } from "./verdict.js";
+import { Workspace } from "./workspace.js";
 import { Empty, ProblemNote, Time, confirmed, useLoaded } from "./ui.js";
 import { count } from "./format.js";
-
-/** Restarts and readiness change by themselves; a few seconds late is soon enough. */
-const POLL_MS = 3_000;
-
-function stateTone(state = "") {
-  if (/^(running|ready|healthy)/.test(state)) return "ok";
-  if (/^exited\(0\)/.test(state)) return "quiet";
-  if (/^(exited|failed|crash)/.test(state)) return "bad";
-  return /^(stopped|completed)/.test(state) ? "quiet" : "live";
-}
-
-/** `ready` comes as a number, a boolean or a text such as `1/1`. */
-function readiness({ ready, replicas }) {
-  if (typeof ready === "string" && ready.includes("/")) return `${ready} ready`;
-  if (typeof ready === "boolean") return ready ? "ready" : "not ready";
-  return ready == null ? "" : `${ready}/${replicas ?? 1} ready`;
-}
 
 function Releases({ replId, reloadRepls, fail }) {
   const { data, problem, loading, reload } = useLoaded(
@@ -35,12 +22,7 @@ function Releases({ replId, reloadRepls, fail }) {
       action: `Serve release ${release}`,
     });
     if (!yes) return;
-    try {
-      await api.rollback(replId, release);
-      fail(null);
-    } catch (error) {
-      fail(error);
-    }
+    await attempt(() => api.rollback(replId, release), fail);
     reload();
     reloadRepls();
   };
@@ -67,19 +49,12 @@ function Releases({ replId, reloadRepls, fail }) {
 
 function Detail({ repl, reload }) {
   const [problem, fail] = useState(null);
-  const stop = async () => {
-    const yes = await confirmed({
-      title: `Stop ${repl.replId}?`,
-      detail: "Its program is ended and its address stops answering. The next submission that deploys brings it back.",
-      action: "Stop it",
-    });
-    if (!yes) return;
-    try {
-      await api.stop(repl.replId);
-      fail(null);
-    } catch (error) {
-      fail(error);
-    }
+  const [busy, setBusy] = useState(false);
+  const inside = href("repls", repl.replId, { view: "workspace" });
+  const start = async () => {
+    setBusy(true);
+    if (await attempt(() => api.start({ replId: repl.replId, userId: repl.userId }), fail)) location.hash = inside;
+    setBusy(false);
     reload();
   };
   return html`
@@ -90,7 +65,7 @@ function Detail({ repl, reload }) {
       </header>
       <${ProblemNote} problem=${problem} />
       <dl class="facts">
-        <div><dt>State</dt><dd><span class=${`badge ${stateTone(repl.state)}`}>${repl.state}</span></dd></div>
+        <div><dt>State</dt><dd><${StateBadge} state=${repl.state} /></dd></div>
         <div><dt>Ready</dt><dd>${readiness(repl) || "–"}</dd></div>
         <div><dt>Release</dt><dd>${repl.release ?? "–"}</dd></div>
         <div><dt>Restarts</dt><dd>${repl.restarts ?? 0}</dd></div>
@@ -100,9 +75,12 @@ function Detail({ repl, reload }) {
       ${repl.last_error && html`<div class="note bad"><strong>Last error</strong><p class="pre-line">${
         typeof repl.last_error === "string" ? repl.last_error : (repl.last_error.message ?? JSON.stringify(repl.last_error))}</p></div>`}
       <p class="record-links">
+        ${isStopped(repl)
+          ? html`<button type="button" class="small primary" disabled=${busy} data-testid="start" onClick=${start}>${busy ? "Starting…" : "Start from its files"}</button>`
+          : html`<a class="button small primary" href=${inside} data-testid="open-workspace">Open workspace</a>`}
         <a href=${href("logs", null, { repl_id: repl.replId })}>Its log records</a>
         <a href=${href("submissions", null, { repl_id: repl.replId })}>Its submissions</a>
-        ${!/^stopped/.test(repl.state ?? "") && html`<button type="button" class="small danger-quiet" onClick=${stop}>Stop…</button>`}
+        ${!isStopped(repl) && html`<button type="button" class="small danger-quiet" onClick=${() => stopRepl(repl, fail).then(reload)}>Stop…</button>`}
       </p>
       <h3>Releases</h3>
       <${Releases} replId=${repl.replId} reloadRepls=${reload} fail=${fail} />
@@ -110,38 +88,27 @@ function Detail({ repl, reload }) {
   `;
 }
 
-export function ReplsPanel() {
-  const { id } = route.value;
-  const { data, problem, loading, reload } = useLoaded((signal) => api.repls(signal), "repls",
-    { pollMs: () => POLL_MS, refresh: finishedRuns.value });
-  const repls = data?.repls ?? [];
-  const chosen = repls.find((repl) => repl.replId === id);
+function ReplList({ id }) {
+  const [starting, setStarting] = useState(false);
+  const loaded = useLoaded((signal) => api.repls(signal), "repls", { pollMs: () => POLL_MS, refresh: finishedRuns.value });
   return html`
-    <div class=${`split ${id ? "has-detail" : ""}`}>
-      <div class="split-list">
-        <${ProblemNote} problem=${problem} retry=${reload} />
-        ${loading && html`<p class="muted pad">Loading…</p>`}
-        ${!loading && !problem && !repls.length && html`<${Empty} title="Nothing is deployed">A program that passes its tests with Deploy switched on appears here, under its own address.<//>`}
-        <ul class="rows" data-testid="repls">
-          ${repls.map((repl) => html`
-            <li key=${repl.replId}>
-              <a class="row" href=${href("repls", repl.replId)} aria-current=${repl.replId === id ? "true" : undefined}>
-                <span class=${`badge ${stateTone(repl.state)}`}>${repl.state}</span>
-                <span class="row-main">
-                  <span class="row-title">${repl.replId}</span>
-                  <span class="muted row-sub">${[repl.userId, readiness(repl), repl.restarts ? count(repl.restarts, "restart") : ""].filter(Boolean).join(" · ")}</span>
-                </span>
-                <span class="row-end"><span>${repl.release != null && `release ${repl.release}`}</span></span>
-              </a>
-            </li>`)}
-        </ul>
-      </div>
-      <div class="split-detail">
-        ${id && html`<a class="back" href=${href("repls")}>← All repls</a>`}
-        ${chosen && html`<${Detail} key=${id} repl=${chosen} reload=${reload} />`}
-        ${id && !chosen && !loading && !problem && html`<${Empty} title="No such repl">It is not running, or it is not yours.<//>`}
-        ${!id && html`<${Empty} title="No repl chosen">Choose one to see its state and its releases.<//>`}
-      </div>
-    </div>
+    ${starting && html`<${StartDialog} close=${() => { setStarting(false); loaded.reload(); }} />`}
+    <${Split} tab="repls" noun="repl" id=${id} items=${loaded.data?.repls ?? []} idOf=${(repl) => repl.replId} loaded=${loaded}
+      above=${html`<div class="list-head"><button type="button" class="small primary" data-testid="new-repl" onClick=${() => setStarting(true)}>New repl…</button></div>`}
+      row=${(repl) => html`
+        <${StateBadge} state=${repl.state} />
+        <span class="row-main">
+          <span class="row-title">${repl.replId}</span>
+          <span class="muted row-sub">${[repl.userId, readiness(repl), repl.restarts ? count(repl.restarts, "restart") : ""].filter(Boolean).join(" · ")}</span>
+        </span>
+        <span class="row-end"><span>${repl.release == null ? !isStopped(repl) && "workspace" : `release ${repl.release}`}</span></span>`}
+      detail=${(repl) => html`<${Detail} key=${id} repl=${repl} reload=${loaded.reload} />`}
+      none=${html`<${Empty} title="Nothing is deployed">A program that passes its tests with Deploy switched on appears here, under its own address. New repl… opens a workspace to write one in.<//>`}
+      gone="It is not running, or it is not yours." unchosen="Choose one to see its state and its releases." />
   `;
+}
+
+export function ReplsPanel() {
+  const { id, query } = route.value;
+  return id && query.view === "workspace" ? html`<${Workspace} key=${id} replId=${id} />` : html`<${ReplList} id=${id} />`;
 }

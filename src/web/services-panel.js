@@ -1,7 +1,8 @@
 // The Services tab: nodes and services as they are, what happened to one, scaling it, ending it.
 import { html, useEffect, useState } from "./vendor/preact.js";
 import { api } from "./api.js";
-import { href, route } from "./router.js";
+import { route } from "./router.js";
+import { Split } from "./split.js";
 import { Empty, ProblemNote, Time, confirmed, useLoaded } from "./ui.js";
 import { count, duration } from "./format.js";
 
@@ -153,42 +154,25 @@ function Detail({ service, containers, reload }) {
 
 export function ServicesPanel() {
   const { id } = route.value;
-  const { data, problem, loading, reload } = useLoaded((signal) => api.state(signal), "state",
-    { pollMs: (state) => (state ? POLL_MS : RETRY_MS) });
-  const { nodes = [], containers = [], services = [], stale_since: stale } = data ?? {};
-  const chosen = services.find((one) => idOf(one) === id);
+  const loaded = useLoaded((signal) => api.state(signal), "state", { pollMs: (state) => (state ? POLL_MS : RETRY_MS) });
+  const { problem } = loaded;
+  const { nodes = [], containers = [], services = [], stale_since: stale } = loaded.data ?? {};
   if (problem?.status === 501) {
     return html`<div class="pad" data-testid="no-services"><${Empty} title="Services need Kubernetes">${problem.reason}. ${problem.remediation}<//></div>`;
   }
-  return html`
-    <div class=${`split ${id ? "has-detail" : ""}`}>
-      <div class="split-list">
-        <${ProblemNote} problem=${problem} retry=${reload} />
-        ${stale && html`<div class="note"><p>The cluster cannot be watched. What is shown is as it was at <${Time} value=${stale} />.</p></div>`}
-        <${Nodes} nodes=${nodes} />
-        ${loading && html`<p class="muted pad">Loading…</p>`}
-        ${!loading && !problem && !services.length && html`<${Empty} title="No services">An image that is posted to /service, or applied with gantry service apply, runs here with as many replicas as it should.<//>`}
-        <ul class="rows" data-testid="services">
-          ${services.map((one) => html`
-            <li key=${idOf(one)}>
-              <a class="row" href=${href("services", idOf(one))} aria-current=${idOf(one) === id ? "true" : undefined}>
-                <${State} state=${one.state} />
-                <span class="row-main">
-                  <span class="row-title">${one.serviceName}</span>
-                  <span class="muted row-sub">${one.userId} · ${one.image}</span>
-                </span>
-                <span class="row-end"><span>${one.current_state}/${one.replicas}</span></span>
-              </a>
-            </li>`)}
-        </ul>
-      </div>
-      <div class="split-detail">
-        ${id && html`<a class="back" href=${href("services")}>← All services</a>`}
-        ${chosen && html`<${Detail} key=${id} service=${chosen} reload=${reload}
-          containers=${containers.filter((one) => one.userId === chosen.userId && one.service === chosen.serviceName)} />`}
-        ${id && !chosen && !loading && !problem && html`<${Empty} title="No such service">It was deleted, or it is not yours.<//>`}
-        ${!id && html`<${Empty} title="No service chosen">Choose one to see where it runs and what happened to it.<//>`}
-      </div>
-    </div>
-  `;
+  return html`<${Split} tab="services" noun="service" id=${id} items=${services} idOf=${idOf} loaded=${loaded}
+    above=${html`
+      ${stale && html`<div class="note"><p>The cluster cannot be watched. What is shown is as it was at <${Time} value=${stale} />.</p></div>`}
+      <${Nodes} nodes=${nodes} />`}
+    row=${(one) => html`
+      <${State} state=${one.state} />
+      <span class="row-main">
+        <span class="row-title">${one.serviceName}</span>
+        <span class="muted row-sub">${one.userId} · ${one.image}</span>
+      </span>
+      <span class="row-end"><span>${one.current_state}/${one.replicas}</span></span>`}
+    detail=${(one) => html`<${Detail} key=${id} service=${one} reload=${loaded.reload}
+      containers=${containers.filter((container) => container.userId === one.userId && container.service === one.serviceName)} />`}
+    none=${html`<${Empty} title="No services">An image that is posted to /service, or applied with gantry service apply, runs here with as many replicas as it should.<//>`}
+    gone="It was deleted, or it is not yours." unchosen="Choose one to see where it runs and what happened to it." />`;
 }

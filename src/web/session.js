@@ -4,6 +4,7 @@ import { api, setUnauthorizedHandler } from "./api.js";
 import { remembered } from "./storage.js";
 import { connect, disconnect } from "./socket.js";
 import { forgetRun } from "./run.js";
+import { forgetWorkspaces } from "./kept.js";
 import { takeTokenFromAddress } from "./router.js";
 
 /** Between attempts to learn who is signed in while the server is away. */
@@ -84,6 +85,7 @@ export async function signOut() {
     if (problem.status !== 401) return;
   }
   forgetRun();
+  forgetWorkspaces();
   signedOut();
 }
 

@@ -3,7 +3,7 @@ import { html, signal, useEffect, useRef, useState } from "./vendor/preact.js";
 import { fullTime, when } from "./format.js";
 
 /** A problem with what happened, why, and what to do. */
-export function ProblemNote({ problem, retry }) {
+export function ProblemNote({ problem, retry, dismiss }) {
   if (!problem) return null;
   const title = problem.title ?? problem.message ?? "Something went wrong";
   const details = [problem.detail, problem.reason].filter((line, i, all) => line && line !== title && all.indexOf(line) === i);
@@ -13,6 +13,7 @@ export function ProblemNote({ problem, retry }) {
       ${details.map((line) => html`<p>${line}</p>`)}
       ${problem.remediation && html`<p>${problem.remediation}</p>`}
       ${retry && html`<button type="button" class="small" onClick=${retry}>Try again</button>`}
+      ${dismiss && html`<button type="button" class="small" onClick=${dismiss}>Dismiss</button>`}
     </div>
   `;
 }
@@ -114,29 +115,47 @@ const question = signal(null);
 /** Asks in a modal dialog; resolves to true or false. */
 export function confirmed({ title, detail, action }) {
   return new Promise((resolve) => {
-    question.value = { title, detail, action, resolve };
+    question.value = { title, detail, action, resolve: (answer) => resolve(answer !== null) };
+  });
+}
+
+/** Asks for a text in a modal dialog; resolves to it, or to null. */
+export function asked({ title, label, value, action }) {
+  return new Promise((resolve) => {
+    question.value = { title, label, value, action, resolve };
   });
 }
 
 export function ConfirmDialog() {
   const dialog = useRef(null);
-  const asked = question.value;
+  const field = useRef(null);
+  const now = question.value;
+  const asksText = now?.label !== undefined;
   useEffect(() => {
-    if (asked && !dialog.current.open) dialog.current.showModal();
-  }, [asked]);
-  const answer = (yes) => {
-    asked?.resolve(yes);
+    if (!now || dialog.current.open) return;
+    dialog.current.showModal();
+    if (!field.current) return;
+    // A name is changed more often than its ending.
+    const { value } = field.current;
+    field.current.setSelectionRange(value.lastIndexOf("/") + 1, value.includes(".") ? value.lastIndexOf(".") : value.length);
+  }, [now]);
+  const answer = (given) => {
     question.value = null;
     dialog.current.close();
+    now?.resolve(given);
   };
   return html`
-    <dialog ref=${dialog} aria-labelledby="confirm-title" onCancel=${(event) => { event.preventDefault(); answer(false); }}>
-      <h2 id="confirm-title">${asked?.title}</h2>
-      <p>${asked?.detail}</p>
-      <div class="dialog-actions">
-        <button type="button" onClick=${() => answer(false)} autofocus>Keep as it is</button>
-        <button type="button" class="danger" onClick=${() => answer(true)}>${asked?.action}</button>
-      </div>
+    <dialog ref=${dialog} aria-labelledby="confirm-title" onCancel=${(event) => { event.preventDefault(); answer(null); }}>
+      <form onSubmit=${(event) => { event.preventDefault(); answer(asksText ? field.current.value.trim() : ""); }}>
+        <h2 id="confirm-title">${now?.title}</h2>
+        ${asksText
+          ? html`<label class="asked">${now.label}<input class="mono" ref=${field} defaultValue=${now.value} required autofocus autocapitalize="off" autocomplete="off" spellcheck="false" data-testid="asked" /></label>`
+          : html`<p>${now?.detail}</p>`}
+        <div class="dialog-actions">
+          <button type="button" onClick=${() => answer(null)} autofocus=${!asksText}>${asksText ? "Cancel" : "Keep as it is"}</button>
+          <button type="submit" class=${asksText ? "primary" : "danger"}>${now?.action}</button>
+        </div>
+      </form>
     </dialog>
   `;
 }

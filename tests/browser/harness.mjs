@@ -23,6 +23,10 @@ const CHROMIUM_FLAGS = [
   "--disable-component-update", "--disable-sync",
 ];
 
+/** The same tests against a cluster: the server is told so, and with it where everything is. */
+export const ON_CLUSTER = process.env.GANTRY_PLATFORM === "kubernetes";
+const CLUSTER_VARIABLES = /^(GANTRY_|KUBECONFIG$|S3_|AWS_|RUNNER_IMAGE$|DATABASE_IMAGE$|INGRESS_|DOMAIN$|APP_DOMAIN$|MANIFEST_TEMPLATE$)/;
+
 export { sleep };
 
 function freePort() {
@@ -79,7 +83,8 @@ export class Server {
 
   async start() {
     const { PATH, HOME, LANG } = process.env;
-    const env = { PATH, HOME, LANG, HOST: "127.0.0.1", PORT: String(this.port), GANTRY_DATA_DIR: this.dataDir };
+    const clusters = Object.entries(process.env).filter(([name]) => ON_CLUSTER && CLUSTER_VARIABLES.test(name));
+    const env = { ...Object.fromEntries(clusters), PATH, HOME, LANG, HOST: "127.0.0.1", PORT: String(this.port), GANTRY_DATA_DIR: this.dataDir };
     if (this.apiKey) env.API_KEY = this.apiKey;
     const child = spawn(this.binary, ["serve"], { env, stdio: ["ignore", "pipe", "pipe"] });
     this.child = child;

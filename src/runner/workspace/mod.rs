@@ -202,6 +202,13 @@ impl Workspace {
         Ok((terminal, true))
     }
 
+    /// Those that have not ended.
+    fn terminal_names(&self) -> Vec<String> {
+        let terminals = self.terminals.borrow();
+        let there = terminals.iter().filter(|(_, one)| !one.has_ended());
+        there.map(|(name, _)| name.clone()).collect()
+    }
+
     fn known_terminal(&self, name: &str) -> Option<Rc<Terminal>> {
         self.terminals.borrow().get(name).cloned()
     }

@@ -55,6 +55,9 @@ pub enum Ask {
         /// Its name.
         terminal: String,
     },
+    /// The terminals there are.
+    #[serde(rename = "terminal.list")]
+    List,
     /// Everything there is.
     #[serde(rename = "files.tree")]
     Tree,
@@ -120,7 +123,7 @@ pub enum Ask {
     /// End the program.
     #[serde(rename = "program.stop")]
     Stop,
-    /// What the program does.
+    /// What the program does, and what it printed last.
     #[serde(rename = "program.state")]
     State,
 }

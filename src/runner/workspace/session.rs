@@ -38,6 +38,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const PING_EVERY: u32 = 20;
 const SILENCE: Duration = Duration::from_secs(60);
 
+/// Most of the program's output that is told again to who asks for its state: all that is kept.
+const LAST_OUTPUT: usize = 64 << 10;
+
 /// Changed paths told at once; beyond it the client asks for the tree.
 const MOST_CHANGES: usize = 1_000;
 
@@ -57,6 +60,8 @@ struct Session<'a> {
     workspace: &'a Rc<Workspace>,
     number: u64,
     listener: Listener,
+    /// What happens to the program.
+    program: broadcast::Receiver<FromApp>,
     /// The files as the client knows them, when it wants to be told of changes.
     watched: Option<Seen>,
 }
@@ -69,7 +74,6 @@ pub async fn run<S: AsyncRead + AsyncWrite + Unpin>(workspace: &Rc<Workspace>, n
     let socket = WebSocketStream::from_raw_socket(io, Role::Server, Some(config)).await;
     let (mut client, mut heard) = socket.split();
     let (listener, mut said) = mpsc::channel(QUEUE);
-    let mut program = workspace.app.events();
     let mut time = interval(LOOK_EVERY);
     time.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut last_heard, mut looks) = (Instant::now(), 0);
@@ -77,13 +81,14 @@ pub async fn run<S: AsyncRead + AsyncWrite + Unpin>(workspace: &Rc<Workspace>, n
         workspace,
         number,
         listener,
+        program: workspace.app.events(),
         watched: None,
     };
     loop {
         let next = tokio::select! {
             heard = heard.next() => Next::Heard(heard),
             Some(said) = said.recv() => Next::Terminal(said),
-            event = program.recv() => Next::Program(event),
+            event = session.program.recv() => Next::Program(event),
             _ = time.tick() => Next::Time,
         };
         let answers = match next {
@@ -254,6 +259,7 @@ impl Session<'_> {
                 self.of_name(&terminal)?.hang_up();
                 done()
             }
+            Ask::List => json!({ "ok": true, "terminals": self.workspace.terminal_names() }),
             Ask::Tree => json!({ "ok": true, "files": files.tree()? }),
             Ask::Read { path, offset } => {
                 let (piece, size) = files.read(&path, offset)?;
@@ -306,7 +312,15 @@ impl Session<'_> {
                 self.workspace.app.end().await?;
                 done()
             }
-            Ask::State => state_of(&self.workspace.app.state()),
+            Ask::State => {
+                let app = &self.workspace.app;
+                let mut state = state_of(&app.state());
+                let output = app.last_output(LAST_OUTPUT);
+                state["output"] = String::from_utf8_lossy(&output).into();
+                // What was on its way is in it: each piece is told once.
+                self.program = app.events();
+                state
+            }
         })
     }
 

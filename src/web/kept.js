@@ -1,0 +1,5 @@
+// Workspaces with something that is not saved stay while another tab is shown, by their repl's name.
+export const kept = new Map();
+
+/** Whoever signs in next starts with nothing of what was here. */
+export const forgetWorkspaces = () => kept.clear();

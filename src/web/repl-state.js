@@ -1,0 +1,53 @@
+// How a repl is doing, in words and colours, and what can be done with all of it.
+import { html } from "./vendor/preact.js";
+import { api } from "./api.js";
+import { confirmed } from "./ui.js";
+
+/** Restarts and readiness change by themselves; a few seconds late is soon enough. */
+export const POLL_MS = 3_000;
+
+export const isStopped = ({ state }) => /^stopped/.test(state ?? "");
+/** Its current files run, and may be changed; a release is what was tested. */
+export const isWorkspace = (repl) => !isStopped(repl) && repl.release == null;
+
+function tone(state = "") {
+  if (/^(running|ready|healthy)/.test(state)) return "ok";
+  if (/^exited\(0\)/.test(state)) return "quiet";
+  if (/^(exited|failed|crash)/.test(state)) return "bad";
+  return /^(stopped|completed)/.test(state) ? "quiet" : "live";
+}
+
+export function StateBadge({ state }) {
+  return html`<span class=${`badge ${tone(state)}`} data-testid="repl-state">${state}</span>`;
+}
+
+/** `ready` comes as a number, a boolean or a text such as `1/1`. */
+export function readiness({ ready, replicas }) {
+  if (typeof ready === "string" && ready.includes("/")) return `${ready} ready`;
+  if (typeof ready === "boolean") return ready ? "ready" : "not ready";
+  return ready == null ? "" : `${ready}/${replicas ?? 1} ready`;
+}
+
+/** Stops it when the person says so; `fail` hears why it did not. */
+export async function stopRepl(repl, fail) {
+  const yes = await confirmed({
+    title: `Stop ${repl.replId}?`,
+    detail: isWorkspace(repl)
+      ? "Its program and its terminals are ended. Its files are saved first; starting it again brings them back."
+      : "Its program is ended and its address stops answering. The next submission that deploys brings it back, and so does a rollback.",
+    action: "Stop it",
+  });
+  if (yes) await attempt(() => api.stop(repl.replId), fail);
+}
+
+/** Does it, and says how it went: `fail(null)` or `fail(problem)`. */
+export async function attempt(body, fail) {
+  try {
+    await body();
+    fail(null);
+    return true;
+  } catch (problem) {
+    fail(problem);
+    return false;
+  }
+}
