@@ -6,12 +6,13 @@ use std::net::IpAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
 use gantry::model::{Limits, RelativePath, ReplId, SubmissionId, Tested, Tests, UserId};
 use gantry::platform::conformance::Subject;
 use gantry::platform::kubernetes::{
     BUILT_IN_TEMPLATE, KubernetesConfig, KubernetesPlatform, Template,
 };
-use gantry::platform::{Platform, ReleaseSpec};
+use gantry::platform::{Platform, Recorded, ReleaseSpec};
 use gantry::storage::{CodeStore, S3Config, S3Store};
 use k8s_openapi::api::core::v1::Namespace;
 use kube::api::DeleteParams;
@@ -91,8 +92,10 @@ impl Bed {
             quota: BTreeMap::new(),
         };
         change(&mut config);
+        let platform = KubernetesPlatform::start(config, Vec::new()).await.unwrap();
+        platform.follow_programs(std::future::ready(Recorded::default()).boxed());
         Bed {
-            platform: Arc::new(KubernetesPlatform::start(config, Vec::new()).await.unwrap()),
+            platform: Arc::new(platform),
             store: Arc::new(S3Store::open(s3)),
             client: Client::try_default().await.unwrap(),
         }
