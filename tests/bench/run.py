@@ -45,6 +45,7 @@ class Server:
         )
         while not self.answers():
             if self.process.poll() is not None or time.perf_counter() - begin > 30:
+                self.process.kill()
                 raise RuntimeError("the server did not start; see " + self.log.name)
             time.sleep(0.001)
         self.ready = time.perf_counter() - begin
