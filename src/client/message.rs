@@ -375,7 +375,8 @@ mod tests {
             ("x.mjs", Some("node")),
             ("run.sh", Some("bash")),
             ("Makefile", None),
-            ("a.c", None),
+            ("a.c", Some("c")),
+            ("a.zig", None),
             (".py", None),
         ] {
             assert_eq!(name(file), language, "{file}");
