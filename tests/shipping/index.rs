@@ -46,8 +46,10 @@ impl Index {
             let answer = call.send().await.unwrap();
             let status = answer.status();
             let body: Value = answer.json().await.unwrap();
-            // A small Elasticsearch under a full load has no room for a question now and then.
-            if status == 429 && begin.elapsed() < PATIENCE {
+            // A small Elasticsearch under a full load has no room for a question now and then, and an index that
+            // is being made has no shard to ask yet.
+            let later = status == 429 || status == 503;
+            if later && begin.elapsed() < PATIENCE {
                 tokio::time::sleep(Duration::from_millis(500)).await;
                 continue;
             }
