@@ -234,8 +234,9 @@ def main():
     finally:
         server.stop()
         shutil.rmtree(data)
-        bed.forget(user)
-        bed.kubectl("delete", "namespace", f"gantry-{user}", "--ignore-not-found", "--wait=false")
+        # The next part makes them again.
+        bed.forget(user, wait=True)
+        bed.kubectl("delete", "namespace", f"gantry-{user}", "--ignore-not-found")
     replicas(options.programs)
 
 
