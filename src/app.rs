@@ -18,9 +18,12 @@ use crate::logs::{
     Elasticsearch, ElasticsearchSearch, ElasticsearchSettings, EmbeddedSearch, LogSearch,
     Neighbours, Shipper, ShipperOptions,
 };
+use crate::model::SecretText;
+use crate::pipeline::modules::{ModuleCalls, ModuleOptions};
 use crate::pipeline::{Names, Pipeline, PipelineOptions, Share};
 use crate::platform::kubernetes::{
-    BUILT_IN_TEMPLATE, CleanUp, KubernetesConfig, KubernetesPlatform, Template,
+    BUILT_IN_TEMPLATE, CleanUp, KubernetesConfig, KubernetesPlatform, PipIndex, Template,
+    WakeService,
 };
 use crate::platform::local::{LocalConfig, LocalPlatform};
 use crate::platform::{Check, Finding, Platform};
@@ -36,6 +39,9 @@ const JOURNAL: JournalOptions = JournalOptions {
     retain_bytes: 1 << 30,
     backlog_bytes: 8 << 30,
 };
+
+/// Longest wait for the last save of all workspaces on this machine: a few files each, on its own disk.
+const SAVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Between two clean-ups of the numbers behind `/metrics`: what is asked for every 15 s or so.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
@@ -74,13 +80,20 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         maximum: config.maximum_limits,
         share: share(&config.platform, &peers),
         repls_per_user: config.max_repls,
+        idle_stop: config.idle_stop,
         names: Names::new(config.nameserver, &config.app_domain),
+        packages: config.packages.clone(),
     };
     let pipeline = Pipeline::new(journal.clone(), Arc::clone(&platform), store, &options);
     pipeline
         .recover()
         .await
         .context("what an earlier server left cannot be taken up")?;
+    let options = ModuleOptions {
+        calls_per_user: config.max_calls,
+        idle: config.module_idle,
+    };
+    let modules = ModuleCalls::new(platform.modules(), options);
     let parts = Parts {
         keys: keys.clone(),
         sessions: Sessions::open(&config.data_dir)?,
@@ -88,6 +101,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         search,
         pipeline: pipeline.clone(),
         platform: Arc::clone(&platform),
+        modules: modules.clone(),
         peers: Arc::clone(&peers),
         numbers: Numbers(numbers.clone()),
         shutdown: shutdown.clone(),
@@ -100,7 +114,8 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
             .tasks
             .spawn(peers.watch(keys.clone(), token.clone()));
     }
-    shutdown.tasks.spawn(upkeep(numbers, token));
+    shutdown.tasks.spawn(upkeep(numbers, token.clone()));
+    shutdown.tasks.spawn(modules.stop_idle(token));
     let end_signals = EndSignals::listen().context("cannot wait for signals")?;
     banner(&config, address, &edge, new_key.as_ref(), &checks)?;
     tracing::info!(%address, platform = platform.name(), "serving");
@@ -113,6 +128,15 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         tracing::warn!("some connections did not end in time and are dropped");
     }
     accepting.abort();
+    if let PlatformConfig::Local = config.platform {
+        // Workspaces end with this process.
+        let saved = tokio::time::timeout(SAVE_TIMEOUT, pipeline.save_all());
+        if saved.await.is_err() {
+            tracing::warn!(
+                "some workspaces were not saved in time; what was edited lately is lost"
+            );
+        }
+    }
     // What still runs stays unfinished on disk and is taken up at the next start, instead of being
     // recorded as a failure now.
     journal
@@ -225,6 +249,12 @@ async fn kubernetes(
             network: config.allow_network,
             heartbeat_late: cluster.heartbeat_late,
             quota: cluster.quota.clone(),
+            packages: package_index(cluster).await,
+            forward_modules: cluster.module_forward,
+            wake_service: cluster.wake_service.as_ref().map(|service| WakeService {
+                name: service.name.clone(),
+                port: service.port,
+            }),
         },
         vec![
             bucket_check(&store, &s3.bucket).await,
@@ -318,11 +348,46 @@ fn store_variables(s3: &S3Config) -> BTreeMap<String, String> {
         .collect()
 }
 
+/// Where modules' packages come from.
+async fn package_index(cluster: &ClusterConfig) -> PipIndex {
+    let variables = cluster.pip.clone();
+    let urls = |name: &str| {
+        let text = variables.get(name).map(SecretText::expose);
+        text.unwrap_or_default().split_whitespace()
+    };
+    let addresses = match variables.contains_key("PIP_INDEX_URL") {
+        false => None,
+        true => {
+            let mut addresses = Vec::new();
+            for url in urls("PIP_INDEX_URL").chain(urls("PIP_EXTRA_INDEX_URL")) {
+                addresses.extend(addresses_of(url, "the package index").await);
+            }
+            Some(addresses)
+        }
+    };
+    PipIndex {
+        variables,
+        addresses,
+        cache_class: cluster.package_cache_class.clone(),
+    }
+}
+
 /// Where the bucket's server is, when it is not AWS: released pods may go there even when it is in a
 /// range that is closed to them.
 async fn store_addresses(s3: &S3Config) -> Vec<(IpAddr, u16)> {
-    let endpoint = s3.endpoint.as_deref().and_then(|url| url.parse().ok());
-    let Some(uri): Option<axum::http::Uri> = endpoint else {
+    match &s3.endpoint {
+        Some(url) => addresses_of(url, "the code store").await,
+        None => Vec::new(),
+    }
+}
+
+/// The addresses behind a URL. `what`: whose it is, for the log.
+async fn addresses_of(url: &str, what: &str) -> Vec<(IpAddr, u16)> {
+    let Ok(uri) = url.parse::<axum::http::Uri>() else {
+        tracing::warn!(
+            what,
+            "its address is not a URL; network policies do not name it"
+        );
         return Vec::new();
     };
     let https = uri.scheme_str() == Some("https");
@@ -333,7 +398,7 @@ async fn store_addresses(s3: &S3Config) -> Vec<(IpAddr, u16)> {
             .map(|address| (address.ip(), address.port()))
             .collect(),
         Err(error) => {
-            tracing::warn!(%host, %error, "the code store's address is not known; network policies do not name it");
+            tracing::warn!(what, %host, %error, "its address is not known; network policies do not name it");
             Vec::new()
         }
     }

@@ -1,6 +1,8 @@
 //! Arguments and environment, checked once and turned into a [`Config`] that cannot be wrong.
 
-use std::collections::BTreeMap;
+mod cluster;
+mod packages;
+
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -10,7 +12,10 @@ use std::time::Duration;
 use clap::Args;
 use secrecy::{ExposeSecret, SecretString};
 
-use crate::model::Limits;
+use crate::model::{Limits, Packages, is_host_label};
+use cluster::cluster;
+pub use cluster::{CleanUpConfig, ClusterConfig, ServicePort};
+use packages::PackageArgs;
 
 /// Where the key store is; every command that works on it needs this.
 #[derive(Debug, Args)]
@@ -52,12 +57,20 @@ pub struct ServeArgs {
     /// Let test runs use the network
     #[arg(long, env = "GANTRY_ALLOW_NETWORK", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     allow_network: Option<String>,
+    #[command(flatten)]
+    packages: PackageArgs,
     /// Runs at one time, all users together [default: twice the cores, at least 4]
     #[arg(long, env = "GANTRY_MAX_RUNS", value_name = "NUMBER")]
     max_runs: Option<String>,
     /// Repls of one user that run at one time [default: any number]
     #[arg(long, env = "GANTRY_MAX_REPLS", value_name = "NUMBER")]
     max_repls: Option<String>,
+    /// Calls of module functions of one user at one time [default: 64]
+    #[arg(long, env = "GANTRY_MAX_CALLS", value_name = "NUMBER")]
+    max_calls: Option<String>,
+    /// Stop modules that nobody has called for so long, such as 30m; the next call starts them again [default: off]
+    #[arg(long, env = "GANTRY_MODULE_IDLE", value_name = "TIME")]
+    module_idle: Option<String>,
     /// Most wall-clock milliseconds a submission may ask for
     #[arg(long, env = "GANTRY_MAX_WALL_MS", value_name = "NUMBER")]
     max_wall_ms: Option<String>,
@@ -76,6 +89,13 @@ pub struct ServeArgs {
     /// Most bytes of output a submission may ask for
     #[arg(long, env = "GANTRY_MAX_OUTPUT_BYTES", value_name = "NUMBER")]
     max_output_bytes: Option<String>,
+    /// Stop repls that nobody has used for so long, such as 30m; the next request starts them again [default: off]
+    #[arg(long, env = "GANTRY_IDLE_STOP", value_name = "TIME")]
+    idle_stop: Option<String>,
+    /// Kubernetes: Service in the server's own namespace that leads to the server, as NAME:PORT; needed for
+    /// GANTRY_IDLE_STOP
+    #[arg(long, env = "GANTRY_WAKE_SERVICE", value_name = "SERVICE")]
+    wake_service: Option<String>,
     /// Kubernetes: namespace of the server's own objects [default: gantry]
     #[arg(long, env = "GANTRY_NAMESPACE", value_name = "NAME")]
     namespace: Option<String>,
@@ -103,6 +123,12 @@ pub struct ServeArgs {
     /// Kubernetes: bounds of each user's namespace, where they are not the usual ones, such as pods=10,limits.memory=8Gi
     #[arg(long, env = "GANTRY_USER_QUOTA", value_name = "BOUNDS")]
     user_quota: Option<String>,
+    /// Kubernetes: storage class of a volume of each user's that keeps what pip fetched for modules [default: none is kept]
+    #[arg(long, env = "GANTRY_PACKAGE_CACHE_CLASS", value_name = "NAME")]
+    package_cache_class: Option<String>,
+    /// Kubernetes: reach modules' pods by port-forward only, never by their addresses
+    #[arg(long, env = "GANTRY_MODULE_FORWARD", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    module_forward: Option<String>,
     /// The program that runs inside sandboxes [default: this one]
     #[arg(long, env = "GANTRY_RUNNER", value_name = "FILE")]
     runner: Option<PathBuf>,
@@ -138,10 +164,18 @@ pub struct Config {
     pub require_sandbox: bool,
     /// Test runs may use the network.
     pub allow_network: bool,
+    /// Where what programs depend on may be installed from.
+    pub packages: Packages,
     /// Runs at one time.
     pub max_runs: usize,
     /// Most repls of a user that run at one time.
     pub max_repls: Option<usize>,
+    /// Most calls of module functions of one user at one time.
+    pub max_calls: usize,
+    /// How long nobody may call a module before it is stopped.
+    pub module_idle: Option<Duration>,
+    /// A repl that nobody has used for so long is stopped until the next request.
+    pub idle_stop: Option<Duration>,
     /// The most a submission may ask for.
     pub maximum_limits: Limits,
     /// The `gantry-runner` program.
@@ -196,41 +230,7 @@ pub enum PlatformConfig {
     /// This machine.
     Local,
     /// A cluster.
-    Kubernetes(ClusterConfig),
-}
-
-/// What only a cluster needs.
-#[derive(Debug)]
-pub struct ClusterConfig {
-    /// The server's own namespace.
-    pub namespace: String,
-    /// The text of the named template; `None`: the one that is built in.
-    pub manifest_template: Option<String>,
-    /// The ingress controller's class.
-    pub ingress_class: String,
-    /// The runner image.
-    pub runner_image: String,
-    /// The database image.
-    pub database_image: String,
-    /// What is done about what nobody needs any more.
-    pub clean_up: CleanUpConfig,
-    /// Without use for this long, a namespace or files count as not needed.
-    pub idle: Duration,
-    /// A node counts as failed when its heartbeat is this late.
-    pub heartbeat_late: Duration,
-    /// Bounds of each user's namespace, where they are not the usual ones.
-    pub quota: BTreeMap<String, String>,
-}
-
-/// What is done about what nobody needs any more.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CleanUpConfig {
-    /// Nothing.
-    Off,
-    /// The log says what it is.
-    Tell,
-    /// It is removed.
-    Remove,
+    Kubernetes(Box<ClusterConfig>),
 }
 
 /// A browser's origin: scheme, host and port, as it stands in the `Origin` header.
@@ -345,7 +345,7 @@ impl Config {
     pub fn new(args: ServeArgs, secrets: Secrets) -> Result<Self, ConfigError> {
         let platform = match given(&args.platform).unwrap_or("local") {
             "local" => PlatformConfig::Local,
-            "kubernetes" => PlatformConfig::Kubernetes(cluster(&args)?),
+            "kubernetes" => PlatformConfig::Kubernetes(Box::new(cluster(&args)?)),
             other => return Err(wrong("GANTRY_PLATFORM", other, "local or kubernetes")),
         };
         let log = given(&args.log).unwrap_or("info").to_owned();
@@ -371,8 +371,12 @@ impl Config {
             nameserver: nameserver(&args.nameserver)?,
             require_sandbox: switch("GANTRY_REQUIRE_SANDBOX", &args.require_sandbox)?,
             allow_network: switch("GANTRY_ALLOW_NETWORK", &args.allow_network)?,
+            packages: args.packages.checked(|name| std::env::var(name).ok())?,
             max_runs: max_runs(&args.max_runs)?,
             max_repls: max_repls(&args.max_repls)?,
+            max_calls: max_calls(&args.max_calls)?,
+            module_idle: unused("GANTRY_MODULE_IDLE", &args.module_idle, LEAST_MODULE_IDLE)?,
+            idle_stop: unused("GANTRY_IDLE_STOP", &args.idle_stop, LEAST_IDLE_STOP)?,
             maximum_limits: maximum_limits(&args)?,
             runner: runner(args.runner)?,
             platform,
@@ -382,6 +386,15 @@ impl Config {
         if config.domain == config.app_domain {
             let expected = "a name other than DOMAIN: programs must not share the API's origin";
             return Err(wrong("APP_DOMAIN", &config.app_domain, expected));
+        }
+        if let (PlatformConfig::Kubernetes(cluster), Some(_)) = (&config.platform, config.idle_stop)
+            && cluster.wake_service.is_none()
+        {
+            return Err(ConfigError {
+                variable: "GANTRY_WAKE_SERVICE",
+                value: None,
+                expected: "is required with GANTRY_IDLE_STOP: the Service that leads to this server, such as gantry:80, takes the requests that start an idle repl again".to_owned(),
+            });
         }
         Ok(config)
     }
@@ -420,15 +433,7 @@ fn host_name(
 ) -> Result<String, ConfigError> {
     let text = given(value).unwrap_or(default);
     let name = text.to_ascii_lowercase();
-    let label = |label: &str| {
-        (1..=63).contains(&label.len())
-            && label
-                .bytes()
-                .all(|b| b.is_ascii_alphanumeric() || b == b'-')
-            && !label.starts_with('-')
-            && !label.ends_with('-')
-    };
-    if name.len() <= 200 && name.split('.').all(label) {
+    if name.len() <= 200 && name.split('.').all(is_host_label) {
         Ok(name)
     } else {
         Err(wrong(
@@ -536,54 +541,45 @@ fn max_repls(value: &Option<String>) -> Result<Option<usize>, ConfigError> {
     }
 }
 
-/// What can be bounded of a user's namespace.
-const BOUNDED: [&str; 9] = [
-    "pods",
-    "requests.cpu",
-    "requests.memory",
-    "limits.cpu",
-    "limits.memory",
-    "persistentvolumeclaims",
-    "requests.storage",
-    "services",
-    "secrets",
-];
-
-fn user_quota(value: &Option<String>) -> Result<BTreeMap<String, String>, ConfigError> {
-    let bounds = given(value).into_iter().flat_map(|list| list.split(','));
-    let bounds = bounds.map(str::trim).filter(|bound| !bound.is_empty());
-    bounds
-        .map(|bound| {
-            let (name, amount) = bound.split_once('=').unwrap_or((bound, ""));
-            if BOUNDED.contains(&name) && is_shortest(amount) {
-                return Ok((name.to_owned(), amount.to_owned()));
-            }
-            let expected = format!(
-                "bounds such as pods=10,limits.memory=8Gi, each amount in its shortest form; known are {}",
-                BOUNDED.join(", ")
-            );
-            Err(wrong("GANTRY_USER_QUOTA", bound, expected))
-        })
-        .collect()
+fn max_calls(value: &Option<String>) -> Result<usize, ConfigError> {
+    let expected = "a number from 1 to 1024";
+    match parse("GANTRY_MAX_CALLS", value, expected)? {
+        None => Ok(64),
+        Some(calls @ 1..=1_024) => Ok(calls),
+        Some(calls) => Err(wrong("GANTRY_MAX_CALLS", &calls.to_string(), expected)),
+    }
 }
 
-/// Whether this is an amount as the API server writes it: another form of the same would look like
-/// somebody's edit.
-fn is_shortest(amount: &str) -> bool {
-    let digits = amount.len()
-        - amount
-            .trim_start_matches(|c: char| c.is_ascii_digit())
-            .len();
-    let (number, unit) = amount.split_at(digits);
-    let next = match unit {
-        "" | "m" | "k" => 1_000,
-        "Ki" | "Mi" | "Gi" | "Ti" => 1_024,
-        _ => return false,
+/// Less, and a module would be started and stopped more than it is called.
+const LEAST_MODULE_IDLE: Duration = Duration::from_secs(10);
+
+/// What a repl starts has come up by then.
+const LEAST_IDLE_STOP: Duration = Duration::from_secs(1);
+
+/// After how long without use something is stopped; `None`: never.
+fn unused(
+    variable: &'static str,
+    value: &Option<String>,
+    least: Duration,
+) -> Result<Option<Duration>, ConfigError> {
+    let text = match given(value) {
+        None | Some("off") => return Ok(None),
+        Some(text) => text,
     };
-    let plain = !(number.len() > 1 && number.starts_with('0'));
-    number
-        .parse::<u32>()
-        .is_ok_and(|n| plain && (n % next != 0 || amount == "0"))
+    let span: Option<jiff::Span> = text.parse().ok();
+    let time = span.and_then(|span| {
+        let days = jiff::SpanRelativeTo::days_are_24_hours();
+        Duration::try_from(span.to_duration(days).ok()?).ok()
+    });
+    let most = Duration::from_secs(365 * 24 * 60 * 60);
+    match time.filter(|time| (least..=most).contains(time)) {
+        Some(time) => Ok(Some(time)),
+        None => {
+            let least = least.as_secs();
+            let expected = format!("off, or a time from {least}s to 365d, such as 30m or 2h");
+            Err(wrong(variable, text, expected))
+        }
+    }
 }
 
 /// An operator may lower what a submission may ask for, not raise it: the rest of the system is
@@ -620,88 +616,6 @@ fn maximum_limits(args: &ServeArgs) -> Result<Limits, ConfigError> {
     })
 }
 
-fn cluster(args: &ServeArgs) -> Result<ClusterConfig, ConfigError> {
-    let namespace = host_name("GANTRY_NAMESPACE", &args.namespace, "gantry")?;
-    // `user-…` and `services-…` are users' own, and a dot is not for namespaces.
-    let users = ["user-", "services-"]
-        .iter()
-        .any(|prefix| namespace.starts_with(prefix));
-    if users || namespace.contains('.') {
-        let expected = "a namespace such as gantry, not starting with user- or services-";
-        return Err(wrong("GANTRY_NAMESPACE", &namespace, expected));
-    }
-    let named = args
-        .manifest_template
-        .as_ref()
-        .filter(|path| !path.as_os_str().is_empty());
-    let manifest_template = named.map(|path| {
-        std::fs::read_to_string(path).map_err(|error| {
-            let shown = path.display().to_string();
-            let expected = format!("a file with manifests that can be read ({error})");
-            wrong("MANIFEST_TEMPLATE", &shown, expected)
-        })
-    });
-    Ok(ClusterConfig {
-        namespace,
-        manifest_template: manifest_template.transpose()?,
-        ingress_class: host_name("INGRESS_CLASS", &args.ingress_class, "nginx")?,
-        runner_image: image("RUNNER_IMAGE", &args.runner_image, "gantry-runner:latest")?,
-        database_image: image("DATABASE_IMAGE", &args.database_image, "postgres:16")?,
-        clean_up: match given(&args.clean_up).unwrap_or("tell") {
-            "off" => CleanUpConfig::Off,
-            "tell" => CleanUpConfig::Tell,
-            "remove" => CleanUpConfig::Remove,
-            other => return Err(wrong("GANTRY_CLEAN_UP", other, "off, tell or remove")),
-        },
-        idle: idle(&args.idle_days)?,
-        heartbeat_late: heartbeat_late(&args.heartbeat_late)?,
-        quota: user_quota(&args.user_quota)?,
-    })
-}
-
-/// Not less than a second: a busy machine's kubelet is late by as much now and then.
-fn heartbeat_late(value: &Option<String>) -> Result<Duration, ConfigError> {
-    let expected = "a number of seconds from 1 to 3600";
-    match parse("GANTRY_HEARTBEAT_LATE", value, expected)? {
-        None => Ok(Duration::from_secs(5)),
-        Some(seconds @ 1..=3_600) => Ok(Duration::from_secs(seconds)),
-        Some(seconds) => {
-            let seconds: u64 = seconds;
-            Err(wrong(
-                "GANTRY_HEARTBEAT_LATE",
-                &seconds.to_string(),
-                expected,
-            ))
-        }
-    }
-}
-
-/// Not less than a day: whoever goes home in the evening finds everything in the morning.
-fn idle(value: &Option<String>) -> Result<Duration, ConfigError> {
-    let expected = "a number of days from 1 to 3650";
-    let days = match parse("GANTRY_IDLE_DAYS", value, expected)? {
-        None => 30,
-        Some(days @ 1..=3_650) => days,
-        Some(days) => return Err(wrong("GANTRY_IDLE_DAYS", &days.to_string(), expected)),
-    };
-    Ok(Duration::from_secs(days * 24 * 60 * 60))
-}
-
-fn image(
-    variable: &'static str,
-    value: &Option<String>,
-    default: &str,
-) -> Result<String, ConfigError> {
-    let text = given(value).unwrap_or(default);
-    let known = |b: u8| b.is_ascii_alphanumeric() || b"-_./:@".contains(&b);
-    if text.len() <= 512 && text.bytes().all(known) {
-        Ok(text.to_owned())
-    } else {
-        let expected = "an image such as registry.example/name:tag";
-        Err(wrong(variable, text, expected))
-    }
-}
-
 fn runner(named: Option<PathBuf>) -> Result<PathBuf, ConfigError> {
     let Some(path) = named.filter(|path| !path.as_os_str().is_empty()) else {
         // This very program, even when its file was replaced by a newer build in the meantime:
@@ -722,6 +636,7 @@ fn runner(named: Option<PathBuf>) -> Result<PathBuf, ConfigError> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use super::cluster::{user_quota, wake_service};
     use super::*;
 
     fn args() -> (tempfile::TempDir, ServeArgs) {
@@ -774,7 +689,7 @@ mod tests {
         assert_eq!(found.clean_up, CleanUpConfig::Tell);
         assert_eq!(found.idle.as_secs(), 30 * 86_400);
         assert_eq!(found.heartbeat_late.as_secs(), 5);
-        let cases: [(&str, Set, &str); 14] = [
+        let cases: [(&str, Set, &str); 16] = [
             ("GANTRY_NAMESPACE", |a, v| a.namespace = v, "services-x"),
             ("GANTRY_NAMESPACE", |a, v| a.namespace = v, "user-x"),
             ("GANTRY_NAMESPACE", |a, v| a.namespace = v, "a.b"),
@@ -783,6 +698,12 @@ mod tests {
             ("GANTRY_CLEAN_UP", |a, v| a.clean_up = v, "yes"),
             ("GANTRY_IDLE_DAYS", |a, v| a.idle_days = v, "0"),
             ("GANTRY_HEARTBEAT_LATE", |a, v| a.heartbeat_late = v, "0"),
+            (
+                "GANTRY_PACKAGE_CACHE_CLASS",
+                |a, v| a.package_cache_class = v,
+                "a b",
+            ),
+            ("GANTRY_MODULE_FORWARD", |a, v| a.module_forward = v, "2"),
             ("GANTRY_USER_QUOTA", |a, v| a.user_quota = v, "pods"),
             ("GANTRY_USER_QUOTA", |a, v| a.user_quota = v, "pods=-1"),
             ("GANTRY_USER_QUOTA", |a, v| a.user_quota = v, "more=1"),
@@ -815,7 +736,7 @@ mod tests {
     #[test]
     fn a_bad_value_is_refused_by_its_variables_name() {
         type Set = fn(&mut ServeArgs, Option<String>);
-        let cases: [(&str, Set, &str); 12] = [
+        let cases: [(&str, Set, &str); 15] = [
             ("HOST", |a, v| a.host = v, "localhost:80"),
             ("PORT", |a, v| a.port = v, "65536"),
             ("GANTRY_PLATFORM", |a, v| a.platform = v, "docker"),
@@ -829,7 +750,10 @@ mod tests {
             ),
             ("GANTRY_MAX_RUNS", |a, v| a.max_runs = v, "0"),
             ("GANTRY_MAX_REPLS", |a, v| a.max_repls = v, "0"),
+            ("GANTRY_MAX_CALLS", |a, v| a.max_calls = v, "0"),
+            ("GANTRY_MODULE_IDLE", |a, v| a.module_idle = v, "9s"),
             ("GANTRY_NAMESERVER", |a, v| a.nameserver = v, "dns.example"),
+            ("GANTRY_IDLE_STOP", |a, v| a.idle_stop = v, "30"),
             ("GANTRY_MAX_WALL_MS", |a, v| a.max_wall_ms = v, "60001"),
             ("GANTRY_LOG", |a, v| a.log = v, "gantry=loud"),
         ];
@@ -869,6 +793,38 @@ mod tests {
             (one("10.0.0.1").as_str(), one("[::1]:5353").as_str()),
             ("10.0.0.1:53", "[::1]:5353")
         );
+    }
+
+    #[test]
+    fn an_idle_repl_needs_somebody_who_takes_its_requests() {
+        let time = |text: &str| unused("GANTRY_IDLE_STOP", &Some(text.to_owned()), LEAST_IDLE_STOP);
+        assert_eq!(time("off"), Ok(None));
+        assert_eq!(time("90s"), Ok(Some(Duration::from_secs(90))));
+        assert_eq!(time("1h 30m"), Ok(Some(Duration::from_secs(5_400))));
+        assert_eq!(time("2d"), Ok(Some(Duration::from_secs(172_800))));
+        for bad in ["0s", "500ms", "-1h", "soon", "400d"] {
+            assert!(time(bad).is_err(), "{bad}");
+        }
+        for bad in [
+            "gantry",
+            "gantry:0",
+            "gantry.other:80",
+            ":80",
+            "gantry:http",
+        ] {
+            assert!(wake_service(&Some(bad.to_owned())).is_err(), "{bad}");
+        }
+        let (_dir, mut args) = args();
+        args.platform = Some("kubernetes".to_owned());
+        args.idle_stop = Some("30m".to_owned());
+        args.wake_service = Some("gantry:80".to_owned());
+        let PlatformConfig::Kubernetes(cluster) =
+            Config::new(args, Secrets::default()).unwrap().platform
+        else {
+            panic!("it is another platform");
+        };
+        let service = cluster.wake_service.unwrap();
+        assert_eq!((service.name.as_str(), service.port), ("gantry", 80));
     }
 
     #[test]

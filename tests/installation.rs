@@ -23,7 +23,9 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use gantry::model::{RelativePath, ReplChange, ReplId, ScaleRequest, SubmissionId, UserId};
+use gantry::model::{
+    ModuleSpec, RelativePath, ReplChange, ReplId, ScaleRequest, SubmissionId, UserId,
+};
 use gantry::platform::conformance::{finish, python};
 use gantry::platform::kubernetes::{CleanUp, Cleaner, Orphan, permissions};
 use gantry::platform::{Platform, PlatformError, Sessions};
@@ -207,6 +209,26 @@ fn an_installed_server_uses_every_right_it_has_and_needs_no_other() {
             let change = ReplChange::Domains(domains);
             bed.platform.configure(&repl, &change).await.unwrap();
         }
+        // Packages from an index that is not there; what pip says is read from the pod's log.
+        let with_cache = Bed::start_with(|config| {
+            config.namespace = NAME.to_owned();
+            let index = [
+                ("PIP_INDEX_URL", "http://127.0.0.1:9/simple"),
+                ("PIP_RETRIES", "0"),
+            ];
+            let index = index.map(|(name, value)| (name.to_owned(), value.to_owned().into()));
+            config.packages.variables = index.into();
+            config.packages.cache_class = Some("standard".to_owned());
+        })
+        .await;
+        let spec = ModuleSpec {
+            name: "iniconfig".parse().unwrap(),
+            packages: Some(vec!["iniconfig==2.0.0".to_owned().try_into().unwrap()]),
+            scale: None,
+        };
+        let refused = with_cache.platform.modules().ensure(&user, &spec).await;
+        let said = format!("{refused:?}");
+        assert!(said.contains("packages_not_installed"), "{said}");
         // A test pod that cannot start is explained by its events.
         let missing = Bed::start_with(|config| {
             config.namespace = NAME.to_owned();

@@ -57,12 +57,13 @@ fn is_there(language: &Language, reply: &Value) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_language_runs_fails_and_serves() {
+async fn every_language_runs_fails_is_tested_and_serves() {
     let server = Server::start();
     for language in LANGUAGES {
         let mut client = Client::of(&server).await;
         if passes(language, &mut client).await {
             fails(language, &mut client).await;
+            tests(language, &mut client).await;
             serves(language, &mut client, &server).await;
         }
     }
@@ -107,6 +108,48 @@ async fn fails(language: &Language, client: &mut Client) {
     assert!(said.contains(language.entrypoint), "{reply}");
     let steps = client.steps(&id);
     assert_eq!(steps.last().unwrap(), "compile failed", "{steps:?}");
+}
+
+/// Where a language wants a test file to be.
+fn test_path(language: &Language) -> String {
+    match language.name {
+        "java" => "SumTest.java".to_owned(),
+        _ => format!("sum_test.{}", language.extensions[0]),
+    }
+}
+
+/// A test file that passes, one that fails, and that both are told of by themselves.
+async fn tests(language: &Language, client: &mut Client) {
+    let template = example(language, "tests");
+    let of = |four: &str| {
+        let path = test_path(language);
+        let text = template.replace("FOUR", four);
+        let program = in_language(language, "languages", &example(language, "passes"));
+        with(program, json!({ "tests": { path: text } }))
+    };
+    let id = client.send(of("4")).await;
+    let reply = client.reply(&id).await;
+    assert_eq!(
+        reply["status"], "tests_passed",
+        "{}: {reply}",
+        language.name
+    );
+    assert_eq!(reply["tests"].as_array().unwrap().len(), 1, "{reply}");
+    assert_eq!(reply["tests"][0]["passed"], true, "{reply}");
+    let told = client.frames[&id].iter();
+    let told = told.filter(|frame| frame["event"] == "test");
+    assert_eq!(told.count(), 1, "{}", language.name);
+    let reply = client.ask(of("5")).await;
+    let outcome = json!([reply["status"], reply["reason"]]);
+    assert_eq!(
+        outcome,
+        json!(["tests_failed", "tests"]),
+        "{}: {reply}",
+        language.name
+    );
+    assert_eq!(reply["tests"][0]["passed"], false, "{reply}");
+    let message = reply["tests"][0]["message"].as_str().unwrap();
+    assert!(message.contains("not 5"), "{}: {message}", language.name);
 }
 
 async fn serves(language: &Language, client: &mut Client, server: &Server) {
@@ -233,6 +276,55 @@ async fn compiling_can_be_cancelled_and_has_limits_of_its_own() {
         json!(["tests_failed", "compile", "compile_limit"]),
         "{reply}"
     );
+}
+
+#[tokio::test]
+async fn a_test_is_compiled_with_the_program_but_its_entry_and_each_is_told_of() {
+    let server = Server::start();
+    let mut client = Client::of(&server).await;
+    let test = |n: i32| {
+        format!(
+            "#include <assert.h>\n#include \"twice.h\"\nint main(void) {{ assert(twice(2) == {n}); }}"
+        )
+    };
+    let program = json!({ "user_id": "tests", "language": "c", "deploy": false, "files": {
+        "main.c": "#include \"twice.h\"\nint main(void) { return twice(0); }",
+        "twice.h": "int twice(int);",
+        "twice.c": "int twice(int n) { return 2 * n; }",
+    } });
+    let tests = json!({ "tests": {
+        "tests/good.c": test(4), "tests/other.c": test(4), "tests/wrong.c": test(5),
+        "tests/zz_broken.c": "int main(void) { return nothing; }",
+    } });
+    let reply = client.ask(with(program.clone(), tests)).await;
+    assert_eq!(reply["reason"], "tests", "{reply}");
+    let told: Vec<Value> = reply["tests"].as_array().unwrap().clone();
+    let told: Vec<Value> = told
+        .iter()
+        .map(|one| json!([one["name"], one["passed"]]))
+        .collect();
+    let expected = json!([
+        ["tests/good.c", true],
+        ["tests/other.c", true],
+        ["tests/wrong.c", false],
+        ["tests/zz_broken.c", false]
+    ]);
+    assert_eq!(json!(told), expected, "{reply}");
+    let message = |at: usize| reply["tests"][at]["message"].as_str().unwrap();
+    assert!(
+        message(2).contains("SIGABRT") && message(2).contains("twice(2) == 5"),
+        "{reply}"
+    );
+    assert!(
+        message(3).contains("exit code 1") && message(3).contains("nothing"),
+        "{reply}"
+    );
+    // A test that does not end is stopped, and the others have their say.
+    let endless = json!({ "language": "bash", "limits": { "wall_ms": 1_000 }, "files": { "main.sh": "" },
+        "tests": { "a.sh": "sleep 60", "b.sh": "exit 0" } });
+    let reply = client.ask(with(program, endless)).await;
+    assert_eq!(reply["reason"], "timeout", "{reply}");
+    assert_eq!(reply["tests"][1]["passed"], true, "{reply}");
 }
 
 #[tokio::test]

@@ -1,6 +1,11 @@
-//! Python modules as gRPC services, on the local platform, over HTTP and the command line.
+//! Python modules as gRPC services, over HTTP and the command line: one suite for both platforms. On a cluster it
+//! needs the bed: `eval "$(scripts/testbed env)"`, then `cargo test --test modules -- --ignored`.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "modules/clients.rs"]
+mod clients;
+#[path = "modules/cluster.rs"]
+mod cluster;
 #[path = "protocol/server.rs"]
 #[allow(dead_code, reason = "shared with other tests, which use the rest")]
 mod server;
@@ -15,17 +20,33 @@ use server::{PATIENCE, Server};
 /// The first pod of a server waits for pip: some megabytes over a slow line.
 const INSTALL_PATIENCE: Duration = Duration::from_secs(300);
 
+/// Everything in a namespace that a module may have there.
+const MADE: &str = "deployments,services,ingresses,hpa,secrets";
+
 /// A server, and a key of a user's.
 struct Modules {
     server: Server,
+    user: String,
     key: String,
 }
 
 impl Modules {
     async fn start() -> Self {
-        let server = Server::start();
-        let (_, key) = server.user("ann").await;
-        Self { server, key }
+        Self::with(&[]).await
+    }
+
+    async fn with(variables: &[(&str, &str)]) -> Self {
+        Self::of("ann", variables).await
+    }
+
+    async fn of(user: &str, variables: &[(&str, &str)]) -> Self {
+        let server = Server::start_as(0, variables);
+        let (_, key) = server.user(user).await;
+        Self {
+            server,
+            user: user.to_owned(),
+            key,
+        }
     }
 
     async fn ask(&self, request: reqwest::RequestBuilder) -> (u16, Value) {
@@ -88,16 +109,78 @@ impl Modules {
 #[tokio::test]
 async fn functions_are_called_and_every_failure_has_its_words() {
     let modules = Modules::start().await;
+    every_row(&modules).await;
+    // Its port is in a sandbox: there is no way past the server.
+    let (_, told) = modules.create("math", json!({})).await;
+    assert_eq!((told.get("authority"), told.get("token")), (None, None));
+}
+
+#[tokio::test]
+async fn packages_are_installed_and_modules_come_back_with_the_server() {
+    packages_and_restart(&mut Modules::start().await).await;
+}
+
+#[tokio::test]
+async fn a_module_that_nobody_calls_is_stopped_until_the_next_call() {
+    stopped_when_idle(&Modules::with(&[IDLE]).await).await;
+}
+
+#[tokio::test]
+async fn a_users_calls_are_bounded_by_how_many_there_are_at_a_time() {
+    let modules = Modules::with(&[("GANTRY_MAX_CALLS", "2")]).await;
+    modules.created("time").await;
+    let body = json!({ "args": [1.5] });
+    let calls = (0..3).map(|_| modules.run("time", "sleep", &body));
+    let mut told: Vec<(u16, Value)> = futures_util::future::join_all(calls).await;
+    told.sort_by_key(|(status, _)| *status);
+    let statuses: Vec<u16> = told.iter().map(|(status, _)| *status).collect();
+    assert_eq!(statuses, [200, 200, 429], "{told:?}");
+    assert_eq!(told[2].1["code"], "too_many_calls");
+    let auto = json!({ "max": 2, "cpu_percent": 70 });
+    let scale = modules.server.post("/modules/time/scale").json(&auto);
+    let (status, told) = modules.ask(scale).await;
+    let code = told["code"].as_str();
+    assert_eq!(
+        (status, code),
+        (422, Some("autoscaling_not_here")),
+        "{told}"
+    );
+}
+
+/// The shortest that there is.
+const IDLE: (&str, &str) = ("GANTRY_MODULE_IDLE", "10s");
+
+async fn stopped_when_idle(modules: &Modules) {
+    modules.created("math").await;
+    modules.answers().await;
+    let begun = Instant::now();
+    loop {
+        let (_, told) = modules.ask(modules.server.get("/modules")).await;
+        let one = &told["modules"][0];
+        // A busy cluster takes a moment to end the pod of what is stopped.
+        if one["state"] == "stopped" && one["ready"] == 0 {
+            break;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{told}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    assert!(begun.elapsed() > Duration::from_secs(8), "too early");
+    modules.answers().await;
+    let (_, told) = modules.ask(modules.server.get("/modules")).await;
+    assert_ne!(told["modules"][0]["state"], "stopped", "{told}");
+}
+
+async fn every_row(modules: &Modules) {
     let (status, told) = modules.create("math", json!({})).await;
     assert_eq!((status, &told["podCreated"]), (200, &json!(true)), "{told}");
     let (_, told) = modules.create("math", json!({})).await;
     assert_eq!(told["podCreated"], false, "again it is the same pod");
     modules.answers().await;
-    what_is_called_wrongly_is_refused(&modules).await;
-    what_a_function_does_to_itself_stays_with_it(&modules).await;
-    what_is_yielded_comes_as_events(&modules).await;
-    modules_are_listed_described_scaled_and_removed(&modules).await;
-    the_command_line_does_the_same(&modules).await;
+    what_is_called_wrongly_is_refused(modules).await;
+    what_a_function_does_to_itself_stays_with_it(modules).await;
+    what_is_yielded_comes_as_events(modules).await;
+    modules_are_listed_described_scaled_and_removed(modules).await;
+    the_command_line_does_the_same(modules).await;
 }
 
 async fn what_is_called_wrongly_is_refused(modules: &Modules) {
@@ -298,7 +381,7 @@ async fn modules_are_listed_described_scaled_and_removed(modules: &Modules) {
         if math["ready"] == 2 {
             assert_eq!(
                 (&math["state"], &math["user_id"]),
-                (&json!("running"), &json!("ann"))
+                (&json!("running"), &json!(modules.user))
             );
             break;
         }
@@ -309,12 +392,16 @@ async fn modules_are_listed_described_scaled_and_removed(modules: &Modules) {
         modules.answers().await;
     }
     // Nobody else's.
-    let (_, other) = modules.server.user("bob").await;
+    let bob = format!("{}b", modules.user);
+    let (_, other) = modules.server.user(&bob).await;
     let request = modules.server.get("/modules").header("x-api-key", &other);
     let told: Value = request.send().await.unwrap().json().await.unwrap();
     assert_eq!(told, json!({ "modules": [] }));
-    let path = "/run_module?module_name=math&method_name=sqrt&userId=ann";
-    let request = modules.server.post(path).header("x-api-key", &other);
+    let path = format!(
+        "/run_module?module_name=math&method_name=sqrt&userId={}",
+        modules.user
+    );
+    let request = modules.server.post(&path).header("x-api-key", &other);
     assert_eq!(request.json(&json!({})).send().await.unwrap().status(), 403);
     let remove = || modules.ask(client().delete(modules.server.url("/pod/time")));
     let (status, told) = remove().await;
@@ -372,9 +459,7 @@ async fn the_command_line_does_the_same(modules: &Modules) {
     assert_eq!(code, Some(0));
 }
 
-#[tokio::test]
-async fn packages_are_installed_and_modules_come_back_with_the_server() {
-    let mut modules = Modules::start().await;
+async fn packages_and_restart(modules: &mut Modules) {
     let array = json!([16, 20, 24]);
     modules.created("numpy").await;
     assert_eq!(

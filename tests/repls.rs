@@ -232,6 +232,28 @@ async fn the_language_is_seen_by_the_files_and_a_failure_stays_to_be_looked_at()
     );
 }
 
+/// Starts at once: more than the machine has processors for, so that everything comes late.
+const SHORT_PROGRAMS: usize = 12;
+
+#[tokio::test]
+async fn what_a_short_program_wrote_is_on_its_page_however_busy_the_machine_is() {
+    let server = Server::start();
+    let full = std::env::var_os("GANTRY_TEST_FULL").is_some();
+    for _ in 0..if full { 10 } else { 1 } {
+        let names: Vec<String> = (0..SHORT_PROGRAMS).map(|n| format!("short-{n}")).collect();
+        let all = names.iter().map(async |repl| {
+            put(&server, repl, "main.py", "print('Hello')\n");
+            let body = json!({ "replId": repl, "userId": "ann" });
+            assert_eq!(start(&server, body).await.0, 200);
+            let (status, text) = page_with(&server, repl, "exit code").await;
+            assert_eq!(status, 200, "{text}");
+            assert!(text.contains("<pre>Hello\n</pre>"), "{text}");
+            stop(&server, repl).await;
+        });
+        futures_util::future::join_all(all).await;
+    }
+}
+
 #[tokio::test]
 async fn files_that_are_missing_or_lead_elsewhere_are_told() {
     let server = Server::start();

@@ -516,8 +516,13 @@ print('hello', [sorted(os.listdir(f)) for f in ('/workspace', '/tmp', '/dev/shm'
 
 /// A program's release: the container of a released pod.
 fn released(code: &str, variables: &[(&str, &str)]) -> Container {
+    prepared(code, variables, "")
+}
+
+/// The same, after these commands of a shell.
+fn prepared(code: &str, variables: &[(&str, &str)], commands: &str) -> Container {
     let prepare = format!(
-        "cat > /workspace/main.py <<'END'\n{code}\nEND\nip link set lo up\nip addr add 198.18.0.7/32 dev lo"
+        "cat > /workspace/main.py <<'END'\n{code}\nEND\nip link set lo up\nip addr add 198.18.0.7/32 dev lo\n{commands}"
     );
     let argv = ("GANTRY_APP_ARGV", r#"["python3", "main.py"]"#);
     let variables = [&[argv], variables].concat();
@@ -677,6 +682,29 @@ fn a_program_that_ends_is_shown_and_one_that_fails_ends_its_pod() {
         word.contains("ended with exit code 1") && word.contains("no good"),
         "{word}"
     );
+}
+
+/// The container's output is a pipe that is full, which nobody reads: as a busy node's log.
+const FULL: &str =
+    "mkfifo -m 666 /run/log\nexec 3<>/run/log\nhead -c 65536 /dev/zero >&3\nexec >&3 3>&-";
+
+#[test]
+fn what_a_program_wrote_is_shown_however_late_its_log_is_taken() {
+    if !can_make_containers() {
+        return;
+    }
+    let pod = prepared("print('Hello')", &[], FULL);
+    let log = pod.path("/run/log");
+    let reader = std::thread::spawn(move || {
+        // The program has ended long ago.
+        std::thread::sleep(Duration::from_secs(1));
+        let mut taken = vec![0; (64 << 10) + "Hello\n".len()];
+        std::io::Read::read_exact(&mut File::open(log).unwrap(), &mut taken).unwrap();
+        taken
+    });
+    let page = comes_to(&pod, "198.18.0.7:3000", "/", "200");
+    assert!(page.contains("<pre>Hello"), "{page}");
+    assert!(reader.join().unwrap().ends_with(b"Hello\n"));
 }
 
 #[test]

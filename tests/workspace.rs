@@ -437,6 +437,56 @@ async fn no_edit_is_lost_over_many_stops() {
 }
 
 #[tokio::test]
+async fn what_was_done_last_before_a_restart_of_the_server_stays_done() {
+    let mut server = Server::start();
+    opened(&server, "shop", QUIET).await;
+    let mut client = Client::by_key(&server, "shop").await;
+    let write = |name: &str| json!({ "path": name, "text": name });
+    client.done("files.write", write("unwanted.txt")).await;
+    post(&server, "/repls/shop/save", json!({})).await;
+    let kept = |server: &Server, name: &str| store(server, "shop").join(name).exists();
+    assert!(kept(&server, "unwanted.txt"));
+    let unwanted = json!({ "path": "unwanted.txt" });
+    client.done("files.delete", unwanted).await;
+    client.done("files.write", write("last.txt")).await;
+    drop(client);
+    assert!(server.terminate().success());
+    assert!(kept(&server, "last.txt") && !kept(&server, "unwanted.txt"));
+    server.restart();
+    start(&server, "shop").await;
+    let mut client = Client::by_key(&server, "shop").await;
+    let read = client
+        .ask("files.read", json!({ "path": "last.txt" }))
+        .await;
+    assert_eq!(read["text"], "last.txt");
+    client
+        .refused("files.read", json!({ "path": "unwanted.txt" }))
+        .await;
+}
+
+#[tokio::test]
+async fn a_rollback_saves_what_was_edited_before_the_release_takes_over() {
+    let server = Server::start();
+    let mut socket = server.connect(&server.admin).await;
+    let submission = json!({
+        "user_id": "ann", "repl_id": "shop", "code": "print('released')", "database": false,
+    });
+    assert_eq!(
+        socket.ask(submission.to_string()).await["status"],
+        "deployed"
+    );
+    stop(&server, "shop").await;
+    start(&server, "shop").await;
+    let mut client = Client::by_key(&server, "shop").await;
+    let edit = json!({ "path": "edited.txt", "text": "unsaved" });
+    client.done("files.write", edit).await;
+    let rolled_back = post(&server, "/repls/shop/rollback", json!({})).await;
+    assert_eq!(rolled_back["release"], 1);
+    let kept = std::fs::read_to_string(store(&server, "shop").join("edited.txt"));
+    assert_eq!(kept.ok().as_deref(), Some("unsaved"));
+}
+
+#[tokio::test]
 async fn a_program_is_stopped_edited_and_run_beside_its_terminals() {
     let server = Server::start();
     opened(

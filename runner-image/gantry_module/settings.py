@@ -3,9 +3,13 @@
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 MODULE = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z][A-Za-z0-9_]*)*")
+
+#: A shorter secret, an empty one above all, is a mistake of whoever set it.
+SHORTEST_SECRET = 32
+SECRET = re.compile(r"[A-Za-z0-9_-]{%d,}" % SHORTEST_SECRET)
 
 #: Longest time of a call: default and maximum, as for any run of user code.
 CALL_MS = 10_000
@@ -37,6 +41,8 @@ class Settings:
     call_memory: int
     memory: int
     max_result: int
+    #: What a caller has to know; empty: whoever reaches the port may call.
+    token: str = field(default="", repr=False)
 
     @classmethod
     def from_environment(cls) -> "Settings":
@@ -53,7 +59,18 @@ class Settings:
             call_memory=number("MODULE_CALL_MEMORY_BYTES", CALL_MEMORY_BYTES, 16 << 20, 1 << 40),
             memory=number("MODULE_MEMORY_BYTES", MEMORY_BYTES, 16 << 20, 1 << 40),
             max_result=number("MODULE_MAX_RESULT_BYTES", MAX_RESULT_BYTES, 1 << 10, 64 << 20),
+            token=secret("MODULE_TOKEN"),
         )
+
+
+def secret(name: str) -> str:
+    """Taken out of the environment: the module and what its calls start inherit that."""
+    text = os.environ.pop(name, None)
+    if text is None:
+        return ""
+    if not SECRET.fullmatch(text):
+        refuse(name, f"is not what it should be; expected at least {SHORTEST_SECRET} of A-Z, a-z, 0-9, '-' and '_'")
+    return text
 
 
 def number(name: str, default: int, least: int, most: int) -> int:

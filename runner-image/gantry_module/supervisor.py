@@ -1,5 +1,6 @@
 """The process that holds the gRPC port."""
 
+import hmac
 import json
 import os
 import queue
@@ -34,6 +35,35 @@ MAX_WAITING_EVENTS = 16
 
 #: Descriptions that are kept, one for each namespace.
 MAX_DESCRIPTIONS = 64
+
+
+#: Open to everybody: a probe has no token to send. Not `Watch`: who holds its streams takes the place of calls.
+OPEN = f"/{health.SERVICE_NAME}/Check"
+
+
+class OnlyWithToken(grpc.ServerInterceptor):
+    """Lets nobody in who does not send the module's token, `authorization: Bearer …`; reflection asks for it as well."""
+
+    def __init__(self, token: str):
+        self.token = token.encode()
+        self.refused = grpc.stream_stream_rpc_method_handler(refuse)
+
+    def intercept_service(self, continuation, details):
+        if details.method == OPEN or self.admits(details.invocation_metadata):
+            return continuation(details)
+        return self.refused
+
+    def admits(self, metadata) -> bool:
+        sent = next((value for name, value in metadata or () if name == "authorization"), "")
+        scheme, _, token = sent.partition(" ")
+        return scheme.lower() == "bearer" and hmac.compare_digest(token.encode(), self.token)
+
+
+def refuse(_requests, context):
+    context.abort(
+        grpc.StatusCode.UNAUTHENTICATED,
+        "the module's token is missing or wrong: send the metadata authorization: Bearer TOKEN, with the token that POST /create_pod tells",
+    )
 
 
 class ModuleService:
@@ -168,6 +198,7 @@ def main(settings: Settings) -> None:
     server = grpc.server(
         ThreadPoolExecutor(THREADS),
         maximum_concurrent_rpcs=MAX_RPCS,
+        interceptors=[OnlyWithToken(settings.token)] if settings.token else [],
         options=[
             ("grpc.max_receive_message_length", MAX_ARGUMENT_BYTES + wire.SLACK),
             ("grpc.max_send_message_length", most),

@@ -52,7 +52,7 @@ pub struct LogsArgs {
     #[arg(long, value_name = "NAME")]
     repl: Option<ReplId>,
 
-    /// Of this step only: receive, sandbox, compile, test, publish, deploy, ready
+    /// Of this step only: receive, sandbox, install, compile, test, publish, deploy, ready
     #[arg(long)]
     step: Option<String>,
 

@@ -304,6 +304,7 @@ fn module_table(modules: &[ModuleStatus]) -> String {
             ModuleState::Starting => "starting",
             ModuleState::Running => "running",
             ModuleState::Failed => "failed",
+            ModuleState::Stopped => "stopped",
         };
         let packages: Vec<&str> = module.packages.iter().map(|one| one.as_str()).collect();
         table.add_row([

@@ -57,18 +57,11 @@ fn table(repls: &[ReplStatus], now: Timestamp) -> String {
         .load_preset(presets::NOTHING)
         .set_content_arrangement(ContentArrangement::Dynamic);
     table.set_header([
-        "REPL",
-        "USER",
-        "STATE",
-        "READY",
-        "RELEASE",
-        "RESTARTS",
-        "AGE",
-        "URL",
-        "LAST ERROR",
+        "REPL", "USER", "STATE", "READY", "RELEASE", "RESTARTS", "AGE", "URL", "CAUSE",
     ]);
     for repl in repls {
-        let last_error = repl.last_error.as_deref().unwrap_or_default();
+        let why = repl.last_error.as_deref().or(repl.cause.as_deref());
+        let why = why.unwrap_or_default();
         table.add_row([
             repl.repl_id.to_string(),
             repl.user_id.to_string(),
@@ -80,7 +73,7 @@ fn table(repls: &[ReplStatus], now: Timestamp) -> String {
             repl.restarts.to_string(),
             age(now, repl.since),
             render::printable(&repl.url),
-            render::printable(last_error.lines().last().unwrap_or_default()),
+            render::printable(why.lines().last().unwrap_or_default()),
         ]);
     }
     table.trim_fmt()
@@ -109,7 +102,9 @@ mod tests {
                 "url":"http://shop.apps.localhost:8000/","release":7,"last_error":"Traceback\nValueError: \u001b[2J",
                 "since":"2026-01-31T11:00:00Z"},
                {"replId":"test-prod","userId":"test","state":"exited(0)","ready":1,"replicas":1,"restarts":0,
-                "url":"http://test-prod.apps.localhost:8000/","since":"2026-01-31T11:59:30Z"}]"#,
+                "url":"http://test-prod.apps.localhost:8000/","since":"2026-01-31T11:59:30Z"},
+               {"replId":"quiet","userId":"ada","state":"idle","ready":0,"replicas":0,"restarts":0,
+                "cause":"stopped: idle since then","url":"http://quiet.apps.localhost:8000/","since":"2026-01-31T11:59:30Z"}]"#,
         )
         .unwrap();
         let text = table(&repls, "2026-01-31T12:00:00Z".parse().unwrap());
@@ -122,7 +117,10 @@ mod tests {
                     .collect()
             })
             .collect();
-        assert_eq!(lines.len(), 3, "{text}");
+        assert_eq!(lines.len(), 4, "{text}");
+        assert_eq!(lines[3].first(), Some(&"quiet"));
+        assert_eq!(lines[3].get(2), Some(&"idle"));
+        assert_eq!(lines[3].last(), Some(&"stopped: idle since then"));
         assert_eq!(
             lines[1],
             [

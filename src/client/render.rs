@@ -246,6 +246,7 @@ fn reason(outcome: &Outcome, limits: &Limits) -> Option<String> {
             bytes(limits.file_bytes),
             bytes(most.file_bytes)
         ),
+        Reason::Compile if outcome.error.is_some() => "it could not be built".to_owned(),
         Reason::Compile => "it does not compile".to_owned(),
         Reason::Tests => {
             let failed = outcome.tests.iter().filter(|test| !test.passed).count();

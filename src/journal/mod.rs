@@ -197,6 +197,7 @@ impl Journal {
             )
         });
         let front = Front {
+            awaited: false,
             next_position,
             live: live.collect(),
             batch: Batch::new(),

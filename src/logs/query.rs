@@ -17,9 +17,10 @@ const MAX_SUBMISSIONS: usize = 500;
 /// Longest `q`: a sentence, not a document.
 const MAX_WORDS_BYTES: usize = 1 << 10;
 
-const STEPS: [Step; 7] = [
+const STEPS: [Step; 8] = [
     Step::Receive,
     Step::Sandbox,
+    Step::Install,
     Step::Compile,
     Step::Test,
     Step::Publish,

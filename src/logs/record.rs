@@ -226,18 +226,24 @@ fn step_parts(name: Step, state: StepState, duration_ms: Option<u64>) -> Parts<'
     let subject = match name {
         Step::Receive => "Receiving the submission",
         Step::Sandbox => "Preparing the sandbox",
+        Step::Install => "Installing packages",
         Step::Compile => "Compiling",
         Step::Test => "Testing",
         Step::Publish => "Publishing the files",
         Step::Deploy => "Deploying",
         Step::Ready => "Waiting for the release to serve",
     };
-    let in_sandbox = matches!(name, Step::Sandbox | Step::Compile | Step::Test);
+    let in_sandbox = matches!(
+        name,
+        Step::Sandbox | Step::Install | Step::Compile | Step::Test
+    );
     let (level, outcome) = match (state, name) {
         (StepState::Started, _) => (Level::Info, UNKNOWN),
         (StepState::Passed, _) => (Level::Info, SUCCESS),
         // The program's own doing; everything else is Gantry's side.
-        (StepState::Failed, Step::Receive | Step::Compile | Step::Test) => (Level::Warn, FAILURE),
+        (StepState::Failed, Step::Receive | Step::Install | Step::Compile | Step::Test) => {
+            (Level::Warn, FAILURE)
+        }
         (StepState::Failed, _) => (Level::Error, FAILURE),
     };
     Parts {

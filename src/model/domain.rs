@@ -71,6 +71,14 @@ impl Domain {
     }
 }
 
+/// Whether this may stand between the dots of a host name (RFC 1123).
+pub fn is_host_label(text: &str) -> bool {
+    (1..=63).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+        && !text.starts_with('-')
+        && !text.ends_with('-')
+}
+
 impl FromStr for Domain {
     type Err = &'static str;
 
@@ -79,18 +87,14 @@ impl FromStr for Domain {
         if !name.is_ascii() {
             return Err("has letters outside ASCII; write it as it is in the DNS (xn--…)");
         }
-        let label = |label: &str| {
-            (1..=63).contains(&label.len())
-                && label
-                    .bytes()
-                    .all(|b| b.is_ascii_alphanumeric() || b == b'-')
-                && !label.starts_with('-')
-                && !label.ends_with('-')
-        };
         let last = name.rsplit('.').next().unwrap_or_default();
         // A last label of digits is an address's.
         let named = last.bytes().any(|b| b.is_ascii_alphabetic());
-        if name.len() > MAX_LENGTH || !name.contains('.') || !name.split('.').all(label) || !named {
+        if name.len() > MAX_LENGTH
+            || !name.contains('.')
+            || !name.split('.').all(is_host_label)
+            || !named
+        {
             return Err(
                 "is not a host name such as shop.example.com, without scheme, port or path",
             );

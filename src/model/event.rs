@@ -13,6 +13,8 @@ pub enum Step {
     Receive,
     /// The user's sandbox is there.
     Sandbox,
+    /// What the program depends on was installed.
+    Install,
     /// Languages that compile.
     Compile,
     /// The code or its tests ran.
@@ -31,6 +33,7 @@ impl Step {
         match self {
             Step::Receive => "receive",
             Step::Sandbox => "sandbox",
+            Step::Install => "install",
             Step::Compile => "compile",
             Step::Test => "test",
             Step::Publish => "publish",
@@ -177,6 +180,12 @@ impl Event {
             Event::ProgramOutput { origin, .. } | Event::Repl { origin, .. } => origin.as_ref(),
             _ => None,
         }
+    }
+
+    /// Whether somebody waits for it to be on the disk: who is told that a submission is taken in, or how it
+    /// ended.
+    pub fn is_awaited(&self) -> bool {
+        matches!(self, Event::Received { .. } | Event::Reply(_))
     }
 
     /// Whether it is part of the stream a client sees, and so has a sequence number.

@@ -4,6 +4,8 @@ mod table;
 
 pub use table::LANGUAGES;
 
+use super::Install;
+
 /// The folder of a workspace that compiled output goes to: what is there afterwards is what runs and
 /// what is released, beside the files that were sent.
 pub const BUILD_FOLDER: &str = ".build";
@@ -31,6 +33,30 @@ pub struct TestRunner {
     pub format: ReportFormat,
     /// What to install when the command is missing.
     pub install: &'static str,
+}
+
+/// A command that runs one test file, which passes with exit code 0.
+#[derive(Debug, PartialEq, Eq)]
+pub struct TestCommand {
+    /// The convention's name, as people know it.
+    pub name: &'static str,
+    /// Command, in which `{file}`, `{stem}` and `{class}` are the test file's, and `{folder}` is its folder.
+    pub argv: &'static [&'static str],
+    /// Command where the language's project file is among the files.
+    pub project: Option<&'static [&'static str]>,
+    /// Whether the program's entrypoint is left out of `{sources}`: a test may have an entry of its own.
+    pub has_own_entry: bool,
+    /// It compiles the test first, and gets what compiling gets.
+    pub compiles: bool,
+}
+
+/// What a language's test files are run by.
+#[derive(Debug, PartialEq, Eq)]
+pub enum TestFiles {
+    /// All by one command, which reports test by test.
+    Runner(TestRunner),
+    /// Each by a command of its own.
+    Each(TestCommand),
 }
 
 /// A command that has to be there.
@@ -63,7 +89,8 @@ pub struct Compile {
 /// | `{file}` | the entrypoint's path |
 /// | `{stem}` | the same without its extension |
 /// | `{class}` | the stem's last part, below the package that the file names |
-/// | `{sources}` | every file with one of the language's extensions |
+/// | `{sources}` | every file with one of the language's extensions, but those that [`TestCommand`] runs |
+/// | `{folder}` | the folder that the file is in, `.` where it is in none |
 /// | `{memory}` | bytes of memory that the run may use |
 #[derive(Debug, PartialEq, Eq)]
 pub struct Language {
@@ -85,12 +112,14 @@ pub struct Language {
     pub settings: &'static [&'static str],
     /// Variables of its compiler, unless the submission has its own.
     pub env: &'static [(&'static str, &'static str)],
+    /// How its packages are installed, where that is known.
+    pub install: Option<Install>,
     /// The compile step, where it has one.
     pub compile: Option<Compile>,
     /// Command that runs a program; its arguments follow.
     pub run: &'static [&'static str],
-    /// The runner for test files, where the language has one.
-    pub test_runner: Option<TestRunner>,
+    /// What runs test files.
+    pub tests: TestFiles,
     /// Started ahead of time: a run then costs no interpreter start.
     pub warm: bool,
 }
@@ -106,6 +135,16 @@ pub struct Words<'a> {
     pub text: &'a str,
     /// Bytes of memory that the run may use.
     pub memory_bytes: u64,
+}
+
+impl TestFiles {
+    /// The name of what runs them.
+    pub fn name(&self) -> &'static str {
+        match self {
+            TestFiles::Runner(runner) => runner.name,
+            TestFiles::Each(command) => command.name,
+        }
+    }
 }
 
 impl Language {
@@ -142,9 +181,18 @@ impl Language {
     /// The command that compiles these files.
     pub fn compile(&self, words: &Words<'_>) -> Option<Vec<String>> {
         let compile = self.compile.as_ref()?;
-        let is_project = self.project.is_some_and(|file| words.files.contains(&file));
-        let project = compile.project.filter(|_| is_project);
+        let project = compile.project.filter(|_| self.is_project(words));
         Some(self.fill(project.unwrap_or(compile.argv), words))
+    }
+
+    /// The command that runs a test file, which is the words' file.
+    pub fn test(&self, command: &TestCommand, words: &Words<'_>) -> Vec<String> {
+        let project = command.project.filter(|_| self.is_project(words));
+        self.fill(project.unwrap_or(command.argv), words)
+    }
+
+    fn is_project(&self, words: &Words<'_>) -> bool {
+        self.project.is_some_and(|file| words.files.contains(&file))
     }
 
     /// What a test file is to the language's test runner.
@@ -215,7 +263,9 @@ impl Language {
     fn replace(&self, part: &str, words: &Words<'_>) -> String {
         let stem = words.entrypoint.rsplit_once('.');
         let stem = stem.map_or(words.entrypoint, |(stem, _)| stem);
+        let folder = words.entrypoint.rsplit_once('/');
         part.replace("{file}", words.entrypoint)
+            .replace("{folder}", folder.map_or(".", |(folder, _)| folder))
             .replace("{stem}", stem)
             .replace("{class}", &class(stem, words.text))
             .replace("{memory}", &words.memory_bytes.to_string())

@@ -10,6 +10,7 @@ mod language;
 mod limits;
 mod module;
 mod outcome;
+mod packages;
 mod problem;
 mod release;
 mod service;
@@ -18,22 +19,23 @@ mod submission;
 mod tested;
 mod ticket;
 
-pub use domain::{Domain, DomainProof, DomainsRequest, MAX_DOMAINS, domain_taken};
+pub use domain::{Domain, DomainProof, DomainsRequest, MAX_DOMAINS, domain_taken, is_host_label};
 pub use event::{Ending, Event, Origin, OutputStream, Record, RunReport, Step, StepState};
 pub use id::{IdError, ReplId, ServiceName, SubmissionId, UserId};
 pub use image::{ImageError, ImageName};
 pub use language::{
-    BUILD_ARCHIVE, BUILD_FOLDER, Compile, LANGUAGES, Language, ReportFormat, TestRunner, Tool,
-    Words,
+    BUILD_ARCHIVE, BUILD_FOLDER, Compile, LANGUAGES, Language, ReportFormat, TestCommand,
+    TestFiles, TestRunner, Tool, Words,
 };
 pub use limits::{Limits, LimitsRequest, MAX_CODE_BYTES, MAX_MESSAGE_BYTES};
 pub use module::{
     MAX_MODULE_REPLICAS, ModuleName, ModuleNameError, ModuleRequest, ModuleSpec, ModuleState,
-    ModuleStatus, Package, replicas as module_replicas,
+    ModuleStatus, Package, scale as module_scale,
 };
 pub use outcome::{Outcome, Reason, Status, TestResult, Usage};
+pub use packages::{Install, Naming, PackageIndex, Packages, Place, Registry, package_place};
 pub use problem::Problem;
-pub use release::{Release, ReleaseState, ReplState, ReplStatus};
+pub use release::{Release, ReleaseState, ReplState, ReplStatus, idle_cause};
 pub use service::{
     ContainerSpec, ContainerState, ContainerStatus, Happening, MAX_REPLICAS, NodeState, NodeStatus,
     ServiceEvent, ServiceOutcome, ServiceSpec, ServiceState, ServiceStatus, ServicesRequest,

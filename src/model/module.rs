@@ -5,14 +5,20 @@ use std::str::FromStr;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
-use super::{FieldError, UserId};
+use super::{Autoscale, FieldError, Scale, ScaleRequest, UserId};
 
 /// Longest name of a module.
 const MAX_NAME: usize = 100;
 
 /// Longest part of a name that Kubernetes sees; the rest of 63 is for what is put around it.
 const MAX_LABEL: usize = 40;
+
+/// Longest part of a name that its host shows, and bytes of the sum behind it: together 52 to 63 characters,
+/// where a repl's name has at most 50.
+const MAX_HOST_NAME: usize = 12;
+const HOST_SUM: usize = 25;
 
 /// Most packages of one module, and the longest name with its version.
 const MAX_PACKAGES: usize = 20;
@@ -69,6 +75,19 @@ impl ModuleName {
             plain.trim_end_matches('-'),
             crc32fast::hash(self.0.as_bytes())
         )
+    }
+
+    /// The label of the module's host below the domain of programs. Another user's module has another, and no repl
+    /// has it: it is longer than a repl's name may be.
+    pub fn host_label(&self, user: &UserId) -> String {
+        let sum = Sha256::digest(format!("{user}/{}", self.0));
+        let sum: String = sum
+            .iter()
+            .take(HOST_SUM)
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        let name: String = self.label().chars().take(MAX_HOST_NAME).collect();
+        format!("{}-{sum}", name.trim_end_matches('-'))
     }
 }
 
@@ -174,18 +193,35 @@ impl ModuleRequest {
         Ok(ModuleSpec {
             name,
             packages: packages.transpose()?,
-            replicas: self.replicas.map(replicas).transpose()?,
+            scale: self.replicas.map(replicas).transpose()?,
         })
     }
 }
 
 /// A number of replicas that a module may have.
-pub fn replicas(number: u32) -> Result<u32, FieldError> {
+fn replicas(number: u32) -> Result<Scale, FieldError> {
     if (1..=MAX_MODULE_REPLICAS).contains(&number) {
-        return Ok(number);
+        return Ok(Scale::Fixed { replicas: number });
     }
     let reason = format!("is {number}; a module may have 1 to {MAX_MODULE_REPLICAS}");
     Err(FieldError::new("replicas", reason))
+}
+
+/// A scale that a module may have.
+pub fn scale(request: ScaleRequest) -> Result<Scale, FieldError> {
+    let alone = request.min.is_none() && request.max.is_none() && request.cpu_percent.is_none();
+    if let (Some(number), true) = (request.replicas, alone) {
+        return replicas(u32::try_from(number).unwrap_or(0));
+    }
+    let scale = request.checked()?;
+    if scale.most() > MAX_MODULE_REPLICAS {
+        let reason = format!(
+            "is {}; a module may have 1 to {MAX_MODULE_REPLICAS}",
+            scale.most()
+        );
+        return Err(FieldError::new("max", reason));
+    }
+    Ok(scale)
 }
 
 /// A module as it is wanted.
@@ -196,7 +232,7 @@ pub struct ModuleSpec {
     /// Packages to install; `None`: as before, or none.
     pub packages: Option<Vec<Package>>,
     /// How many pods; `None`: as before, or one.
-    pub replicas: Option<u32>,
+    pub scale: Option<Scale>,
 }
 
 /// What a module is doing.
@@ -209,6 +245,8 @@ pub enum ModuleState {
     Running,
     /// None does, and the cause says why.
     Failed,
+    /// Nobody called it for long; the next call starts it again.
+    Stopped,
 }
 
 /// A module and how it is.
@@ -229,10 +267,19 @@ pub struct ModuleStatus {
     pub ready: u32,
     /// Pods that are wanted.
     pub replicas: u32,
+    /// How their number follows the processor time they take, when it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autoscale: Option<Autoscale>,
     /// Times one of them was started again.
     pub restarts: u32,
+    /// The host at which gRPC clients reach it without this server, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub authority: Option<String>,
     /// What was installed for it.
     pub packages: Vec<Package>,
+    /// When it was last called, where that is noted and nearly so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_used: Option<Timestamp>,
     /// Since when it has been there.
     pub since: Timestamp,
 }
@@ -269,6 +316,32 @@ mod tests {
     }
 
     #[test]
+    fn a_host_is_one_users_modules_and_never_a_repls() {
+        let host = |module: &str, user: &str| {
+            let module: ModuleName = module.parse().unwrap();
+            module.host_label(&user.parse().unwrap())
+        };
+        let long = "x".repeat(100);
+        let all = [
+            host("numpy", "ann"),
+            host("numpy", "ann-b"),
+            host("numpy", "bob"),
+            host("num_py", "ann"),
+            host("x", "ann"),
+            host(&long, &"y".repeat(50)),
+            host(&long[1..], "ann"),
+        ];
+        for one in &all {
+            assert!(crate::model::is_host_label(one), "{one}");
+            assert!(one.parse::<crate::model::ReplId>().is_err(), "{one}");
+        }
+        let different: std::collections::BTreeSet<&String> = all.iter().collect();
+        assert_eq!(different.len(), all.len(), "{all:?}");
+        assert_eq!(all[0], host("numpy", "ann"));
+        assert!(all[0].starts_with("numpy-"));
+    }
+
+    #[test]
     fn packages_are_pinned_and_nothing_else() {
         let package = |text: &str| Package::try_from(text.to_owned());
         for good in ["numpy==2.3.5", "a-b_c.d==1!2.0+local-1", "X==1"] {
@@ -301,5 +374,20 @@ mod tests {
         assert_eq!(refused(r#"{"packages":["a==1","b"]}"#), "packages[1]");
         assert_eq!(refused(r#"{"replicas":0}"#), "replicas");
         assert_eq!(refused(r#"{"replicas":17}"#), "replicas");
+        let scaled = |body: &str| {
+            let request: ScaleRequest = serde_json::from_str(body).unwrap();
+            scale(request).map_err(|error| error.field)
+        };
+        assert_eq!(scaled(r#"{"replicas":16}"#).unwrap().most(), 16);
+        assert_eq!(scaled(r#"{"max":4,"cpu_percent":70}"#).unwrap().most(), 4);
+        for (body, field) in [
+            (r#"{"replicas":0}"#, "replicas"),
+            (r#"{"replicas":-1}"#, "replicas"),
+            (r#"{"max":17,"cpu_percent":70}"#, "max"),
+            (r#"{"max":2}"#, "cpu_percent"),
+            ("{}", "replicas"),
+        ] {
+            assert_eq!(scaled(body).unwrap_err(), field, "{body}");
+        }
     }
 }

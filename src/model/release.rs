@@ -46,6 +46,15 @@ pub enum ReplState {
     Crashed,
     /// Stopped by its user.
     Stopped,
+    /// Stopped because nobody used it; the next request starts it again.
+    Idle,
+}
+
+impl ReplState {
+    /// Whether something of it runs or is to.
+    pub fn is_on(self) -> bool {
+        !matches!(self, ReplState::Stopped | ReplState::Idle)
+    }
 }
 
 impl From<ReplState> for String {
@@ -56,6 +65,7 @@ impl From<ReplState> for String {
             ReplState::Exited(code) => format!("exited({code})"),
             ReplState::Crashed => "crashed".to_owned(),
             ReplState::Stopped => "stopped".to_owned(),
+            ReplState::Idle => "idle".to_owned(),
         }
     }
 }
@@ -72,6 +82,7 @@ impl TryFrom<String> for ReplState {
             "running" => Ok(ReplState::Running),
             "crashed" => Ok(ReplState::Crashed),
             "stopped" => Ok(ReplState::Stopped),
+            "idle" => Ok(ReplState::Idle),
             _ => exited().ok_or_else(|| format!("{text:?} is not a repl state")),
         }
     }
@@ -105,9 +116,18 @@ pub struct ReplStatus {
     /// The current release.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub release: Option<u64>,
+    /// Why it is in its state, where nothing went wrong.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cause: Option<String>,
     /// The last thing that went wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
     /// Since when it has been in this state.
     pub since: Timestamp,
+}
+
+/// Why an idle repl does not run.
+pub fn idle_cause(since: Timestamp) -> String {
+    let since = since.strftime("%Y-%m-%d %H:%M:%S UTC");
+    format!("stopped: idle since {since}; the next request starts it again")
 }

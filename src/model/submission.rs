@@ -235,7 +235,7 @@ impl SubmissionRequest {
             }
             None => default_entrypoint(language, &files)?,
         };
-        let tests = collect_tests(self.tests, language, &mut files, maximum)?;
+        let tests = collect_tests(self.tests, &mut files, maximum)?;
         if !files.contains_key(&entrypoint) {
             return Err(FieldError::new(
                 "entrypoint",
@@ -443,7 +443,6 @@ pub(super) fn check_env(env: &BTreeMap<String, String>) -> Result<(), FieldError
 
 fn collect_tests(
     request: Option<TestsRequest>,
-    language: &'static Language,
     files: &mut Files,
     maximum: &Limits,
 ) -> Result<Tests, FieldError> {
@@ -467,12 +466,6 @@ fn collect_tests(
             names
         }
     };
-    if language.test_runner.is_none() {
-        return Err(FieldError::new(
-            "tests",
-            format!("{} has no test runner for files; send cases", language.name),
-        ));
-    }
     if named.is_empty() || named.len() > MAX_TESTS {
         return Err(FieldError::new(
             "tests",

@@ -8,14 +8,18 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use tokio::time::{sleep, timeout};
 
+use super::Inner;
 use super::control::Control;
+use super::line::{self, Lent};
+use super::plan::{self, Plan};
 use super::text::TextDecoder;
-use super::verdict::{FinishedRun, Verdict, decide, judge_case, judge_compile};
-use super::{Inner, plan};
+use super::verdict::{
+    FinishedRun, Verdict, decide, judge_case, judge_compile, judge_file, judge_install,
+};
 use crate::journal::{Appended, JournalError, NewRecord};
 use crate::model::{
     Event, Outcome, OutputStream, Problem, Record, RunReport, Status, Step, StepState, Submission,
-    TestResult, Tested, Tests,
+    TestFiles, TestResult, Tested, Tests,
 };
 use crate::platform::{PlatformError, ReleaseSpec, RunningRelease};
 use crate::runner::client::{Run, RunEvent, Session};
@@ -174,19 +178,16 @@ impl Course {
         drop(permit);
         let has_run = tested.is_ok();
         let outcome = self.conclude(tested).await?;
-        if let Some(build) = plan::build(&self.submission)
-            && has_run
-        {
-            inner.sessions.of(&self.submission.user_id).forget(build);
+        if has_run {
+            for build in self.plan().builds() {
+                inner.sessions.of(&self.submission.user_id).forget(build);
+            }
         }
         Ok(outcome)
     }
 
     /// What follows from the test.
-    async fn conclude(
-        &mut self,
-        tested: Result<(Verdict, Vec<FinishedRun>), Problem>,
-    ) -> Result<Outcome, JournalError> {
+    async fn conclude(&mut self, tested: Tried) -> Result<Outcome, JournalError> {
         let (verdict, runs) = match tested {
             Ok(tested) => tested,
             // Nothing has run yet.
@@ -196,6 +197,9 @@ impl Course {
             Err(problem) => return Ok(self.unavailable(problem)),
         };
         let mut outcome = verdict.outcome(&runs);
+        if verdict.status == Status::TestsFailed && outcome.error.is_none() {
+            outcome.error = self.not_installed();
+        }
         if verdict.status == Status::TestsPassed && self.submission.deploy {
             if self.control.is_cancelled() {
                 outcome.status = Status::Cancelled;
@@ -208,7 +212,7 @@ impl Course {
     }
 
     /// Runs what is to be run and decides. The inner error: Gantry's side failed.
-    async fn test(&mut self) -> Result<Result<(Verdict, Vec<FinishedRun>), Problem>, JournalError> {
+    async fn test(&mut self) -> Result<Tried, JournalError> {
         self.step(Step::Sandbox, StepState::Started).await?;
         let session = self.inner.sessions.of(&self.submission.user_id);
         // It may take minutes while the platform is away; nobody who has changed their mind waits.
@@ -226,7 +230,10 @@ impl Course {
             )));
         }
         self.step(Step::Sandbox, StepState::Passed).await?;
-        if let Some(job) = plan::compile(&self.submission)
+        if let Some(ended) = self.install(&session).await? {
+            return Ok(ended);
+        }
+        if let Some(job) = self.plan().compile_job()
             && let Some(ended) = self.compile(&session, job).await?
         {
             return Ok(Ok(ended));
@@ -235,7 +242,7 @@ impl Course {
         let mut runs = Vec::new();
         let mut told = 0;
         let mut output_left = MAX_OUTPUT_BYTES;
-        for (number, mut job) in plan::jobs(&self.submission).enumerate() {
+        for (number, mut job) in self.plan().test_jobs().enumerate() {
             job.limits.output_bytes = job.limits.output_bytes.min(output_left);
             let run = self.one_run(&session, job).await?;
             let written = run.stdout.len() + run.stderr.len();
@@ -243,6 +250,9 @@ impl Course {
             let undecided = run.report.is_none() || self.control.is_cancelled();
             let result = match &self.submission.tests {
                 Tests::Cases(cases) => cases.get(number).map(|case| judge_case(case, &run)),
+                Tests::Files(files) if self.each_by_itself() => {
+                    files.get(number).map(|file| judge_file(file, &run))
+                }
                 Tests::ExitCode | Tests::Files(_) => None,
             };
             runs.push(run);
@@ -254,7 +264,7 @@ impl Course {
             }
         }
         let verdict = decide(&self.submission, &runs);
-        if matches!(self.submission.tests, Tests::Files(_)) {
+        if matches!(self.submission.tests, Tests::Files(_)) && !self.each_by_itself() {
             for result in verdict.tests.clone() {
                 self.tell_test(&mut told, result).await?;
             }
@@ -265,6 +275,48 @@ impl Course {
         };
         self.step(Step::Test, state).await?;
         Ok(Ok((verdict, runs)))
+    }
+
+    /// Whether each test file has a run of its own.
+    fn each_by_itself(&self) -> bool {
+        matches!(self.submission.language.tests, TestFiles::Each(_))
+    }
+
+    /// What its runs are.
+    fn plan(&self) -> Plan<'_> {
+        Plan::new(&self.submission, &self.inner.packages)
+    }
+
+    /// Installs what the program depends on. `Some`: that was its end.
+    async fn install(&mut self, session: &Session) -> Result<Option<Tried>, JournalError> {
+        let plan = self.plan();
+        let (Some(install), Some(index), Some(job)) =
+            (plan.install, plan.index, plan.install_job())
+        else {
+            return Ok(None);
+        };
+        let limits = job.limits;
+        let lent = line::lend(
+            &self.inner.platform,
+            &self.submission.user_id,
+            job.id,
+            index.places.clone(),
+        );
+        let before = (Step::Install, StepState::Started);
+        let taken_up = self.history.steps.contains(&before);
+        self.step(Step::Install, StepState::Started).await?;
+        let run = self.one_run(session, job).await?;
+        let verdict = judge_install(&run, install, &limits);
+        let ended = verdict.map(|verdict| match not_its_own(&verdict, &lent, taken_up) {
+            Some(problem) => Err(problem),
+            None => Ok((verdict, vec![run])),
+        });
+        let state = match ended {
+            None => StepState::Passed,
+            Some(_) => StepState::Failed,
+        };
+        self.step(Step::Install, state).await?;
+        Ok(ended)
     }
 
     /// Compiles the program. `Some`: that was its end.
@@ -284,10 +336,26 @@ impl Course {
         Ok(verdict.map(|verdict| (verdict, vec![run])))
     }
 
+    /// What a program that failed may have lacked.
+    fn not_installed(&self) -> Option<Problem> {
+        let plan = self.plan();
+        let install = plan.install.filter(|_| plan.index.is_none())?;
+        Some(Problem::new(
+            "packages_not_allowed",
+            format!("What {} names was not installed", install.file),
+            "this server is not set up to install packages; the program ran with those that are there",
+            format!(
+                "Do without, or ask the operator to start the server with GANTRY_ALLOW_PACKAGES=true, \
+                 and {} where the packages come from an index of their own.",
+                install.registry.variable
+            ),
+        ))
+    }
+
     /// One run, from wherever it is to its end.
     async fn one_run(&self, session: &Session, job: Job) -> Result<FinishedRun, JournalError> {
         let (id, patience) = (job.id, job.limits.wall() + RUNNER_GRACE);
-        let compiles = job.output.is_some();
+        let builds = !job.output.is_empty();
         let before = self.history.runs.get(id.run as usize);
         let before = before.cloned().unwrap_or_default();
         let mut finished = FinishedRun {
@@ -304,7 +372,7 @@ impl Course {
         } else {
             session.attach(id, before.last_seq)
         };
-        match compiles {
+        match builds {
             true => self.control.compiling(run.handle()),
             false => self.control.running(run.handle()),
         }
@@ -481,7 +549,7 @@ impl Course {
         if self.history.steps.contains(&published) {
             return Ok(());
         }
-        let Some(build) = plan::build(&self.submission) else {
+        let Some(build) = self.plan().build() else {
             return self.inner.store.publish(repl_id, *id, files).await;
         };
         let session = self.inner.sessions.of(&self.submission.user_id);
@@ -574,6 +642,32 @@ impl Course {
             }
         }
     }
+}
+
+/// What came of a test: a verdict with its runs, or why Gantry's side failed.
+type Tried = Result<(Verdict, Vec<FinishedRun>), Problem>;
+
+/// Why an installation that failed may not have failed by what was to be installed.
+fn not_its_own(verdict: &Verdict, lent: &Lent, taken_up: bool) -> Option<Problem> {
+    if verdict.status != Status::TestsFailed {
+        return None;
+    }
+    if let Some(cause) = lent.trouble() {
+        return Some(Problem::new(
+            "package_index_unavailable",
+            "The package index cannot be reached",
+            cause,
+            "Try again; if it lasts, the operator checks the index that the server is set up with.",
+        ));
+    }
+    taken_up.then(|| {
+        Problem::new(
+            "install_interrupted",
+            "The server was restarted while packages were being installed",
+            "the installer's connections go through the server, and ended with it",
+            "Submit it again under a new submission_id.",
+        )
+    })
 }
 
 /// What is left of the text when as much of it as is `recorded` already is taken away.

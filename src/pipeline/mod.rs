@@ -3,7 +3,9 @@
 mod control;
 mod course;
 mod fit;
+mod idle;
 mod junit;
+mod line;
 pub mod modules;
 mod names;
 mod places;
@@ -16,14 +18,14 @@ mod verdict;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use futures_util::future::join_all;
 use tokio_util::task::TaskTracker;
 
 use crate::journal::{Journal, JournalError, NewRecord};
 use crate::model::{
-    Domain, DomainProof, Event, FieldError, LANGUAGES, Language, Limits, Problem, RelativePath,
-    ReplChange, ReplId, ReplSettings, Submission, SubmissionId, UserId,
+    Domain, DomainProof, Event, FieldError, LANGUAGES, Language, Limits, Packages, Problem,
+    RelativePath, ReplChange, ReplId, ReplSettings, Submission, SubmissionId, UserId,
 };
 use crate::platform::{
     ConfigureError, Opened, Platform, PlatformError, RunningRelease, Sessions, WorkspaceSpec,
@@ -31,10 +33,12 @@ use crate::platform::{
 use crate::storage::CodeStore;
 use control::Control;
 use course::{Course, History};
+use idle::Waking;
 use places::Places;
 use queue::FairQueue;
 use save::Saves;
 
+pub use idle::Awake;
 pub use names::Names;
 pub use save::{NotSaved, Saved};
 
@@ -73,10 +77,14 @@ pub struct PipelineOptions {
     pub maximum: Limits,
     /// Which repls' programs are recorded here.
     pub share: Share,
+    /// Where what programs depend on may be installed from.
+    pub packages: Packages,
     /// Where it is looked up whose a domain is.
     pub names: Names,
     /// Most repls of a user that run at one time; `None`: any number.
     pub repls_per_user: Option<usize>,
+    /// A repl that nobody has used for so long is stopped; `None`: none is.
+    pub idle_stop: Option<Duration>,
 }
 
 /// Why a repl does not get the domains that were asked for.
@@ -128,7 +136,10 @@ struct Inner {
     share: Share,
     names: Names,
     places: Places,
+    packages: Packages,
     saves: Saves,
+    idle_stop: Option<Duration>,
+    waking: Waking,
     under_way: Mutex<HashMap<SubmissionId, Arc<Control>>>,
     courses: TaskTracker,
 }
@@ -149,7 +160,10 @@ impl Pipeline {
                 share: options.share.clone(),
                 names: options.names.clone(),
                 places: Places::new(options.repls_per_user),
+                packages: options.packages.clone(),
                 saves: Saves::default(),
+                idle_stop: options.idle_stop,
+                waking: Waking::default(),
                 under_way: Mutex::default(),
                 courses: TaskTracker::new(),
                 journal,
@@ -174,6 +188,7 @@ impl Pipeline {
         let this = self.clone();
         tokio::spawn(async move { this.record_programs().await });
         tokio::spawn(self.clone().keep_saving());
+        tokio::spawn(self.clone().keep_stopping_idle(self.inner.idle_stop));
         Ok(())
     }
 
@@ -248,7 +263,10 @@ impl Pipeline {
     ) -> Result<RunningRelease, PlatformError> {
         let platform = &self.inner.platform;
         let _place = self.inner.places.take(&**platform, user, repl).await?;
+        // A workspace gives way to the release: what was edited in it is kept first.
+        self.save_or_gone(repl).await?;
         let running = platform.rollback(repl, release).await?;
+        self.inner.saves.forget(repl);
         let message = format!("Rolled back to release {}", running.release);
         self.note(
             user,
@@ -284,9 +302,13 @@ impl Pipeline {
             repl_id: repl.clone(),
             argv: language.start(),
         };
+        let was_idle = platform.is_idle(repl);
         let opened = platform.open_workspace(&spec).await?;
         if opened.created {
-            let message = format!("Started from its current files, as {}", language.name);
+            let message = match was_idle {
+                true => "Started again as it was before it was idle".to_owned(),
+                false => format!("Started from its current files, as {}", language.name),
+            };
             self.note(user, repl, "repl.opened", message, None).await;
         }
         Ok(opened)
@@ -371,26 +393,18 @@ impl Pipeline {
     }
 
     async fn language_of(&self, repl: &ReplId) -> Result<&'static Language, PlatformError> {
-        let store = &self.inner.store;
+        // Asked once for all: a store in a bucket takes a while for each question.
+        let there = self.inner.store.top_current(repl).await;
+        let there = there.map_err(PlatformError::Unavailable)?;
+        let has = |file: &str| there.contains(file);
         // An entrypoint says more than a project's file.
-        let entrypoints = LANGUAGES
-            .iter()
-            .map(|known| (known, Some(known.entrypoint)));
-        let projects = LANGUAGES.iter().map(|known| (known, known.project));
-        for asked in [entrypoints.collect::<Vec<_>>(), projects.collect()] {
-            let asked = asked
-                .into_iter()
-                .filter_map(|(known, file)| Some((known, file?)));
-            // At one time: a store in a bucket takes a while for each.
-            let answers = join_all(asked.map(|(known, file)| async move {
-                let has = store.has_current(repl, file).await;
-                has.map(|has| has.then_some(known))
-            }));
-            for found in answers.await {
-                if let Some(language) = found.map_err(PlatformError::Unavailable)? {
-                    return Ok(language);
-                }
-            }
+        let by_entrypoint = LANGUAGES.iter().find(|known| has(known.entrypoint));
+        let by_project = || {
+            let mut all = LANGUAGES.iter();
+            all.find(|known| known.project.is_some_and(has))
+        };
+        if let Some(language) = by_entrypoint.or_else(by_project) {
+            return Ok(language);
         }
         // Its start command says that the file is missing; its user can add it then.
         Ok(&LANGUAGES[0])

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::model::{Problem, ReplId, ReplState, UserId};
+use crate::model::{Problem, ReplId, UserId};
 use crate::platform::{Platform, PlatformError};
 
 /// Places for repls that run.
@@ -63,7 +63,7 @@ impl Places {
         let mut taken = before;
         // Looked at after the others: one that was being started then runs by now, or is among them.
         let running = platform.repls().await?.into_iter();
-        let running = running.filter(|one| one.user_id == *user && one.state != ReplState::Stopped);
+        let running = running.filter(|one| one.user_id == *user && one.state.is_on());
         let running: BTreeSet<ReplId> = running.map(|one| one.repl_id).collect();
         let runs = running.contains(repl);
         taken.extend(running);

@@ -1,9 +1,16 @@
 //! What a submission's runs are: jobs for the runner, in order.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
-use crate::model::{BUILD_FOLDER, Limits, RelativePath, Submission, Tests, Words};
+use sha2::{Digest, Sha256};
+
+use crate::model::{
+    BUILD_FOLDER, Install, Limits, PackageIndex, Packages, RelativePath, Submission, TestCommand,
+    TestFiles, TestRunner, Tests, Words,
+};
 use crate::runner::wire::{Job, JobId};
+use crate::storage::hexadecimal;
 
 /// The report file a test runner writes, in the folder for temporary files.
 const REPORT: &str = "gantry-report.xml";
@@ -16,37 +23,303 @@ pub fn argv(submission: &Submission, args: &[String]) -> Vec<String> {
     argv
 }
 
-/// The job that compiles the program, where its language has such a step.
-pub fn compile(submission: &Submission) -> Option<Job> {
-    let argv = with_words(submission, |words| submission.language.compile(words))?;
-    let own = submission.env.iter();
-    let own = own.map(|(name, value)| (name.as_str(), value.as_str()));
-    // The submission's own come last, and stand.
-    let env = submission.language.env.iter().copied().chain(own);
-    let env: BTreeMap<&str, &str> = env.collect();
-    let owned = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
-    Some(Job {
-        id: build(submission)?,
-        env: env.into_iter().map(owned).collect(),
-        output: Some(BUILD_FOLDER.to_owned()),
-        limits: Limits::COMPILE,
-        build: None,
-        ..base(submission, 0, argv)
-    })
+/// A submission's runs: what installs comes first, then what compiles, then those that test.
+#[derive(Debug, Clone, Copy)]
+pub struct Plan<'a> {
+    submission: &'a Submission,
+    /// How what the program depends on is installed, where it depends on something.
+    pub install: Option<&'static Install>,
+    /// From where; `None`: it may not be.
+    pub index: Option<&'a PackageIndex>,
+    wall: Duration,
 }
 
-/// The run that compiled, whose output the others need.
-pub fn build(submission: &Submission) -> Option<JobId> {
-    submission.language.compile.as_ref().map(|_| JobId {
-        submission: submission.id,
-        run: 0,
-    })
+impl<'a> Plan<'a> {
+    /// With what the operator allows to be installed.
+    pub fn new(submission: &'a Submission, packages: &'a Packages) -> Self {
+        let install = submission.language.install.as_ref();
+        let install = install.filter(|install| {
+            text(submission, install.file).is_some_and(|file| install.naming.names_any(file))
+        });
+        Self {
+            submission,
+            install,
+            index: install.and_then(|install| packages.index(install)),
+            wall: packages.wall,
+        }
+    }
+
+    /// The job that installs what the program depends on, where that is allowed.
+    pub fn install_job(&self) -> Option<Job> {
+        let (install, index) = (self.install?, self.index?);
+        let plain = index.is_plain().then_some(install.plain_env);
+        let own = install.env.iter().chain(plain.into_iter().flatten());
+        let own: Vec<(&str, String)> = own
+            .map(|(name, value)| (*name, index.fill(value)))
+            .collect();
+        let own = own.iter().map(|(name, value)| (*name, value.as_str()));
+        let env = self.environment(self.submissions_own().chain(own));
+        let limits = Limits {
+            wall_ms: u64::try_from(self.wall.as_millis()).unwrap_or(u64::MAX),
+            ..Limits::COMPILE
+        };
+        Some(Job {
+            env,
+            output: owned(install.folders),
+            limits,
+            build: None,
+            online: true,
+            cache: Some(self.cache_key(install, index)),
+            ..self.job(
+                0,
+                install.argv.iter().map(|part| index.fill(part)).collect(),
+            )
+        })
+    }
+
+    /// The same for whatever the installer would do the same for.
+    fn cache_key(&self, install: &Install, index: &PackageIndex) -> String {
+        let project = text(self.submission, install.file).unwrap_or_default();
+        let whole = install.leads_elsewhere(project);
+        let counts = |path: &RelativePath| {
+            let path = path.as_str();
+            whole || path == install.file || install.beside.contains(&path)
+        };
+        let mut digest = Sha256::new();
+        let mut add = |part: &str| {
+            digest.update((part.len() as u64).to_le_bytes());
+            digest.update(part);
+        };
+        add(self.submission.language.name);
+        add(&index.url);
+        let files = self.submission.files.iter();
+        for (path, text) in files.filter(|(path, _)| counts(path)) {
+            add(path.as_str());
+            add(text);
+        }
+        for (name, value) in &self.submission.env {
+            add(name);
+            add(value);
+        }
+        hexadecimal(&digest.finalize())
+    }
+
+    /// The job that compiles the program, where its language has such a step.
+    pub fn compile_job(&self) -> Option<Job> {
+        let language = self.submission.language;
+        let argv = with_words(self.submission, |words| language.compile(words))?;
+        let installed = self.installed().and(self.install);
+        let mut output = vec![BUILD_FOLDER.to_owned()];
+        if let Some(install) = installed.filter(|install| install.needed_to_run) {
+            output.extend(owned(install.folders));
+        }
+        Some(Job {
+            env: self.environment(self.found().iter().copied().chain(self.submissions_own())),
+            output,
+            limits: Limits::COMPILE,
+            build: self.installed(),
+            ..self.job(self.installs(), argv)
+        })
+    }
+
+    /// The language's own variables and more; what comes later stands.
+    fn environment<'v>(
+        &self,
+        more: impl Iterator<Item = (&'v str, &'v str)>,
+    ) -> Vec<(String, String)> {
+        let env = self.submission.language.env.iter().copied();
+        let env: BTreeMap<&str, &str> = env.chain(more).collect();
+        let words = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
+        env.into_iter().map(words).collect()
+    }
+
+    /// The compiler's variables for packages that were installed.
+    fn found(&self) -> &'static [(&'static str, &'static str)] {
+        let installed = self.installed().and(self.install);
+        installed.map_or(&[], |install| install.compile_env)
+    }
+
+    fn submissions_own(&self) -> impl Iterator<Item = (&'a str, &'a str)> + use<'a> {
+        let env = self.submission.env.iter();
+        env.map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+
+    /// Runs are counted whatever is allowed: an operator who changes their mind changes no number.
+    fn installs(&self) -> u32 {
+        u32::from(self.install.is_some())
+    }
+
+    fn id(&self, run: u32) -> JobId {
+        JobId {
+            submission: self.submission.id,
+            run,
+        }
+    }
+
+    /// The run that installed.
+    fn installed(&self) -> Option<JobId> {
+        self.index.map(|_| self.id(0))
+    }
+
+    /// The run that built what those that test need.
+    pub fn build(&self) -> Option<JobId> {
+        match self.submission.language.compile {
+            Some(_) => Some(self.id(self.installs())),
+            None => self.installed(),
+        }
+    }
+
+    /// The runs whose builds are kept until the submission is over.
+    pub fn builds(&self) -> impl Iterator<Item = JobId> {
+        let installed = self.installed();
+        let other = self.build().filter(|build| Some(*build) != installed);
+        installed.into_iter().chain(other)
+    }
+
+    /// A run of the program or of its tests; `number` is its own among those.
+    fn test_job(&self, number: u32, argv: Vec<String>) -> Job {
+        let compiles = u32::from(self.submission.language.compile.is_some());
+        Job {
+            build: self.build(),
+            ..self.job(self.installs() + compiles + number, argv)
+        }
+    }
+
+    fn job(&self, run: u32, argv: Vec<String>) -> Job {
+        let files = self.submission.files.iter();
+        let env = self.submission.env.iter();
+        Job {
+            id: self.id(run),
+            files: files
+                .map(|(path, text)| (path.to_string(), text.clone()))
+                .collect(),
+            argv,
+            env: env
+                .map(|(name, value)| (name.clone(), value.clone()))
+                .collect(),
+            stdin: Vec::new(),
+            stdin_open: false,
+            limits: self.submission.limits,
+            report: None,
+            output: Vec::new(),
+            build: None,
+            online: false,
+            cache: None,
+        }
+    }
+
+    /// The jobs that test, made as they are needed.
+    pub fn test_jobs(self) -> Box<dyn Iterator<Item = Job> + Send + 'a> {
+        let submission = self.submission;
+        match &submission.tests {
+            Tests::ExitCode => Box::new(std::iter::once(self.whole_program())),
+            Tests::Cases(cases) => Box::new((0..).zip(cases).map(move |(number, case)| {
+                let args = case.args.as_ref().unwrap_or(&submission.args);
+                let mut job = self.test_job(number, argv(submission, args));
+                let stdin = case.stdin.as_ref().or(submission.stdin.as_ref());
+                job.stdin = stdin.cloned().unwrap_or_default().into_bytes();
+                if let Some(wall_ms) = case.timeout_ms {
+                    job.limits.wall_ms = wall_ms;
+                }
+                job
+            })),
+            Tests::Files(files) => match &submission.language.tests {
+                TestFiles::Runner(runner) => {
+                    Box::new(std::iter::once(self.runner_job(runner, files)))
+                }
+                TestFiles::Each(command) => Box::new(
+                    (0..)
+                        .zip(files)
+                        .map(move |(number, file)| self.file_job(number, command, file)),
+                ),
+            },
+        }
+    }
+
+    /// The one command that runs all test files.
+    fn runner_job(&self, runner: &TestRunner, files: &[RelativePath]) -> Job {
+        let report = format!("/tmp/{REPORT}");
+        let command = runner
+            .argv
+            .iter()
+            .map(|part| part.replace("{report}", &report));
+        let language = self.submission.language;
+        let files = files
+            .iter()
+            .map(|path| language.test_file(runner, path.as_str()));
+        let mut job = self.test_job(0, command.chain(files).collect());
+        job.report = Some(REPORT.to_owned());
+        job
+    }
+
+    /// The command that runs one test file.
+    fn file_job(&self, number: u32, command: &TestCommand, file: &RelativePath) -> Job {
+        let language = self.submission.language;
+        let argv = with_words(self.submission, |words| {
+            let beside = words.files.iter().copied();
+            let own = |path: &&str| command.has_own_entry && *path == words.entrypoint;
+            let beside: Vec<&str> = beside.filter(|path| !own(path)).collect();
+            language.test(
+                command,
+                &Words {
+                    entrypoint: file.as_str(),
+                    files: &beside,
+                    text: self.submission.files.get(file).map_or("", String::as_str),
+                    memory_bytes: words.memory_bytes,
+                },
+            )
+        });
+        let job = self.test_job(number, argv);
+        if !command.compiles {
+            return job;
+        }
+        // What the compiler needs, not what it made of the program.
+        let (build, output_bytes) = (self.installed(), job.limits.output_bytes);
+        Job {
+            env: self.environment(self.found().iter().copied().chain(self.submissions_own())),
+            build,
+            limits: Limits {
+                output_bytes,
+                ..Limits::COMPILE
+            },
+            ..job
+        }
+    }
+
+    /// Without `stdin` in the submission, input may come later in frames of its own, as from a terminal.
+    fn whole_program(&self) -> Job {
+        let mut job = self.test_job(0, argv(self.submission, &self.submission.args));
+        match &self.submission.stdin {
+            Some(text) => job.stdin = text.clone().into_bytes(),
+            None => job.stdin_open = true,
+        }
+        job
+    }
+}
+
+fn owned(words: &[&str]) -> Vec<String> {
+    words.iter().map(|word| (*word).to_owned()).collect()
+}
+
+fn text<'a>(submission: &'a Submission, name: &str) -> Option<&'a str> {
+    let mut files = submission.files.iter();
+    let (_, text) = files.find(|(path, _)| path.as_str() == name)?;
+    Some(text)
 }
 
 fn with_words<T>(submission: &Submission, act: impl FnOnce(&Words<'_>) -> T) -> T {
     let compiles = submission.language.compile.is_some();
     let files: Vec<&str> = match compiles {
-        true => submission.files.keys().map(RelativePath::as_str).collect(),
+        true => {
+            // A test file that is compiled by itself is no part of the program.
+            let tests: &[RelativePath] = match (&submission.tests, &submission.language.tests) {
+                (Tests::Files(files), TestFiles::Each(_)) => files,
+                _ => &[],
+            };
+            let files = submission.files.keys();
+            let files = files.filter(|path| !tests.contains(path));
+            files.map(RelativePath::as_str).collect()
+        }
         false => Vec::new(),
     };
     let text = submission.files.get(&submission.entrypoint);
@@ -56,80 +329,4 @@ fn with_words<T>(submission: &Submission, act: impl FnOnce(&Words<'_>) -> T) -> 
         text: text.filter(|_| compiles).map_or("", String::as_str),
         memory_bytes: submission.limits.memory_bytes,
     })
-}
-
-/// The jobs of a submission, made as they are needed.
-pub fn jobs(submission: &Submission) -> Box<dyn Iterator<Item = Job> + Send + '_> {
-    match &submission.tests {
-        Tests::ExitCode => Box::new(std::iter::once(whole_program(submission))),
-        Tests::Cases(cases) => Box::new((0..).zip(cases).map(|(number, case)| {
-            let args = case.args.as_ref().unwrap_or(&submission.args);
-            let mut job = base(submission, number, argv(submission, args));
-            let stdin = case.stdin.as_ref().or(submission.stdin.as_ref());
-            job.stdin = stdin.cloned().unwrap_or_default().into_bytes();
-            if let Some(wall_ms) = case.timeout_ms {
-                job.limits.wall_ms = wall_ms;
-            }
-            job
-        })),
-        Tests::Files(files) => {
-            Box::new(submission.language.test_runner.into_iter().map(|runner| {
-                let report = format!("/tmp/{REPORT}");
-                let command = runner
-                    .argv
-                    .iter()
-                    .map(|part| part.replace("{report}", &report));
-                let argv = command
-                    .chain(
-                        files
-                            .iter()
-                            .map(|path| submission.language.test_file(&runner, path.as_str())),
-                    )
-                    .collect();
-                let mut job = base(submission, 0, argv);
-                job.report = Some(REPORT.to_owned());
-                job
-            }))
-        }
-    }
-}
-
-/// Without `stdin` in the submission, input may come later in frames of its own, as from a terminal.
-fn whole_program(submission: &Submission) -> Job {
-    let mut job = base(submission, 0, argv(submission, &submission.args));
-    match &submission.stdin {
-        Some(text) => job.stdin = text.clone().into_bytes(),
-        None => job.stdin_open = true,
-    }
-    job
-}
-
-/// `number` is the run's among those that test; compiling is a run before them.
-fn base(submission: &Submission, number: u32, argv: Vec<String>) -> Job {
-    let files = submission.files.iter();
-    let env = submission.env.iter();
-    let build = build(submission);
-    let run = match build {
-        Some(build) => build.run + 1 + number,
-        None => number,
-    };
-    Job {
-        id: JobId {
-            submission: submission.id,
-            run,
-        },
-        files: files
-            .map(|(path, text)| (path.to_string(), text.clone()))
-            .collect(),
-        argv,
-        env: env
-            .map(|(name, value)| (name.clone(), value.clone()))
-            .collect(),
-        stdin: Vec::new(),
-        stdin_open: false,
-        limits: submission.limits,
-        report: None,
-        output: None,
-        build,
-    }
 }

@@ -1,7 +1,7 @@
 //! What is edited in a workspace goes back into the code store: now and then, when asked, and before the
 //! workspace is stopped. The runner only tells; it never sees the store's keys.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -9,15 +9,16 @@ use futures_util::{StreamExt, stream};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::body::Bytes;
 use hyper::client::conn::http1::{self, SendRequest};
-use hyper::{Request, StatusCode, header};
+use hyper::{HeaderMap, Request, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
 use super::{Pipeline, Share};
-use crate::model::{BUILD_FOLDER, Problem, RelativePath, ReplId, ReplState};
-use crate::platform::{Platform, PlatformError};
+use crate::model::{BUILD_FOLDER, Problem, RelativePath, ReplId};
+use crate::platform::{ByteStream, Platform, PlatformError};
+use crate::runner::wire::{Activity, LISTING};
 use crate::storage::CodeStore;
 
 /// How often every workspace is saved: as much of somebody's work as a lost node may cost.
@@ -31,6 +32,9 @@ const ANSWER: Duration = Duration::from_secs(30);
 
 /// Largest list of files: as many as a workspace may have, with long names.
 const MOST_LIST: usize = 16 << 20;
+
+/// Largest answer about its use.
+const MOST_ACTIVITY: usize = 1 << 10;
 
 /// Largest file, as the runner has it.
 const MOST_FILE: usize = 64 << 20;
@@ -73,7 +77,12 @@ struct Listed {
 }
 
 /// What was saved last of a workspace.
-type Known = BTreeMap<RelativePath, (u64, i64)>;
+#[derive(Debug, Default)]
+struct Known {
+    files: BTreeMap<RelativePath, (u64, i64)>,
+    /// The number of the runner's last list that was seen to.
+    done: u64,
+}
 
 /// What was saved last of every workspace; the lock of each is held while it is saved.
 #[derive(Debug, Default)]
@@ -112,32 +121,33 @@ impl Pipeline {
     pub(super) async fn keep_saving(self) {
         loop {
             tokio::time::sleep(SAVE_EVERY).await;
-            let Ok(repls) = self.inner.platform.repls().await else {
-                continue;
-            };
-            let (this, Share(mine)) = (&self, &self.inner.share);
-            let open = repls
-                .into_iter()
-                .filter(|repl| repl.release.is_none() && is_up(repl.state) && mine(&repl.repl_id));
-            stream::iter(open)
-                .for_each_concurrent(AT_ONCE, |repl| async move {
-                    if let Err(NotSaved::Failed(problem)) = this.save(&repl.repl_id).await {
-                        tracing::warn!(repl = %repl.repl_id, %problem, "a workspace was not saved");
-                    }
-                })
-                .await;
+            self.save_all().await;
         }
     }
-}
 
-fn is_up(state: ReplState) -> bool {
-    matches!(state, ReplState::Running | ReplState::Exited(_))
+    /// Saves every workspace that is this server's to save.
+    pub async fn save_all(&self) {
+        let Ok(repls) = self.inner.platform.repls().await else {
+            return;
+        };
+        let Share(mine) = &self.inner.share;
+        let open = repls
+            .into_iter()
+            .filter(|repl| repl.release.is_none() && repl.state.is_on() && mine(&repl.repl_id));
+        stream::iter(open)
+            .for_each_concurrent(AT_ONCE, |repl| async move {
+                if let Err(NotSaved::Failed(problem)) = self.save(&repl.repl_id).await {
+                    tracing::warn!(repl = %repl.repl_id, %problem, "a workspace was not saved");
+                }
+            })
+            .await;
+    }
 }
 
 async fn is_open(platform: &dyn Platform, repl: &ReplId) -> Result<bool, PlatformError> {
     let repls = platform.repls().await?;
     let found = repls.iter().find(|one| one.repl_id == *repl);
-    Ok(found.is_some_and(|one| one.release.is_none() && one.state != ReplState::Stopped))
+    Ok(found.is_some_and(|one| one.release.is_none() && one.state.is_on()))
 }
 
 async fn copy(
@@ -147,56 +157,69 @@ async fn copy(
     known: &mut Known,
 ) -> Result<Saved, NotSaved> {
     let mut saved = Saved::default();
-    let mut now = BTreeMap::new();
-    for file in runner.list().await? {
-        let path = RelativePath::try_from(file.path);
+    let (mut now, mut gone) = (BTreeMap::new(), BTreeSet::new());
+    let (listed, number) = runner.list(known.done).await?;
+    for file in listed {
+        let Ok(path) = RelativePath::try_from(file.path) else {
+            continue;
+        };
         // What was compiled is compiled again at the next start.
-        let built = |path: &RelativePath| path.is_below(BUILD_FOLDER);
-        if let (Ok(path), "file") = (path, file.kind.as_str())
-            && !built(&path)
-        {
-            now.insert(path, (file.size, file.modified));
+        if path.is_below(BUILD_FOLDER) {
+            continue;
+        }
+        match file.kind.as_str() {
+            "file" => drop(now.insert(path, (file.size, file.modified))),
+            // What an earlier server saved, or the workspace began with.
+            "gone" => drop(gone.insert(path)),
+            _ => {}
         }
     }
     for (path, about) in &now {
-        if known.get(path) == Some(about) {
+        if known.files.get(path) == Some(about) {
             continue;
         }
         // One that has just vanished is seen to be gone the next time.
         if let Some(content) = runner.read(path).await? {
             let put = store.put_current(repl, path, content);
             put.await.map_err(NotSaved::Failed)?;
-            known.insert(path.clone(), *about);
+            known.files.insert(path.clone(), *about);
             saved.written += 1;
         }
     }
-    let gone: Vec<RelativePath> = known
-        .keys()
-        .filter(|p| !now.contains_key(p))
-        .cloned()
-        .collect();
     // Only what was seen here before: what others have put there meanwhile is theirs.
+    gone.extend(known.files.keys().cloned());
+    gone.retain(|path| !now.contains_key(path));
     for path in gone {
         let removed = store.remove_current(repl, &path);
         removed.await.map_err(NotSaved::Failed)?;
-        known.remove(&path);
+        known.files.remove(&path);
         saved.removed += 1;
     }
+    known.done = number;
     Ok(saved)
 }
 
 /// A connection to a workspace's runner.
-struct Runner {
+pub(super) struct Runner {
     send: SendRequest<Empty<Bytes>>,
     ticket: String,
 }
 
 impl Runner {
-    async fn dial(platform: &dyn Platform, repl: &ReplId) -> Result<Self, NotSaved> {
+    pub(super) async fn dial(platform: &dyn Platform, repl: &ReplId) -> Result<Self, NotSaved> {
+        let stream = platform.dial_runner(repl).await.map_err(NotSaved::Gone)?;
+        Self::over(platform, repl, stream).await
+    }
+
+    /// Over this connection.
+    pub(super) async fn over(
+        platform: &dyn Platform,
+        repl: &ReplId,
+        stream: Box<dyn ByteStream>,
+    ) -> Result<Self, NotSaved> {
         let key = platform.ticket_key(repl).await.map_err(NotSaved::Gone)?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let until = now.map_or(0, |now| now.as_secs()) + TICKET_SECONDS;
-        let stream = platform.dial_runner(repl).await.map_err(NotSaved::Gone)?;
         let (send, connection) = http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| cut(&error))?;
@@ -206,19 +229,36 @@ impl Runner {
         Ok(Self { send, ticket })
     }
 
-    async fn list(&mut self) -> Result<Vec<Listed>, NotSaved> {
-        let body = self.get("/files", MOST_LIST).await?;
-        let body = body.ok_or_else(|| cut(&"it lists no files"))?;
+    /// What there is, and what is gone since the list of the number `done`; and this list's number. A
+    /// runner of an image from before lists were numbered tells of nothing that is gone.
+    async fn list(&mut self, done: u64) -> Result<(Vec<Listed>, u64), NotSaved> {
+        let answer = self.get(&format!("/files?done={done}"), MOST_LIST).await?;
+        let (headers, body) = answer.ok_or_else(|| cut(&"it lists no files"))?;
+        let number = headers
+            .get(LISTING)
+            .and_then(|n| n.to_str().ok()?.parse().ok());
+        let listed = serde_json::from_slice(&body).map_err(|error| cut(&error))?;
+        Ok((listed, number.unwrap_or_default()))
+    }
+
+    /// Since when it was not used, and whether its program is up.
+    pub(super) async fn activity(&mut self) -> Result<Activity, NotSaved> {
+        let answer = self.get("/activity", MOST_ACTIVITY).await?;
+        let (_, body) = answer.ok_or_else(|| cut(&"it is of an image that does not tell"))?;
         serde_json::from_slice(&body).map_err(|error| cut(&error))
     }
 
     async fn read(&mut self, path: &RelativePath) -> Result<Option<Vec<u8>>, NotSaved> {
         let path = utf8_percent_encode(path.as_str(), PLAIN);
-        let body = self.get(&format!("/files/{path}"), MOST_FILE).await?;
-        Ok(body.map(Vec::from))
+        let answer = self.get(&format!("/files/{path}"), MOST_FILE).await?;
+        Ok(answer.map(|(_, body)| Vec::from(body)))
     }
 
-    async fn get(&mut self, path: &str, most: usize) -> Result<Option<Bytes>, NotSaved> {
+    async fn get(
+        &mut self,
+        path: &str,
+        most: usize,
+    ) -> Result<Option<(HeaderMap, Bytes)>, NotSaved> {
         let request = Request::get(path)
             .header(header::HOST, "runner")
             .header(header::AUTHORIZATION, format!("Bearer {}", self.ticket))
@@ -228,11 +268,11 @@ impl Runner {
             self.send.ready().await.map_err(|error| cut(&error))?;
             let answer = self.send.send_request(request).await;
             let answer = answer.map_err(|error| cut(&error))?;
-            let status = answer.status();
+            let (status, headers) = (answer.status(), answer.headers().clone());
             let body = Limited::new(answer.into_body(), most).collect().await;
             let body = body.map_err(|error| cut(&error))?.to_bytes();
             match status {
-                StatusCode::OK => Ok(Some(body)),
+                StatusCode::OK => Ok(Some((headers, body))),
                 StatusCode::NOT_FOUND => Ok(None),
                 _ => Err(NotSaved::Failed(problem(&String::from_utf8_lossy(&body)))),
             }

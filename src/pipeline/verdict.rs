@@ -3,8 +3,8 @@
 
 use super::fit::{MAX_ACTUAL, cut, cut_outputs};
 use crate::model::{
-    Case, Ending, Limits, Outcome, Problem, Reason, RunReport, Status, Submission, TestResult,
-    Tests, Usage,
+    Case, Ending, Install, Limits, Outcome, Problem, Reason, RelativePath, RunReport, Status,
+    Submission, TestFiles, TestResult, TestRunner, Tests, Usage,
 };
 use crate::runner::wire::MAX_BUILD_BYTES;
 
@@ -54,8 +54,19 @@ pub fn decide(submission: &Submission, runs: &[FinishedRun]) -> Verdict {
         }
     }
     match (&submission.tests, runs) {
-        (Tests::Cases(cases), _) => judge_cases(cases, runs, &mut verdict),
-        (Tests::Files(_), [run, ..]) => judge_files(submission, run, &mut verdict),
+        (Tests::Cases(cases), _) => {
+            let results = cases.iter().zip(runs);
+            let results = results.map(|(case, run)| judge_case(case, run)).collect();
+            judge_tests(results, runs, &mut verdict);
+        }
+        (Tests::Files(files), [first, ..]) => match &submission.language.tests {
+            TestFiles::Runner(runner) => judge_files(runner, first, &mut verdict),
+            TestFiles::Each(_) => {
+                let results = files.iter().zip(runs);
+                let results = results.map(|(file, run)| judge_file(file, run)).collect();
+                judge_tests(results, runs, &mut verdict);
+            }
+        },
         (Tests::ExitCode, [run, ..]) => {
             if let Some(reason) = run.report.as_ref().and_then(|r| reason_of(&r.ending)) {
                 verdict.status = Status::TestsFailed;
@@ -99,6 +110,56 @@ fn not_decided(run: &FinishedRun) -> Option<(Status, Option<Problem>)> {
 
 /// What follows from a compiler's run; `None`: the program is there.
 pub fn judge_compile(run: &FinishedRun) -> Option<Verdict> {
+    let mut verdict = judge_build(run)?;
+    if let Some(limit) = limit_of(run) {
+        verdict.error = Some(Problem::new(
+            "compile_limit",
+            format!("The compiler was stopped at its {} limit", limit.as_str()),
+            format!("compiling {}", allowance(&Limits::COMPILE)),
+            "Send less code, or leave out what takes the compiler so long.",
+        ));
+    }
+    Some(verdict)
+}
+
+/// What follows from an installer's run; `None`: the packages are there.
+pub fn judge_install(run: &FinishedRun, install: &Install, limits: &Limits) -> Option<Verdict> {
+    let mut verdict = judge_build(run)?;
+    if verdict.status != Status::TestsFailed {
+        return Some(verdict);
+    }
+    let (name, file) = (install.name, install.file);
+    verdict.error = Some(match limit_of(run) {
+        Some(limit) => Problem::new(
+            "install_limit",
+            format!("{name} was stopped at its {} limit", limit.as_str()),
+            format!("installing {}", allowance(limits)),
+            format!("Name fewer or smaller packages in {file}."),
+        ),
+        None if is_absent(name, run) => {
+            verdict.status = Status::Unavailable;
+            verdict.reason = None;
+            Problem::new(
+                "installer_missing",
+                format!("{name} is not installed where programs run"),
+                run.stderr.trim(),
+                format!("Install it there ({}).", install.install),
+            )
+        }
+        None => Problem::new(
+            "packages_not_installed",
+            format!("What {file} names could not be installed"),
+            last_words(run),
+            format!(
+                "Check the names and versions in {file}; {name}'s whole output is in stdout and stderr."
+            ),
+        ),
+    });
+    Some(verdict)
+}
+
+/// What follows from a run that builds; `None`: it is there.
+fn judge_build(run: &FinishedRun) -> Option<Verdict> {
     let mut verdict = Verdict {
         status: Status::TestsFailed,
         reason: Some(Reason::Compile),
@@ -113,26 +174,49 @@ pub fn judge_compile(run: &FinishedRun) -> Option<Verdict> {
         verdict.error = error;
         return Some(verdict);
     }
-    match run.report.as_ref().map(|report| &report.ending) {
-        Some(Ending::Exited(0)) => return None,
-        Some(Ending::Limit(reason)) => {
-            let most = Limits::COMPILE;
-            verdict.error = Some(Problem::new(
-                "compile_limit",
-                format!("The compiler was stopped at its {} limit", reason.as_str()),
-                format!(
-                    "compiling may take {} s, {} s of processor time and {} MiB of memory, and leave {} MiB",
-                    most.wall_ms / 1_000,
-                    most.cpu_ms / 1_000,
-                    most.memory_bytes >> 20,
-                    MAX_BUILD_BYTES >> 20,
-                ),
-                "Send less code, or leave out what takes the compiler so long.",
-            ));
-        }
-        _ => {}
+    let ending = run.report.as_ref().map(|report| &report.ending);
+    (ending != Some(&Ending::Exited(0))).then_some(verdict)
+}
+
+fn limit_of(run: &FinishedRun) -> Option<Reason> {
+    match run.report.as_ref()?.ending {
+        Ending::Limit(reason) => Some(reason),
+        _ => None,
     }
-    Some(verdict)
+}
+
+fn allowance(most: &Limits) -> String {
+    format!(
+        "may take {} s, {} s of processor time and {} MiB of memory, write {} KiB, and leave {} MiB",
+        most.wall_ms / 1_000,
+        most.cpu_ms / 1_000,
+        most.memory_bytes >> 20,
+        most.output_bytes >> 10,
+        MAX_BUILD_BYTES >> 20,
+    )
+}
+
+/// Lines of an installer's that say why it failed.
+const LAST_LINES: usize = 6;
+
+/// Longest such line; the whole is in the output.
+const MAX_LINE: usize = 500;
+
+fn last_words(run: &FinishedRun) -> String {
+    let said = if run.stderr.trim().is_empty() {
+        &run.stdout
+    } else {
+        &run.stderr
+    };
+    let lines = said.lines().filter(|line| !line.trim().is_empty());
+    let lines: Vec<&str> = lines.map(|line| cut(line, MAX_LINE)).collect();
+    lines[lines.len().saturating_sub(LAST_LINES)..].join("\n")
+}
+
+/// Python's own words when a module it was told to run is not there.
+fn is_absent(module: &str, run: &FinishedRun) -> bool {
+    let words = format!("No module named {module}");
+    run.stdout.is_empty() && run.stderr.trim_end().ends_with(&words)
 }
 
 fn reason_of(ending: &Ending) -> Option<Reason> {
@@ -144,12 +228,9 @@ fn reason_of(ending: &Ending) -> Option<Reason> {
     }
 }
 
-fn judge_cases(cases: &[Case], runs: &[FinishedRun], verdict: &mut Verdict) {
-    verdict.tests = cases
-        .iter()
-        .zip(runs)
-        .map(|(case, run)| judge_case(case, run))
-        .collect();
+/// Of tests that had a run each.
+fn judge_tests(results: Vec<TestResult>, runs: &[FinishedRun], verdict: &mut Verdict) {
+    verdict.tests = results;
     let failed = verdict.tests.iter().position(|test| !test.passed);
     if let Some(index) = failed {
         verdict.status = Status::TestsFailed;
@@ -198,6 +279,36 @@ pub fn judge_case(case: &Case, run: &FinishedRun) -> TestResult {
     result
 }
 
+/// Most of a failed test file's output that its result has; the reply has more.
+const MAX_SAID: usize = 4 << 10;
+
+/// One test file's result, where each has a run of its own.
+pub fn judge_file(file: &RelativePath, run: &FinishedRun) -> TestResult {
+    let ending = run.report.as_ref().map(|report| &report.ending);
+    let passed = ending == Some(&Ending::Exited(0));
+    let message = (!passed).then(|| {
+        let words = ending.map_or_else(|| "its outcome is unknown".to_owned(), in_words);
+        let said = [&run.stdout, &run.stderr].map(|text| end_of(text.trim_end(), MAX_SAID));
+        let said = said.into_iter().filter(|text| !text.is_empty());
+        said.fold(words, |all, text| format!("{all}\n{text}"))
+    });
+    TestResult {
+        name: file.to_string(),
+        passed,
+        duration_ms: run.report.as_ref().map_or(0, |report| report.duration_ms),
+        message,
+        expected: None,
+        actual: None,
+    }
+}
+
+/// The last whole characters of a text.
+fn end_of(text: &str, most: usize) -> &str {
+    let from = text.len().saturating_sub(most);
+    let from = (from..=text.len()).find(|at| text.is_char_boundary(*at));
+    &text[from.unwrap_or(text.len())..]
+}
+
 fn in_words(ending: &Ending) -> String {
     match ending {
         Ending::Exited(code) => format!("ended with exit code {code}"),
@@ -208,7 +319,7 @@ fn in_words(ending: &Ending) -> String {
     }
 }
 
-fn judge_files(submission: &Submission, run: &FinishedRun, verdict: &mut Verdict) {
+fn judge_files(runner: &TestRunner, run: &FinishedRun, verdict: &mut Verdict) {
     let Some(report) = &run.report else {
         return;
     };
@@ -222,9 +333,8 @@ fn judge_files(submission: &Submission, run: &FinishedRun, verdict: &mut Verdict
         // Exit code 0 without a whole report is a test run that was cut short from inside.
         None => fail(verdict, Reason::Tests),
         Some(Reason::ExitCode) if !verdict.tests.is_empty() => fail(verdict, Reason::Tests),
-        Some(Reason::ExitCode) if runner_is_missing(submission, run) => {
-            let runner = submission.language.test_runner;
-            let (name, install) = runner.map_or(("", ""), |runner| (runner.name, runner.install));
+        Some(Reason::ExitCode) if is_absent(runner.name, run) => {
+            let (name, install) = (runner.name, runner.install);
             verdict.status = Status::Unavailable;
             verdict.error = Some(Problem::new(
                 "test_runner_missing",
@@ -240,18 +350,6 @@ fn judge_files(submission: &Submission, run: &FinishedRun, verdict: &mut Verdict
 fn fail(verdict: &mut Verdict, reason: Reason) {
     verdict.status = Status::TestsFailed;
     verdict.reason = Some(reason);
-}
-
-/// Python's own words when a module it was told to run is not there.
-fn runner_is_missing(submission: &Submission, run: &FinishedRun) -> bool {
-    let Some(runner) = submission.language.test_runner else {
-        return false;
-    };
-    run.stdout.is_empty()
-        && run
-            .stderr
-            .trim_end()
-            .ends_with(&format!("No module named {}", runner.name))
 }
 
 impl Verdict {

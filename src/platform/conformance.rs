@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use jiff::Timestamp;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, sleep, timeout};
@@ -65,8 +66,10 @@ pub fn python(code: &str) -> Job {
         stdin_open: false,
         limits: Limits::DEFAULT,
         report: None,
-        output: None,
+        output: Vec::new(),
         build: None,
+        online: false,
+        cache: None,
     }
 }
 
@@ -164,6 +167,9 @@ pub async fn all(subject: &Subject) -> anyhow::Result<()> {
     a_workspace_stays_whatever_its_program_does(subject)
         .await
         .with_context(context("a workspace stays, whatever its program does"))?;
+    what_is_idle_comes_back_as_it_was(subject)
+        .await
+        .with_context(context("what is idle comes back as it was"))?;
     dropping_what_is_absent_is_no_error(subject)
         .await
         .with_context(context("dropping what is absent is no error"))
@@ -611,6 +617,67 @@ async fn a_workspace_stays_whatever_its_program_does(subject: &Subject) -> anyho
     let page = ended_page(platform, &repl, "exit code 3").await?;
     ensure!(page.contains("Hello, workspace"), "{page}");
     platform.drop_repl(&repl).await?;
+    Ok(())
+}
+
+async fn what_is_idle_comes_back_as_it_was(subject: &Subject) -> anyhow::Result<()> {
+    let repl: ReplId = "conform-idle".parse().map_err(anyhow::Error::msg)?;
+    let platform = &subject.platform;
+    let long_ago = Timestamp::UNIX_EPOCH;
+    release(subject, &repl, "print('one')").await??;
+    let two = release(subject, &repl, "print('two')").await??;
+    ensure!(
+        !platform.stop_idle(&repl, long_ago, long_ago).await? && !platform.is_idle(&repl),
+        "it was stopped, though it was started after the time named"
+    );
+    ensure!(!platform.wake(&repl).await?, "it was woken while it ran");
+    // Of two that find it idle at the same time, one stops it.
+    let now = Timestamp::now();
+    let (one, other) = tokio::join!(
+        platform.stop_idle(&repl, now, now),
+        platform.stop_idle(&repl, now, now)
+    );
+    ensure!(one? != other?, "both stopped it, or neither did");
+    ensure!(platform.is_idle(&repl) && platform.dial(&repl).await.is_err());
+    let repls = platform.repls().await?;
+    let status = repls.into_iter().find(|one| one.repl_id == repl);
+    let status = status.context("the repl is not listed")?;
+    let cause = status.cause.clone().unwrap_or_default();
+    ensure!(
+        status.state == ReplState::Idle && cause.starts_with("stopped: idle since "),
+        "{status:?}"
+    );
+    ensure!(
+        status.release == Some(two.release) && status.replicas == 0,
+        "{status:?}"
+    );
+    let (one, other) = tokio::join!(platform.wake(&repl), platform.wake(&repl));
+    ensure!(one? != other?, "both woke it, or neither did");
+    ensure!(!platform.is_idle(&repl));
+    ended_page(platform, &repl, "two").await?;
+    // A start is as good as a request, and a rollback goes to the one before.
+    ensure!(platform.stop_idle(&repl, now, Timestamp::now()).await?);
+    let own = WorkspaceSpec {
+        user_id: user("conform-g"),
+        repl_id: repl.clone(),
+        argv: vec!["python3".to_owned(), "-V".to_owned()],
+    };
+    ensure!(
+        platform.open_workspace(&own).await?.created,
+        "it was not woken"
+    );
+    ended_page(platform, &repl, "two").await?;
+    ensure!(platform.stop_idle(&repl, now, Timestamp::now()).await?);
+    platform.rollback(&repl, None).await?;
+    ended_page(platform, &repl, "one").await?;
+    ensure!(platform.stop_idle(&repl, now, Timestamp::now()).await?);
+    platform.drop_repl(&repl).await?;
+    ensure!(!platform.is_idle(&repl), "a stopped repl waits to be woken");
+    platform.wake(&repl).await.ok();
+    ensure!(
+        platform.dial(&repl).await.is_err(),
+        "a stopped repl was woken"
+    );
     Ok(())
 }
 

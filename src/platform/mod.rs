@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
+use jiff::Timestamp;
 
 use crate::model::{
     Event, FieldError, Language, Origin, Problem, Release, ReplChange, ReplId, ReplSettings,
@@ -168,6 +169,8 @@ pub struct Recorded {
 ///   A repl that does not run has it at its next start. Variables are a release's: a later release begins
 ///   with those of the one before, and a rollback brings back those it had. So are domains, as long as no
 ///   other repl has taken them: **two repls never have one host name**.
+/// - `stop_idle` **removes what serves the repl and keeps that it is to serve**: `wake` brings back the same
+///   release or workspace. What was started after that was looked at stays.
 /// - `drop_repl` and `drop_sandbox` **remove all that was made**; absent is `Ok`.
 /// - State is the backend's own: after a restart of the server `repls` and `releases` answer as before.
 /// - Nothing here writes logs about a user's program; program output is returned as a stream.
@@ -209,6 +212,25 @@ pub trait Platform: Send + Sync + fmt::Debug {
     /// Makes the repl's current files run, unless something of the repl's runs already.
     async fn open_workspace(&self, spec: &WorkspaceSpec) -> Result<Opened, PlatformError>;
 
+    /// Stops the repl until it is woken, unless something else was made to run since `looked`; whether this
+    /// call did. `unused_since` is remembered as the cause.
+    async fn stop_idle(
+        &self,
+        repl: &ReplId,
+        unused_since: Timestamp,
+        looked: Timestamp,
+    ) -> Result<bool, PlatformError>;
+
+    /// Whether the repl waits to be woken.
+    fn is_idle(&self, repl: &ReplId) -> bool;
+
+    /// Makes an idle repl run again, as it was; returns when everything is made: whether by this call. Nothing
+    /// happens to one that is not idle.
+    async fn wake(&self, repl: &ReplId) -> Result<bool, PlatformError>;
+
+    /// Finishes what a server left that died while it stopped or woke an idle repl.
+    async fn settle_idle(&self) {}
+
     /// Stops the repl and removes everything that served it. Its code and database stay.
     async fn drop_repl(&self, repl: &ReplId) -> Result<(), PlatformError>;
 
@@ -248,6 +270,11 @@ pub trait Platform: Send + Sync + fmt::Debug {
     /// A connection to the port of the repl's runner: terminals and files, for whoever has a ticket.
     async fn dial_runner(&self, repl: &ReplId) -> Result<Box<dyn ByteStream>, PlatformError>;
 
+    /// The same to every runner of the repl; an error when it cannot tell what its runners see.
+    async fn dial_runners(&self, repl: &ReplId) -> Result<Vec<Box<dyn ByteStream>>, PlatformError> {
+        Ok(vec![self.dial_runner(repl).await?])
+    }
+
     /// What tickets for the repl's runner are made with, as long as it runs.
     async fn ticket_key(&self, repl: &ReplId) -> Result<TicketKey, PlatformError>;
 
@@ -256,10 +283,8 @@ pub trait Platform: Send + Sync + fmt::Debug {
         None
     }
 
-    /// Python modules served over gRPC; `None` on a backend that has none.
-    fn modules(&self) -> Option<Arc<dyn Modules>> {
-        None
-    }
+    /// Python modules served over gRPC.
+    fn modules(&self) -> Arc<dyn Modules>;
 
     /// Released programs are followed from where the journal ends. Called once, after the start; `recorded` costs
     /// a look through the journal, and is awaited only where programs go on while no server reads them.

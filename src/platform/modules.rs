@@ -5,7 +5,7 @@ use std::fmt;
 use async_trait::async_trait;
 
 use super::{ByteStream, PlatformError};
-use crate::model::{ModuleName, ModuleSpec, ModuleStatus, Problem, UserId};
+use crate::model::{ModuleName, ModuleSpec, ModuleStatus, Problem, SecretText, UserId};
 
 /// Why a module's pods could not be made.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -24,14 +24,19 @@ pub enum ModulesError {
 ///
 /// - `ensure` **returns when everything is made**, which is before the module answers: `true` when this
 ///   call made it. Again with the same: nothing changes. With other packages: pods with those.
+/// - `pause` **ends its pods**, and after that its state is `stopped`; `ensure` brings them back as they were.
 /// - `remove` **removes all that was made**; `false`: it was not there.
 /// - `replicas` names pods that answer, or will; `dial` connects to one of them by that name.
 /// - State is the backend's own: after a restart of the server all answer as before.
-/// - A module's pods have the limits of any user code, no token, and no network.
+/// - A module's pods have the limits of any user code, no rights in the cluster, and no network.
+/// - Where others than the server reach a module's port, its pods answer those alone who send its `token`.
 #[async_trait]
 pub trait Modules: Send + Sync + fmt::Debug {
     /// Makes the user's module be as it is wanted.
     async fn ensure(&self, user: &UserId, spec: &ModuleSpec) -> Result<bool, ModulesError>;
+
+    /// Ends the module's pods and keeps all that is known of it: `ensure` makes them again.
+    async fn pause(&self, user: &UserId, name: &ModuleName) -> Result<(), PlatformError>;
 
     /// Removes a module.
     async fn remove(&self, user: &UserId, name: &ModuleName) -> Result<bool, PlatformError>;
@@ -53,6 +58,13 @@ pub trait Modules: Send + Sync + fmt::Debug {
         name: &ModuleName,
     ) -> Result<Option<Vec<String>>, PlatformError>;
 
+    /// What calls of the module have to send; `None`: nobody but the server reaches it.
+    async fn token(
+        &self,
+        user: &UserId,
+        name: &ModuleName,
+    ) -> Result<Option<SecretText>, PlatformError>;
+
     /// A connection to the gRPC port of one of the module's pods.
     async fn dial(
         &self,
@@ -60,4 +72,8 @@ pub trait Modules: Send + Sync + fmt::Debug {
         name: &ModuleName,
         replica: &str,
     ) -> Result<Box<dyn ByteStream>, PlatformError>;
+
+    /// Notes that the module was called, where other servers have to know: see
+    /// [`ModuleStatus::last_used`].
+    fn used(&self, _user: &UserId, _name: &ModuleName) {}
 }

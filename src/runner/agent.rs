@@ -20,11 +20,12 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::build::{Builds, pack, unpack};
 use super::confine::{Confinement, Identity, Reach};
 use super::job::{Command, Input, JobLog, KILL_PATIENCE, Supervisor};
+use super::line::{Lines, Proxy};
 use super::process::{Exit, MemoryGroup, die_first, reap};
 use super::slot::{Ground, Slot};
 use super::warm::{HOOK_FOLDER, Interpreter, Parked, Program, needs_cold_start, pipes};
@@ -37,6 +38,18 @@ const SERVER_SILENCE: Duration = Duration::from_secs(15);
 /// Jobs that may wait for a slot. The server queues fairly and sends no more than there are slots,
 /// except when several of its connections overlap after a restart.
 const MAX_WAITING_JOBS: usize = 64;
+
+/// Frames that may wait for the stream to the server.
+const MAX_WAITING_FRAMES: usize = 64;
+
+/// How long the first output after a silence waits for more. The way to the server may lead through five
+/// processes, each of which takes processor time from the program: what a short run writes and how it
+/// ended go together. People see no difference.
+const GATHER: Duration = Duration::from_millis(4);
+
+/// Without a job for this long, the next interpreter settles: the last job's end has reached its client by
+/// then, and the two do not take processor time from each other.
+const QUIET: Duration = Duration::from_millis(20);
 
 /// Ended jobs whose events the server has not stored yet. Beyond it the oldest is forgotten, and the
 /// server answers `unavailable` for it.
@@ -223,8 +236,19 @@ struct Agent {
     ended: RefCell<VecDeque<JobId>>,
     remembered: RefCell<Remembered>,
     builds: Builds,
+    /// Of jobs that may speak to somebody.
+    lines: RefCell<HashMap<JobId, Rc<Lines>>>,
     connections: Cell<usize>,
     active: Cell<Instant>,
+}
+
+/// A job whose program has begun.
+struct Launched {
+    program: Program,
+    /// Bytes of the largest file that an earlier job built for it.
+    given: u64,
+    /// Its way out, for as long as it runs.
+    proxy: Option<Proxy>,
 }
 
 #[derive(Debug, Default)]
@@ -253,6 +277,7 @@ pub async fn run(
         ended: RefCell::default(),
         remembered: RefCell::default(),
         builds: Builds::default(),
+        lines: RefCell::default(),
         connections: Cell::new(0),
         active: Cell::new(Instant::now()),
         config,
@@ -348,7 +373,8 @@ impl Agent {
         };
         self.free.borrow_mut().push_back(FreeSlot { slot, parked });
         self.slot_freed.notify_one();
-        if self.running() == 0 {
+        sleep(QUIET).await;
+        if self.running() == 0 && self.active.get().elapsed() >= QUIET {
             self.settle_next();
         }
     }
@@ -442,19 +468,34 @@ impl Agent {
             hello == ToRunner::Hello { version: VERSION },
             "the server speaks another version: {hello:?}"
         );
-        let (tell, mut to_tell) = mpsc::channel::<FromRunner>(64);
+        let first = timeout(SERVER_SILENCE, reader.next::<ToRunner>()).await??;
+        if let ToRunner::Lend { job } = first {
+            // The job has ended meanwhile, where it is not found.
+            if let Some(lines) = self.lines.borrow().get(&job) {
+                lines.lend((reader, writer));
+            }
+            return Ok(());
+        }
+        let mut first = Some(first);
+        let (tell, mut to_tell) = mpsc::channel::<FromRunner>(MAX_WAITING_FRAMES);
         let mut tasks = JoinSet::new();
         tasks.spawn_local(async move {
-            while let Some(frame) = to_tell.recv().await {
-                if writer.send(&frame).await.is_err() {
+            let mut frames = Vec::with_capacity(MAX_WAITING_FRAMES);
+            while to_tell.recv_many(&mut frames, MAX_WAITING_FRAMES).await > 0 {
+                if writer.send_all(&frames).await.is_err() {
                     return;
                 }
+                frames.clear();
             }
         });
         loop {
-            let frame = timeout(SERVER_SILENCE, reader.next::<ToRunner>()).await??;
+            let frame = match first.take() {
+                Some(frame) => frame,
+                None => timeout(SERVER_SILENCE, reader.next::<ToRunner>()).await??,
+            };
             match frame {
                 ToRunner::Hello { .. } => anyhow::bail!("a second greeting"),
+                ToRunner::Lend { .. } => anyhow::bail!("a line is lent on a connection in use"),
                 ToRunner::Ping => tell.send(FromRunner::Pong).await?,
                 ToRunner::Start(job) => match self.start(*job) {
                     Ok(log) => {
@@ -548,27 +589,53 @@ impl Agent {
         log: Rc<JobLog>,
         mut commands: mpsc::UnboundedReceiver<Command>,
     ) {
+        if let Some(archive) = job.cache.as_deref().and_then(|key| self.builds.cached(key)) {
+            self.builds.keep(job.id, archive);
+            let mut report = not_started("");
+            report.ending = Ending::Exited(0);
+            return self.end(&log, report);
+        }
+        let lines = job.online.then(|| {
+            let lines = Rc::new(Lines::default());
+            self.lines.borrow_mut().insert(job.id, Rc::clone(&lines));
+            lines
+        });
+        self.run_in_slot(&job, &log, &mut commands, lines).await;
+        self.lines.borrow_mut().remove(&job.id);
+    }
+
+    async fn run_in_slot(
+        self: &Rc<Self>,
+        job: &Job,
+        log: &Rc<JobLog>,
+        commands: &mut mpsc::UnboundedReceiver<Command>,
+        lines: Option<Rc<Lines>>,
+    ) {
         let mut early = Vec::new();
         let FreeSlot { slot, parked } = tokio::select! {
             free = self.take_slot() => free,
             // Cancelled before it began.
-            () = cancelled(&mut commands, &mut early) => {
+            () = cancelled(commands, &mut early) => {
                 let mut report = not_started("");
                 report.ending = Ending::Cancelled;
-                return self.end(&log, report);
+                return self.end(log, report);
             }
         };
         let known = |pid: i32| vec![self.interpreter_pid.get(), pid];
         let kills = self.memory.kills();
         let orphans = self.exits.orphans(slot.uid.unwrap_or(0));
-        let launched = self.launch(&job, &slot, parked).await;
+        let launched = self.launch(job, &slot, parked, lines).await;
         let next = self.park_ahead(&slot);
         let report = match launched {
-            Ok((program, given)) => {
+            Ok(Launched {
+                program,
+                given,
+                proxy: _proxy,
+            }) => {
                 // Where all share one user id, only the job's own process tree is its own.
                 let tree = slot.tree(known(0));
-                let supervisor = Supervisor::new(&job, &slot, tree, orphans, &log, given);
-                let mut report = supervisor.watch(program, early, &mut commands).await;
+                let supervisor = Supervisor::new(job, &slot, tree, orphans, log, given);
+                let mut report = supervisor.watch(program, early, commands).await;
                 // Nobody in a sandbox can make the kernel do this but by using up its memory.
                 if report.ending == Ending::Signalled(libc::SIGKILL) && self.memory.kills() > kills
                 {
@@ -579,10 +646,10 @@ impl Agent {
                     let _ = slot.tree(known(0)).kill(KILL_PATIENCE).await;
                     report.test_report = slot.read_report(name);
                 }
-                if let (Some(folder), Ending::Exited(0)) = (&job.output, &report.ending) {
+                if !job.output.is_empty() && report.ending == Ending::Exited(0) {
                     // Nor to what it built.
                     let still = slot.tree(known(0)).kill(KILL_PATIENCE).await;
-                    if let Err(why) = self.keep_build(&slot, folder, job.id, still).await {
+                    if let Err(why) = self.keep_build(&slot, job, still).await {
                         let words = format!("what was built cannot be kept: {why}\n");
                         let (stream, data) = (OutputStream::Stderr, words.into_bytes());
                         log.push(JobEvent::Output { stream, data });
@@ -593,7 +660,9 @@ impl Agent {
             }
             Err(error) => not_started(&format!("{error:#}")),
         };
-        self.end(&log, report);
+        self.end(log, report);
+        // The news goes first.
+        tokio::task::yield_now().await;
         self.recycle(slot, known(0), next).await;
     }
 
@@ -601,16 +670,18 @@ impl Agent {
     async fn keep_build(
         &self,
         slot: &Arc<Slot>,
-        folder: &str,
-        job: JobId,
+        job: &Job,
         still: io::Result<()>,
     ) -> io::Result<()> {
         still?;
-        let (slot, folder) = (Arc::clone(slot), folder.to_owned());
+        let (slot, folders) = (Arc::clone(slot), job.output.clone());
         // Packing takes as long as it takes, in which other jobs go on.
-        let packed = tokio::task::spawn_blocking(move || pack(slot.folder(), &folder));
-        self.builds
-            .keep(job, packed.await.map_err(io::Error::other).flatten()?);
+        let packed = tokio::task::spawn_blocking(move || pack(slot.folder(), &folders));
+        let archive = Arc::new(packed.await.map_err(io::Error::other).flatten()?);
+        if let Some(key) = &job.cache {
+            self.builds.cache(key, Arc::clone(&archive));
+        }
+        self.builds.keep(job.id, archive);
         Ok(())
     }
 
@@ -618,25 +689,26 @@ impl Agent {
     /// earlier job built.
     async fn furnish(&self, job: &Job, slot: &Arc<Slot>) -> anyhow::Result<u64> {
         slot.write_files(&job.files)?;
-        if let Some(folder) = &job.output {
+        let mut given = 0;
+        if let Some(build) = job.build {
+            let archive = self.builds.of(build).ok_or_else(|| {
+                anyhow::anyhow!("what was built is gone: the sandbox was made anew meanwhile")
+            })?;
+            let slot = Arc::clone(slot);
+            let unpacked = move || {
+                unpack(&archive[..], slot.folder(), slot.uid)?;
+                Ok(slot.footprint().largest_file)
+            };
+            given = tokio::task::spawn_blocking(unpacked)
+                .await
+                .map_err(io::Error::other)
+                .flatten()
+                .map_err(|error| anyhow::anyhow!("what was built cannot be unpacked: {error}"))?;
+        }
+        for folder in &job.output {
             slot.make_folder(folder)?;
         }
-        let Some(build) = job.build else {
-            return Ok(0);
-        };
-        let archive = self.builds.of(build).ok_or_else(|| {
-            anyhow::anyhow!("what was compiled is gone: the sandbox was made anew meanwhile")
-        })?;
-        let slot = Arc::clone(slot);
-        let unpacked = move || {
-            unpack(&archive[..], slot.folder(), slot.uid)?;
-            Ok(slot.footprint().largest_file)
-        };
-        tokio::task::spawn_blocking(unpacked)
-            .await
-            .map_err(io::Error::other)
-            .flatten()
-            .map_err(|error| anyhow::anyhow!("what was compiled cannot be unpacked: {error}"))
+        Ok(given)
     }
 
     fn end(&self, log: &Rc<JobLog>, report: RunReport) {
@@ -656,7 +728,8 @@ impl Agent {
         job: &Job,
         slot: &Arc<Slot>,
         parked: Option<Parked>,
-    ) -> anyhow::Result<(Program, u64)> {
+        lines: Option<Rc<Lines>>,
+    ) -> anyhow::Result<Launched> {
         let given = self.furnish(job, slot).await?;
         let warm = job.argv.len() >= 2
             && job.argv[0] == "python3"
@@ -667,17 +740,44 @@ impl Agent {
         if let Some(parked) = parked {
             if warm {
                 let program = parked.run(&job.argv, &env, &job.limits).await?;
-                return Ok((program, given));
+                return Ok(Launched {
+                    program,
+                    given,
+                    proxy: None,
+                });
             }
             drop(parked);
             slot.tree(vec![self.interpreter_pid.get()])
                 .kill(KILL_PATIENCE)
                 .await?;
         }
-        Ok((self.spawn(job, slot, env)?, given))
+        let own = rustix::process::getuid().as_raw();
+        let proxy = match lines {
+            Some(lines) => Some(Proxy::start(lines, slot.uid.unwrap_or(own)).await?),
+            None => None,
+        };
+        env.extend(proxy.iter().flat_map(Proxy::environment));
+        let port = proxy.as_ref().map(|proxy| proxy.port);
+        // With a network of its own it may reach what is there, which is this.
+        let confinement = match port.filter(|_| !self.config.network) {
+            Some(port) => Confinement::with_line(&self.config.reach, port)?,
+            None => self.confinement.clone(),
+        };
+        let program = self.spawn(job, slot, env, &confinement)?;
+        Ok(Launched {
+            program,
+            given,
+            proxy,
+        })
     }
 
-    fn spawn(&self, job: &Job, slot: &Slot, env: Vec<(String, String)>) -> anyhow::Result<Program> {
+    fn spawn(
+        &self,
+        job: &Job,
+        slot: &Slot,
+        env: Vec<(String, String)>,
+        confinement: &Confinement,
+    ) -> anyhow::Result<Program> {
         let Some((name, arguments)) = job.argv.split_first() else {
             anyhow::bail!("there is no command to run");
         };
@@ -686,7 +786,7 @@ impl Agent {
         command.args(arguments).env_clear().envs(env);
         child.attach(&mut command);
         let identity = slot.uid.map_or(Identity::Own, Identity::User);
-        self.confinement.apply(
+        confinement.apply(
             &mut command,
             identity,
             slot.root(),
@@ -745,8 +845,14 @@ async fn cancelled(commands: &mut mpsc::UnboundedReceiver<Command>, early: &mut 
 }
 
 async fn forward(log: Rc<JobLog>, mut after: u64, tell: mpsc::Sender<FromRunner>) {
+    let mut gathered = after;
     while let Some((seq, event)) = log.after(after).await {
         let job = log.id;
+        if seq > gathered {
+            // Sooner or later it goes; whether the job has ended by then shows in what follows.
+            let _ = timeout(GATHER, log.ended()).await;
+            gathered = log.last();
+        }
         if tell
             .send(FromRunner::Event { job, seq, event })
             .await

@@ -8,18 +8,21 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, VecDeque};
 use std::convert::Infallible;
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::process::Command;
 use std::rc::Rc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::Context as _;
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
 use hyper::{Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::unix::pipe;
 use tokio::net::{TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Notify, broadcast, mpsc};
@@ -75,6 +78,10 @@ const END_PAUSE: Duration = Duration::from_millis(10);
 /// Why a release is not stopped and started by its runner's port.
 const NOT_A_WORKSPACE: &str =
     "this is a release, which is what was tested: deploy another one, or stop it with POST /stop";
+
+/// Longest wait for the rest of what a program wrote, once it and all that it started are gone: it is in
+/// the pipes and is read at once. Only what cannot be killed holds one open for longer.
+const REST_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How often a released program's memory is looked at.
 const MEASURE_EVERY: Duration = Duration::from_millis(500);
@@ -136,6 +143,9 @@ pub(super) struct App {
     is_wanted: Cell<bool>,
     /// Takes what it writes, beside whoever watches: stdout, stderr.
     echo: Option<[File; 2]>,
+    /// When somebody used it last: asked its program for something, or had a terminal. Whatever the program
+    /// comes to is there to be looked at for as long.
+    used: Cell<Instant>,
 }
 
 /// Runs the program until the server lets go of it.
@@ -241,6 +251,7 @@ impl App {
             wanted: Notify::new(),
             is_wanted: Cell::new(false),
             echo,
+            used: Cell::new(Instant::now()),
             config,
         }))
     }
@@ -269,7 +280,8 @@ impl App {
     }
 
     /// One caller: joined to the program when it listens, answered in its place otherwise.
-    pub(super) async fn show(self: Rc<Self>, mut stream: impl AsyncRead + AsyncWrite + Unpin) {
+    pub(super) async fn show(self: Rc<Self>, stream: impl AsyncRead + AsyncWrite + Unpin) {
+        let mut stream = Noticed { stream, app: &self };
         if self.config.sandbox.network
             && let Ok(mut program) = TcpStream::connect(("127.0.0.1", PROGRAM_PORT)).await
         {
@@ -334,11 +346,26 @@ impl App {
             header::CONTENT_TYPE,
             header::HeaderValue::from_static("text/html; charset=utf-8"),
         );
+        if !refresh.is_empty() {
+            response
+                .headers_mut()
+                .insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
+        }
         response.headers_mut().insert(
             header::CACHE_CONTROL,
             header::HeaderValue::from_static("no-store"),
         );
         response
+    }
+
+    /// Somebody uses it now.
+    pub(super) fn notice(&self) {
+        self.used.set(Instant::now());
+    }
+
+    /// For how long nobody has used it.
+    pub(super) fn unused(&self) -> Duration {
+        self.used.get().elapsed()
     }
 
     /// Whether it stays when its program has ended.
@@ -487,18 +514,20 @@ impl App {
         let _ = self.events.send(FromApp::Started { restarts });
         *self.state.borrow_mut() = State::Starting;
         self.output.borrow_mut().clear();
-        let result = self.run_once().await;
-        self.process.set(None);
-        let (ending, served) = match result {
+        let (ending, served) = match self.run_once().await {
             Ok(result) => result,
-            Err(error) => (Ending::NotStarted(format!("{error:#}")), false),
+            Err(error) => {
+                self.process.set(None);
+                self.kill().await;
+                (Ending::NotStarted(format!("{error:#}")), false)
+            }
         };
-        self.kill().await;
         *self.state.borrow_mut() = State::Ended(ending.clone());
+        self.notice();
         (ending, served)
     }
 
-    /// One life of the program: how it ended, and whether it served before.
+    /// One life of the program: how it ended, and whether it served before. Then nothing of it is left.
     async fn run_once(&self) -> anyhow::Result<(Ending, bool)> {
         let (pid, stdout, stderr) = self.start()?;
         self.process.set(Some(pid));
@@ -526,6 +555,7 @@ impl App {
                 Some((stream, data)) = told.recv() => self.wrote(stream, data),
                 () = &mut serving, if !served => {
                     served = true;
+                    self.notice();
                     *self.state.borrow_mut() = State::Serving;
                     let _ = self.events.send(FromApp::Serving);
                 }
@@ -541,8 +571,19 @@ impl App {
                 }
             }
         };
-        while let Ok(Some((stream, data))) = timeout(Duration::from_millis(50), told.recv()).await {
-            self.wrote(stream, data);
+        self.process.set(None);
+        // Its pipes end with the last process that has them. Until then there may be something in them,
+        // however long a busy machine takes to bring it here.
+        let rest = async {
+            while let Some((stream, data)) = told.recv().await {
+                self.wrote(stream, data);
+            }
+        };
+        let (_, rest) = tokio::join!(self.kill(), timeout(REST_PATIENCE, rest));
+        if rest.is_err() {
+            tracing::warn!(
+                "something of the program holds its output open; the rest is not waited for"
+            );
         }
         let ending = if out_of_memory {
             Ending::Limit(crate::model::Reason::Memory)
@@ -606,6 +647,47 @@ impl App {
         output.drain(..excess);
         drop(output);
         let _ = self.events.send(FromApp::Output { stream, data });
+    }
+}
+
+/// A caller's connection: what comes and goes on it is use. That it is open is not, since proxies keep
+/// connections.
+struct Noticed<'a, S> {
+    stream: S,
+    app: &'a App,
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Noticed<'_, S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(context, buffer);
+        if buffer.filled().len() > before {
+            self.app.notice();
+        }
+        read
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Noticed<'_, S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        data: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.app.notice();
+        Pin::new(&mut self.stream).poll_write(context, data)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }
 

@@ -26,45 +26,71 @@ const MAX_ENTRIES: usize = 16_384;
 /// what a server that died has left goes when there is no room.
 const MAX_KEPT_BYTES: usize = 192 << 20;
 
+/// Bytes of archives that are kept in case the same is to be built again.
+const MAX_CACHED_BYTES: usize = 96 << 20;
+
 /// Archives of jobs whose submissions are not over.
 #[derive(Debug, Default)]
-pub struct Builds(RefCell<VecDeque<(JobId, Arc<Vec<u8>>)>>);
+pub struct Builds {
+    kept: RefCell<Kept<JobId>>,
+    /// Those that come out the same for the same key.
+    cached: RefCell<Kept<String>>,
+}
+
+/// Archives, the oldest first.
+type Kept<K> = VecDeque<(K, Arc<Vec<u8>>)>;
+
+/// Adds one; the oldest make room.
+fn add<K>(kept: &mut Kept<K>, key: K, archive: Arc<Vec<u8>>, most: usize) {
+    kept.push_back((key, archive));
+    let mut bytes: usize = kept.iter().map(|(_, archive)| archive.len()).sum();
+    while bytes > most && kept.len() > 1 {
+        bytes -= kept.pop_front().map_or(0, |(_, archive)| archive.len());
+    }
+}
 
 impl Builds {
     /// Keeps one; the oldest make room.
-    pub fn keep(&self, job: JobId, archive: Vec<u8>) {
-        let mut kept = self.0.borrow_mut();
-        kept.push_back((job, Arc::new(archive)));
-        let bytes = |kept: &VecDeque<(JobId, Arc<Vec<u8>>)>| -> usize {
-            kept.iter().map(|(_, archive)| archive.len()).sum()
-        };
-        while kept.len() > 1 && bytes(&kept) > MAX_KEPT_BYTES {
-            kept.pop_front();
-        }
+    pub fn keep(&self, job: JobId, archive: Arc<Vec<u8>>) {
+        add(&mut self.kept.borrow_mut(), job, archive, MAX_KEPT_BYTES);
     }
 
     /// The one that this job built.
     pub fn of(&self, job: JobId) -> Option<Arc<Vec<u8>>> {
-        let kept = self.0.borrow();
+        let kept = self.kept.borrow();
         let (_, archive) = kept.iter().find(|(id, _)| *id == job)?;
         Some(Arc::clone(archive))
     }
 
     /// It is not needed any more.
     pub fn forget(&self, job: JobId) {
-        self.0.borrow_mut().retain(|(id, _)| *id != job);
+        self.kept.borrow_mut().retain(|(id, _)| *id != job);
+    }
+
+    /// Keeps one for every job with this key.
+    pub fn cache(&self, key: &str, archive: Arc<Vec<u8>>) {
+        let mut cached = self.cached.borrow_mut();
+        cached.retain(|(known, _)| known != key);
+        add(&mut cached, key.to_owned(), archive, MAX_CACHED_BYTES);
+    }
+
+    /// The one with this key.
+    pub fn cached(&self, key: &str) -> Option<Arc<Vec<u8>>> {
+        let cached = self.cached.borrow();
+        let (_, archive) = cached.iter().find(|(known, _)| known == key)?;
+        Some(Arc::clone(archive))
     }
 }
 
-/// Packs a folder of a workspace. No process that could change it may be alive.
-pub fn pack(workspace: &Path, folder: &str) -> io::Result<Vec<u8>> {
+/// Packs folders of a workspace. No process that could change them may be alive.
+pub fn pack(workspace: &Path, folders: &[String]) -> io::Result<Vec<u8>> {
     let bounded = Bounded {
         bytes: Vec::new(),
         most: MAX_BUILD_BYTES,
     };
     let mut archive = Builder::new(GzEncoder::new(bounded, Compression::fast()));
     let (mut bytes, mut entries) = (0, 0);
-    let mut waiting = vec![PathBuf::from(folder)];
+    let mut waiting: Vec<PathBuf> = folders.iter().map(PathBuf::from).collect();
     while let Some(path) = waiting.pop() {
         let at = workspace.join(&path);
         let about = fs::symlink_metadata(&at)?;
@@ -162,6 +188,10 @@ mod tests {
     use crate::model::SubmissionId;
     use std::os::unix::fs::symlink;
 
+    fn out() -> [String; 1] {
+        ["out".to_owned()]
+    }
+
     fn folder(make: impl Fn(&Path)) -> tempfile::TempDir {
         let workspace = tempfile::tempdir().unwrap();
         fs::create_dir(workspace.path().join("out")).unwrap();
@@ -182,8 +212,8 @@ mod tests {
             symlink("/etc/passwd", out.join("outside")).unwrap();
         });
         fs::write(from.path().join("beside"), "not packed").unwrap();
-        let archive = pack(from.path(), "out").unwrap();
-        assert_eq!(archive, pack(from.path(), "out").unwrap());
+        let archive = pack(from.path(), &out()).unwrap();
+        assert_eq!(archive, pack(from.path(), &out()).unwrap());
         let to = tempfile::tempdir().unwrap();
         unpack(&archive[..], to.path(), None).unwrap();
         let out = to.path().join("out");
@@ -203,7 +233,7 @@ mod tests {
         let elsewhere = folder(|out| fs::write(out.join("secret"), "s").unwrap());
         let workspace = tempfile::tempdir().unwrap();
         symlink(elsewhere.path(), workspace.path().join("out")).unwrap();
-        let archive = pack(workspace.path(), "out").unwrap();
+        let archive = pack(workspace.path(), &out()).unwrap();
         let to = tempfile::tempdir().unwrap();
         unpack(&archive[..], to.path(), None).unwrap();
         assert!(
@@ -211,7 +241,7 @@ mod tests {
                 .unwrap()
                 .is_symlink()
         );
-        assert!(pack(workspace.path(), "absent").is_err());
+        assert!(pack(workspace.path(), &["absent".to_owned()]).is_err());
     }
 
     /// An archive as nobody here makes it.
@@ -261,7 +291,7 @@ mod tests {
             let sparse = File::create(out.join("sparse")).unwrap();
             sparse.set_len(MAX_BYTES + 1).unwrap();
         });
-        let error = pack(from.path(), "out").unwrap_err();
+        let error = pack(from.path(), &out()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::FileTooLarge);
     }
 
@@ -271,11 +301,17 @@ mod tests {
         let submission = SubmissionId::new();
         let ids = [0, 1, 2].map(|run| JobId { submission, run });
         for id in ids {
-            builds.keep(id, vec![0; MAX_KEPT_BYTES / 2]);
+            builds.keep(id, Arc::new(vec![0; MAX_KEPT_BYTES / 2]));
         }
         assert!(builds.of(ids[0]).is_none());
         assert!(builds.of(ids[1]).is_some() && builds.of(ids[2]).is_some());
         builds.forget(ids[2]);
         assert!(builds.of(ids[2]).is_none());
+        for (key, byte) in [("a", 1), ("b", 2), ("a", 3)] {
+            builds.cache(key, Arc::new(vec![byte; MAX_CACHED_BYTES / 2]));
+        }
+        assert_eq!(builds.cached("a").unwrap()[0], 3);
+        builds.cache("c", Arc::new(vec![4]));
+        assert!(builds.cached("b").is_none() && builds.cached("a").is_some());
     }
 }

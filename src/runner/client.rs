@@ -504,7 +504,8 @@ async fn converse(
 
 fn receive(frame: FromRunner, runs: &mut Runs, builds: &mut Builds) {
     match frame {
-        FromRunner::Hello { .. } | FromRunner::Pong => {}
+        // Lines are lent on connections of their own.
+        FromRunner::Hello { .. } | FromRunner::Pong | FromRunner::Taken => {}
         FromRunner::Build { job, data, last } => {
             let Some(mut build) = builds.remove(&job) else {
                 return;

@@ -10,8 +10,8 @@ use std::process::Command;
 use std::sync::Arc;
 
 use landlock::{
-    ABI, Access, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
-    RulesetCreatedAttr, Scope,
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, NetPort, PathBeneath, PathFd,
+    Ruleset, RulesetAttr, RulesetCreatedAttr, Scope,
 };
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -31,6 +31,9 @@ const KEPT_CAPABILITIES: [u32; 3] = [
     7,  // CAP_SETUID
     18, // CAP_SYS_CHROOT
 ];
+
+/// The version of Landlock that came with rules for connections.
+const NETWORK_VERSION: u32 = 4;
 
 /// The highest capability that may exist; asking for one that does not is answered with an error.
 const LAST_CAPABILITY: u32 = 63;
@@ -69,8 +72,23 @@ impl Confinement {
     /// of its own may make them, since they lead nowhere.
     pub fn new(reach: &[Reach], network: bool) -> anyhow::Result<Self> {
         Ok(Self {
-            filters: Arc::new([denied(network)?, absent()?, other_numbers()?]),
-            landlock: domain(reach)?.map(Arc::new),
+            filters: Arc::new([denied(network, false)?, absent()?, other_numbers()?]),
+            landlock: domain(reach, None)?.map(Arc::new),
+        })
+    }
+
+    /// For a program that may connect to this port, and speak to nobody else. Every kernel without this
+    /// part of Landlock refuses.
+    pub fn with_line(reach: &[Reach], port: u16) -> anyhow::Result<Self> {
+        let version = landlock_version().unwrap_or_default();
+        anyhow::ensure!(
+            version >= NETWORK_VERSION,
+            "an installer cannot be kept to its package index: that takes Landlock version \
+             {NETWORK_VERSION} (Linux 6.7), and this kernel has {version}"
+        );
+        Ok(Self {
+            filters: Arc::new([denied(true, true)?, absent()?, other_numbers()?]),
+            landlock: domain(reach, Some(port))?.map(Arc::new),
         })
     }
 
@@ -316,10 +334,23 @@ const DENIED: &[libc::c_long] = &[
 ];
 
 /// The filter that answers "not permitted".
-fn denied(network: bool) -> anyhow::Result<BpfProgram> {
+fn denied(network: bool, streams_only: bool) -> anyhow::Result<BpfProgram> {
     let mut rules: Rules = DENIED.iter().map(|call| (*call, Vec::new())).collect();
-    rules.insert(libc::SYS_socket, socket_rules(network)?);
+    rules.insert(libc::SYS_socket, socket_rules(network, streams_only)?);
     rules.insert(libc::SYS_clone, namespace_flags()?);
+    if streams_only {
+        // Sending with this flag connects, without a look at Landlock's rules.
+        let connects = libc::MSG_FASTOPEN as u64;
+        let flags = [
+            (libc::SYS_sendto, 3),
+            (libc::SYS_sendmsg, 2),
+            (libc::SYS_sendmmsg, 3),
+        ];
+        for (call, at) in flags {
+            let fast_open = rule(&[(at, SeccompCmpOp::MaskedEq(connects), connects)])?;
+            rules.insert(call, vec![fast_open]);
+        }
+    }
     // Pushing characters into a terminal's input is running commands as whoever sits there.
     let terminal_injection = [libc::TIOCSTI, libc::TIOCLINUX]
         .into_iter()
@@ -385,7 +416,7 @@ fn rule(conditions: &[(u8, SeccompCmpOp, u64)]) -> anyhow::Result<SeccompRule> {
 }
 
 /// Only Unix, internet and routing sockets, and none of them raw.
-fn socket_rules(network: bool) -> anyhow::Result<Vec<SeccompRule>> {
+fn socket_rules(network: bool, streams_only: bool) -> anyhow::Result<Vec<SeccompRule>> {
     use SeccompCmpOp::{Eq, MaskedEq, Ne};
     let [unix, inet, inet6, netlink] = [
         libc::AF_UNIX,
@@ -406,6 +437,22 @@ fn socket_rules(network: bool) -> anyhow::Result<Vec<SeccompRule>> {
         rule(&[(0, Eq, inet6), raw])?,
         rule(&[(0, Eq, netlink), (2, Ne, libc::NETLINK_ROUTE as u64)])?,
     ];
+    if streams_only {
+        // Landlock's rules are about TCP's connections alone, by no protocol beside it.
+        let other = [
+            libc::SOCK_DGRAM,
+            libc::SOCK_RDM,
+            libc::SOCK_SEQPACKET,
+            libc::SOCK_DCCP,
+        ];
+        for family in [inet, inet6] {
+            for kind in other {
+                rules.push(rule(&[(0, Eq, family), (1, MaskedEq(0xf), kind as u64)])?);
+            }
+            let tcp = libc::IPPROTO_TCP as u64;
+            rules.push(rule(&[(0, Eq, family), (2, Ne, 0), (2, Ne, tcp)])?);
+        }
+    }
     if !network {
         rules.push(rule(&[(0, Eq, inet)])?);
         rules.push(rule(&[(0, Eq, inet6)])?);
@@ -432,13 +479,19 @@ fn namespace_flags() -> anyhow::Result<Vec<SeccompRule>> {
 }
 
 /// A Landlock ruleset that knows `reach` and nothing else; `None` where the kernel has no Landlock.
-fn domain(reach: &[Reach]) -> anyhow::Result<Option<OwnedFd>> {
+fn domain(reach: &[Reach], line: Option<u16>) -> anyhow::Result<Option<OwnedFd>> {
     let abi = ABI::V6;
-    let mut ruleset = Ruleset::default()
+    let ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(abi))?
-        .scope(Scope::from_all(abi))?
-        .create()?;
+        .scope(Scope::from_all(abi))?;
+    let mut ruleset = match line {
+        Some(port) => ruleset
+            .handle_access(AccessNet::from_all(abi))?
+            .create()?
+            .add_rule(NetPort::new(port, AccessNet::ConnectTcp))?,
+        None => ruleset.create()?,
+    };
     for Reach { path, writable } in reach {
         let access = if *writable {
             AccessFs::from_all(abi)
@@ -448,4 +501,80 @@ fn domain(reach: &[Reach]) -> anyhow::Result<Option<OwnedFd>> {
         ruleset = ruleset.add_rule(PathBeneath::new(PathFd::new(path)?, access))?;
     }
     Ok(ruleset.into())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::net::TcpListener;
+
+    /// Tries to reach two ports by TCP, the second by other ways too.
+    const TRIES: &str = r#"
+import errno, socket, sys
+allowed, other = (("127.0.0.1", int(port)) for port in sys.argv[1:])
+def tried(act):
+    try:
+        act()
+        return "done"
+    except OSError as error:
+        return errno.errorcode[error.errno]
+print(
+    tried(lambda: socket.socket().connect(allowed)),
+    tried(lambda: socket.socket().connect(other)),
+    tried(lambda: socket.socket().sendto(b"x", socket.MSG_FASTOPEN, other)),
+    tried(lambda: socket.socket().sendmsg([b"x"], [], socket.MSG_FASTOPEN, other)),
+    tried(lambda: socket.socket(type=socket.SOCK_DGRAM).sendto(b"x", other)),
+    tried(lambda: socket.socket().bind(("127.0.0.1", 0))),
+    tried(lambda: socket.socket(proto=262)),
+)
+"#;
+
+    fn tried(confinement: Option<&Confinement>, ports: [u16; 2]) -> String {
+        let mut command = Command::new("python3");
+        command
+            .args(["-c", TRIES])
+            .args(ports.map(|port| port.to_string()));
+        if let Some(confinement) = confinement {
+            let limits = Limits {
+                // Counted for all of this user's.
+                processes: 1 << 20,
+                ..Limits::MAXIMUM
+            };
+            let folder = std::path::Path::new("/");
+            let applied = confinement.apply(&mut command, Identity::Own, None, folder, &limits);
+            applied.unwrap();
+        }
+        let told = command.output().unwrap();
+        assert!(told.status.success(), "{told:?}");
+        String::from_utf8(told.stdout).unwrap()
+    }
+
+    #[test]
+    fn an_installer_reaches_its_line_and_nothing_else() {
+        let listeners = [0, 1].map(|_| TcpListener::bind("127.0.0.1:0").unwrap());
+        let ports = listeners.map(|listener| {
+            let port = listener.local_addr().unwrap().port();
+            // It listens until the test is over.
+            std::mem::forget(listener);
+            port
+        });
+        let reach = [Reach {
+            path: PathBuf::from("/"),
+            writable: true,
+        }];
+        // All of it is possible here.
+        let free = tried(None, ports);
+        assert!(free.starts_with("done done done done done done "), "{free}");
+        match Confinement::with_line(&reach, ports[0]) {
+            Ok(line) => {
+                let kept = tried(Some(&line), ports);
+                assert_eq!(kept, "done EACCES EPERM EPERM EPERM EACCES EPERM\n");
+            }
+            Err(error) => {
+                assert!(landlock_version().unwrap_or(0) < NETWORK_VERSION, "{error}");
+                eprintln!("SKIPPED, NOT TESTED: {error}");
+            }
+        }
+    }
 }

@@ -116,6 +116,22 @@ impl JobLog {
     pub fn has_ended(&self) -> bool {
         self.events.borrow().ended
     }
+
+    /// Resolves when it has ended.
+    pub async fn ended(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if self.has_ended() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// The number of the last event.
+    pub fn last(&self) -> u64 {
+        self.events.borrow().last
+    }
 }
 
 /// Watches over one running program.

@@ -10,6 +10,7 @@ pub mod client;
 pub mod confine;
 mod fetch;
 mod job;
+mod line;
 mod pod;
 mod process;
 pub mod sandbox;

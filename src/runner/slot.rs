@@ -220,10 +220,13 @@ impl Slot {
         Ok(())
     }
 
-    /// Makes an empty folder in the workspace, for its user.
+    /// Makes a folder in the workspace, for its user, unless there is one already.
     pub fn make_folder(&self, name: &str) -> io::Result<()> {
         let folder = self.folder().join(name);
-        fs::create_dir(&folder)?;
+        match fs::create_dir(&folder) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
+            made => made?,
+        }
         std::os::unix::fs::chown(&folder, self.uid, self.uid)
     }
 

@@ -376,7 +376,8 @@ pub fn needs_cold_start(job: &Job) -> bool {
     let read_at_start = |name: &str| {
         NAMES.contains(&name) || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
     };
-    job.env.iter().any(|(name, _)| read_at_start(name))
+    job.build.is_some()
+        || job.env.iter().any(|(name, _)| read_at_start(name))
         || job
             .files
             .iter()

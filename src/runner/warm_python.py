@@ -176,24 +176,8 @@ def _serve():
     def split(text):
         return text.partition(b"=")
 
-    def leave():
-        """In the child: undo what bringing this file in has changed."""
-        nonlocal own
-        for thing in own:
-            if not gc.is_tracked(thing):
-                track(thing)
-        # The cell it stands in is kept for good; the program's module must not be.
-        thing = own = None
-        sys.path[:] = [entry for entry in sys.path if entry != here]
-        for entry in set(sys.path_importer_cache) - searched:
-            del sys.path_importer_cache[entry]
-        threading = sys.modules.get("threading")
-        if threading is not None:
-            # Python itself leaves the forking process's number there, before 3.13.
-            threading.main_thread()._set_native_id()
-        for name in set(sys.modules) - before:
-            del sys.modules[name]
-        # The system's own sitecustomize, if it has one, comes to its turn.
+    def customize():
+        """The system's own sitecustomize, if it has one, comes to its turn."""
         from _frozen_importlib_external import PathFinder
         from _frozen_importlib import module_from_spec
 
@@ -204,12 +188,43 @@ def _serve():
         sys.modules["sitecustomize"] = module
         spec.loader.exec_module(module)
 
+    def customized_here():
+        """Before any run: the system's sitecustomize knows nothing of the run, so once is enough, and
+        the search for it leaves the folders of sys.path read, as it does there. If it fails, it fails
+        in every run; nothing of the failure is kept, which would keep the program's module, too."""
+        sys.path[:] = [entry for entry in sys.path if entry != here]
+        for entry in set(sys.path_importer_cache) - searched:
+            del sys.path_importer_cache[entry]
+        for name in ("GANTRY_WARM_FD", "PYTHONPATH"):
+            os.environ.pop(name, None)
+        try:
+            customize()
+        except Exception:
+            return False
+        return True
+
+    def leave():
+        """In the child: undo what bringing this file in has changed."""
+        nonlocal own
+        for thing in own:
+            if not gc.is_tracked(thing):
+                track(thing)
+        # The cell it stands in is kept for good; the program's module must not be.
+        thing = own = None
+        threading = sys.modules.get("threading")
+        if threading is not None:
+            # Python itself leaves the forking process's number there, before 3.13.
+            threading.main_thread()._set_native_id()
+        for name in set(sys.modules) - before:
+            del sys.modules[name]
+        if not customized:
+            customize()
+
     import resource  # wait4 needs it; brought in once, here
     import select
 
     main = sys.modules["__main__"]
     known_modules = sys.modules
-    nothing = dict.fromkeys(before - {"sys", "builtins", "__main__"})
     if keep_alive is not None:
         import atexit
 
@@ -217,6 +232,9 @@ def _serve():
         atexit.register(forget_known)
     for name in set(sys.modules) - before:
         del sys.modules[name]
+    customized = customized_here()
+    before = set(sys.modules)
+    nothing = dict.fromkeys(before - {"sys", "builtins", "__main__"})
     # A handler alone would come too late for a child that ends just before the wait begins: only
     # what is readable ends a wait for sure.
     woken, wake = posix.pipe()

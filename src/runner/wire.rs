@@ -11,8 +11,20 @@ use tokio_util::codec::{FramedRead, FramedWrite, LengthDelimitedCodec};
 
 use crate::model::{Limits, OutputStream, RunReport, SubmissionId};
 
+/// The header with the number of a runner's list of files.
+pub const LISTING: &str = "x-gantry-listing";
+
+/// What a runner's port tells of its use, at `/activity`.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Activity {
+    /// Milliseconds since somebody asked the program for something or had a terminal.
+    pub unused_ms: u64,
+    /// Its program has come to nothing yet.
+    pub starting: bool,
+}
+
 /// The version of these frames. Raised when a frame changes shape.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// Largest frame: a job carries at most 8 MiB of code, and its arguments and input beside it.
 pub const MAX_FRAME_BYTES: usize = 12 << 20;
@@ -55,11 +67,15 @@ pub struct Job {
     pub limits: Limits,
     /// Read this file from the workspace afterwards: a test runner's report.
     pub report: Option<String>,
-    /// Make this folder in the workspace first, and keep what is in it when the job ends with exit code
-    /// 0: what was built.
-    pub output: Option<String>,
+    /// Make these folders in the workspace first, and keep what is in them when the job ends with exit
+    /// code 0: what was built.
+    pub output: Vec<String>,
     /// Put what this job built into the workspace, beside the files.
     pub build: Option<JobId>,
+    /// It may speak to whatever the server lends it lines to: see [`ToRunner::Lend`].
+    pub online: bool,
+    /// What it builds is the same whenever this is, and need not be built again.
+    pub cache: Option<String>,
 }
 
 /// From the server.
@@ -102,6 +118,12 @@ pub enum ToRunner {
     },
     /// Send what this job built.
     Fetch {
+        /// Which.
+        job: JobId,
+    },
+    /// The first frame on a connection of its own: it becomes one of this job's lines out, and carries
+    /// whatever its program sends once it is [`FromRunner::Taken`].
+    Lend {
         /// Which.
         job: JobId,
     },
@@ -152,6 +174,8 @@ pub enum FromRunner {
         /// Which.
         job: JobId,
     },
+    /// A program speaks on this line from here on.
+    Taken,
     /// Answer to a heartbeat.
     Pong,
 }
@@ -215,6 +239,16 @@ pub fn frames<S: AsyncRead + AsyncWrite>(stream: S) -> (FrameReader<S>, FrameWri
     )
 }
 
+/// The stream itself again, and what was read of it beyond the last frame.
+pub fn raw<S: AsyncRead + AsyncWrite + Unpin>(
+    reader: FrameReader<S>,
+    writer: FrameWriter<S>,
+) -> (S, Vec<u8>) {
+    let parts = reader.0.into_parts();
+    let stream = parts.io.unsplit(writer.0.into_inner());
+    (stream, parts.read_buf.to_vec())
+}
+
 impl<S: AsyncRead + AsyncWrite> FrameReader<S> {
     /// The next frame. Safe to drop and call again: no bytes are lost.
     pub async fn next<T: DeserializeOwned>(&mut self) -> Result<T, WireError> {
@@ -230,9 +264,19 @@ impl<S: AsyncRead + AsyncWrite> FrameReader<S> {
 impl<S: AsyncRead + AsyncWrite> FrameWriter<S> {
     /// Writes one frame and flushes it.
     pub async fn send<T: Serialize>(&mut self, frame: &T) -> Result<(), WireError> {
-        let bytes = postcard::to_stdvec(frame).map_err(WireError::Malformed)?;
-        self.0
-            .send(Bytes::from(bytes))
+        self.send_all(std::slice::from_ref(frame)).await
+    }
+
+    /// Writes these frames, then flushes them: every hop on the way sees them together.
+    pub async fn send_all<T: Serialize>(&mut self, frames: &[T]) -> Result<(), WireError> {
+        for frame in frames {
+            let bytes = postcard::to_stdvec(frame).map_err(WireError::Malformed)?;
+            self.0
+                .feed(Bytes::from(bytes))
+                .await
+                .map_err(WireError::Lost)?;
+        }
+        SinkExt::<Bytes>::flush(&mut self.0)
             .await
             .map_err(WireError::Lost)
     }

@@ -136,6 +136,8 @@ async fn current_code_is_the_last_published(
     let has = |path| store.has_current(repl, path);
     ensure!(has("main.py").await? && has("files/7.txt").await?);
     ensure!(!has("files/8.txt").await? && !has("files").await?);
+    let top = store.top_current(repl).await?;
+    ensure!(top.iter().eq(["main.py"]), "in no folder are {top:?}");
     let path = |text: &str| RelativePath::try_from(text.to_owned()).map_err(anyhow::Error::msg);
     let edited = [("a/new/file é", "1"), ("main.py", "edited")];
     for (name, text) in edited {

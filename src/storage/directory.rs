@@ -1,6 +1,6 @@
 //! The code store as a folder of this machine.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -36,11 +36,11 @@ impl DirectoryStore {
     }
 
     /// Does this while nothing else changes the repl's files.
-    async fn alone(
+    async fn alone<T: Send + 'static>(
         &self,
         repl: &ReplId,
-        act: impl FnOnce() -> io::Result<()> + Send + 'static,
-    ) -> Result<(), Problem> {
+        act: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> Result<T, Problem> {
         let (lanes, lane) = (Arc::clone(&self.lanes), lane(repl));
         let act = move || {
             let _alone = lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
@@ -119,6 +119,25 @@ impl CodeStore for DirectoryStore {
         Ok(tokio::fs::symlink_metadata(path)
             .await
             .is_ok_and(|about| about.is_file()))
+    }
+
+    async fn top_current(&self, repl: &ReplId) -> Result<BTreeSet<String>, Problem> {
+        let code = DirectoryStore::current(self, repl);
+        self.alone(repl, move || {
+            let entries = match fs::read_dir(code) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
+                entries => entries?,
+            };
+            let mut names = BTreeSet::new();
+            for entry in entries {
+                let entry = entry?;
+                if entry.file_type()?.is_file() {
+                    names.insert(entry.file_name().to_string_lossy().into_owned());
+                }
+            }
+            Ok(names)
+        })
+        .await
     }
 }
 

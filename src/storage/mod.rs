@@ -4,7 +4,7 @@ pub mod conformance;
 mod directory;
 mod s3;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 
@@ -56,6 +56,9 @@ pub trait CodeStore: Send + Sync + fmt::Debug {
 
     /// Whether this file is among the repl's current files.
     async fn has_current(&self, repl: &ReplId, path: &str) -> Result<bool, Problem>;
+
+    /// Names of those current files that are in no folder.
+    async fn top_current(&self, repl: &ReplId) -> Result<BTreeSet<String>, Problem>;
 }
 
 /// Changes of current code that may go on at one time in one server; one repl's never overlap.

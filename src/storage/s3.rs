@@ -548,4 +548,20 @@ impl CodeStore for S3Store {
             Err(error) => Err(self.problem(&format!("tell of {key}"), &error)),
         }
     }
+
+    async fn top_current(&self, repl: &ReplId) -> Result<BTreeSet<String>, Problem> {
+        let prefix = format!("code/{repl}/");
+        let request = self.client.list_objects_v2().bucket(&self.bucket);
+        let request = request.prefix(&prefix).delimiter("/");
+        let mut pages = request.into_paginator().send();
+        let mut names = BTreeSet::new();
+        while names.len() < MAX_LISTED
+            && let Some(page) = pages.next().await
+        {
+            let page = page.map_err(|error| self.problem("be listed", &error))?;
+            let keys = page.contents().iter().filter_map(|object| object.key());
+            names.extend(keys.filter_map(|key| Some(key.strip_prefix(&prefix)?.to_owned())));
+        }
+        Ok(names)
+    }
 }

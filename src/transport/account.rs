@@ -143,8 +143,8 @@ pub struct LanguageInfo {
     extensions: &'static [&'static str],
     /// Whether it has a compile step.
     compiled: bool,
-    /// What runs test files, where the language has such a thing.
-    test_runner: Option<&'static str>,
+    /// What runs test files.
+    test_runner: &'static str,
 }
 
 /// The languages code can be in.
@@ -163,7 +163,7 @@ pub async fn languages(_: Authenticated) -> axum::Json<Languages> {
         entrypoint: language.entrypoint,
         extensions: language.extensions,
         compiled: language.compile.is_some(),
-        test_runner: language.test_runner.map(|runner| runner.name),
+        test_runner: language.tests.name(),
     };
     axum::Json(Languages {
         languages: LANGUAGES.iter().map(info).collect(),

@@ -12,8 +12,8 @@ use super::Edge;
 use super::peers::Kind;
 use super::problem::HttpProblem;
 use super::server::Peer;
-use crate::auth::{Caller, TooMany};
-use crate::model::Problem;
+use crate::auth::{Caller, Role, TooMany};
+use crate::model::{Problem, UserId};
 
 /// Name of the session cookie.
 pub const COOKIE: &str = "gantry_session";
@@ -31,6 +31,32 @@ impl utoipa::Modify for KeySchemes {
     }
 }
 
+/// Whose things an admin's are when the request names nobody.
+const ADMIN: &str = "admin";
+
+/// Whose things a request is about: those of the user it names, or the key's own.
+pub fn user_of(caller: &Caller, named: Option<UserId>) -> Result<UserId, HttpProblem> {
+    let user = match (&caller.role, named) {
+        (_, Some(named)) => named,
+        (Role::User(own), None) => own.clone(),
+        (Role::Admin, None) => ADMIN
+            .parse()
+            .map_err(|_| HttpProblem::internal("the admin's name is not a user's"))?,
+    };
+    if caller.may_act_for(&user) {
+        return Ok(user);
+    }
+    Err(HttpProblem::new(
+        StatusCode::FORBIDDEN,
+        Problem::new(
+            "forbidden",
+            format!("This key may not act for {user}"),
+            "userId names another user than the key's",
+            "Leave userId out, or use a key of that user's",
+        ),
+    ))
+}
+
 /// A caller that may use HTTP routes: by key or by cookie, and not too often.
 pub struct Authenticated(pub Caller);
 
@@ -42,13 +68,28 @@ impl FromRequestParts<Arc<Edge>> for Authenticated {
             // The replica that was asked has counted it.
             return Ok(Self(caller));
         }
+        let Uncounted(caller) = Uncounted::from_request_parts(parts, edge).await?;
+        edge.rates.request(&caller.key_id).map_err(too_many)?;
+        Ok(Self(caller))
+    }
+}
+
+/// The same on a route that is bounded in another way than by requests per second.
+pub struct Uncounted(pub Caller);
+
+impl FromRequestParts<Arc<Edge>> for Uncounted {
+    type Rejection = HttpProblem;
+
+    async fn from_request_parts(parts: &mut Parts, edge: &Arc<Edge>) -> Result<Self, HttpProblem> {
+        if let Some(caller) = by_peer(edge, &parts.headers) {
+            return Ok(Self(caller));
+        }
         let caller = match by_key(edge, parts)? {
             Some(caller) => caller,
             None => by_cookie(edge, &parts.headers).await.ok_or_else(|| {
                 HttpProblem::unauthorized("the request carries no key and no valid session")
             })?,
         };
-        edge.rates.request(&caller.key_id).map_err(too_many)?;
         Ok(Self(caller))
     }
 }

@@ -103,8 +103,8 @@ pub struct Edge {
     pub pipeline: Pipeline,
     /// Who owns sandboxes and releases.
     pub platform: Arc<dyn Platform>,
-    /// Python modules; `None` where the platform has none.
-    pub modules: Option<ModuleCalls>,
+    /// Python modules.
+    pub modules: ModuleCalls,
     /// Other replicas of this server.
     pub peers: Arc<Peers>,
     /// Numbers for `/metrics`.
@@ -134,6 +134,8 @@ pub struct Parts {
     pub pipeline: Pipeline,
     /// See [`Edge::platform`].
     pub platform: Arc<dyn Platform>,
+    /// See [`Edge::modules`].
+    pub modules: ModuleCalls,
     /// See [`Edge::peers`].
     pub peers: Arc<Peers>,
     /// See [`Edge::numbers`].
@@ -165,7 +167,7 @@ impl Edge {
             journal: parts.journal,
             search: parts.search,
             pipeline: parts.pipeline,
-            modules: parts.platform.modules().map(ModuleCalls::new),
+            modules: parts.modules,
             platform: parts.platform,
             peers: parts.peers,
             numbers: parts.numbers,

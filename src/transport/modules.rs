@@ -12,24 +12,22 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::{Stream, StreamExt};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::json;
 use serde_json::value::RawValue;
 use utoipa::ToSchema;
 
 use super::Edge;
 use super::body::{Json, ProblemBody, Query, field_refused};
-use super::caller::Authenticated;
+use super::caller::{Authenticated, Uncounted, user_of};
 use super::problem::HttpProblem;
-use crate::auth::{Caller, Role};
+use crate::auth::Caller;
 use crate::model::{
-    FieldError, ModuleName, ModuleRequest, ModuleStatus, Problem, UserId, module_replicas,
+    FieldError, ModuleName, ModuleRequest, ModuleStatus, Problem, ScaleRequest, SecretText, UserId,
+    module_scale,
 };
-use crate::pipeline::modules::{Call, Happening, MAX_CALL, ModuleCalls, Returned};
+use crate::pipeline::modules::{Call, Happening, MAX_CALL, Returned};
 use failure::told;
-
-/// Whose modules an admin's are when the request names nobody.
-const ADMIN: &str = "admin";
 
 /// Largest body of a call: its arguments.
 pub const MAX_CALL_BYTES: usize = 8 << 20;
@@ -55,15 +53,24 @@ pub struct Created {
     /// Whether this request made a pod; false: it was there.
     #[serde(rename = "podCreated")]
     pod_created: bool,
+    /// What gRPC clients have to send to its `authority`, in the metadata `authorization: Bearer …`.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "exposed")]
+    #[schema(value_type = Option<String>)]
+    token: Option<SecretText>,
     /// How it is.
     #[serde(flatten)]
     #[schema(value_type = Object)]
     status: ModuleStatus,
 }
 
+fn exposed<S: Serializer>(token: &Option<SecretText>, serializer: S) -> Result<S::Ok, S::Error> {
+    token.as_ref().map(SecretText::expose).serialize(serializer)
+}
+
 /// Start a pod that serves the module over gRPC; again: the same pod
 ///
-/// It answers when the pod does. A module that does not exist leaves no pod.
+/// It answers when the pod does. A module that does not exist leaves no pod. On Kubernetes `authority` and `token` are
+/// for gRPC clients that call the module without this server.
 #[utoipa::path(post, path = "/create_pod/{module}", tag = "modules",
     params(("module" = String, Path), ("userId" = Option<String>, Query, description = "Whose; an admin's own (`admin`) when it is left out")),
     request_body(content = Object, description = "`packages`: installed for it, `name==version`; `replicas`: how many pods",
@@ -77,7 +84,7 @@ pub async fn create(
     Query(whose): Query<Whose>,
     Json(request): Json<ModuleRequest>,
 ) -> Result<axum::Json<Created>, HttpProblem> {
-    let modules = modules(&edge)?;
+    let modules = &edge.modules;
     let user = user(&caller, whose.user_id)?;
     let name = named("module", &module)?;
     let spec = request
@@ -85,9 +92,12 @@ pub async fn create(
         .map_err(|error| field_refused(&error))?;
     let made = modules.create(&user, &spec).await;
     let (pod_created, status) = made.map_err(|error| told(error, &spec.name, None))?;
+    let token = modules.token(&user, &spec.name).await;
+    let token = token.map_err(|error| told(error, &spec.name, None))?;
     Ok(axum::Json(Created {
         success: true,
         pod_created,
+        token,
         status,
     }))
 }
@@ -106,7 +116,7 @@ pub async fn list(
     State(edge): State<Arc<Edge>>,
     Authenticated(caller): Authenticated,
 ) -> Result<axum::Json<List>, HttpProblem> {
-    let all = modules(&edge)?.list().await;
+    let all = edge.modules.list().await;
     let mut modules = all.map_err(failure::platform)?;
     modules.retain(|module| caller.sees(&module.user_id));
     Ok(axum::Json(List { modules }))
@@ -132,7 +142,7 @@ pub async fn describe(
     Path(module): Path<String>,
     Query(part): Query<Part>,
 ) -> Result<Response, HttpProblem> {
-    let modules = modules(&edge)?;
+    let modules = &edge.modules;
     let user = user(&caller, part.user_id)?;
     let name = named("module", &module)?;
     let described = modules.describe(&user, &name, &part.namespace).await;
@@ -159,7 +169,7 @@ pub async fn remove(
     Path(module): Path<String>,
     Query(whose): Query<Whose>,
 ) -> Result<axum::Json<Removed>, HttpProblem> {
-    let modules = modules(&edge)?;
+    let modules = &edge.modules;
     let user = user(&caller, whose.user_id)?;
     let name = named("module", &module)?;
     match modules.remove(&user, &name).await {
@@ -172,16 +182,10 @@ pub async fn remove(
     }
 }
 
-/// How many pods a module is to have.
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Scale {
-    /// 1 to 16.
-    replicas: u32,
-}
-
 /// Have a module served by more or fewer pods; calls are spread over them
-#[utoipa::path(post, path = "/modules/{module}/scale", tag = "modules", request_body = Scale,
+#[utoipa::path(post, path = "/modules/{module}/scale", tag = "modules",
+    request_body(content = Object, description = "`replicas`: 1 to 16; or, on Kubernetes, by processor time: `max`, `cpu_percent`, and `min` when it is not 1",
+        example = json!({ "replicas": 2 })),
     params(("module" = String, Path), ("userId" = Option<String>, Query, description = "Whose; an admin's own (`admin`) when it is left out")),
     responses((status = 200, body = Object), (status = 400, body = ProblemBody), (status = 404, body = ProblemBody),
               (status = 503, body = ProblemBody)))]
@@ -190,13 +194,13 @@ pub async fn scale(
     Authenticated(caller): Authenticated,
     Path(module): Path<String>,
     Query(whose): Query<Whose>,
-    Json(Scale { replicas }): Json<Scale>,
+    Json(request): Json<ScaleRequest>,
 ) -> Result<axum::Json<ModuleStatus>, HttpProblem> {
-    let modules = modules(&edge)?;
+    let modules = &edge.modules;
     let user = user(&caller, whose.user_id)?;
     let name = named("module", &module)?;
-    let replicas = module_replicas(replicas).map_err(|error| field_refused(&error))?;
-    let scaled = modules.scale(&user, &name, replicas).await;
+    let scale = module_scale(request).map_err(|error| field_refused(&error))?;
+    let scaled = modules.scale(&user, &name, scale).await;
     scaled
         .map(axum::Json)
         .map_err(|error| told(error, &name, None))
@@ -235,15 +239,16 @@ pub struct Arguments {
         example = json!({ "args": [16, 20, 24], "kwargs": {} })),
     responses((status = 200, body = Object, description = "`{\"result\": …}`"), (status = 400, body = ProblemBody), (status = 403, body = ProblemBody),
               (status = 404, body = ProblemBody), (status = 413, body = ProblemBody), (status = 422, body = ProblemBody),
-              (status = 503, body = ProblemBody), (status = 504, body = ProblemBody)))]
+              (status = 429, body = ProblemBody), (status = 503, body = ProblemBody), (status = 504, body = ProblemBody)))]
 pub async fn run(
     State(edge): State<Arc<Edge>>,
-    Authenticated(caller): Authenticated,
+    // Bounded by how many are under way, not by how many there were.
+    Uncounted(caller): Uncounted,
     Query(which): Query<Which>,
     headers: HeaderMap,
     body: Result<Json<Arguments>, HttpProblem>,
 ) -> Result<Response, HttpProblem> {
-    let modules = modules(&edge)?;
+    let modules = &edge.modules;
     let Json(arguments) = body.map_err(too_large)?;
     let user = user(&caller, which.user_id)?;
     let name = named("module_name", &required("module_name", which.module_name)?)?;
@@ -392,20 +397,6 @@ fn depth(json: &str) -> usize {
     deepest
 }
 
-fn modules(edge: &Edge) -> Result<&ModuleCalls, HttpProblem> {
-    edge.modules.as_ref().ok_or_else(|| {
-        HttpProblem::new(
-            StatusCode::NOT_IMPLEMENTED,
-            Problem::new(
-                "modules_not_here",
-                "Modules need the local platform",
-                format!("this server runs on the {} platform", edge.platform.name()),
-                "Use a server on the local platform",
-            ),
-        )
-    })
-}
-
 /// Whose modules a request is about.
 fn user(caller: &Caller, named: Option<String>) -> Result<UserId, HttpProblem> {
     let named = named.filter(|text| !text.is_empty());
@@ -416,25 +407,7 @@ fn user(caller: &Caller, named: Option<String>) -> Result<UserId, HttpProblem> {
             .map_err(|error: crate::model::IdError| {
                 field_refused(&FieldError::new("userId", error.to_string()))
             })?;
-    let user = match (&caller.role, named) {
-        (_, Some(named)) => named,
-        (Role::User(own), None) => own.clone(),
-        (Role::Admin, None) => ADMIN
-            .parse()
-            .map_err(|_| HttpProblem::internal("the admin's name is not a user's"))?,
-    };
-    if caller.may_act_for(&user) {
-        return Ok(user);
-    }
-    Err(HttpProblem::new(
-        StatusCode::FORBIDDEN,
-        Problem::new(
-            "forbidden",
-            format!("This key may not act for {user}"),
-            "userId names another user than the key's",
-            "Leave userId out, or use a key of that user's",
-        ),
-    ))
+    user_of(caller, named)
 }
 
 fn named(field: &str, text: &str) -> Result<ModuleName, HttpProblem> {

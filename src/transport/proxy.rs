@@ -8,7 +8,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::http::uri::PathAndQuery;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, Version, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version, header};
 use axum::response::{IntoResponse, Response};
 use hyper::client::conn::http1;
 use hyper::upgrade::OnUpgrade;
@@ -23,6 +23,10 @@ use crate::platform::{ByteStream, PlatformError};
 
 /// How long reaching the program may take: it is on this machine or in this cluster.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a request waits for an idle repl: shorter than the minute that proxies before this one commonly
+/// wait for an answer.
+pub const HELD: Duration = Duration::from_secs(50);
 
 /// How long the program may think before its headers: what proxies commonly allow.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -66,6 +70,9 @@ pub async fn forward(
             "This name cannot be a repl's.",
         );
     };
+    if let Some(answered) = rouse(edge, &repl, door, is_visit(&request)).await {
+        return answered;
+    }
     let dialled = async {
         match door {
             Door::Program => edge.platform.dial(&repl).await,
@@ -124,6 +131,71 @@ pub async fn forward(
             )
         }
     }
+}
+
+/// Starts an idle repl again. The answer for who does not wait; `None`: the request can be passed on.
+///
+/// A person is shown at once that it starts; a program's request waits for it, since programs seldom try
+/// again.
+async fn rouse(edge: &Edge, repl: &ReplId, door: Door, visit: bool) -> Option<Response> {
+    if door == Door::Runner {
+        // Without a ticket of a runner that runs there is nothing behind this door.
+        return edge.platform.is_idle(repl).then(|| {
+            let cause = format!(
+                "{repl} is idle. POST /repls/{repl}/ticket starts it again and gives a ticket."
+            );
+            later("The repl is idle", &cause, false)
+        });
+    }
+    let awake = edge.pipeline.wake(repl)?;
+    let failed = |error: PlatformError| {
+        let cause = match error {
+            PlatformError::Unavailable(problem) | PlatformError::NotReady(problem) => {
+                problem.to_string()
+            }
+            PlatformError::NotFound(what) => format!("{what} does not exist"),
+        };
+        later("The program could not be started again", &cause, false)
+    };
+    if visit {
+        return match awake.peek() {
+            Some(Err(error)) => Some(failed(error.clone())),
+            Some(Ok(())) => None,
+            // Its own page shows its live log, as soon as there is one.
+            None => match tokio::time::timeout(DIAL_TIMEOUT, edge.platform.dial(repl)).await {
+                Ok(Ok(_)) => None,
+                _ => Some(later(
+                    "The program is starting",
+                    "Nobody used it for a while, so it was stopped. This page shows what it does as soon as it is there.",
+                    true,
+                )),
+            },
+        };
+    }
+    match tokio::time::timeout(HELD, awake).await {
+        Ok(Ok(())) => None,
+        Ok(Err(error)) => Some(failed(error)),
+        Err(_) => Some(later(
+            "The program is starting",
+            &format!("{repl} was idle and does not serve yet."),
+            false,
+        )),
+    }
+}
+
+/// Whether a browser asks for a page to show.
+fn is_visit(request: &Request) -> bool {
+    let accept = request.headers().get(header::ACCEPT);
+    let html = accept.is_some_and(|accept| accept.as_bytes().windows(9).any(|w| w == b"text/html"));
+    html && request.method() == Method::GET && upgrade_wanted(request.headers()).is_none()
+}
+
+/// Not now; in a moment. `again`: a browser asks again by itself.
+fn later(title: &str, cause: &str, again: bool) -> Response {
+    let mut response = page(StatusCode::SERVICE_UNAVAILABLE, title, cause, again);
+    let soon = HeaderValue::from_static("2");
+    response.headers_mut().insert(header::RETRY_AFTER, soon);
+    response
 }
 
 enum Failure {
@@ -312,6 +384,14 @@ fn keep_session_cookie_ours(headers: &mut HeaderMap) {
 }
 
 fn error_page(status: StatusCode, title: &str, cause: &str) -> Response {
+    page(status, title, cause, false)
+}
+
+fn page(status: StatusCode, title: &str, cause: &str, again: bool) -> Response {
+    let refresh = match again {
+        true => "<meta http-equiv=\"refresh\" content=\"1\">",
+        false => "",
+    };
     let escape = |text: &str| {
         text.replace('&', "&amp;")
             .replace('<', "&lt;")
@@ -320,7 +400,7 @@ fn error_page(status: StatusCode, title: &str, cause: &str) -> Response {
     };
     let (title, cause) = (escape(title), escape(cause));
     let page = format!(
-        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\">\
+        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\">{refresh}\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
          <meta name=\"color-scheme\" content=\"light dark\"><title>{title}</title>\
          <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:40rem;margin:20vh auto;padding:0 1rem}}\

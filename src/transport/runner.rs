@@ -13,7 +13,7 @@ use super::Edge;
 use super::body::{ProblemBody, Query};
 use super::caller::Authenticated;
 use super::problem::HttpProblem;
-use super::proxy::{self, Door, OpenedBy};
+use super::proxy::{self, Door, HELD, OpenedBy};
 use super::repls::{owned, platform_problem};
 use super::ws::{CodeQuery, caller_of};
 use crate::model::ReplId;
@@ -42,11 +42,21 @@ pub async fn ticket(
     Path(id): Path<String>,
 ) -> Result<axum::Json<RunnerTicket>, HttpProblem> {
     let (repl, _) = owned(&edge, &caller, &id).await?;
+    awaken(&edge, &repl).await.map_err(platform_problem)?;
     let ticket = issue(&edge, &repl).await.map_err(platform_problem)?;
     Ok(axum::Json(RunnerTicket {
         ticket,
         expires_in: TICKET_LIFETIME.as_secs(),
     }))
+}
+
+/// Starts the repl again when it is idle, and waits until it is there.
+async fn awaken(edge: &Edge, repl: &ReplId) -> Result<(), PlatformError> {
+    let Some(awake) = edge.pipeline.wake(repl) else {
+        return Ok(());
+    };
+    // Who asks next finds out whether it took longer.
+    tokio::time::timeout(HELD, awake).await.unwrap_or(Ok(()))
 }
 
 /// A ticket for the repl's runner.
@@ -73,6 +83,7 @@ pub async fn terminal(
     let Query(CodeQuery { ticket }) = Query::from_request_parts(&mut parts, &edge).await?;
     let caller = caller_of(&edge, &parts, ticket).await?;
     let (repl, _) = owned(&edge, &caller, &id).await?;
+    awaken(&edge, &repl).await.map_err(platform_problem)?;
     let ticket = issue(&edge, &repl).await.map_err(platform_problem)?;
     // The caller's key ends here.
     for secret in ["x-api-key", "authorization"] {

@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 
 use super::Edge;
 use super::body::{Json, ProblemBody, Query, field_refused};
-use super::caller::Authenticated;
+use super::caller::{Authenticated, user_of};
 use super::problem::HttpProblem;
 use super::repls::platform_problem;
 use crate::auth::{Caller, Role};
@@ -19,9 +19,6 @@ use crate::model::{
     ServiceStatus, ServicesRequest, Snapshot, UserId,
 };
 use crate::platform::{Services, ServicesError};
-
-/// Whose services an admin's are when the request names nobody.
-const ADMIN: &str = "admin";
 
 /// What became of each service.
 #[derive(Debug, Serialize, ToSchema)]
@@ -50,7 +47,7 @@ pub async fn apply(
     let services = platform(&edge)?;
     let Json(request) = body?;
     let (user, specs) = request.validate().map_err(|error| field_refused(&error))?;
-    let user = whose(&caller, user)?;
+    let user = user_of(&caller, user)?;
     let outcomes = services
         .apply(&user, &specs)
         .await
@@ -235,29 +232,6 @@ fn platform(edge: &Edge) -> Result<Arc<dyn Services>, HttpProblem> {
             ),
         )
     })
-}
-
-/// Whose services a body is about.
-fn whose(caller: &Caller, named: Option<UserId>) -> Result<UserId, HttpProblem> {
-    let user = match (&caller.role, named) {
-        (Role::User(own), None) => own.clone(),
-        (Role::Admin, None) => ADMIN
-            .parse()
-            .map_err(|_| HttpProblem::internal("the admin's name is not a user's"))?,
-        (_, Some(named)) => named,
-    };
-    if caller.may_act_for(&user) {
-        return Ok(user);
-    }
-    Err(HttpProblem::new(
-        StatusCode::FORBIDDEN,
-        Problem::new(
-            "forbidden",
-            format!("This key may not act for {user}"),
-            "userId names another user than the key's",
-            "Leave userId out, or use a key of that user's",
-        ),
-    ))
 }
 
 /// The service of this name that the caller means, and whose it is. What is another's looks like what

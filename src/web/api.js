@@ -5,10 +5,10 @@ const REQUEST_TIMEOUT_MS = 60_000;
 
 /** An RFC 9457 problem, or a failure to reach the server in the same shape. */
 export class Problem extends Error {
-  constructor({ status = 0, title, detail, code, cause, remediation, traceback }) {
+  constructor({ status = 0, title, detail, code, cause, remediation, traceback, proofs }) {
     super(detail || title);
     this.name = "Problem";
-    Object.assign(this, { status, title, detail, code, reason: cause, remediation, traceback });
+    Object.assign(this, { status, title, detail, code, reason: cause, remediation, traceback, proofs });
   }
 }
 
@@ -30,6 +30,8 @@ async function problemFrom(response) {
     cause: text(body?.cause),
     remediation: text(body?.remediation),
     traceback: text(body?.exception?.traceback),
+    // What a domain still has to show.
+    proofs: Array.isArray(body?.proofs) ? body.proofs : undefined,
   });
 }
 
@@ -96,6 +98,10 @@ export const api = {
   releases: (replId, signal) => request("GET", `/repls/${encodeURIComponent(replId)}/releases`, { signal }),
   rollback: (replId, release) =>
     request("POST", `/repls/${encodeURIComponent(replId)}/rollback`, { body: release == null ? {} : { release } }),
+  variables: (replId, signal) => request("GET", `/repls/${encodeURIComponent(replId)}/env`, { signal }),
+  setVariables: (replId, body) => request("PUT", `/repls/${encodeURIComponent(replId)}/env`, { body }),
+  setDomains: (replId, domains) => request("PUT", `/repls/${encodeURIComponent(replId)}/domains`, { body: { domains } }),
+  scaleRepl: (replId, body) => request("POST", `/repls/${encodeURIComponent(replId)}/scale`, { body }),
   stop: (replId) => request("POST", "/stop", { body: { replId } }),
   state: (signal) => request("GET", "/state", { signal }),
   serviceEvents: ({ serviceName, userId }, signal) =>

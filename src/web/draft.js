@@ -10,7 +10,17 @@ export const SAMPLES = {
   node: "console.log('Hello');\n",
   nodejs: "console.log('Hello');\n",
   javascript: "console.log('Hello');\n",
+  typescript: "const greeting: string = 'Hello';\nconsole.log(greeting);\n",
   bash: "echo Hello\n",
+  go: 'package main\n\nimport "fmt"\n\nfunc main() {\n\tfmt.Println("Hello")\n}\n',
+  rust: 'fn main() {\n    println!("Hello");\n}\n',
+  c: '#include <stdio.h>\n\nint main(void) {\n    puts("Hello");\n    return 0;\n}\n',
+  cpp: '#include <iostream>\n\nint main() {\n    std::cout << "Hello\\n";\n}\n',
+  java: 'class Main {\n    public static void main(String[] args) {\n        System.out.println("Hello");\n    }\n}\n',
+  ruby: "puts 'Hello'\n",
+  php: '<?php\necho "Hello\\n";\n',
+  perl: 'use strict;\nuse warnings;\n\nprint "Hello\\n";\n',
+  lua: "print('Hello')\n",
 };
 
 const stored = remembered.read("draft") ?? {};

@@ -2,7 +2,7 @@
 import { signal, batch } from "./vendor/preact.js";
 import { TextBuffer } from "./text-buffer.js";
 
-export const STAGES = ["receive", "sandbox", "compile", "test", "publish", "deploy", "ready"];
+export const STAGES = ["receive", "sandbox", "install", "compile", "test", "publish", "deploy", "ready"];
 
 /** More test results than a person reads; the record on the server has them all. */
 const MAX_TESTS_SHOWN = 500;

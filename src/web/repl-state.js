@@ -6,7 +6,9 @@ import { confirmed } from "./ui.js";
 /** Restarts and readiness change by themselves; a few seconds late is soon enough. */
 export const POLL_MS = 3_000;
 
-export const isStopped = ({ state }) => /^stopped/.test(state ?? "");
+/** Nothing of it runs: its user stopped it, or nobody used it. */
+export const isStopped = ({ state }) => /^(stopped|idle)/.test(state ?? "");
+export const isIdle = ({ state }) => state === "idle";
 /** Its current files run, and may be changed; a release is what was tested. */
 export const isWorkspace = (repl) => !isStopped(repl) && repl.release == null;
 
@@ -14,7 +16,7 @@ function tone(state = "") {
   if (/^(running|ready|healthy)/.test(state)) return "ok";
   if (/^exited\(0\)/.test(state)) return "quiet";
   if (/^(exited|failed|crash)/.test(state)) return "bad";
-  return /^(stopped|completed)/.test(state) ? "quiet" : "live";
+  return /^(stopped|idle|completed)/.test(state) ? "quiet" : "live";
 }
 
 export function StateBadge({ state }) {

@@ -3,7 +3,8 @@ import { html, useState } from "./vendor/preact.js";
 import { api } from "./api.js";
 import { finishedRuns } from "./run.js";
 import { href, route } from "./router.js";
-import { POLL_MS, StateBadge, attempt, isStopped, readiness, stopRepl } from "./repl-state.js";
+import { Settings } from "./repl-settings.js";
+import { POLL_MS, StateBadge, attempt, isIdle, isStopped, readiness, stopRepl } from "./repl-state.js";
 import { Split } from "./split.js";
 import { StartDialog } from "./start-dialog.js";
 import { AppLink } from "./verdict.js";
@@ -72,16 +73,18 @@ function Detail({ repl, reload }) {
         <div><dt>User</dt><dd>${repl.userId}</dd></div>
         ${repl.since && html`<div><dt>Since</dt><dd><${Time} value=${repl.since} /></dd></div>`}
       </dl>
+      ${repl.cause && html`<div class="note" data-testid="cause">${repl.cause}</div>`}
       ${repl.last_error && html`<div class="note bad"><strong>Last error</strong><p class="pre-line">${
         typeof repl.last_error === "string" ? repl.last_error : (repl.last_error.message ?? JSON.stringify(repl.last_error))}</p></div>`}
       <p class="record-links">
         ${isStopped(repl)
-          ? html`<button type="button" class="small primary" disabled=${busy} data-testid="start" onClick=${start}>${busy ? "Starting…" : "Start from its files"}</button>`
+          ? html`<button type="button" class="small primary" disabled=${busy} data-testid="start" onClick=${start}>${busy ? "Starting…" : isIdle(repl) ? "Start it again" : "Start from its files"}</button>`
           : html`<a class="button small primary" href=${inside} data-testid="open-workspace">Open workspace</a>`}
         <a href=${href("logs", null, { repl_id: repl.replId })}>Its log records</a>
         <a href=${href("submissions", null, { repl_id: repl.replId })}>Its submissions</a>
-        ${!isStopped(repl) && html`<button type="button" class="small danger-quiet" onClick=${() => stopRepl(repl, fail).then(reload)}>Stop…</button>`}
+        ${(!isStopped(repl) || isIdle(repl)) && html`<button type="button" class="small danger-quiet" onClick=${() => stopRepl(repl, fail).then(reload)}>Stop…</button>`}
       </p>
+      <${Settings} repl=${repl} reload=${reload} />
       <h3>Releases</h3>
       <${Releases} replId=${repl.replId} reloadRepls=${reload} fail=${fail} />
     </article>

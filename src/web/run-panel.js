@@ -39,6 +39,7 @@ function runNow() {
 const DOING = {
   receive: "Taking in the submission",
   sandbox: "Preparing the sandbox",
+  install: "Installing packages",
   compile: "Compiling",
   test: "The program is running",
   publish: "Storing the release",

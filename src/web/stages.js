@@ -23,11 +23,15 @@ function timing(stage) {
   return stage.state === "passed" || stage.state === "failed" ? duration(stage.duration) : "";
 }
 
+/** Few programs depend on anything: of the others it is not shown. */
+const happened = (name, stages) => name !== "install" || !["waiting", "skipped"].includes(stages[name].state);
+
 export function Stages({ stages }) {
+  const shown = STAGES.filter((name) => happened(name, stages));
   useTick(Object.values(stages).some((stage) => stage.state === "started"));
   return html`
-    <ol class="stages" aria-label="Stages">
-      ${STAGES.map((name) => {
+    <ol class=${`stages${shown.length > 7 ? " many" : ""}`} aria-label="Stages">
+      ${shown.map((name) => {
         const stage = stages[name];
         return html`
           <li key=${name} class=${`stage ${stage.state}`} data-stage=${name} data-state=${stage.state}>

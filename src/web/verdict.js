@@ -12,7 +12,7 @@ const REASONS = {
   memory: () => "It used more memory than its limit and was stopped.",
   output: () => "It wrote more output than its limit and was stopped.",
   disk: () => "It wrote more to disk than its limit.",
-  compile: () => "It could not be compiled.",
+  compile: (reply) => (reply.error ? "It could not be built." : "It could not be compiled."),
   tests: (reply) => {
     const failed = (reply.tests ?? []).filter((test) => !test.passed).length;
     return failed ? `${failed} of ${count(reply.tests.length, "test")} failed.` : "Its tests failed.";

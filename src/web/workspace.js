@@ -5,7 +5,7 @@ import { Editor } from "./editor.js";
 import { FileTree } from "./file-tree.js";
 import { OpenFiles, languageOf } from "./open-files.js";
 import { OutputPane } from "./output.js";
-import { POLL_MS, StateBadge, attempt, isStopped, isWorkspace, stopRepl } from "./repl-state.js";
+import { POLL_MS, StateBadge, attempt, isIdle, isStopped, isWorkspace, stopRepl } from "./repl-state.js";
 import { kept } from "./kept.js";
 import { href, replaceQuery, route } from "./router.js";
 import { Runner } from "./runner.js";
@@ -276,7 +276,8 @@ function Stopped({ repl, fail, reload }) {
     setBusy(false);
     reload();
   };
-  return html`<div class="empty"><strong>${repl.replId} is stopped</strong>
+  return html`<div class="empty"><strong>${repl.replId} is ${isIdle(repl) ? "idle" : "stopped"}</strong>
+    ${repl.cause && html`<p>${repl.cause}</p>`}
     <p>Its files are in the code store. Starting it brings them back, with terminals and its address.</p>
     <p><button type="button" class="primary" disabled=${busy} data-testid="start" onClick=${start}>${busy ? "Starting…" : "Start it"}</button></p></div>`;
 }

@@ -22,6 +22,7 @@ class WebSocket:
             self._more()
         head, self.buffer = self.buffer.split(b"\r\n\r\n", 1)
         if b" 101 " not in head.split(b"\r\n", 1)[0]:
+            self.sock.close()
             raise ConnectionError(head.decode())
 
     def _more(self):

@@ -70,12 +70,12 @@ for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) {
 }
 
 export class Server {
-  static async create({ apiKey = `test-${randomBytes(24).toString("hex")}` } = {}) {
+  static async create({ apiKey = `test-${randomBytes(24).toString("hex")}`, variables = {} } = {}) {
     assert.ok(!interrupted, "the tests were interrupted");
     const binary = resolve(process.env.GANTRY_BIN ?? "target/debug/gantry");
     assert.ok(existsSync(binary), `no gantry at ${binary}; build it, or set GANTRY_BIN`);
     const server = new Server();
-    Object.assign(server, { binary, apiKey, port: await freePort(), dataDir: mkdtempSync(join(tmpdir(), "gantry-browser-")), log: "" });
+    Object.assign(server, { binary, apiKey, variables, port: await freePort(), dataDir: mkdtempSync(join(tmpdir(), "gantry-browser-")), log: "" });
     unfinished.add(server);
     server.origin = `http://127.0.0.1:${server.port}`;
     return server;
@@ -84,7 +84,7 @@ export class Server {
   async start() {
     const { PATH, HOME, LANG } = process.env;
     const clusters = Object.entries(process.env).filter(([name]) => ON_CLUSTER && CLUSTER_VARIABLES.test(name));
-    const env = { ...Object.fromEntries(clusters), PATH, HOME, LANG, HOST: "127.0.0.1", PORT: String(this.port), GANTRY_DATA_DIR: this.dataDir };
+    const env = { ...Object.fromEntries(clusters), ...this.variables, PATH, HOME, LANG, HOST: "127.0.0.1", PORT: String(this.port), GANTRY_DATA_DIR: this.dataDir };
     if (this.apiKey) env.API_KEY = this.apiKey;
     const child = spawn(this.binary, ["serve"], { env, stdio: ["ignore", "pipe", "pipe"] });
     this.child = child;

@@ -10,7 +10,7 @@ use futures_util::FutureExt;
 use gantry::model::{Limits, RelativePath, ReplId, SubmissionId, Tested, Tests, UserId};
 use gantry::platform::conformance::Subject;
 use gantry::platform::kubernetes::{
-    BUILT_IN_TEMPLATE, KubernetesConfig, KubernetesPlatform, Template,
+    BUILT_IN_TEMPLATE, KubernetesConfig, KubernetesPlatform, PipIndex, Template, WakeService,
 };
 use gantry::platform::{Platform, Recorded, ReleaseSpec};
 use gantry::storage::{CodeStore, S3Config, S3Store};
@@ -90,6 +90,12 @@ impl Bed {
             network: false,
             heartbeat_late: Duration::from_secs(5),
             quota: BTreeMap::new(),
+            packages: PipIndex::default(),
+            forward_modules: false,
+            wake_service: Some(WakeService {
+                name: "gantry".to_owned(),
+                port: 80,
+            }),
         };
         change(&mut config);
         let platform = KubernetesPlatform::start(config, Vec::new()).await.unwrap();

@@ -38,7 +38,7 @@ use kube::{Api, ResourceExt};
 
 use crate::bed::{Bed, SERVER};
 use cases::Case;
-use judge::{check, hello, tell};
+use judge::{KILLED_WITHIN_IN_COMPANY, check, hello, tell};
 use programs::Surroundings;
 use traces::Processes;
 
@@ -158,7 +158,8 @@ impl Lanes {
                 return Ok(failures);
             };
             let started = Instant::now();
-            let mut result = check(session, &case, self.repeats).await;
+            let patience = KILLED_WITHIN_IN_COMPANY;
+            let mut result = check(session, &case, self.repeats, patience).await;
             if let Err(error) = self.nothing_is_left(session, &pod).await {
                 let log = pod.log().await;
                 result = result.and(Err(error.context(format!("afterwards; its log: {log}"))));

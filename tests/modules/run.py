@@ -3,6 +3,7 @@
 
     python3 tests/modules/run.py            the tests
     python3 tests/modules/run.py --generate writes module_service_pb2.py anew from module_service.proto
+    python3 tests/modules/run.py --environment tells the environment's Python, in which clients/client.py runs as well
 """
 
 import os
@@ -47,6 +48,9 @@ def main() -> None:
     python = environment()
     if sys.argv[1:] == ["--generate"]:
         generated(python, IMAGE / "gantry_module")
+        return
+    if sys.argv[1:] == ["--environment"]:
+        print(python)
         return
     variables = {**os.environ, "PYTHONPATH": f"{IMAGE}:{HERE}", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [python, "-m", "unittest", "discover", "-s", HERE, "-t", HERE, *sys.argv[1:]]

@@ -18,6 +18,7 @@ import grpc
 from gantry_module import module_service_pb2 as pb
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 import run
@@ -27,6 +28,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 #: No answer for this long is a failure; a busy machine is slow, not this slow.
 PATIENCE_S = 30
 SERVICE = "gantry.module.v1.ModuleService"
+
+TOKEN = "0123456789abcdefghijklmnopqrstuvwxyzABCDEF_"
 
 
 class Server:
@@ -312,6 +315,29 @@ class AroundTheModule(unittest.TestCase):
                 methods = pool.FindServiceByName(SERVICE).methods_by_name
                 self.assertEqual(sorted(methods), ["Call", "Describe", "Stream"])
 
+    def test_with_a_token_nobody_else_is_let_in_and_probes_are(self):
+        with contextlib.closing(Stopped(Server("os", MODULE_TOKEN=TOKEN))) as server:
+            for wrong in (None, "", "Bearer", "Bearer ", TOKEN, f"Basic {TOKEN}", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}x"):
+                with self.subTest(wrong):
+                    for refused in asked(server.channel, wrong):
+                        self.assertEqual(refused.code(), grpc.StatusCode.UNAUTHENTICATED, refused)
+                        self.assertIn("create_pod", refused.details())
+            for right in (f"Bearer {TOKEN}", f"bearer {TOKEN}"):
+                self.assertEqual(asked(server.channel, right), [])
+            probed, health_service = health_pb2.HealthCheckRequest(), health_pb2_grpc.HealthStub(server.channel)
+            self.assertEqual(health_service.Check(probed, timeout=PATIENCE_S).status, health_pb2.HealthCheckResponse.SERVING)
+            with self.assertRaises(grpc.RpcError) as refused:
+                next(health_service.Watch(probed, timeout=PATIENCE_S))
+            self.assertEqual(refused.exception.code(), grpc.StatusCode.UNAUTHENTICATED)
+
+    def test_a_call_does_not_find_the_token_in_its_environment(self):
+        with contextlib.closing(Stopped(Server("os", MODULE_TOKEN=TOKEN))) as server:
+            ask = server.channel.unary_unary(
+                f"/{SERVICE}/Call", request_serializer=pb.CallRequest.SerializeToString, response_deserializer=pb.CallReply.FromString
+            )
+            request = pb.CallRequest(method="getenv", args=b'["MODULE_TOKEN"]')
+            self.assertEqual(ask(request, timeout=PATIENCE_S, metadata=bearer(f"Bearer {TOKEN}")).result, b"null")
+
     def test_the_manager_is_told(self):
         told = []
 
@@ -338,7 +364,9 @@ class AroundTheModule(unittest.TestCase):
         self.assertEqual((told[0]["module"], told[0]["state"]), ("math", "ready"))
 
     def test_a_wrong_setting_stops_the_start(self):
-        for name, value in (("MODULE_NAME", "../x"), ("PORT", "0"), ("MODULE_WORKERS", "many")):
+        for name, value in (
+            ("MODULE_NAME", "../x"), ("PORT", "0"), ("MODULE_WORKERS", "many"), ("MODULE_TOKEN", ""), ("MODULE_TOKEN", "short"),
+        ):
             variables = {**os.environ, "MODULE_NAME": "math", name: value}
             ended = subprocess.run(
                 [sys.executable, "-m", "gantry_module"], env=variables, capture_output=True, text=True, timeout=PATIENCE_S
@@ -351,6 +379,41 @@ class AroundTheModule(unittest.TestCase):
             run.generated(pathlib.Path(sys.executable), pathlib.Path(folder))
             made = (pathlib.Path(folder) / "module_service_pb2.py").read_text()
         self.assertEqual(made, (run.IMAGE / "gantry_module" / "module_service_pb2.py").read_text())
+
+
+def bearer(text):
+    return None if text is None else (("authorization", text),)
+
+
+def asked(channel, authorization):
+    """Asks one of everything; those that were refused."""
+    metadata = {"timeout": PATIENCE_S, "metadata": bearer(authorization)}
+    call, describe = pb.CallRequest(method="getpid"), pb.DescribeRequest()
+    reflected = reflection_pb2.ServerReflectionRequest(list_services="")
+
+    def unary(name, request, answer):
+        ask = channel.unary_unary(f"/{SERVICE}/{name}", type(request).SerializeToString, answer.FromString)
+        return ask(request, **metadata)
+
+    def stream():
+        ask = channel.unary_stream(f"/{SERVICE}/Stream", pb.CallRequest.SerializeToString, pb.StreamEvent.FromString)
+        return list(ask(call, **metadata))
+
+    def reflect():
+        return list(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([reflected]), **metadata))
+
+    refused = []
+    for ask in (
+        lambda: unary("Call", call, pb.CallReply), lambda: unary("Describe", describe, pb.Description), stream, reflect,
+    ):
+        try:
+            if not ask():
+                raise AssertionError("an empty answer")
+        except grpc.RpcError as error:
+            refused.append(error)
+    if refused and len(refused) != 4:
+        raise AssertionError(f"let in by some: {refused}")
+    return refused
 
 
 class Stopped:

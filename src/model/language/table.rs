@@ -1,7 +1,8 @@
 //! Every language, each as one entry. A new one is an entry here, its packages in
 //! `runner-image/Dockerfile`, and its examples in `tests/languages/`.
 
-use super::{Compile, Language, ReportFormat, TestRunner, Tool};
+use super::{Compile, Language, ReportFormat, TestCommand, TestFiles, TestRunner, Tool};
+use crate::model::{Install, Naming, Registry};
 
 /// Node's own test runner.
 const NODE_TEST: &[&str] = &[
@@ -13,6 +14,44 @@ const NODE_TEST: &[&str] = &[
     "--test-reporter-destination={report}",
 ];
 
+/// npm, into the folder where Node looks.
+const NPM: Install = Install {
+    name: "npm",
+    install: "apt-get install npm",
+    registry: &Registry {
+        variable: "npm_config_registry",
+        usual: "https://registry.npmjs.org/",
+        beside: &[],
+    },
+    file: "package.json",
+    naming: Naming::Members(&["dependencies", "devDependencies", "optionalDependencies"]),
+    beside: &["package-lock.json", "npm-shrinkwrap.json", ".npmrc"],
+    elsewhere: &[
+        "file:",
+        "link:",
+        "\"workspaces\"",
+        "\"scripts\"",
+        "\"./",
+        "\"../",
+    ],
+    argv: &[
+        "npm",
+        "install",
+        "--no-audit",
+        "--no-fund",
+        "--no-update-notifier",
+        "--no-progress",
+        "--maxsockets=4",
+        "--fetch-retries=1",
+        "--fetch-retry-mintimeout=1000",
+    ],
+    env: &[("npm_config_registry", "{index}")],
+    plain_env: &[],
+    folders: &["node_modules"],
+    needed_to_run: true,
+    compile_env: &[],
+};
+
 const NODE: Tool = tool("node", "apt-get install nodejs");
 
 /// Every language, in the order the page lists them.
@@ -22,7 +61,44 @@ pub static LANGUAGES: &[Language] = &[
         others: &["app.py"],
         project: Some("requirements.txt"),
         settings: &["python3"],
-        test_runner: Some(TestRunner {
+        // Where Python looks by itself: the user's own packages, below the home, which is the workspace.
+        install: Some(Install {
+            name: "pip",
+            install: "apt-get install python3-pip",
+            registry: &Registry {
+                variable: "PIP_INDEX_URL",
+                usual: "https://pypi.org/simple",
+                beside: &["files.pythonhosted.org"],
+            },
+            file: "requirements.txt",
+            naming: Naming::Lines,
+            beside: &[],
+            elsewhere: &["\n-", "\n.", "\n/", "file:"],
+            argv: &[
+                "python3",
+                "-m",
+                "pip",
+                "install",
+                "--user",
+                "--no-input",
+                "--no-cache-dir",
+                "--disable-pip-version-check",
+                "--no-warn-script-location",
+                "--progress-bar=off",
+                "--retries=1",
+                "--requirement=requirements.txt",
+            ],
+            // Debian keeps pip out of its own packages' folder, which this is not.
+            env: &[
+                ("PIP_INDEX_URL", "{index}"),
+                ("PIP_BREAK_SYSTEM_PACKAGES", "1"),
+            ],
+            plain_env: &[("PIP_TRUSTED_HOST", "{hosts}")],
+            folders: &[".local"],
+            needed_to_run: true,
+            compile_env: &[],
+        }),
+        tests: TestFiles::Runner(TestRunner {
             name: "pytest",
             argv: &[
                 "python3",
@@ -49,8 +125,9 @@ pub static LANGUAGES: &[Language] = &[
     Language {
         aliases: &["nodejs", "javascript", "js"],
         others: &["index.js", "server.js", "app.js"],
+        install: Some(NPM),
         project: Some("package.json"),
-        test_runner: Some(TestRunner {
+        tests: TestFiles::Runner(TestRunner {
             name: "node --test",
             argv: NODE_TEST,
             file: "{file}",
@@ -68,6 +145,7 @@ pub static LANGUAGES: &[Language] = &[
     Language {
         aliases: &["ts"],
         others: &["index.ts", "src/main.ts", "src/index.ts"],
+        install: Some(NPM),
         project: Some("tsconfig.json"),
         compile: Some(Compile {
             argv: &[
@@ -107,7 +185,7 @@ pub static LANGUAGES: &[Language] = &[
                 TYPES,
             ]),
         }),
-        test_runner: Some(TestRunner {
+        tests: TestFiles::Runner(TestRunner {
             name: "node --test",
             argv: NODE_TEST,
             file: ".build/{stem}.js",
@@ -138,6 +216,41 @@ pub static LANGUAGES: &[Language] = &[
     Language {
         aliases: &["golang"],
         project: Some("go.mod"),
+        install: Some(Install {
+            name: "go",
+            install: "apt-get install golang-go",
+            registry: &Registry {
+                variable: "GOPROXY",
+                usual: "https://proxy.golang.org",
+                beside: &[],
+            },
+            file: "go.mod",
+            naming: Naming::Word("require"),
+            beside: &["go.sum", "go.work"],
+            elsewhere: &["=> ."],
+            argv: &["go", "mod", "download"],
+            // Sums are those of go.sum, where it has them, and the index's otherwise.
+            env: &[
+                ("GOPROXY", "{index}"),
+                ("GOSUMDB", "off"),
+                ("GOFLAGS", "-mod=mod -modcacherw"),
+            ],
+            plain_env: &[("GOINSECURE", "*")],
+            folders: &["go"],
+            needed_to_run: false,
+            compile_env: &[
+                ("GOPROXY", "off"),
+                ("GOSUMDB", "off"),
+                ("GOFLAGS", "-buildvcs=false -mod=mod"),
+            ],
+        }),
+        tests: TestFiles::Each(TestCommand {
+            name: "go test",
+            argv: &["go", "test", "-v", "-vet=off", "{file}", "{sources}"],
+            project: Some(&["go", "test", "-v", "-vet=off", "./{folder}"]),
+            has_own_entry: false,
+            compiles: true,
+        }),
         // Nothing of a compiler's is looked for or told elsewhere.
         env: &[
             ("GOTOOLCHAIN", "local"),
@@ -159,6 +272,47 @@ pub static LANGUAGES: &[Language] = &[
         aliases: &["rs"],
         others: &["src/main.rs"],
         project: Some("Cargo.toml"),
+        install: Some(Install {
+            name: "cargo",
+            install: "apt-get install cargo, 1.70 or newer",
+            registry: &Registry {
+                variable: "GANTRY_CARGO_INDEX",
+                usual: "https://index.crates.io/",
+                beside: &["static.crates.io"],
+            },
+            file: "Cargo.toml",
+            naming: Naming::Headings(&["dependencies", "dev-dependencies", "build-dependencies"]),
+            beside: &["Cargo.lock", ".cargo/config.toml"],
+            elsewhere: &["path =", "path=", "[workspace", "build ="],
+            // What it is told here the compiler has to be told again, which finds it in the same folder.
+            argv: &[
+                "sh",
+                "-c",
+                "printf '\\n[source.crates-io]\\nreplace-with = \"index\"\\n[source.index]\\nregistry = \"sparse+%s\"\\n' \
+                 \"$1\" >> .cargo/config.toml && exec cargo fetch",
+                "sh",
+                "{index}",
+            ],
+            env: &[],
+            plain_env: &[],
+            folders: &[".cargo"],
+            needed_to_run: false,
+            compile_env: &[],
+        }),
+        tests: TestFiles::Each(TestCommand {
+            name: "rustc --test",
+            argv: &[
+                "sh",
+                "-c",
+                "rustc --edition 2021 --test -o \"$TMPDIR/test\" \"$1\" && exec \"$TMPDIR/test\"",
+                "sh",
+                "{file}",
+            ],
+            // Cargo knows a test by its file's name.
+            project: Some(&["cargo", "test", "--offline", "--quiet", "--test", "{class}"]),
+            has_own_entry: false,
+            compiles: true,
+        }),
         ..compiled(
             "rust",
             "main.rs",
@@ -191,30 +345,54 @@ pub static LANGUAGES: &[Language] = &[
             },
         )
     },
-    compiled(
-        "c",
-        "main.c",
-        &["c"],
-        &[tool("cc", "apt-get install gcc libc6-dev")],
-        Compile {
-            argv: &[
-                "cc",
-                "-std=gnu17",
-                "-O2",
-                "-Wall",
-                "-I",
-                ".",
-                "-o",
-                ".build/main",
+    Language {
+        tests: compiled_each(
+            "assert",
+            &[
+                "sh",
+                "-c",
+                "cc -std=gnu17 -g -Wall -I . -o \"$TMPDIR/test\" \"$@\" -lm -pthread && exec \"$TMPDIR/test\"",
+                "sh",
+                "{file}",
                 "{sources}",
-                "-lm",
-                "-pthread",
             ],
-            project: None,
-        },
-    ),
+        ),
+        ..compiled(
+            "c",
+            "main.c",
+            &["c"],
+            &[tool("cc", "apt-get install gcc libc6-dev")],
+            Compile {
+                argv: &[
+                    "cc",
+                    "-std=gnu17",
+                    "-O2",
+                    "-Wall",
+                    "-I",
+                    ".",
+                    "-o",
+                    ".build/main",
+                    "{sources}",
+                    "-lm",
+                    "-pthread",
+                ],
+                project: None,
+            },
+        )
+    },
     Language {
         aliases: &["c++"],
+        tests: compiled_each(
+            "assert",
+            &[
+                "sh",
+                "-c",
+                "c++ -std=c++20 -g -Wall -I . -o \"$TMPDIR/test\" \"$@\" -pthread && exec \"$TMPDIR/test\"",
+                "sh",
+                "{file}",
+                "{sources}",
+            ],
+        ),
         ..compiled(
             "cpp",
             "main.cpp",
@@ -239,6 +417,20 @@ pub static LANGUAGES: &[Language] = &[
     },
     Language {
         settings: &["java-"],
+        tests: compiled_each(
+            "java -ea",
+            &[
+                "sh",
+                "-c",
+                "class=$1 && shift && javac -J-Xmx256m -J-XX:+UseSerialGC -J-XX:TieredStopAtLevel=1 \
+                 -encoding UTF-8 -d \"$TMPDIR/test\" \"$@\" && exec java -ea -Xmx256m -XX:+UseSerialGC \
+                 -XX:TieredStopAtLevel=1 -cp \"$TMPDIR/test\" \"$class\"",
+                "sh",
+                "{class}",
+                "{file}",
+                "{sources}",
+            ],
+        ),
         compile: Some(Compile {
             argv: &[
                 "javac",
@@ -287,6 +479,17 @@ pub static LANGUAGES: &[Language] = &[
     Language {
         project: Some("composer.json"),
         settings: &["php"],
+        tests: each(
+            "php with assertions",
+            &[
+                "php",
+                "-d",
+                "zend.assertions=1",
+                "-d",
+                "assert.exception=1",
+                "{file}",
+            ],
+        ),
         ..interpreted(
             "php",
             "main.php",
@@ -298,6 +501,7 @@ pub static LANGUAGES: &[Language] = &[
     Language {
         project: Some("cpanfile"),
         settings: &["perl"],
+        tests: each("prove", &["prove", "-v", "-I.", "{file}"]),
         ..interpreted(
             "perl",
             "main.pl",
@@ -344,9 +548,11 @@ const fn interpreted(
         tools,
         settings: &[],
         env: &[],
+        install: None,
         compile: None,
         run,
-        test_runner: None,
+        // As a program of it runs.
+        tests: each(name, run),
         warm: false,
     }
 }
@@ -362,4 +568,26 @@ const fn compiled(
     let mut language = interpreted(name, entrypoint, extensions, tools, &[".build/main"]);
     language.compile = Some(compile);
     language
+}
+
+/// Test files that are run one by one as they are.
+const fn each(name: &'static str, argv: &'static [&'static str]) -> TestFiles {
+    TestFiles::Each(TestCommand {
+        name,
+        argv,
+        project: None,
+        has_own_entry: false,
+        compiles: false,
+    })
+}
+
+/// Test files that are compiled and run one by one, each with an entry of its own.
+const fn compiled_each(name: &'static str, argv: &'static [&'static str]) -> TestFiles {
+    TestFiles::Each(TestCommand {
+        name,
+        argv,
+        project: None,
+        has_own_entry: true,
+        compiles: true,
+    })
 }

@@ -1,4 +1,5 @@
-//! One kept gRPC channel for each pod of a module, made over whatever connection the platform gives.
+//! One kept gRPC channel for each pod of a module, made over whatever connection the platform gives, and what calls
+//! over it have to send.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -6,10 +7,12 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
+use tonic::Request;
+use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Channel, Endpoint, Uri};
 use tower::Service;
 
-use crate::model::{ModuleName, UserId};
+use crate::model::{ModuleName, Problem, SecretText, UserId};
 use crate::platform::{ByteStream, Modules, PlatformError};
 
 /// Longest wait for a connection: a pod is in the same network, and a port-forward asks the API server
@@ -60,13 +63,51 @@ impl Service<Uri> for Connector {
     }
 }
 
-/// A channel to the pod; it connects when it is first used, and again after it was cut.
+/// A token as calls send it.
+pub type Authorization = MetadataValue<Ascii>;
+
+/// The token as calls send it.
+pub fn authorization(token: &SecretText) -> Result<Authorization, PlatformError> {
+    let text = format!("Bearer {}", token.expose());
+    let mut value: Authorization = text.parse().map_err(|_| {
+        PlatformError::Unavailable(Problem::new(
+            "module_unavailable",
+            "The module's token cannot be sent",
+            "it holds what is no printable ASCII",
+            "Remove the module and create it again: it gets another token.",
+        ))
+    })?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
+/// The way to one pod.
+#[derive(Debug, Clone)]
+pub struct Way {
+    /// To its server.
+    pub channel: Channel,
+    authorization: Option<Authorization>,
+}
+
+impl Way {
+    /// The message as the pod takes it.
+    pub fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        if let Some(value) = &self.authorization {
+            let metadata = request.metadata_mut();
+            metadata.insert("authorization", value.clone());
+        }
+        request
+    }
+}
+
+/// The way to the pod; it connects when it is first used, and again after it was cut.
 pub fn open(
     platform: &Arc<dyn Modules>,
-    user: &UserId,
-    module: &ModuleName,
+    (user, module): (&UserId, &ModuleName),
     replica: &str,
-) -> Channel {
+    authorization: Option<Authorization>,
+) -> Way {
     let connector = Connector {
         platform: Arc::clone(platform),
         user: user.clone(),
@@ -74,13 +115,17 @@ pub fn open(
         replica: replica.into(),
     };
     // The name is the pod's business only: the connection is there already.
-    Endpoint::from_static("http://module")
+    let channel = Endpoint::from_static("http://module")
         .connect_timeout(CONNECT_TIMEOUT)
         .http2_keep_alive_interval(PING_EVERY)
         .keep_alive_timeout(PING_PATIENCE)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .connect_with_connector_lazy(connector)
+        .connect_with_connector_lazy(connector);
+    Way {
+        channel,
+        authorization,
+    }
 }
 
 /// Why there was no connection, if that is what went wrong.

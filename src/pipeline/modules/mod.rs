@@ -1,5 +1,6 @@
 //! Modules: a function of a Python module is called in a pod of its user's, and its result comes back.
 
+mod busy;
 mod channel;
 mod wire;
 
@@ -11,15 +12,21 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use hyper::http::uri::PathAndQuery;
+use jiff::Timestamp;
 use serde::Serialize;
 use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
 use tonic::client::Grpc;
 use tonic::transport::Channel;
-use tonic::{Code, Request, Status};
+use tonic::{Code, Status};
 use tonic_prost::ProstCodec;
 
-use crate::model::{ModuleName, ModuleSpec, ModuleStatus, Problem, UserId};
+use crate::model::{
+    ModuleName, ModuleSpec, ModuleState, ModuleStatus, Problem, Scale, SecretText, UserId,
+};
 use crate::platform::{Modules as Backend, ModulesError, PlatformError};
+use busy::{Busy, Place};
+use channel::Way;
 use wire::{
     CallOutcome, CallReply, CallRequest, DescribeRequest, Description, StreamEvent, StreamPart,
 };
@@ -47,6 +54,19 @@ const AGAIN: Duration = Duration::from_millis(25);
 /// How long the names of a module's pods are taken as they were: a new one gets calls this much later.
 const NAMES_KEPT: Duration = Duration::from_secs(1);
 
+/// Between two looks for modules that nobody calls: a quarter of the time that they may be quiet, within these.
+const LOOK_LEAST: Duration = Duration::from_secs(1);
+const LOOK_MOST: Duration = Duration::from_secs(60);
+
+/// Bounds of all modules.
+#[derive(Debug, Clone, Copy)]
+pub struct ModuleOptions {
+    /// Most calls of one user at a time.
+    pub calls_per_user: usize,
+    /// How long nobody may call a module before its pods are ended; `None`: any time.
+    pub idle: Option<Duration>,
+}
+
 /// Why a module did not do what it was asked.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ModuleError {
@@ -65,6 +85,9 @@ pub enum ModuleError {
     /// No answer in time, not even that.
     #[error("no answer within {} ms", .0.as_millis())]
     Late(Duration),
+    /// So many calls of the user's are under way already.
+    #[error("{0} calls are under way already")]
+    TooMany(usize),
 }
 
 impl From<Failure> for ModuleError {
@@ -153,10 +176,10 @@ pub struct FunctionDescribed {
     pub is_class: bool,
 }
 
-/// The pods of one module, and the channels to them.
+/// The pods of one module, and the ways to them.
 #[derive(Debug)]
 struct Kept {
-    channels: Vec<(String, Channel)>,
+    ways: Vec<(String, Way)>,
     looked: Instant,
     next: Arc<AtomicUsize>,
 }
@@ -172,19 +195,23 @@ enum Again {
 
 type Key = (UserId, ModuleName);
 
-/// Modules of a platform, and the channels to their pods.
+/// Modules of a platform, and the ways to their pods.
 #[derive(Debug, Clone)]
 pub struct ModuleCalls {
     platform: Arc<dyn Backend>,
     kept: Arc<Mutex<HashMap<Key, Kept>>>,
+    busy: Arc<Busy>,
+    options: ModuleOptions,
 }
 
 impl ModuleCalls {
     /// Of this platform.
-    pub fn new(platform: Arc<dyn Backend>) -> Self {
+    pub fn new(platform: Arc<dyn Backend>, options: ModuleOptions) -> Self {
         Self {
             platform,
             kept: Arc::default(),
+            busy: Busy::new(options.calls_per_user, options.idle.is_some()),
+            options,
         }
     }
 
@@ -195,11 +222,7 @@ impl ModuleCalls {
         user: &UserId,
         spec: &ModuleSpec,
     ) -> Result<(bool, ModuleStatus), ModuleError> {
-        let made = self.platform.ensure(user, spec).await;
-        let created = made.map_err(|error| match error {
-            ModulesError::Refused(problem) => ModuleError::Refused(problem),
-            ModulesError::Platform(error) => error.into(),
-        })?;
+        let created = self.ensured(user, spec).await?;
         let key = (user.clone(), spec.name.clone());
         self.forget(&key);
         match self
@@ -217,7 +240,101 @@ impl ModuleCalls {
             Err(error) => return Err(error),
         }
         let status = self.platform.status(user, &spec.name).await?;
-        Ok((created, status.ok_or(ModuleError::NoPod)?))
+        let mut status = status.ok_or(ModuleError::NoPod)?;
+        // One has just answered; who looks at it now and then may not have seen that yet.
+        status.state = ModuleState::Running;
+        status.ready = status.ready.max(1);
+        Ok((created, status))
+    }
+
+    /// Has the module be as it is wanted. It goes on when who asked is gone: an installation may take longer
+    /// than an answer.
+    async fn ensured(&self, user: &UserId, spec: &ModuleSpec) -> Result<bool, ModuleError> {
+        let (platform, user, spec) = (Arc::clone(&self.platform), user.clone(), spec.clone());
+        let made = tokio::spawn(async move { platform.ensure(&user, &spec).await });
+        match made.await {
+            Ok(Ok(created)) => Ok(created),
+            Ok(Err(ModulesError::Refused(problem))) => Err(ModuleError::Refused(problem)),
+            Ok(Err(ModulesError::Platform(error))) => Err(error.into()),
+            Err(error) => Err(ModuleError::Unavailable(Problem::new(
+                "platform_unavailable",
+                "The module's pods could not be made",
+                error.to_string(),
+                "This is a fault of the server's; look at its log.",
+            ))),
+        }
+    }
+
+    /// Starts the module again, if it was stopped because nobody called it.
+    async fn awake(&self, key: &Key) -> Result<(), ModuleError> {
+        if matches!(self.look(key).await, Ok(true)) {
+            return Ok(());
+        }
+        let status = self.platform.status(&key.0, &key.1).await?;
+        if status.is_none_or(|status| status.state != ModuleState::Stopped) {
+            return Ok(());
+        }
+        tracing::info!(user = %key.0, module = %key.1, "a module that was stopped is called, and starts again");
+        let spec = ModuleSpec {
+            name: key.1.clone(),
+            packages: None,
+            scale: None,
+        };
+        self.ensured(&key.0, &spec).await?;
+        self.forget(key);
+        self.described(key, "", Instant::now() + READY_TIMEOUT)
+            .await
+            .map(drop)
+    }
+
+    /// Begins a call: its place, when there is one, in a module that is not stopped.
+    async fn enter(&self, key: &Key) -> Result<Place, ModuleError> {
+        let most = self.options.calls_per_user;
+        let place = self.busy.enter(key).ok_or(ModuleError::TooMany(most))?;
+        self.awake(key).await?;
+        if self.options.idle.is_some() {
+            self.platform.used(&key.0, &key.1);
+        }
+        Ok(place)
+    }
+
+    /// Ends the pods of modules that nobody has called for long, until stopped.
+    pub async fn stop_idle(self, stop: CancellationToken) {
+        let Some(idle) = self.options.idle else {
+            return;
+        };
+        let began = Timestamp::now();
+        let every = (idle / 4).clamp(LOOK_LEAST, LOOK_MOST);
+        while stop.run_until_cancelled(sleep(every)).await.is_some() {
+            if let Err(error) = self.stop_quiet(idle, began).await {
+                tracing::warn!(%error, "modules that nobody calls were not stopped; the next round tries again");
+            }
+        }
+    }
+
+    async fn stop_quiet(&self, idle: Duration, began: Timestamp) -> Result<(), PlatformError> {
+        let all = self.platform.list().await?;
+        for status in &all {
+            let key = (status.user_id.clone(), status.module.clone());
+            let known = [Some(began), Some(status.since), status.last_used];
+            let last = known.into_iter().flatten().max().unwrap_or(began);
+            let since = Timestamp::now().duration_since(last);
+            let since = Duration::try_from(since).unwrap_or(Duration::ZERO);
+            let quiet = self
+                .busy
+                .quiet_for(&key)
+                .map_or(since, |here| here.min(since));
+            if quiet >= idle && status.state != ModuleState::Stopped {
+                tracing::info!(user = %key.0, module = %key.1, "nobody has called the module for long; it is stopped");
+                self.platform.pause(&key.0, &key.1).await?;
+                self.forget(&key);
+            }
+        }
+        self.busy.retain(|key| {
+            let mut all = all.iter();
+            all.any(|status| status.user_id == key.0 && status.module == key.1)
+        });
+        Ok(())
     }
 
     /// Removes the module's pods; `false`: there were none.
@@ -227,19 +344,29 @@ impl ModuleCalls {
         Ok(removed)
     }
 
+    /// What calls of the module have to send that do not come by way of this server; `None`: there is no other
+    /// way.
+    pub async fn token(
+        &self,
+        user: &UserId,
+        name: &ModuleName,
+    ) -> Result<Option<SecretText>, ModuleError> {
+        Ok(self.platform.token(user, name).await?)
+    }
+
     /// Has it have so many pods.
     pub async fn scale(
         &self,
         user: &UserId,
         name: &ModuleName,
-        replicas: u32,
+        scale: Scale,
     ) -> Result<ModuleStatus, ModuleError> {
         let known = self.platform.status(user, name).await?;
         known.ok_or(ModuleError::NoPod)?;
         let spec = ModuleSpec {
             name: name.clone(),
             packages: None,
-            replicas: Some(replicas),
+            scale: Some(scale),
         };
         self.create(user, &spec).await.map(|(_, status)| status)
     }
@@ -257,6 +384,7 @@ impl ModuleCalls {
         namespace: &str,
     ) -> Result<Described, ModuleError> {
         let key = (user.clone(), name.clone());
+        let _place = self.enter(&key).await?;
         let until = Instant::now() + BACK_TIMEOUT;
         let told = self.described(&key, namespace, until).await?;
         let functions = told.functions.into_iter().map(|one| FunctionDescribed {
@@ -285,11 +413,11 @@ impl ModuleCalls {
             namespace: namespace.to_owned(),
         };
         let bound = until.saturating_duration_since(Instant::now()) + GRACE;
-        let asked = self.reached(key, until, Again::Always, |channel| {
-            let mut request = Request::new(request.clone());
+        let asked = self.reached(key, until, Again::Always, |way| {
+            let mut request = way.request(request.clone());
             request.set_timeout(bound);
             async move {
-                let mut client = client(channel);
+                let mut client = client(way.channel);
                 client.ready().await.map_err(not_ready)?;
                 let codec = ProstCodec::<DescribeRequest, Description>::default();
                 let answer = client.unary(request, path("Describe"), codec).await?;
@@ -312,12 +440,13 @@ impl ModuleCalls {
         call: &Call,
     ) -> Result<Returned, ModuleError> {
         let key = (user.clone(), name.clone());
+        let _place = self.enter(&key).await?;
         let (request, bound) = prepared(call);
         let until = Instant::now() + BACK_TIMEOUT;
-        let asked = self.reached(&key, until, Again::Unsent, |channel| {
-            let request = Request::new(request.clone());
+        let asked = self.reached(&key, until, Again::Unsent, |way| {
+            let request = way.request(request.clone());
             async move {
-                let mut client = client(channel);
+                let mut client = client(way.channel);
                 client.ready().await.map_err(not_ready)?;
                 let codec = ProstCodec::<CallRequest, CallReply>::default();
                 let answer = client.unary(request, path("Call"), codec).await?;
@@ -338,13 +467,14 @@ impl ModuleCalls {
     ) -> Result<impl Stream<Item = Result<Happening, ModuleError>> + Send + use<>, ModuleError>
     {
         let key = (user.clone(), name.clone());
+        let place = self.enter(&key).await?;
         let (request, bound) = prepared(call);
         let until = Instant::now() + BACK_TIMEOUT;
-        let asked = self.reached(&key, until, Again::Unsent, |channel| {
-            let mut request = Request::new(request.clone());
+        let asked = self.reached(&key, until, Again::Unsent, |way| {
+            let mut request = way.request(request.clone());
             request.set_timeout(bound);
             async move {
-                let mut client = client(channel);
+                let mut client = client(way.channel);
                 client.ready().await.map_err(not_ready)?;
                 let codec = ProstCodec::<CallRequest, StreamEvent>::default();
                 let answer = client
@@ -355,7 +485,11 @@ impl ModuleCalls {
         });
         let answered = timeout(bound, asked).await;
         let events = answered.map_err(|_| ModuleError::Late(bound))??;
-        Ok(events.filter_map(|event| std::future::ready(happening(event))))
+        Ok(events.filter_map(move |event| {
+            // The call's place is held for as long as its events are.
+            let _held = &place;
+            std::future::ready(happening(event))
+        }))
     }
 
     /// Asks one of the module's pods; one that cannot be reached yet is tried again until then.
@@ -364,17 +498,15 @@ impl ModuleCalls {
         key: &Key,
         until: Instant,
         again: Again,
-        ask: impl Fn(Channel) -> F,
+        ask: impl Fn(Way) -> F,
     ) -> Result<T, ModuleError> {
         loop {
-            let error = match self.channel(key).await {
-                Ok(Some(channel)) => match ask(channel).await {
+            let error = match self.way(key).await {
+                Ok(Some(way)) => match ask(way).await {
                     Ok(answer) => return Ok(answer),
                     Err(status) => match channel::not_connected(&status) {
                         Some(channel::NotConnected(error)) => error.into(),
-                        None if again == Again::Always && status.code() == Code::Unavailable => {
-                            told(&status)
-                        }
+                        None if again == Again::Always && is_cut(&status) => told(&status),
                         None => return Err(told(&status)),
                     },
                 },
@@ -385,7 +517,7 @@ impl ModuleCalls {
                 return Err(error);
             }
             let failed = self.platform.status(&key.0, &key.1).await?;
-            let failed = failed.filter(|status| status.state == crate::model::ModuleState::Failed);
+            let failed = failed.filter(|status| status.state == ModuleState::Failed);
             if failed.is_some() || Instant::now() >= until {
                 let cause = failed.and_then(|status| status.cause);
                 return Err(with_cause(error, cause));
@@ -396,36 +528,58 @@ impl ModuleCalls {
         }
     }
 
-    /// The channel to the pod whose turn it is; `None`: there is none yet.
-    async fn channel(&self, key: &Key) -> Result<Option<Channel>, ModuleError> {
+    /// The way to the pod whose turn it is; `None`: there is none yet.
+    async fn way(&self, key: &Key) -> Result<Option<Way>, ModuleError> {
+        self.look(key).await?;
+        Ok(self.locked().get(key).and_then(turn))
+    }
+
+    /// Has ways to the module's pods as they are now; `false`: there are none.
+    async fn look(&self, key: &Key) -> Result<bool, ModuleError> {
         {
             let kept = self.locked();
             if let Some(kept) = kept.get(key)
                 && kept.looked.elapsed() < NAMES_KEPT
             {
-                return Ok(turn(kept));
+                return Ok(!kept.ways.is_empty());
             }
         }
-        let names = self.platform.replicas(&key.0, &key.1).await?;
+        let (user, module) = key;
+        let names = self.platform.replicas(user, module).await?;
         let names = names.ok_or(ModuleError::NoPod)?;
+        let known = |kept: &Kept| {
+            let mut names = names.iter();
+            names.all(|name| kept.ways.iter().any(|(known, _)| known == name))
+        };
+        let all_known = self.locked().get(key).is_some_and(known);
+        // A module that was removed and made again has another, and other pods.
+        let authorization = match all_known {
+            true => None,
+            false => {
+                let token = self.platform.token(user, module).await?;
+                Some(token.as_ref().map(channel::authorization).transpose()?)
+            }
+        };
         let mut all = self.locked();
         let kept = all.entry(key.clone()).or_insert_with(|| Kept {
-            channels: Vec::new(),
+            ways: Vec::new(),
             looked: Instant::now(),
             next: Arc::default(),
         });
         kept.looked = Instant::now();
-        kept.channels.retain(|(name, _)| names.contains(name));
+        kept.ways.retain(|(name, _)| names.contains(name));
         for name in names {
-            if !kept.channels.iter().any(|(known, _)| *known == name) {
-                let channel = channel::open(&self.platform, &key.0, &key.1, &name);
-                kept.channels.push((name, channel));
+            let is_new = !kept.ways.iter().any(|(known, _)| *known == name);
+            // Without having looked for its token, one that is new since then waits for the next look.
+            if is_new && let Some(authorization) = authorization.clone() {
+                let way = channel::open(&self.platform, (user, module), &name, authorization);
+                kept.ways.push((name, way));
             }
         }
-        Ok(turn(kept))
+        Ok(!kept.ways.is_empty())
     }
 
-    /// Has the names of the module's pods looked up again. Channels to those that stay are kept.
+    /// Has the names of the module's pods looked up again. Ways to those that stay are kept.
     fn forget(&self, key: &Key) {
         let mut all = self.locked();
         let Some(kept) = all.get_mut(key) else {
@@ -444,10 +598,10 @@ impl ModuleCalls {
     }
 }
 
-fn turn(kept: &Kept) -> Option<Channel> {
+fn turn(kept: &Kept) -> Option<Way> {
     let next = kept.next.fetch_add(1, Ordering::Relaxed);
-    let index = next.checked_rem(kept.channels.len())?;
-    kept.channels.get(index).map(|(_, channel)| channel.clone())
+    let index = next.checked_rem(kept.ways.len())?;
+    kept.ways.get(index).map(|(_, way)| way.clone())
 }
 
 fn client(channel: Channel) -> Grpc<Channel> {
@@ -507,6 +661,15 @@ fn happening(event: Result<StreamEvent, Status>) -> Option<Result<Happening, Mod
 
 fn not_ready(error: tonic::transport::Error) -> Status {
     Status::from_error(Box::new(error))
+}
+
+/// The connection broke, as far as a status can tell: one through a port-forward is there before anybody
+/// listens at its other end, and ends while it is being taken up.
+fn is_cut(status: &Status) -> bool {
+    matches!(
+        status.code(),
+        Code::Unavailable | Code::Cancelled | Code::Unknown | Code::Internal
+    )
 }
 
 /// What a gRPC status that no pod of ours makes on purpose means.

@@ -23,7 +23,7 @@ open('not kept', 'w')
 
 fn builder(code: &str) -> Job {
     let mut job = python(code);
-    job.output = Some(BUILD_FOLDER.to_owned());
+    job.output = vec![BUILD_FOLDER.to_owned()];
     job.limits = Limits::COMPILE;
     job
 }

@@ -302,17 +302,22 @@ impl Cluster {
         }
     }
 
-    /// Sets one annotation of a namespace, and nothing else of it.
-    pub async fn annotate(&self, namespace: &str, name: &str, value: &str) -> Result<(), Failure> {
-        let api = self.api(Kind::Namespace, None);
+    /// Sets one annotation of an object, and nothing else of it.
+    pub async fn annotate(
+        &self,
+        (kind, namespace, object): (Kind, Option<&str>, &str),
+        name: &str,
+        value: &str,
+    ) -> Result<(), Failure> {
+        let api = self.api(kind, namespace);
         let patch = json!({ "metadata": { "annotations": { name: value } } });
         // Not `gantry`: what that one applies again without naming it, it removes.
         let params = PatchParams {
             field_manager: Some("gantry-use".to_owned()),
             ..PatchParams::default()
         };
-        let what = format!("annotate the namespace {namespace}");
-        self.call(&what, api.patch(namespace, &params, &Patch::Merge(&patch)))
+        let what = format!("annotate the {kind:?} {object}");
+        self.call(&what, api.patch(object, &params, &Patch::Merge(&patch)))
             .await
             .map(drop)
     }

@@ -16,6 +16,16 @@ pub const INSTALLATION: &str = "gantry.dev/installation";
 pub const USER: &str = "gantry.dev/user";
 /// Which repl it belongs to.
 pub const REPL: &str = "gantry.dev/repl";
+/// Which module it belongs to.
+pub const MODULE: &str = "gantry.dev/module";
+/// Annotation of a module's Deployment: what it is to be, with all that a label cannot hold.
+pub const MODULE_OF: &str = "gantry.dev/module-of";
+/// Annotation of a module's Deployment: its host at the ingress controller.
+pub const AUTHORITY: &str = "gantry.dev/authority";
+/// Label of a module's pods that have packages of their own: which, as a checksum.
+pub const PACKAGES: &str = "gantry.dev/packages";
+/// On the volume with what pip has fetched.
+pub const PACKAGE_CACHE: &str = "gantry.dev/package-cache";
 /// Which service it belongs to.
 pub const SERVICE: &str = "gantry.dev/service";
 /// On everything of services, their namespace included: whose they are.
@@ -27,6 +37,8 @@ pub const MANAGED_BUT_SERVICES: &str =
 pub const MANAGED_SERVICES: &str = "app.kubernetes.io/managed-by=gantry,gantry.dev/services-of";
 /// A pod that shows whether an image can be had.
 pub const IMAGE_CHECK: &str = "gantry.dev/image-check";
+/// The Ingress in the server's own namespace that leads to the server while this repl is idle.
+pub const IDLE: &str = "gantry.dev/idle";
 /// What outlives a stop of its repl, and why: `database`.
 pub const KEEP: &str = "gantry.dev/keep";
 /// What a pod is: `test`; released pods have `app=prod`, databases `app=database`.
@@ -54,7 +66,7 @@ pub const TESTS_DIGEST: &str = "gantry.dev/tests-digest";
 /// Annotation: the image the tests ran in.
 pub const IMAGE: &str = "gantry.dev/image";
 
-/// Annotation of a user's namespace: when it was last used, to the hour.
+/// Annotation of a user's namespace, to the hour, and of a module's Deployment: when it was last used.
 pub const USED: &str = "gantry.dev/last-used";
 
 /// Labels of something of a user's.

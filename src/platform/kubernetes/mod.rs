@@ -9,6 +9,7 @@ mod exec;
 mod explain;
 mod labels;
 mod lease;
+mod modules;
 mod namespace;
 mod orphans;
 mod permissions;
@@ -30,6 +31,7 @@ use std::time::Duration;
 use anyhow::Context;
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
+use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::json;
@@ -38,7 +40,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    AWAY, ByteStream, CONNECT_TIMEOUT, Check, ConfigureError, Finding, Opened, Platform,
+    AWAY, ByteStream, CONNECT_TIMEOUT, Check, ConfigureError, Finding, Modules, Opened, Platform,
     PlatformError, ProgramEvent, Recorded, ReleaseSpec, RunningRelease, Services, WorkspaceSpec,
 };
 use crate::model::{
@@ -51,6 +53,7 @@ use cluster::{Cluster, Kind, Manifest};
 use domains::Claims;
 use exec::{ExecError, ExecStream};
 use labels::{GANTRY, MANAGED_BUT_SERVICES, MANAGED_BY};
+use modules::{KubernetesModules, Making, Reach};
 use namespace::{Namespaces, Surroundings};
 use programs::Programs;
 use record::Records;
@@ -60,8 +63,10 @@ use rollout::Rollouts;
 use services::KubernetesServices;
 use test_pod::{TestPodConfig, TestPods};
 
+pub use modules::PipIndex;
 pub use orphans::{CleanUp, Cleaner, Orphan};
 pub use permissions::{Permission, permissions};
+pub use release::WakeService;
 pub use template::{BUILT_IN as BUILT_IN_TEMPLATE, Template};
 
 /// Program output that may wait for the journal: when it cannot keep up, following waits.
@@ -105,6 +110,12 @@ pub struct KubernetesConfig {
     pub heartbeat_late: Duration,
     /// What each user's namespace may have, where it is another than the usual.
     pub quota: BTreeMap<String, String>,
+    /// Where modules' packages come from.
+    pub packages: PipIndex,
+    /// Go to modules' pods by port-forward, also where their addresses seem to be reached.
+    pub forward_modules: bool,
+    /// The server's own Service, which takes the requests to idle repls.
+    pub wake_service: Option<WakeService>,
 }
 
 /// The Kubernetes platform.
@@ -116,6 +127,7 @@ pub struct KubernetesPlatform {
     releases: Releases,
     programs: Programs,
     services: Arc<KubernetesServices>,
+    modules: Arc<KubernetesModules>,
     /// Silent runners in a row, by user.
     silent: Mutex<HashMap<UserId, u32>>,
     events: tokio::sync::Mutex<mpsc::Receiver<ProgramEvent>>,
@@ -145,6 +157,7 @@ impl KubernetesPlatform {
         let stop = CancellationToken::new();
         let surroundings = Surroundings {
             store: config.store_addresses.clone(),
+            index: config.packages.addresses.clone(),
             quota: config.quota.clone(),
         };
         let (tell_pods, pod_changes) = mpsc::unbounded_channel();
@@ -176,6 +189,16 @@ impl KubernetesPlatform {
             maximum: config.maximum,
             network: config.network,
         };
+        let making = Making {
+            image: config.runner_image.clone(),
+            maximum: config.maximum,
+            index: config.packages.clone(),
+            app_domain: config.app_domain.clone(),
+            ingress_class: config.ingress_class.clone(),
+        };
+        let reach = Reach::new(&cluster, config.forward_modules);
+        let modules =
+            KubernetesModules::new(&cluster, &namespaces, &deployments, &pods, making, reach);
         let test_pods = TestPods::new(&cluster, &namespaces, &pods, pod_config);
         let releases = Releases {
             cluster: cluster.clone(),
@@ -199,6 +222,7 @@ impl KubernetesPlatform {
             releases,
             programs,
             services: Arc::new(services),
+            modules: Arc::new(modules),
             silent: Mutex::default(),
             events: tokio::sync::Mutex::new(events),
             stop,
@@ -332,12 +356,15 @@ fn release_config(config: KubernetesConfig) -> ReleaseConfig {
         domain,
         app_domain,
         ingress_class,
+        wake_service,
         namespace: _,
         store_addresses: _,
         maximum: _,
         network: _,
         heartbeat_late: _,
         quota: _,
+        packages: _,
+        forward_modules: _,
     } = config;
     ReleaseConfig {
         template,
@@ -348,6 +375,7 @@ fn release_config(config: KubernetesConfig) -> ReleaseConfig {
         domain,
         app_domain,
         ingress_class,
+        wake_service,
     }
 }
 
@@ -392,6 +420,29 @@ impl Platform for KubernetesPlatform {
 
     async fn open_workspace(&self, spec: &WorkspaceSpec) -> Result<Opened, PlatformError> {
         self.releases.open_workspace(spec).await
+    }
+
+    async fn stop_idle(
+        &self,
+        repl: &ReplId,
+        unused_since: Timestamp,
+        looked: Timestamp,
+    ) -> Result<bool, PlatformError> {
+        self.releases.stop_idle(repl, unused_since, looked).await
+    }
+
+    fn is_idle(&self, repl: &ReplId) -> bool {
+        self.releases.is_idle(repl)
+    }
+
+    async fn wake(&self, repl: &ReplId) -> Result<bool, PlatformError> {
+        self.releases.wake(repl).await
+    }
+
+    async fn settle_idle(&self) {
+        if let Err(failure) = self.releases.settle_idle().await {
+            tracing::warn!(%failure, "what is left of idle repls stays for a while");
+        }
     }
 
     async fn drop_repl(&self, repl: &ReplId) -> Result<(), PlatformError> {
@@ -449,12 +500,20 @@ impl Platform for KubernetesPlatform {
         self.programs.dial_runner(repl).await
     }
 
+    async fn dial_runners(&self, repl: &ReplId) -> Result<Vec<Box<dyn ByteStream>>, PlatformError> {
+        self.programs.dial_runners(repl).await
+    }
+
     async fn ticket_key(&self, repl: &ReplId) -> Result<TicketKey, PlatformError> {
         self.releases.ticket_key(repl).await
     }
 
     fn services(&self) -> Option<Arc<dyn Services>> {
         Some(Arc::clone(&self.services) as Arc<dyn Services>)
+    }
+
+    fn modules(&self) -> Arc<dyn Modules> {
+        Arc::clone(&self.modules) as Arc<dyn Modules>
     }
 
     fn follow_programs(&self, recorded: BoxFuture<'static, Recorded>) {

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::cache::{Cache, Changed, WATCH_LAG, Watched};
 use super::cluster::{Cluster, Failure, Kind, Manifest};
-use super::labels::{APP, DATABASE, MANAGED, REPL, USED, USER, of_user};
+use super::labels::{APP, DATABASE, MANAGED, MODULE, PACKAGES, REPL, USED, USER, of_user};
 use crate::model::UserId;
 
 /// The service account of test pods; it may do nothing and has no token.
@@ -23,6 +23,9 @@ pub const TEST_ACCOUNT: &str = "gantry-test";
 
 /// The service account of released pods; an operator may bind it to the bucket.
 pub const PROGRAM_ACCOUNT: &str = "gantry-program";
+
+/// The gRPC port of a module.
+pub const MODULE_PORT: u16 = 50_051;
 
 /// How exactly it is known when a namespace was last used.
 const NOTE_USE: SignedDuration = SignedDuration::from_hours(1);
@@ -50,6 +53,8 @@ pub const CLOSED_RANGES: [&str; 5] = [
 pub struct Surroundings {
     /// Where the code store is, for the policies: released pods fetch their files from there.
     pub store: Vec<(IpAddr, u16)>,
+    /// Where modules' packages come from; `None`: from the internet.
+    pub index: Option<Vec<(IpAddr, u16)>>,
     /// What a namespace may have, where it is another than the usual.
     pub quota: BTreeMap<String, String>,
 }
@@ -137,24 +142,39 @@ fn policies(user: &UserId, surroundings: &Surroundings) -> Vec<Manifest> {
         { "key": APP, "operator": "NotIn", "values": [DATABASE] },
     ] });
     let database = json!({ "matchLabels": { APP: DATABASE } });
+    let module = json!({ "matchExpressions": [{ "key": MODULE, "operator": "Exists" }] });
+    let with_packages = json!({ "matchExpressions": [
+        { "key": MODULE, "operator": "Exists" },
+        { "key": PACKAGES, "operator": "Exists" },
+    ] });
     let policy =
         |name: &str, spec: Value| part(Kind::NetworkPolicy, user, name, json!({ "spec": spec }));
     let port = |protocol: &str, port: u16| json!({ "protocol": protocol, "port": port });
     let everywhere_else = json!({ "ipBlock": { "cidr": "0.0.0.0/0", "except": CLOSED_RANGES } });
-    let mut out = vec![
-        json!({ "to": [{ "namespaceSelector": {} }], "ports": [port("UDP", 53), port("TCP", 53)] }),
-        json!({ "to": [{ "podSelector": database }], "ports": [port("TCP", 5_432)] }),
-        json!({ "to": [everywhere_else] }),
-    ];
-    out.extend(surroundings.store.iter().map(|(address, number)| {
+    let names =
+        json!({ "to": [{ "namespaceSelector": {} }], "ports": [port("UDP", 53), port("TCP", 53)] });
+    let there = |(address, number): &(IpAddr, u16)| {
         let bits = if address.is_ipv4() { 32 } else { 128 };
         let block = json!({ "ipBlock": { "cidr": format!("{address}/{bits}") } });
         json!({ "to": [block], "ports": [port("TCP", *number)] })
-    }));
+    };
+    let mut to_index = vec![names.clone()];
+    match &surroundings.index {
+        Some(index) => to_index.extend(index.iter().map(there)),
+        None => {
+            to_index.push(json!({ "to": [everywhere_else.clone()], "ports": [port("TCP", 443)] }))
+        }
+    }
+    let mut out = vec![
+        names,
+        json!({ "to": [{ "podSelector": database }], "ports": [port("TCP", 5_432)] }),
+        json!({ "to": [everywhere_else] }),
+    ];
+    out.extend(surroundings.store.iter().map(there));
     // Callers come through an ingress controller, which is in no user's namespace.
     let strangers = json!({ "matchExpressions": [{ "key": USER, "operator": "DoesNotExist" }] });
     let callers = json!({
-        "from": [{ "namespaceSelector": strangers }],
+        "from": [{ "namespaceSelector": strangers.clone() }],
         "ports": [port("TCP", 3_000), port("TCP", 3_001), port("TCP", 3_002)],
     });
     let own_programs = json!({
@@ -181,6 +201,27 @@ fn policies(user: &UserId, surroundings: &Surroundings) -> Vec<Manifest> {
                 "podSelector": database,
                 "policyTypes": ["Ingress"],
                 "ingress": [own_programs],
+            }),
+        ),
+        // The server, an ingress controller and the user's own pods reach modules; modules reach nobody,
+        // but for those that have packages to install: a policy is a pod's, not a container's.
+        policy(
+            "gantry-modules",
+            json!({
+                "podSelector": module,
+                "policyTypes": ["Ingress"],
+                "ingress": [{
+                    "from": [{ "namespaceSelector": strangers }, { "podSelector": {} }],
+                    "ports": [port("TCP", MODULE_PORT)],
+                }],
+            }),
+        ),
+        policy(
+            "gantry-module-packages",
+            json!({
+                "podSelector": with_packages,
+                "policyTypes": ["Egress"],
+                "egress": to_index,
             }),
         ),
     ]
@@ -355,7 +396,8 @@ impl Namespaces {
         let (this, user) = (self.clone(), user.clone());
         tokio::spawn(async move {
             let now = now.to_string();
-            let noted = this.inner.cluster.annotate(&name, USED, &now).await;
+            let namespace = (Kind::Namespace, None, name.as_str());
+            let noted = this.inner.cluster.annotate(namespace, USED, &now).await;
             if let Err(failure) = noted {
                 tracing::warn!(%user, %failure, "that a namespace is in use was not noted");
             }
@@ -484,6 +526,7 @@ mod tests {
     fn all() -> Vec<Manifest> {
         let surroundings = Surroundings {
             store: vec![("10.1.2.3".parse().unwrap(), 7_070)],
+            index: Some(vec![("10.1.2.4".parse().unwrap(), 3_141)]),
             quota: BTreeMap::from([("pods".to_owned(), "7".to_owned())]),
         };
         manifests(&"test".parse().unwrap(), &surroundings)
@@ -503,6 +546,8 @@ mod tests {
           "NetworkPolicy/gantry-deny-all",
           "NetworkPolicy/gantry-programs",
           "NetworkPolicy/gantry-databases",
+          "NetworkPolicy/gantry-modules",
+          "NetworkPolicy/gantry-module-packages",
           "ServiceAccount/gantry-test",
           "ServiceAccount/gantry-program"
         ]
@@ -537,11 +582,43 @@ mod tests {
         for open in &policies[1..] {
             let selector = &open.body["spec"]["podSelector"];
             let database = selector["matchLabels"][APP] == DATABASE;
-            let of_a_repl =
-                selector["matchExpressions"][0] == json!({ "key": REPL, "operator": "Exists" });
-            // Test pods are of no repl.
-            assert!(database || of_a_repl, "{selector}");
+            let of = |key: &str| {
+                selector["matchExpressions"][0] == json!({ "key": key, "operator": "Exists" })
+            };
+            // Test pods are of no repl and of no module.
+            assert!(database || of(REPL) || of(MODULE), "{selector}");
         }
+    }
+
+    #[test]
+    fn modules_reach_the_index_when_they_have_packages_and_else_nobody() {
+        let egress = |index: Option<Vec<(IpAddr, u16)>>| {
+            let surroundings = Surroundings {
+                index,
+                ..Surroundings::default()
+            };
+            let all = policies(&"test".parse().unwrap(), &surroundings);
+            let of_modules: Vec<&Value> = all
+                .iter()
+                .map(|policy| &policy.body["spec"])
+                .filter(|spec| {
+                    let keys = spec["podSelector"]["matchExpressions"].to_string();
+                    spec.get("egress").is_some() && keys.contains(MODULE)
+                })
+                .collect();
+            assert_eq!(of_modules.len(), 1, "{of_modules:?}");
+            let keys = of_modules[0]["podSelector"]["matchExpressions"].to_string();
+            assert!(keys.contains(PACKAGES), "{keys}");
+            of_modules[0]["egress"].clone()
+        };
+        let own = egress(Some(vec![("10.1.2.4".parse().unwrap(), 3_141)]));
+        assert_eq!(own.as_array().unwrap().len(), 2);
+        assert_eq!(own[1]["to"][0]["ipBlock"]["cidr"], "10.1.2.4/32");
+        let internet = egress(None);
+        assert_eq!(
+            internet[1]["to"][0]["ipBlock"]["except"],
+            json!(CLOSED_RANGES)
+        );
     }
 
     #[test]

@@ -10,12 +10,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::apps::v1::Deployment;
 use kube::ResourceExt;
 use kube::core::DynamicObject;
 use tokio_util::sync::CancellationToken;
 
+use super::cache::label;
 use super::cluster::{Failure, Kind};
-use super::labels::{KEEP, REPL, USED, USER};
+use super::labels::{KEEP, MODULE, PACKAGE_CACHE, REPL, USED, USER};
 use super::lease::Lease;
 use super::namespace::of_stopped;
 use super::record::{Record, StoredState};
@@ -299,7 +301,9 @@ impl Cleaner {
                 continue;
             };
             let name = user.namespace();
-            let claims = cluster.list(Kind::PersistentVolumeClaim, Some(&name), "");
+            // What pip has fetched can be fetched again.
+            let kept = format!("!{PACKAGE_CACHE}");
+            let claims = cluster.list(Kind::PersistentVolumeClaim, Some(&name), &kept);
             if claims.await?.is_empty() {
                 found.push(Orphan::Namespace { user });
             } else if self.test_pods.is_there(&user) {
@@ -309,7 +313,7 @@ impl Cleaner {
         Ok(found)
     }
 
-    /// The user of a namespace that was long not used, and none of whose repls serves.
+    /// The user of a namespace that was long not used, and none of whose repls and modules serves.
     fn idle_user(&self, namespace: &DynamicObject) -> Option<UserId> {
         let user: UserId = namespace.labels().get(USER)?.parse().ok()?;
         let name = user.namespace();
@@ -326,7 +330,9 @@ impl Cleaner {
         }
         let records = self.releases.records.all();
         let serves = records.iter().any(|(_, record)| is_needed(record, &name));
-        (!serves).then_some(user)
+        let deployments = self.releases.rollouts.deployments.of(&name);
+        let module = |deployment: &Arc<Deployment>| label(deployment.as_ref(), MODULE).is_some();
+        (!serves && !deployments.iter().any(module)).then_some(user)
     }
 
     /// Files in the bucket that no repl has, and that nobody touched for long: an outside service may

@@ -40,7 +40,7 @@ const EVERYWHERE: [Row; 22] = [
         "networkpolicies",
         &["list", "watch", "patch", "create"],
     ),
-    ("", "pods", &["list", "watch", "create", "delete"]),
+    ("", "pods", &["get", "list", "watch", "create", "delete"]),
     // A WebSocket upgrade is a GET; since Kubernetes 1.35 `create` is asked for as well.
     ("", "pods/exec", &["get", "create"]),
     ("", "pods/portforward", &["get", "create"]),
@@ -56,7 +56,7 @@ const EVERYWHERE: [Row; 22] = [
         "services",
         &["list", "create", "patch", "deletecollection"],
     ),
-    ("", "persistentvolumeclaims", &["list"]),
+    ("", "persistentvolumeclaims", &["list", "create"]),
     (
         "apps",
         "deployments",

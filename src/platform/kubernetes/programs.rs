@@ -8,7 +8,7 @@ use std::time::Duration;
 use axum::http::Request;
 use axum::http::header::HOST;
 use bytes::Bytes;
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, try_join_all};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
@@ -29,7 +29,7 @@ use super::record::Record;
 use super::release::{Owner, PROGRAM_CONTAINER};
 use super::releases::{Releases, no_release, unreachable};
 use super::rollout::{is_ready, refused};
-use crate::model::{Event, Origin, Problem, ReplId, ReplState, ReplStatus, Scale};
+use crate::model::{Event, Origin, Problem, ReplId, ReplState, ReplStatus, Scale, idle_cause};
 use crate::platform::{ByteStream, PlatformError, ProgramEvent, Recorded};
 
 /// The program's port, the one that shows what happens until it listens there, and the runner's own.
@@ -151,7 +151,8 @@ impl Programs {
             repl: repl.clone(),
         };
         let current = record.current().filter(|_| record.wanted);
-        let pods = current.map_or_else(Vec::new, |current| {
+        let running = current.filter(|_| record.runs());
+        let pods = running.map_or_else(Vec::new, |current| {
             let submission = current.submission_id.to_string();
             self.releases.rollouts.pods_of(&owner, &submission)
         });
@@ -161,6 +162,7 @@ impl Programs {
             .and_then(life)
             .and_then(|life| self.locked_said().get(&life).cloned());
         let (state, cause) = match pod {
+            None if record.idle.is_some() => (ReplState::Idle, None),
             None if record.wanted => (ReplState::Starting, self.refused(&owner)),
             None => (ReplState::Stopped, None),
             Some(pod) => state_of(pod, said.as_ref()),
@@ -174,8 +176,8 @@ impl Programs {
             state,
             ready: u32::try_from(ready).unwrap_or(u32::MAX),
             replicas: match self.releases.replicas_now(&owner) {
-                Some(replicas) if record.wanted => replicas,
-                _ => u32::from(record.wanted),
+                Some(replicas) if record.runs() => replicas,
+                _ => u32::from(record.runs()),
             },
             autoscale: match record.scale {
                 Some(Scale::Auto(auto)) => Some(auto),
@@ -185,6 +187,7 @@ impl Programs {
             release: current
                 .map(|current| current.release)
                 .filter(|number| *number > 0),
+            cause: record.idle.map(idle_cause),
             last_error: cause.or_else(|| record.last_error.clone()),
             since: pod.and_then(since).unwrap_or(record.since),
         }
@@ -209,13 +212,33 @@ impl Programs {
         self.dial_port(repl, RUNNER_PORT).await
     }
 
+    /// Connections to the runners of all of the repl's pods.
+    pub async fn dial_runners(
+        &self,
+        repl: &ReplId,
+    ) -> Result<Vec<Box<dyn ByteStream>>, PlatformError> {
+        let record = self.releases.records.known(repl).filter(Record::runs);
+        let record = record.ok_or_else(|| no_release(repl))?;
+        if !self.releases.config.sees_requests() {
+            let why = "the manifest template leads callers past its runner (targetPort 3002)";
+            return Err(unreachable(why.to_owned()));
+        }
+        let owner = Owner {
+            user: record.user_id,
+            repl: repl.clone(),
+        };
+        let pods = self.releases.rollouts.pods_of_any(&owner);
+        let dialled = pods.iter().map(|pod| self.forward(pod, RUNNER_PORT));
+        try_join_all(dialled).await.map_err(unreachable)
+    }
+
     async fn dial_port(
         &self,
         repl: &ReplId,
         port: u16,
     ) -> Result<Box<dyn ByteStream>, PlatformError> {
         let record = self.releases.records.known(repl);
-        let record = record.filter(|record| record.wanted);
+        let record = record.filter(Record::runs);
         let record = record.ok_or_else(|| no_release(repl))?;
         let owner = Owner {
             user: record.user_id.clone(),

@@ -97,6 +97,10 @@ pub struct Record {
     pub wanted: bool,
     /// Since when.
     pub since: Timestamp,
+    /// Since when nobody used it, when it was stopped for that: it is wanted still, and nothing of it is
+    /// there until somebody comes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idle: Option<Timestamp>,
     /// Why the last release did not come up, if it did not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
@@ -147,6 +151,7 @@ impl Record {
             user_id: user.clone(),
             wanted: false,
             since: Timestamp::now(),
+            idle: None,
             last_error: None,
             releases: Vec::new(),
             workspace: None,
@@ -162,12 +167,32 @@ impl Record {
         all.find(|s| s.state == StoredState::Current)
     }
 
-    /// What runs, and whether it is this that runs from now on.
+    /// Whether it should be serving now.
+    pub fn runs(&self) -> bool {
+        self.wanted && self.idle.is_none()
+    }
+
+    /// Nobody has used it since then, and so it does not run any more.
+    pub fn rest(&mut self, unused_since: Timestamp) {
+        self.idle = Some(unused_since);
+        self.since = Timestamp::now();
+    }
+
+    /// It runs again; since when nobody had used it.
+    pub fn wake(&mut self) -> Option<Timestamp> {
+        let idle = self.idle.take()?;
+        self.since = Timestamp::now();
+        self.last_error = None;
+        Some(idle)
+    }
+
+    /// What runs, and whether this makes it run.
     pub fn open(&mut self, mut stored: Stored) -> (Stored, bool) {
         if self.wanted
             && let Some(current) = self.current()
         {
-            return (current.clone(), false);
+            let current = current.clone();
+            return (current, self.wake().is_some());
         }
         self.wanted = true;
         self.since = Timestamp::now();
@@ -232,6 +257,7 @@ impl Record {
             self.domains = current.domains;
         }
         self.wanted = true;
+        self.idle = None;
         self.last_error = None;
         self.since = Timestamp::now();
     }
@@ -273,6 +299,7 @@ impl Record {
     /// It was stopped.
     pub fn stop(&mut self) {
         self.wanted = false;
+        self.idle = None;
         self.since = Timestamp::now();
         for stored in self.releases.iter_mut().chain(&mut self.workspace) {
             if stored.state == StoredState::Current {
@@ -365,10 +392,7 @@ impl Records {
 
     /// The record as it is now.
     pub async fn fresh(&self, repl: &ReplId) -> Result<Option<Record>, Failure> {
-        let object = self
-            .cluster
-            .get(Kind::ConfigMap, &self.namespace, &name(repl))
-            .await?;
+        let object = self.read(repl).await?;
         Ok(object.and_then(|object| read(&object.try_parse::<ConfigMap>().ok()?)))
     }
 
@@ -402,16 +426,22 @@ impl Records {
     }
 
     /// Changes the record; again from its newest state when another was faster. `None`: there is none.
+    ///
+    /// What the watch shows is tried first, which saves a request: the API server refuses it when it is not
+    /// the newest. That nothing is to be changed is only believed of what was read now.
     pub async fn change<T>(
         &self,
         repl: &ReplId,
         mut change: impl FnMut(&mut Record) -> T,
     ) -> Result<Option<T>, Failure> {
+        let mut known = self.cached(repl);
         for tried in 1.. {
-            let found = self
-                .cluster
-                .get(Kind::ConfigMap, &self.namespace, &name(repl))
-                .await?;
+            let seen = known.take();
+            let is_fresh = seen.is_none();
+            let found = match seen {
+                Some(object) => Some(object),
+                None => self.read(repl).await?,
+            };
             let Some(mut object) = found else {
                 return Ok(None);
             };
@@ -420,7 +450,10 @@ impl Records {
             let mut record = before.clone();
             let result = change(&mut record);
             if record == before {
-                return Ok(Some(result));
+                if is_fresh {
+                    return Ok(Some(result));
+                }
+                continue;
             }
             object.data["data"]["record"] = record.text().map_err(|e| broken(repl, e))?.into();
             object.metadata.managed_fields = None;
@@ -430,10 +463,31 @@ impl Records {
                     return Ok(Some(result));
                 }
                 Err(failure) if failure.is_conflict() && tried < MAX_TRIES => {}
+                // The watch still showed one that is gone.
+                Err(failure) if failure.is_not_found() && !is_fresh => {}
                 Err(failure) => return Err(failure),
             }
         }
         Ok(None)
+    }
+
+    /// The record's object as it is now.
+    async fn read(&self, repl: &ReplId) -> Result<Option<DynamicObject>, Failure> {
+        let name = name(repl);
+        self.cluster
+            .get(Kind::ConfigMap, &self.namespace, &name)
+            .await
+    }
+
+    /// The record's object as the watch last saw it.
+    fn cached(&self, repl: &ReplId) -> Option<DynamicObject> {
+        let object = self.cache.get(&self.namespace, &name(repl))?;
+        let mut object = serde_json::to_value(&*object).ok()?;
+        // Lists leave out what each of their objects is.
+        let kind = Kind::ConfigMap.resource();
+        object["apiVersion"] = kind.api_version.into();
+        object["kind"] = kind.kind.into();
+        serde_json::from_value(object).ok()
     }
 
     /// Resolves when the watch shows what was just written, or something newer: who was told that a
@@ -550,6 +604,30 @@ mod tests {
         assert_eq!(record.current().unwrap().release, two);
         record.stop();
         assert!(record.current().is_none() && open(&mut record).1);
+    }
+
+    #[test]
+    fn what_is_idle_stays_the_current_one_until_it_is_woken_or_stopped() {
+        let mut record = Record::new(&"u".parse().unwrap());
+        let open = |record: &mut Record| record.open(Stored::workspace(Vec::new(), String::new()));
+        let (one, _) = open(&mut record);
+        record.rest(Timestamp::UNIX_EPOCH);
+        assert!(!record.runs() && record.wanted && record.current() == Some(&one));
+        assert_eq!(
+            open(&mut record),
+            (one, true),
+            "a start wakes what was there"
+        );
+        assert!(record.runs() && record.wake().is_none());
+        record.rest(Timestamp::UNIX_EPOCH);
+        record.reserve(stored());
+        record.switch(1);
+        assert!(record.runs() && record.current().unwrap().release == 1);
+        record.rest(Timestamp::UNIX_EPOCH);
+        assert_eq!(record.wake(), Some(Timestamp::UNIX_EPOCH));
+        record.rest(Timestamp::UNIX_EPOCH);
+        record.stop();
+        assert!(record.wake().is_none() && !record.wanted);
     }
 
     #[test]

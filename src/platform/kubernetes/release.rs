@@ -1,12 +1,12 @@
 //! What a release consists of in the cluster, as manifests.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use serde_json::{Map, Value, json};
 
 use super::cluster::{Kind, Manifest};
 use super::labels::{
-    APP, CODE_DIGEST, DATABASE, GANTRY, IMAGE, KEEP, MANAGED_BY, RELEASE, REPL, REVISION,
+    APP, CODE_DIGEST, DATABASE, GANTRY, IDLE, IMAGE, KEEP, MANAGED_BY, RELEASE, REPL, REVISION,
     SUBMISSION, TESTS_DIGEST, USER, of_repl, of_user,
 };
 use super::record::Stored;
@@ -41,6 +41,17 @@ pub struct ReleaseConfig {
     pub app_domain: String,
     /// The ingress controller's class.
     pub ingress_class: String,
+    /// The server's own Service, which takes the requests to idle repls.
+    pub wake_service: Option<WakeService>,
+}
+
+/// A Service in the server's own namespace that leads to the server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WakeService {
+    /// Its name.
+    pub name: String,
+    /// Its port.
+    pub port: u16,
 }
 
 /// Whose release it is.
@@ -126,6 +137,61 @@ impl ReleaseConfig {
             rule["host"] = domain.as_str().into();
             rules.push(rule);
         }
+    }
+
+    /// What leads requests to an idle repl's hosts to the server, in the server's own namespace: its Service
+    /// there needs no upkeep, whatever becomes of the server's pods. The ingress controller is told the same
+    /// about it as about the repl's own.
+    pub fn wake_ingress(&self, owner: &Owner, stored: &Stored, own: &str) -> Option<Manifest> {
+        let service = self.wake_service.as_ref()?;
+        let manifests = self.manifests(owner, stored, None);
+        let ingresses = manifests.iter().filter(|one| one.kind == Kind::Ingress);
+        let ingresses: Vec<&Value> = ingresses.map(|one| &one.body).collect();
+        let annotations = ingresses.iter().filter_map(|one| {
+            let annotations = one["metadata"]["annotations"].as_object()?;
+            Some(annotations.clone())
+        });
+        let annotations: Map<String, Value> = annotations.flatten().collect();
+        let rules = ingresses
+            .iter()
+            .filter_map(|one| one.pointer("/spec/rules")?.as_array());
+        let hosts: BTreeSet<&str> = rules
+            .flatten()
+            .filter_map(|rule| rule["host"].as_str())
+            .collect();
+        if hosts.is_empty() {
+            return None;
+        }
+        let backend = json!({ "service": {
+            "name": service.name, "port": { "number": service.port } } });
+        let paths = json!([{ "path": "/", "pathType": "Prefix", "backend": backend }]);
+        let rules: Vec<Value> = hosts
+            .iter()
+            .map(|host| json!({ "host": host, "http": { "paths": paths } }))
+            .collect();
+        let labels = json!({
+            MANAGED_BY: GANTRY, USER: owner.user.as_str(), IDLE: owner.repl.as_str(),
+        });
+        let body = json!({
+            "metadata": {
+                "name": format!("idle-{}", owner.repl), "namespace": own, "labels": labels,
+                "annotations": annotations,
+            },
+            "spec": { "ingressClassName": self.ingress_class, "rules": rules },
+        });
+        Some(Manifest::new(Kind::Ingress, body))
+    }
+
+    /// Whether every request passes the runner: only then it knows when the last one came.
+    pub fn sees_requests(&self) -> bool {
+        let Ok(sample) = self.sample() else {
+            return false;
+        };
+        let services = sample.iter().filter(|one| one.kind == Kind::Service);
+        let ports = services.filter_map(|one| one.body.pointer("/spec/ports")?.as_array());
+        let targets = |wanted: &Value| *wanted == 3_002 || *wanted == "front";
+        let mut seen = ports.flatten().map(|port| &port["targetPort"]);
+        seen.any(targets)
     }
 
     /// Whether the template has a rule for the program's host, which those for domains are made from.
@@ -525,7 +591,57 @@ mod tests {
             domain: "localhost".to_owned(),
             app_domain: "apps.localhost".to_owned(),
             ingress_class: "nginx".to_owned(),
+            wake_service: Some(WakeService {
+                name: "gantry".to_owned(),
+                port: 80,
+            }),
         }
+    }
+
+    #[test]
+    fn requests_to_an_idle_repl_come_to_the_server_by_each_of_its_hosts() {
+        let made = config()
+            .wake_ingress(&owner(), &stored(), "gantry")
+            .unwrap();
+        let ingress: k8s_openapi::api::networking::v1::Ingress =
+            serde_json::from_value(made.body).unwrap();
+        assert_eq!(ingress.metadata.namespace.as_deref(), Some("gantry"));
+        // What a stop of a repl removes, and what the clean-up looks at, is by another label.
+        assert!(!ingress.metadata.labels.unwrap().contains_key(REPL));
+        let spec = ingress.spec.unwrap();
+        let rules = spec.rules.unwrap();
+        let hosts: Vec<_> = rules
+            .iter()
+            .map(|rule| rule.host.as_deref().unwrap())
+            .collect();
+        let expected = [
+            "shop.example.com",
+            "test-prod.apps.localhost",
+            "test-prod.localhost",
+        ];
+        assert_eq!(hosts, expected);
+        for rule in rules {
+            let path = rule.http.unwrap().paths.remove(0);
+            let service = path.backend.service.unwrap();
+            assert_eq!(service.name, "gantry");
+            assert_eq!(service.port.unwrap().number, Some(80));
+        }
+        let none = ReleaseConfig {
+            wake_service: None,
+            ..config()
+        };
+        assert!(none.wake_ingress(&owner(), &stored(), "gantry").is_none());
+    }
+
+    #[test]
+    fn only_a_template_that_leads_to_the_runner_tells_when_a_repl_was_used() {
+        assert!(config().sees_requests());
+        let past = BUILT_IN.replace("targetPort: 3002", "targetPort: 3000");
+        let past = ReleaseConfig {
+            template: Template::parse(&past).unwrap(),
+            ..config()
+        };
+        assert!(!past.sees_requests());
     }
 
     fn owner() -> Owner {

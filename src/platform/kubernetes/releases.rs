@@ -3,6 +3,7 @@
 //! Every step can be done again: a server that died in the middle finds what is there by name, and
 //! what it applies a second time is already so.
 
+mod idle;
 mod settings;
 mod workspace;
 
@@ -170,13 +171,19 @@ impl Releases {
         let changing = self.changing(repl);
         let _one = changing.lock().await;
         let failed = |failure: Failure| failure.unavailable("The repl could not be stopped");
+        let mut was_idle = false;
         let stopped = self.records.change(repl, |record| {
+            was_idle = record.idle.is_some();
             record.stop();
             record.user_id.clone()
         });
         let Some(user) = stopped.await.map_err(failed)? else {
             return Ok(());
         };
+        // Also of one that was woken just now.
+        if was_idle || self.config.wake_service.is_some() {
+            self.lead_away(repl).await.map_err(failed)?;
+        }
         let owner = Owner {
             user,
             repl: repl.clone(),
@@ -262,14 +269,19 @@ impl Releases {
                 return Err(error);
             }
         }
+        let mut was_idle = false;
         let switched = self.records.change(&owner.repl, |record| {
             let before = record.current().cloned();
+            was_idle = record.idle.is_some();
             record.switch(stored.release);
             record.name(stored.domains.clone());
             before.filter(|before| before.release != stored.release)
         });
         let switched = switched.await;
         let before = switched.map_err(|f| f.unavailable("The release could not be recorded"))?;
+        if was_idle {
+            self.lead_back_once_up(owner, stored);
+        }
         if let Some(Some(before)) = before {
             self.forget_env(owner, before.release).await;
             if before.given != stored.given {
@@ -293,7 +305,11 @@ impl Releases {
             let ready = self.rollouts.database(owner).await;
             ready.map_err(PlatformError::NotReady)?;
         }
-        let (name, generation) = self.apply(owner, stored).await.map_err(failed)?;
+        let known = self.records.known(&owner.repl);
+        let idle = known.is_some_and(|record| record.idle.is_some());
+        let led_to = !idle || self.config.wake_service.is_none();
+        let applied = self.apply(owner, stored, led_to).await;
+        let (name, generation) = applied.map_err(failed)?;
         let waited = self.rollouts.wait(owner, stored, &name, generation).await;
         waited.map_err(PlatformError::NotReady)
     }
@@ -313,15 +329,22 @@ impl Releases {
         prepared.await.map(drop)
     }
 
-    /// Applies the template's objects; the Deployment's name and what it came to.
-    async fn apply(&self, owner: &Owner, stored: &Stored) -> Result<(String, i64), Failure> {
+    /// Applies the template's objects; the Deployment's name and what it came to. `led_to`: requests are to
+    /// come to it; otherwise the server answers them until it serves.
+    async fn apply(
+        &self,
+        owner: &Owner,
+        stored: &Stored,
+        led_to: bool,
+    ) -> Result<(String, i64), Failure> {
         let scale = self.scale_of(owner, stored);
         if let Some(Scale::Fixed { .. }) = scale {
             // Two would turn the same screw.
             self.end_autoscaling(owner).await?;
         }
         let replicas = scale.map(|scale| scale.replicas(self.replicas_now(owner)));
-        let manifests = self.config.manifests(owner, stored, replicas);
+        let mut manifests = self.config.manifests(owner, stored, replicas);
+        manifests.retain(|manifest| led_to || manifest.kind != Kind::Ingress);
         let (releases, others): (Vec<Manifest>, Vec<Manifest>) = manifests
             .into_iter()
             .partition(|m| m.kind == Kind::Deployment);
@@ -347,7 +370,7 @@ impl Releases {
         };
         let noted = self.records.change(&owner.repl, |record| {
             record.fail(failed.release, &why);
-            (record.wanted, record.current().cloned())
+            (record.runs(), record.current().cloned())
         });
         let undone = match noted.await {
             Ok(Some((true, Some(before)))) if before.release != failed.release => {
@@ -369,7 +392,7 @@ impl Releases {
     async fn put_back(&self, owner: &Owner, before: &Stored) -> Result<(), Failure> {
         self.place_env(owner, before).await?;
         self.place_given(owner, before).await?;
-        self.apply(owner, before).await.map(drop)
+        self.apply(owner, before, true).await.map(drop)
     }
 
     /// Removes everything that served the repl, and waits until it is seen to be gone.
@@ -508,7 +531,8 @@ pub fn kept_env_name(repl: &ReplId, release: u64) -> String {
     format!("repl-{}", env_name(repl, release))
 }
 
-fn random<const BYTES: usize>() -> Result<[u8; BYTES], Failure> {
+/// Random bytes of a secret.
+pub fn random<const BYTES: usize>() -> Result<[u8; BYTES], Failure> {
     let mut bytes = [0; BYTES];
     getrandom::fill(&mut bytes).map_err(|error| {
         let error = std::io::Error::other(error);

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use jiff::Timestamp;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
@@ -155,6 +156,23 @@ impl Platform for LocalPlatform {
         self.releases.open_workspace(spec).await
     }
 
+    async fn stop_idle(
+        &self,
+        repl: &ReplId,
+        unused_since: Timestamp,
+        looked: Timestamp,
+    ) -> Result<bool, PlatformError> {
+        self.releases.stop_idle(repl, unused_since, looked).await
+    }
+
+    fn is_idle(&self, repl: &ReplId) -> bool {
+        self.releases.is_idle(repl)
+    }
+
+    async fn wake(&self, repl: &ReplId) -> Result<bool, PlatformError> {
+        self.releases.wake(repl).await
+    }
+
     async fn drop_repl(&self, repl: &ReplId) -> Result<(), PlatformError> {
         self.releases.stop(repl).await
     }
@@ -203,8 +221,8 @@ impl Platform for LocalPlatform {
         self.releases.ticket_key(repl)
     }
 
-    fn modules(&self) -> Option<Arc<dyn Modules>> {
-        Some(Arc::clone(&self.modules) as Arc<dyn Modules>)
+    fn modules(&self) -> Arc<dyn Modules> {
+        Arc::clone(&self.modules) as Arc<dyn Modules>
     }
 
     async fn next_program_event(&self) -> Option<ProgramEvent> {

@@ -18,7 +18,7 @@ use super::sandboxes::{Sandboxes, Tenant};
 use super::{LocalConfig, MAX_WAITING_EVENTS, unavailable};
 use crate::model::{
     Limits, ModuleName, ModuleSpec, ModuleState, ModuleStatus, Package, Problem, ReplId, ReplState,
-    TicketKey, UserId,
+    Scale, SecretText, TicketKey, UserId,
 };
 use crate::platform::modules::{Modules, ModulesError};
 use crate::platform::{ByteStream, PlatformError};
@@ -43,6 +43,9 @@ struct Record {
     packages: Vec<Package>,
     replicas: u32,
     since: Timestamp,
+    /// Nobody called it for long; the next call starts it again.
+    #[serde(default)]
+    stopped: bool,
 }
 
 #[derive(Debug)]
@@ -114,12 +117,16 @@ impl LocalModules {
     pub fn bring_back(self: &Arc<Self>) {
         let this = Arc::clone(self);
         tokio::spawn(async move {
-            let keys: Vec<Key> = this.locked().keys().cloned().collect();
+            let keys: Vec<Key> = {
+                let modules = this.locked();
+                let wanted = modules.iter().filter(|(_, module)| !module.record.stopped);
+                wanted.map(|(key, _)| key.clone()).collect()
+            };
             for (user, name) in keys {
                 let spec = ModuleSpec {
                     name,
                     packages: None,
-                    replicas: None,
+                    scale: None,
                 };
                 if let Err(error) = this.ensure(&user, &spec).await {
                     tracing::error!(%user, module = %spec.name, %error, "a module did not come back");
@@ -142,7 +149,7 @@ impl LocalModules {
     }
 
     /// What is wanted, with what is left out filled in.
-    fn merged(&self, user: &UserId, spec: &ModuleSpec) -> Record {
+    fn merged(&self, user: &UserId, spec: &ModuleSpec) -> Result<Record, Problem> {
         let known = self.with(&(user.clone(), spec.name.clone()), |module| {
             module.record.clone()
         });
@@ -152,12 +159,19 @@ impl LocalModules {
             packages: Vec::new(),
             replicas: 1,
             since: Timestamp::now(),
+            stopped: false,
         });
-        Record {
+        let replicas = match spec.scale {
+            None => known.replicas,
+            Some(Scale::Fixed { replicas }) => replicas,
+            Some(Scale::Auto(_)) => return Err(no_autoscaling()),
+        };
+        Ok(Record {
             packages: spec.packages.clone().unwrap_or(known.packages),
-            replicas: spec.replicas.unwrap_or(known.replicas),
+            replicas,
+            stopped: false,
             ..known
-        }
+        })
     }
 
     /// Takes out what must not serve any more: the dead, those with other packages, those too many.
@@ -331,6 +345,7 @@ fn status(module: &Module) -> ModuleStatus {
     }
     let record = &module.record;
     let state = match ready {
+        _ if record.stopped => ModuleState::Stopped,
         0 if over == module.replicas.len() && cause.is_some() => ModuleState::Failed,
         0 => ModuleState::Starting,
         _ => ModuleState::Running,
@@ -343,10 +358,22 @@ fn status(module: &Module) -> ModuleStatus {
         cause,
         ready,
         replicas: record.replicas,
+        autoscale: None,
         restarts,
+        authority: None,
+        last_used: None,
         packages: record.packages.clone(),
         since: record.since,
     }
+}
+
+fn no_autoscaling() -> Problem {
+    Problem::new(
+        "autoscaling_not_here",
+        "The module cannot be scaled by processor time",
+        "this server runs on the local platform, where all replicas share one machine",
+        "Ask for a number of replicas, or use a server on Kubernetes.",
+    )
 }
 
 fn starting(name: &ModuleName, cause: &str) -> PlatformError {
@@ -370,7 +397,7 @@ impl Modules for LocalModules {
         let key = (user.clone(), spec.name.clone());
         let changing = self.changing(&key);
         let _one = changing.lock().await;
-        let wanted = self.merged(user, spec);
+        let wanted = self.merged(user, spec).map_err(ModulesError::Refused)?;
         let interpreters = self.sandboxes.interpreters().await;
         let python = interpreters.python.as_deref();
         let parts = self
@@ -402,6 +429,29 @@ impl Modules for LocalModules {
             self.with(&key, |module| module.replicas.push(replica));
         }
         Ok(missing > 0)
+    }
+
+    async fn pause(&self, user: &UserId, name: &ModuleName) -> Result<(), PlatformError> {
+        let key = (user.clone(), name.clone());
+        let changing = self.changing(&key);
+        let _one = changing.lock().await;
+        let record = self.with(&key, |module| module.record.clone());
+        let Some(record) = record.filter(|record| !record.stopped) else {
+            return Ok(());
+        };
+        let stopped = Record {
+            stopped: true,
+            ..record
+        };
+        self.save(&key, &stopped)?;
+        let replicas = self.with(&key, |module| {
+            module.record = stopped;
+            std::mem::take(&mut module.replicas)
+        });
+        for replica in replicas.unwrap_or_default() {
+            replica.program.stop().await;
+        }
+        Ok(())
     }
 
     async fn remove(&self, user: &UserId, name: &ModuleName) -> Result<bool, PlatformError> {
@@ -451,6 +501,15 @@ impl Modules for LocalModules {
                 .filter(|replica| replica.program.is_alive());
             living.map(|replica| replica.name.clone()).collect()
         }))
+    }
+
+    /// Its port is in its sandbox's own network, to which the server alone has a way.
+    async fn token(
+        &self,
+        _user: &UserId,
+        _name: &ModuleName,
+    ) -> Result<Option<SecretText>, PlatformError> {
+        Ok(None)
     }
 
     async fn dial(

@@ -17,6 +17,9 @@ pub struct Record {
     pub user_id: UserId,
     /// Whether it should be serving.
     pub wanted: bool,
+    /// Since when nobody used it, when it was stopped for that: it is wanted still.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idle: Option<Timestamp>,
     /// Oldest first.
     pub releases: Vec<Stored>,
     /// Its current files, when they were started as they are, for as long as no release took their
@@ -90,6 +93,7 @@ impl Record {
         Self {
             user_id,
             wanted: false,
+            idle: None,
             releases: Vec::new(),
             workspace: None,
             given: Given::default(),
@@ -138,9 +142,22 @@ impl Record {
         })
     }
 
+    /// Whether it should be serving now.
+    pub fn runs(&self) -> bool {
+        self.wanted && self.idle.is_none()
+    }
+
+    /// Nobody has used it since then, and so it does not run any more.
+    pub fn rests(&mut self, unused_since: Timestamp) {
+        self.idle = Some(unused_since);
+        self.since = Timestamp::now();
+    }
+
     /// This release serves from now on.
     pub fn serves(&mut self, mut stored: Stored) {
         self.wanted = true;
+        self.idle = None;
+        self.since = Timestamp::now();
         self.end_current(ReleaseState::Superseded);
         let number = stored.release.release;
         stored.release.state = ReleaseState::Current;
@@ -151,12 +168,25 @@ impl Record {
         }
     }
 
-    /// The current files run from now on.
+    /// The current files run from now on, or a release that is the current one does again.
     pub fn opens(&mut self, stored: Stored) {
         self.wanted = true;
+        self.idle = None;
         self.since = Timestamp::now();
         self.given = stored.given.clone();
-        self.workspace = Some(stored);
+        if stored.is_workspace() {
+            self.workspace = Some(stored);
+        }
+    }
+
+    /// Its variables and host names are these from now on, those of what runs or is idle, too.
+    pub fn give(&mut self, given: Given) {
+        let mut all = self.workspace.iter_mut().chain(&mut self.releases);
+        let current = all.find(|stored| stored.release.state == ReleaseState::Current);
+        if let Some(current) = current {
+            current.given.clone_from(&given);
+        }
+        self.given = given;
     }
 
     /// Its host names are these from now on, those of what runs, too.
@@ -180,6 +210,7 @@ impl Record {
     /// Nothing serves any more.
     pub fn stopped(&mut self) {
         self.wanted = false;
+        self.idle = None;
         self.since = Timestamp::now();
         self.end_current(ReleaseState::Stopped);
     }
@@ -322,6 +353,22 @@ mod tests {
         assert_eq!(record.current().unwrap().release.release, 3);
         record.stopped();
         assert!(record.current().is_none());
+    }
+
+    #[test]
+    fn what_is_idle_stays_the_current_one_and_comes_back_as_such() {
+        let mut record = record(2, 0);
+        assert!(record.runs());
+        record.rests(Timestamp::UNIX_EPOCH);
+        assert!(!record.runs() && record.wanted);
+        let current = record.current().unwrap().clone();
+        assert_eq!(current.release.release, 2);
+        assert_eq!(record.earlier(None).unwrap().release.release, 1);
+        record.opens(current);
+        assert!(record.runs() && record.workspace.is_none());
+        record.rests(Timestamp::UNIX_EPOCH);
+        record.stopped();
+        assert!(record.idle.is_none() && record.current().is_none());
     }
 
     #[test]

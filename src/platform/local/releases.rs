@@ -1,5 +1,6 @@
 //! Repls and their releases on this machine: a record per repl, a program per current release.
 
+mod idle;
 mod settings;
 mod workspace;
 
@@ -21,6 +22,7 @@ use super::sandboxes::{Sandboxes, Tenant};
 use super::{DEPLOY_PATIENCE, LocalConfig, unavailable};
 use crate::model::{
     Limits, Problem, Release, ReleaseState, ReplId, ReplState, ReplStatus, TicketKey, UserId,
+    idle_cause,
 };
 use crate::platform::{ByteStream, PlatformError, ProgramEvent, ReleaseSpec, RunningRelease};
 use crate::runner::app::{AppConfig, ProgramConfig};
@@ -467,7 +469,7 @@ impl Releases {
 
     fn wanted(&self) -> Vec<ReplId> {
         let repls = self.locked();
-        let wanted = repls.iter().filter(|(_, repl)| repl.record.wanted);
+        let wanted = repls.iter().filter(|(_, repl)| repl.record.runs());
         wanted.map(|(id, _)| id.clone()).collect()
     }
 
@@ -475,11 +477,16 @@ impl Releases {
         let standing = repl.program.as_ref().map(|p| p.standing().borrow().clone());
         let (state, since) = match &standing {
             Some(standing) => (standing.state, standing.since),
+            None if repl.record.idle.is_some() => (ReplState::Idle, repl.record.since),
             None if repl.record.wanted => (ReplState::Starting, repl.record.since),
             None => (ReplState::Stopped, repl.record.since),
         };
-        let wanted = u32::from(repl.record.wanted);
-        let number = repl.program.as_ref().map(|program| program.release);
+        let wanted = u32::from(repl.record.runs());
+        let current = repl.record.current();
+        let number = match &repl.program {
+            Some(program) => Some(program.release),
+            None => current.map(|stored| stored.release.release),
+        };
         ReplStatus {
             repl_id: id.clone(),
             user_id: repl.record.user_id.clone(),
@@ -491,6 +498,7 @@ impl Releases {
             url: self.url(id),
             domains: repl.record.given.domains.clone(),
             release: number.filter(|number| *number > 0),
+            cause: repl.record.idle.map(idle_cause),
             last_error: standing.and_then(|s| s.last_error),
             since,
         }
@@ -502,9 +510,14 @@ impl Releases {
 
     /// Stores the repl's record: whole or not at all, and on the disk when this returns.
     fn save(&self, repl: &ReplId) -> Result<(), PlatformError> {
-        let Some(record) = self.with(repl, |repl| repl.record.clone()) else {
-            return Ok(());
-        };
+        match self.with(repl, |repl| repl.record.clone()) {
+            Some(record) => self.store(repl, &record),
+            None => Ok(()),
+        }
+    }
+
+    /// The same of a record that is to be the repl's.
+    fn store(&self, repl: &ReplId, record: &Record) -> Result<(), PlatformError> {
         let folder = self.inner.config.data.join("repls");
         let write = || -> anyhow::Result<()> {
             let staged = folder.join(format!("{repl}.new"));
@@ -515,7 +528,7 @@ impl Releases {
                 .truncate(true)
                 .mode(0o600)
                 .open(&staged)?;
-            file.write_all(&serde_json::to_vec_pretty(&record)?)?;
+            file.write_all(&serde_json::to_vec_pretty(record)?)?;
             file.sync_data()?;
             fs::rename(&staged, folder.join(format!("{repl}.json")))?;
             File::open(&folder)?.sync_all()?;
@@ -557,7 +570,7 @@ fn is_ready(state: ReplState, current: Option<&Stored>) -> bool {
     match state {
         ReplState::Running | ReplState::Exited(0) => true,
         ReplState::Exited(_) => current.is_some_and(Stored::is_workspace),
-        ReplState::Starting | ReplState::Crashed | ReplState::Stopped => false,
+        ReplState::Starting | ReplState::Crashed | ReplState::Stopped | ReplState::Idle => false,
     }
 }
 

@@ -127,10 +127,11 @@ fn config() -> anyhow::Result<ProgramConfig> {
         path: "/".into(),
         writable: true,
     };
+    let stays = variable("GANTRY_WORKSPACE").is_some();
     Ok(ProgramConfig {
         argv,
-        stays: variable("GANTRY_WORKSPACE").is_some(),
-        env: environment(std::env::vars_os()),
+        stays,
+        env: environment(std::env::vars_os(), stays),
         memory_bytes: None,
         processes: None,
         sandbox: AgentConfig {
@@ -159,10 +160,12 @@ fn identity() -> anyhow::Result<Option<workspace::Identity>> {
     Ok(Some(workspace::Identity { repl, key }))
 }
 
-/// The container's variables without Gantry's own and the store's. A home that cannot be written to,
-/// as most are in a read-only container, gives way to the workspace.
+/// The container's variables without Gantry's own and the store's. The home gives way to the workspace: of
+/// a release, as in its tests, where packages were installed below it; of a workspace that stays, when it
+/// cannot be written to, as most are in a read-only container.
 fn environment(
     all: impl Iterator<Item = (std::ffi::OsString, std::ffi::OsString)>,
+    stays: bool,
 ) -> Vec<(String, String)> {
     let of_ours = |name: &str| {
         ["GANTRY_", "AWS_", "S3_"]
@@ -172,7 +175,7 @@ fn environment(
     let writable = |home: &str| rustix::fs::access(home, rustix::fs::Access::WRITE_OK).is_ok();
     all.filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
         .filter(|(name, _)| !of_ours(name))
-        .filter(|(name, value)| name != "HOME" || writable(value))
+        .filter(|(name, value)| name != "HOME" || (stays && writable(value)))
         .collect()
 }
 

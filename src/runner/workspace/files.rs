@@ -40,6 +40,8 @@ pub enum Kind {
     Folder,
     /// A link, a pipe, a device: shown, and never opened.
     Other,
+    /// A file that was there and is not any more.
+    Gone,
 }
 
 /// One thing in the workspace.

@@ -2,6 +2,7 @@
 //! whoever has a ticket of this repl. The protocol is described in README.md.
 
 mod files;
+mod listing;
 mod protocol;
 mod session;
 mod terminal;
@@ -20,9 +21,11 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
-use super::app::App;
+use super::app::{App, State};
+use super::wire::{Activity, LISTING};
 use crate::model::{RelativePath, ReplId, TicketKey};
 use files::Files;
+use listing::Listing;
 pub use terminal::Terminal;
 
 /// Connections at one time: a person's tabs on some machines.
@@ -49,6 +52,7 @@ pub struct Workspace {
     /// `None`: nobody is let in.
     identity: Option<(ReplId, TicketKey)>,
     files: Files,
+    listing: RefCell<Listing>,
     terminals: RefCell<BTreeMap<String, Rc<Terminal>>>,
     connections: Cell<usize>,
     last_connection: Cell<u64>,
@@ -62,10 +66,13 @@ impl Workspace {
             Some((repl, key?))
         });
         let files = Files::open(app.slot().folder(), app.slot().uid)?;
+        // What cannot be listed is told to whoever asks for it.
+        let listing = Listing::beginning_with(&files.tree().unwrap_or_default());
         Ok(Rc::new(Self {
             app,
             identity,
             files,
+            listing: RefCell::new(listing),
             terminals: RefCell::default(),
             connections: Cell::new(0),
             last_connection: Cell::new(0),
@@ -104,10 +111,10 @@ impl Workspace {
             return self.open(request);
         }
         if path == "/files" {
-            return match self.files.tree() {
-                Ok(tree) => json(&tree),
-                Err(error) => text(StatusCode::CONFLICT, &error.to_string()),
-            };
+            return self.list(request.uri().query().unwrap_or_default());
+        }
+        if path == "/activity" {
+            return json(&self.activity());
         }
         match path.strip_prefix("/files/").map(decoded) {
             Some(Some(path)) => match self.files.read_whole(&path) {
@@ -115,6 +122,36 @@ impl Workspace {
                 Err(error) => text(StatusCode::NOT_FOUND, &error.to_string()),
             },
             _ => text(StatusCode::NOT_FOUND, "there is nothing here"),
+        }
+    }
+
+    fn activity(&self) -> Activity {
+        let unused = match self.connections.get() {
+            0 => self.app.unused(),
+            _ => Duration::ZERO,
+        };
+        Activity {
+            unused_ms: u64::try_from(unused.as_millis()).unwrap_or(u64::MAX),
+            starting: matches!(self.app.state(), State::Starting),
+        }
+    }
+
+    /// Every file there is, and those that are gone but for what `done` says is known.
+    fn list(&self, query: &str) -> Response<Full<Bytes>> {
+        let done = query
+            .split('&')
+            .find_map(|pair| pair.strip_prefix("done=")?.parse().ok());
+        match self.files.tree() {
+            Ok(tree) => {
+                let (entries, number) = self
+                    .listing
+                    .borrow_mut()
+                    .next(tree, done.unwrap_or_default());
+                let mut response = json(&entries);
+                response.headers_mut().insert(LISTING, number.into());
+                response
+            }
+            Err(error) => text(StatusCode::CONFLICT, &error.to_string()),
         }
     }
 
@@ -175,6 +212,7 @@ impl Workspace {
                 terminal.detach(number);
             }
             self.connections.set(self.connections.get() - 1);
+            self.app.notice();
         });
         response
     }

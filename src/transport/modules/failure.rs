@@ -16,6 +16,16 @@ pub fn told(error: ModuleError, module: &ModuleName, method: Option<&str>) -> Ht
             HttpProblem::new(StatusCode::UNPROCESSABLE_ENTITY, problem)
         }
         ModuleError::Unavailable(problem) => HttpProblem::unavailable(problem),
+        ModuleError::TooMany(most) => HttpProblem::new(
+            StatusCode::TOO_MANY_REQUESTS,
+            Problem::new(
+                "too_many_calls",
+                "Too many calls at one time",
+                format!("{most} calls of this user's are under way already"),
+                "Ask again when one of them has ended; GANTRY_MAX_CALLS has the bound",
+            ),
+        )
+        .retry_after(1),
         ModuleError::Late(after) => HttpProblem::new(
             StatusCode::GATEWAY_TIMEOUT,
             Problem::new(

@@ -22,7 +22,7 @@ PROGRAMS = {
     "coredns": ("kubernetes", "./coredns", ""),
     "volumes": ("kubernetes", "./volumes", ""),
     "versitygw": ("versitygw", "github.com/versity/versitygw/cmd/versitygw", ""),
-    "skipper": ("skipper", "github.com/zalando/skipper/cmd/skipper", ""),
+    "skipper": ("skipper", "./ingress", ""),
     "metrics-server": ("metrics-server", "sigs.k8s.io/metrics-server/cmd/metrics-server", ""),
 }
 PACKAGES = {
@@ -87,6 +87,11 @@ def binary(name):
     if package.startswith("./"):
         inputs.append(folder / package[2:])
     return CACHE / "bin" / f"{name}-{digest(*inputs)}"
+
+
+def outdated(program):
+    """Whether a program of this file name is one of the bed's, built from other sources than those of now."""
+    return any(re.fullmatch(f"{name}-[0-9a-f]{{16}}", program or "") and program != binary(name).name for name in PROGRAMS)
 
 
 def build(name):

@@ -115,11 +115,30 @@ def restore_kernel_settings():
         file.unlink()
 
 
+def end_outdated():
+    """Ends what runs a program that was built from other sources; `up` starts it again."""
+    for name, (program, *_) in PARTS.items():
+        if build.outdated(program.program()):
+            timed(f"{name} runs an old program, ended", program.stop)
+    for each in node.all_nodes():
+        if any(build.outdated(program.program()) for program in each.processes):
+            timed(f"{each.name} runs an old program, ended", each.stop)
+
+
+def load_new_images():
+    jobs = [(f"new images loaded into {each.name}", lambda each=each, old=old: each.load(old))
+            for each in node.all_nodes() if each.running() and (old := each.old_images())]
+    if jobs:
+        together(jobs)
+
+
 def up(arguments):
+    build_everything()
+    end_outdated()
     if is_up(arguments.nodes, arguments.secure):
+        load_new_images()
         say("everything is up")
         return
-    build_everything()
     for folder in (STATE, RUN, LOGS):
         folder.mkdir(parents=True, exist_ok=True)
     save_kernel_settings()
@@ -132,6 +151,7 @@ def up(arguments):
         ("s3", s3.up),
         ("cluster", cluster_up),
     ])
+    load_new_images()
     say("everything is up: `eval \"$(scripts/testbed env)\"` sets the variables")
 
 
@@ -226,12 +246,12 @@ def env(_arguments):
 
 
 def rebuild_images(arguments):
-    wanted = [images.SERVER] if arguments.server else images.IMAGES
-    if arguments.server:
-        timed("built: the server's image", images.build_base, lambda: images.build(images.SERVER))
-    else:
+    if not arguments.server:
         timed("built: images", images.build_all, images.make_store)
-    together([(f"loaded into {each.name}", lambda each=each: images.load(each.socket, wanted))
+        load_new_images()
+        return
+    timed("built: the server's image", images.build_base, lambda: images.build(images.SERVER))
+    together([(f"loaded into {each.name}", lambda each=each: images.load(each.socket, [images.SERVER]))
               for each in node.all_nodes() if each.running()] or [("no node runs", lambda: None)])
 
 
@@ -287,14 +307,14 @@ def parser():
         sub.set_defaults(function=function)
         return sub
 
-    sub = command("up", up, "build what is missing and start every part that does not run")
+    sub = command("up", up, "build what is missing or old, and start every part that does not run or runs an old program")
     sub.add_argument("--nodes", type=int, default=3)
     sub.add_argument("--secure", action="store_true", help="Elasticsearch with security on")
     command("down", down, "remove every process, namespace, mount, route and rule").add_argument(
         "--purge", action="store_true", help="the unpacked images too")
     command("status", status, "each part, and the memory of all")
     command("env", env, "the exports that a program needs to use the bed")
-    command("images", rebuild_images, "build the images again and load them into every node").add_argument(
+    command("images", rebuild_images, "build the images again and load those that are new into every node").add_argument(
         "--server", action="store_true", help="the server's own image instead, which `up` does not build")
     sub = command("node", node_command, "add, kill, restart, cut off or reconnect a node, or crash its kubelet and containerd")
     sub.add_argument("action", choices=["add", "kill", "restart", "bounce", "cut", "heal"])

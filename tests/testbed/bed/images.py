@@ -27,10 +27,15 @@ def add_pause(context):
     run(["cc", "-static", "-Os", "-s", "-o", context / "pause", context / "pause.c"])
 
 
+def add_wheels(context):
+    """The Python packages: this machine's pip knows the way to an index, the build's own may not."""
+    run([REPOSITORY / "scripts" / "wheels", context / "wheels"], seconds=IMAGE_SECONDS)
+
+
 PAUSE = Image("pause", PAUSE_IMAGE, SOURCES / "images" / "pause", add_pause)
 DATABASE = Image("postgres", DATABASE_IMAGE, SOURCES / "images" / "postgres")
 # A language of each kind: the whole image has 2.7 GB, and this one is unpacked by every test run.
-RUNNER = Image("gantry-runner", RUNNER_IMAGE, REPOSITORY / "runner-image", program="gantry-runner",
+RUNNER = Image("gantry-runner", RUNNER_IMAGE, REPOSITORY / "runner-image", add_wheels, program="gantry-runner",
                arguments=["LANGUAGES=gcc libc6-dev lua5.4 lua-socket", "LIBRARIES=python3-requests"])
 # Only what tests an installation needs it: `images --server`.
 SERVER = Image("gantry", SERVER_IMAGE, REPOSITORY / "infrastructure", program="gantry")
@@ -121,7 +126,12 @@ def build_all():
 
 
 def store_key():
-    return digest(*(archive(image).name for image in IMAGES))
+    return digest(*archives().values())
+
+
+def archives():
+    """The name of each image's archive as it is to be."""
+    return {image.name: archive(image).name for image in IMAGES}
 
 
 def load(socket, wanted=None):

@@ -7,9 +7,8 @@ import pathlib
 import shutil
 import signal
 
-from . import api, network, pki
+from . import api, images, network, pki
 from .build import binary
-from .images import clone_store
 from .process import Process, kill_cgroup, make_cgroup, run, wait_for
 from .settings import (
     CGROUP, CNI_PROGRAMS, DNS_SERVICE, DOMAIN, PAUSE_IMAGE, PKI, POD_NETWORK, RUN, STATE,
@@ -30,6 +29,8 @@ class Node:
         self.state = STATE / "nodes" / name
         self.run = RUN / "nodes" / name
         self.socket = self.run / "containerd.sock"
+        # Which archives the images come from that containerd has.
+        self.loaded = self.state / "images.json"
         self.group = f"{name}/system"
         self.containerd = Process(f"{name}-containerd", self.group)
         self.kubelet = Process(f"{name}-kubelet", self.group)
@@ -58,7 +59,8 @@ class Node:
         network.connect(self, all_nodes())
         make_cgroup(self.group)
         if not (self.state / "containerd").exists():
-            clone_store(self.state / "containerd")
+            images.clone_store(self.state / "containerd")
+            self.loaded.write_text(json.dumps(images.archives()))
         self.start_processes()
 
     def start_processes(self):
@@ -73,6 +75,20 @@ class Node:
             f"--kubeconfig={STATE / f'kubelet-{self.name}.kubeconfig'}", f"--root-dir={self.state / 'kubelet'}",
             f"--hostname-override={self.name}", f"--node-ip={self.address}",
         ], namespace)
+
+    def old_images(self):
+        """The images that containerd has from another archive than that of now."""
+        try:
+            loaded = json.loads(self.loaded.read_text())
+        except OSError:
+            loaded = {}
+        return [image for image in images.IMAGES if loaded.get(image.name) != images.archive(image).name]
+
+    def load(self, wanted):
+        """Pods that are made from now on have these images; those that run keep what they have."""
+        self.loaded.unlink(missing_ok=True)
+        images.load(self.socket, wanted)
+        self.loaded.write_text(json.dumps(images.archives()))
 
     def wait(self):
         wait_for(self.name, READY_SECONDS, self.reported, self.kubelet)

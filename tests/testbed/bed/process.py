@@ -111,6 +111,13 @@ class Process:
             return None
         return record["pid"] if start_time(record["pid"]) == record["started"] else None
 
+    def program(self):
+        """The file name of the program that runs; None when none does."""
+        try:
+            return os.path.basename(os.readlink(f"/proc/{self.pid()}/exe")).removesuffix(" (deleted)")
+        except OSError:
+            return None
+
     def start(self, command, namespace=None, env=None, user=None, cwd="/"):
         if self.pid():
             return

@@ -139,6 +139,9 @@ impl Releases {
         let Some(stored) = record.current().filter(|_| record.wanted) else {
             return Ok(());
         };
+        if record.idle.is_some() {
+            return self.rename_idle(&owner.repl, &record).await;
+        }
         let named = self.config.manifests(owner, stored, None);
         for ingress in named
             .iter()
@@ -211,7 +214,7 @@ impl Releases {
     /// Makes what runs be as the record says, and waits until it is.
     async fn bring_about(&self, owner: &Owner) -> Result<(), PlatformError> {
         let (_, record) = self.record_of(&owner.repl).await?;
-        match record.current().filter(|_| record.wanted) {
+        match record.current().filter(|_| record.runs()) {
             Some(stored) => self.roll_out(owner, stored).await,
             None => Ok(()),
         }
@@ -227,7 +230,7 @@ impl Releases {
                 let ended = self.end_autoscaling(owner).await;
                 ended.map_err(|failure| failure.to_string())?;
             }
-            if let Some(stored) = before.current().filter(|_| before.wanted) {
+            if let Some(stored) = before.current().filter(|_| before.runs()) {
                 let put = self.put_back(owner, stored).await;
                 put.map_err(|failure| failure.to_string())?;
             }

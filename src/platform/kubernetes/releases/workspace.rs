@@ -4,42 +4,76 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use jiff::{SignedDuration, Timestamp};
 
-use super::{Failure, Kind, Owner, Record, Releases, Stored, no_release, random};
-use crate::model::{ReplId, TicketKey};
+use super::{
+    AWAY_PAUSE, Duration, Failure, Instant, Kind, Owner, Record, Releases, Stored, no_release,
+    random, sleep,
+};
+use crate::model::{Problem, ReplId, TicketKey};
 use crate::platform::kubernetes::release::{RUNNER_KEY, runner_name, runner_secret};
-use crate::platform::{Opened, PlatformError, WorkspaceSpec};
+use crate::platform::{AWAY, Opened, PlatformError, WorkspaceSpec};
 
 /// How long another server gets to make what it has recorded. After that it has died in between.
-const MAKING: SignedDuration = SignedDuration::from_secs(30);
+pub(super) const MAKING: SignedDuration = SignedDuration::from_secs(30);
+
+/// How long a start is tried anew while the API server does not answer, or says that it is too busy: many
+/// starts at once in one namespace wait for each other, because its quota counts them one by one. With the
+/// last try, whose requests have bounds of their own, it stays below the bound of the caller's request.
+pub(super) const START_PATIENCE: Duration = Duration::from_secs(30);
 
 impl Releases {
     /// See [`Platform::open_workspace`](crate::platform::Platform::open_workspace). The record says what
-    /// is to be, and who wrote it made it; whoever finds something missing makes that, too.
+    /// is to be, and who wrote it made it; whoever finds something missing makes that, too. While the API
+    /// server is away it waits: every step can be done again.
     pub async fn open_workspace(&self, spec: &WorkspaceSpec) -> Result<Opened, PlatformError> {
-        let repl = &spec.repl_id;
-        let changing = self.changing(repl);
+        let changing = self.changing(&spec.repl_id);
         let _one = changing.lock().await;
+        // One start, however often it is tried: its id says whether the record is of this one.
+        let wanted = Stored::workspace(spec.argv.clone(), self.config.runner_image.clone());
+        let (mut opening, began) = (Opening::default(), Instant::now());
+        loop {
+            match self.open_once(spec, &wanted, &mut opening).await {
+                Err(PlatformError::Unavailable(problem))
+                    if problem.code == AWAY && began.elapsed() < START_PATIENCE =>
+                {
+                    tracing::warn!(repl = %spec.repl_id, %problem, "a start waits for the API server");
+                    sleep(AWAY_PAUSE).await;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    async fn open_once(
+        &self,
+        spec: &WorkspaceSpec,
+        wanted: &Stored,
+        opening: &mut Opening,
+    ) -> Result<Opened, PlatformError> {
+        let repl = &spec.repl_id;
         let failed = |failure: Failure| failure.unavailable("The repl could not be recorded");
         let claimed = self.records.claim(repl, &spec.user_id).await;
         let not_found = || PlatformError::NotFound(format!("the repl {repl}"));
         if claimed.map_err(failed)? != spec.user_id {
             return Err(not_found());
         }
-        let wanted = Stored::workspace(spec.argv.clone(), self.config.runner_image.clone());
         let open = |record: &mut Record| {
-            let since = record.since;
-            let (stored, fresh) = record.open(wanted.clone());
-            (stored, fresh, since)
+            let (since, idle) = (record.since, record.idle);
+            let (stored, opened) = record.open(wanted.clone());
+            (stored, opened, since, idle)
         };
         let opened = self.records.change(repl, open).await.map_err(failed)?;
-        let (stored, fresh, since) = opened.ok_or_else(not_found)?;
+        let (stored, opened, since, idle) = opened.ok_or_else(not_found)?;
+        // Also when it was recorded by an earlier try of this start.
+        opening.fresh |= opened || stored.submission_id == wanted.submission_id;
+        opening.idle = opening.idle.or(idle);
+        let Opening { fresh, idle } = *opening;
         let owner = Owner {
             user: spec.user_id.clone(),
             repl: repl.clone(),
         };
         let there = !fresh && self.has_deployment(&owner);
         if !there {
-            self.make(&owner, &stored).await?;
+            self.make(&owner, &stored, idle).await?;
         }
         let being_made = Timestamp::now().duration_since(since) < MAKING;
         Ok(Opened {
@@ -51,7 +85,7 @@ impl Releases {
 
     /// See [`Platform::ticket_key`](crate::platform::Platform::ticket_key).
     pub async fn ticket_key(&self, repl: &ReplId) -> Result<TicketKey, PlatformError> {
-        let record = self.records.known(repl).filter(|record| record.wanted);
+        let record = self.records.known(repl).filter(Record::runs);
         let record = record.ok_or_else(|| no_release(repl))?;
         let name = runner_name(repl);
         let namespace = record.user_id.namespace();
@@ -65,16 +99,15 @@ impl Releases {
         key.ok_or_else(|| no_release(repl))
     }
 
-    /// Makes what tickets for the repl's runner are made with, unless it is there.
+    /// Makes what tickets for the repl's runner are made with, unless it is there. A repl without a
+    /// Deployment hardly has one: there it is made without a look before.
     pub(super) async fn make_runner_key(&self, owner: &Owner) -> Result<(), Failure> {
         let (namespace, name) = (owner.user.namespace(), runner_name(&owner.repl));
-        if self
-            .cluster
-            .get(Kind::Secret, &namespace, &name)
-            .await?
-            .is_some()
-        {
-            return Ok(());
+        if self.has_deployment(owner) {
+            let found = self.cluster.get(Kind::Secret, &namespace, &name);
+            if found.await?.is_some() {
+                return Ok(());
+            }
         }
         let key = TicketKey::new(random()?);
         match self.cluster.create(&runner_secret(owner, &key)).await {
@@ -84,19 +117,33 @@ impl Releases {
     }
 
     /// Applies everything; what the cluster refuses is taken back. While the API server is away it cannot
-    /// be: the record stands, and the next call goes on from it.
-    async fn make(&self, owner: &Owner, stored: &Stored) -> Result<(), PlatformError> {
-        let made = match self.prepare(owner, stored).await {
-            Ok(()) => self.apply(owner, stored).await.map(drop),
-            Err(failure) => Err(failure),
-        };
-        let Err(failure) = made else {
-            return Ok(());
+    /// be: the record stands, and the next call goes on from it. `idle`: since when nobody had used what is
+    /// woken.
+    pub(super) async fn make(
+        &self,
+        owner: &Owner,
+        stored: &Stored,
+        idle: Option<Timestamp>,
+    ) -> Result<(), PlatformError> {
+        let led_here = idle.is_some() && self.config.wake_service.is_some();
+        let failure = match self.make_all(owner, stored, !led_here).await {
+            Ok(()) => {
+                if led_here {
+                    self.lead_back_once_up(owner, stored);
+                }
+                return Ok(());
+            }
+            Err(MakeError::Refused(failure)) => failure,
+            // It is being made, and may come up yet.
+            Err(MakeError::Database(problem)) => return Err(PlatformError::NotReady(problem)),
         };
         let error = failure.unavailable("The repl could not be started");
         if !failure.is_away() {
             let stopped = self.records.change(&owner.repl, |record| {
-                record.stop();
+                match idle {
+                    Some(since) => record.rest(since),
+                    None => record.stop(),
+                }
                 record.last_error = Some(failure.to_string());
             });
             let undone = match stopped.await {
@@ -108,5 +155,42 @@ impl Releases {
             }
         }
         Err(error)
+    }
+
+    async fn make_all(
+        &self,
+        owner: &Owner,
+        stored: &Stored,
+        led_to: bool,
+    ) -> Result<(), MakeError> {
+        self.prepare(owner, stored).await?;
+        if stored.database {
+            let ready = self.rollouts.database(owner).await;
+            ready.map_err(MakeError::Database)?;
+        }
+        Ok(self.apply(owner, stored, led_to).await.map(drop)?)
+    }
+}
+
+/// What the tries of one start have come to.
+#[derive(Debug, Default, Clone, Copy)]
+struct Opening {
+    /// It is this start that makes it run.
+    fresh: bool,
+    /// Since when nobody had used it, when it was idle.
+    idle: Option<Timestamp>,
+}
+
+/// Why something was not made.
+enum MakeError {
+    /// The API server did not do it.
+    Refused(Failure),
+    /// The repl's database does not come up.
+    Database(Problem),
+}
+
+impl From<Failure> for MakeError {
+    fn from(failure: Failure) -> Self {
+        Self::Refused(failure)
     }
 }

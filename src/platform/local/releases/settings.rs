@@ -46,9 +46,9 @@ impl Releases {
     /// What runs is started anew with these variables and takes over when it serves; what does not run has
     /// them at its next start.
     async fn run_with(&self, repl: &ReplId, given: Given) -> Result<(), PlatformError> {
-        let wanted = self.with(repl, |repl| repl.record.wanted) == Some(true);
+        let wanted = self.with(repl, |repl| repl.record.runs()) == Some(true);
         let Some(current) = self.current(repl).filter(|_| wanted) else {
-            self.with(repl, |repl| repl.record.given = given);
+            self.with(repl, |repl| repl.record.give(given));
             return self.save(repl);
         };
         let stored = Stored { given, ..current };

@@ -13,8 +13,9 @@ impl Releases {
         if self.claim(repl, &spec.user_id).await? != spec.user_id {
             return Err(PlatformError::NotFound(format!("the repl {repl}")));
         }
-        let created = !self.runs(repl);
-        if created {
+        let woken = self.wake_alone(repl).await?;
+        let created = woken || !self.runs(repl);
+        if created && !woken {
             // What an earlier server was running comes back; it was killed in between.
             let stored = match self.current(repl) {
                 Some(stored) => stored,
@@ -65,7 +66,7 @@ impl Releases {
     fn runs(&self, repl: &ReplId) -> bool {
         let runs = self.with(repl, |repl| {
             let program = repl.program.as_ref();
-            repl.record.wanted && program.is_some_and(|program| program.is_alive())
+            repl.record.runs() && program.is_some_and(|program| program.is_alive())
         });
         runs == Some(true)
     }

@@ -2,7 +2,11 @@ module gantry.dev/testbed/skipper
 
 go 1.25.0
 
-tool github.com/zalando/skipper/cmd/skipper
+require (
+	github.com/sirupsen/logrus v1.9.3
+	github.com/zalando/skipper v0.21.240
+	golang.org/x/net v0.33.0
+)
 
 require (
 	cloud.google.com/go/compute/metadata v0.3.0 // indirect
@@ -94,7 +98,6 @@ require (
 	github.com/rivo/uniseg v0.2.0 // indirect
 	github.com/sarslanhan/cronmask v0.0.0-20230801193303-54e29300a091 // indirect
 	github.com/sean-/seed v0.0.0-20170313163322-e2103e2c3529 // indirect
-	github.com/sirupsen/logrus v1.9.3 // indirect
 	github.com/sony/gobreaker v1.0.0 // indirect
 	github.com/szuecs/rate-limit-buffer v0.9.0 // indirect
 	github.com/tchap/go-patricia/v2 v2.3.1 // indirect
@@ -108,7 +111,6 @@ require (
 	github.com/yashtewari/glob-intersection v0.2.0 // indirect
 	github.com/yookoala/gofast v0.8.0 // indirect
 	github.com/yuin/gopher-lua v1.1.1 // indirect
-	github.com/zalando/skipper v0.21.240 // indirect
 	go.opencensus.io v0.24.0 // indirect
 	go.opentelemetry.io/contrib/instrumentation/net/http/otelhttp v0.53.0 // indirect
 	go.opentelemetry.io/otel v1.28.0 // indirect
@@ -124,7 +126,6 @@ require (
 	golang.org/x/crypto v0.31.0 // indirect
 	golang.org/x/exp v0.0.0-20230905200255-921286631fa9 // indirect
 	golang.org/x/mod v0.20.0 // indirect
-	golang.org/x/net v0.33.0 // indirect
 	golang.org/x/oauth2 v0.24.0 // indirect
 	golang.org/x/sync v0.10.0 // indirect
 	golang.org/x/sys v0.28.0 // indirect

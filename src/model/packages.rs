@@ -1,0 +1,309 @@
+//! What programs depend on: how a project's own file names it, and where it may be installed from.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use super::LANGUAGES;
+
+/// A kind of package index.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Registry {
+    /// The operator's variable that names the index: the installer's own, where it has one.
+    pub variable: &'static str,
+    /// The index that everybody uses, taken when the operator names none.
+    pub usual: &'static str,
+    /// Hosts that the usual one sends its callers to.
+    pub beside: &'static [&'static str],
+}
+
+/// How a project's file shows that it names packages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Naming {
+    /// Each line that is not empty and no comment names one.
+    Lines,
+    /// JSON: an object under one of these keys has members.
+    Members(&'static [&'static str]),
+    /// TOML: something is below a heading that ends in one of these words, or the heading goes on.
+    Headings(&'static [&'static str]),
+    /// A line begins with this word.
+    Word(&'static str),
+}
+
+/// How what a project depends on is installed, where the operator allows it.
+///
+/// In its command and variables `{index}` stands for the index's URL, and `{hosts}` for the hosts that
+/// packages come from.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Install {
+    /// The installer's name.
+    pub name: &'static str,
+    /// How to install the installer.
+    pub install: &'static str,
+    /// Where the packages come from.
+    pub registry: &'static Registry,
+    /// The file that names them.
+    pub file: &'static str,
+    /// How it names them.
+    pub naming: Naming,
+    /// Files beside it that the installer reads.
+    pub beside: &'static [&'static str],
+    /// What leads from the file to other files of the project: looked for in its lines, without the spaces
+    /// at their ends, each with a line's end before it.
+    pub elsewhere: &'static [&'static str],
+    /// Command.
+    pub argv: &'static [&'static str],
+    /// Its variables.
+    pub env: &'static [(&'static str, &'static str)],
+    /// Its variables beside those, for an index without TLS.
+    pub plain_env: &'static [(&'static str, &'static str)],
+    /// Folders of the workspace that packages go to.
+    pub folders: &'static [&'static str],
+    /// Programs need those folders when they run, not only when they are compiled.
+    pub needed_to_run: bool,
+    /// Variables of the compiler, when packages were installed.
+    pub compile_env: &'static [(&'static str, &'static str)],
+}
+
+impl Naming {
+    /// Whether a project's file names any package.
+    pub fn names_any(self, file: &str) -> bool {
+        match self {
+            Naming::Lines => file.lines().map(str::trim).any(is_content),
+            Naming::Members(keys) => {
+                let project: serde_json::Value = serde_json::from_str(file).unwrap_or_default();
+                let objects = keys.iter().filter_map(|key| project[key].as_object());
+                objects.into_iter().any(|object| !object.is_empty())
+            }
+            Naming::Headings(words) => below_heading(file, words),
+            Naming::Word(word) => file.lines().any(|line| {
+                let rest = line.trim_start().strip_prefix(word);
+                rest.is_some_and(|rest| rest.starts_with([' ', '\t', '(']))
+            }),
+        }
+    }
+}
+
+fn is_content(line: &str) -> bool {
+    !line.is_empty() && !line.starts_with('#')
+}
+
+fn below_heading(file: &str, words: &[&str]) -> bool {
+    let mut below = false;
+    for line in file.lines().map(str::trim).filter(|line| is_content(line)) {
+        let Some(heading) = line.strip_prefix('[') else {
+            if below {
+                return true;
+            }
+            continue;
+        };
+        let heading = heading.split(']').next().unwrap_or_default();
+        let parts: Vec<&str> = heading.split('.').collect();
+        // `[dependencies.one]` names one by itself.
+        let found = parts.iter().position(|part| words.contains(part));
+        if found.is_some_and(|at| at + 1 < parts.len()) {
+            return true;
+        }
+        below = found.is_some();
+    }
+    false
+}
+
+impl Install {
+    /// Whether a project's file may lead to other files of the project.
+    pub fn leads_elsewhere(&self, file: &str) -> bool {
+        let lines = file.lines().map(str::trim);
+        let lines: String = lines.flat_map(|line| ["\n", line]).collect();
+        self.elsewhere.iter().any(|words| lines.contains(words))
+    }
+}
+
+/// A place on the network: host and port.
+pub type Place = (String, u16);
+
+/// One index.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackageIndex {
+    /// Its URL, for the installer.
+    pub url: String,
+    /// What the installer may speak to.
+    pub places: BTreeSet<Place>,
+}
+
+impl PackageIndex {
+    /// The index at this URL, or the usual one. `None`: it is no URL, or has a password in it, which whatever
+    /// is installed could read.
+    pub fn new(registry: &Registry, named: Option<&str>) -> Option<Self> {
+        let url = named.unwrap_or(registry.usual);
+        let (rest, port) = match (url.strip_prefix("https://"), url.strip_prefix("http://")) {
+            (Some(rest), _) => (rest, 443),
+            (_, Some(rest)) => (rest, 80),
+            _ => return None,
+        };
+        let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+        // It is put into installers' settings and commands as it is.
+        let plain = |c: char| c.is_ascii_graphic() && !"@\"'\\,$`".contains(c);
+        if !url.chars().all(plain) {
+            return None;
+        }
+        let mut places = BTreeSet::from([package_place(authority, port)?]);
+        if named.is_none() {
+            let beside = registry.beside.iter();
+            places.extend(beside.map(|host| ((*host).to_owned(), 443)));
+        }
+        Some(Self {
+            url: url.to_owned(),
+            places,
+        })
+    }
+
+    /// What of an installer's command or variables stands for something of this index.
+    pub fn fill(&self, part: &str) -> String {
+        let hosts: Vec<&str> = self.places.iter().map(|(host, _)| host.as_str()).collect();
+        part.replace("{index}", &self.url)
+            .replace("{hosts}", &hosts.join(" "))
+    }
+
+    /// Whether it is spoken to without TLS.
+    pub fn is_plain(&self) -> bool {
+        self.url.starts_with("http:")
+    }
+}
+
+/// The host and port that `host:port` or `host` names.
+pub fn package_place(authority: &str, usual: u16) -> Option<Place> {
+    let (host, port) = match authority.rsplit_once(':') {
+        Some((host, port)) => (host, port.parse().ok()?),
+        None => (authority, usual),
+    };
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+    let good = !host.is_empty() && host.chars().all(plain);
+    good.then(|| (host.to_ascii_lowercase(), port))
+}
+
+/// What the operator allows to be installed; nothing unless they say so.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Packages {
+    /// By the variable that names each.
+    pub indexes: BTreeMap<&'static str, PackageIndex>,
+    /// Longest time of an installation.
+    pub wall: Duration,
+}
+
+impl Packages {
+    /// Longest time of an installation, unless the operator says otherwise: some hundred megabytes over a
+    /// slow line.
+    pub const WALL: Duration = Duration::from_secs(180);
+
+    /// The index that this installer may use.
+    pub fn index(&self, install: &Install) -> Option<&PackageIndex> {
+        self.indexes.get(install.registry.variable)
+    }
+
+    /// Every kind of index that a language has.
+    pub fn registries() -> impl Iterator<Item = &'static Registry> {
+        let installs = LANGUAGES.iter().filter_map(|one| one.install.as_ref());
+        let all: BTreeMap<&str, &Registry> = installs
+            .map(|install| (install.registry.variable, install.registry))
+            .collect();
+        all.into_values()
+    }
+}
+
+impl Default for Packages {
+    fn default() -> Self {
+        Self {
+            indexes: BTreeMap::new(),
+            wall: Self::WALL,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::model::Language;
+
+    fn install(language: &str) -> &'static Install {
+        Language::named(language).unwrap().install.as_ref().unwrap()
+    }
+
+    #[test]
+    fn a_file_names_packages_or_it_does_not() {
+        for (language, some, none) in [
+            ("python", "# ours\n  flask\n", "\n  # flask\n"),
+            (
+                "node",
+                r#"{"devDependencies":{"ws":"8"}}"#,
+                r#"{"name":"x","dependencies":{}}"#,
+            ),
+            ("typescript", r#"{"dependencies":{"ws":"8"}}"#, "not JSON"),
+            (
+                "go",
+                "module a\n\nrequire (\n\tb v1.0.0\n)\n",
+                "module required\n\ngo 1.19\n",
+            ),
+            (
+                "rust",
+                "[package]\nname = \"a\"\n[dependencies]\n# none\nb = \"1\"\n",
+                "[dependencies]\n[profile.release]\nlto = true\n",
+            ),
+            (
+                "rust",
+                "[target.'cfg(unix)'.dependencies]\nb = \"1\"",
+                "[package]\nname = \"dependencies\"",
+            ),
+            ("rust", "[build-dependencies.b]\nversion = \"1\"", ""),
+        ] {
+            let naming = install(language).naming;
+            assert!(naming.names_any(some), "{language}: {some}");
+            assert!(!naming.names_any(none), "{language}: {none}");
+        }
+    }
+
+    #[test]
+    fn other_files_count_where_the_file_leads_to_them() {
+        for (language, leads, alone) in [
+            ("python", "flask\n  -r more.txt", "my-requests\n"),
+            ("python", "./own", "flask>=2 # -r"),
+            (
+                "node",
+                r#"{"dependencies":{"a":"file:../a"}}"#,
+                r#"{"dependencies":{"a":"1"}}"#,
+            ),
+            ("go", "replace a => ./a", "require a v1.0.0"),
+            (
+                "rust",
+                "[dependencies]\na = { path = \"a\" }",
+                "[dependencies]\na = \"1\"",
+            ),
+        ] {
+            assert!(install(language).leads_elsewhere(leads), "{leads}");
+            assert!(!install(language).leads_elsewhere(alone), "{alone}");
+        }
+    }
+
+    #[test]
+    fn an_index_is_a_url_without_a_password() {
+        let registry = install("python").registry;
+        let usual = PackageIndex::new(registry, None).unwrap();
+        assert_eq!(usual.places.len(), 1 + registry.beside.len());
+        let own = PackageIndex::new(registry, Some("http://Index:8080/simple")).unwrap();
+        assert_eq!(own.places, BTreeSet::from([("index".to_owned(), 8080)]));
+        assert_eq!(
+            own.fill("{index} {hosts}"),
+            "http://Index:8080/simple index"
+        );
+        for wrong in [
+            "https://user:secret@index/simple",
+            "ftp://index",
+            "https://",
+            "https://index:none/",
+            "https://index/ x",
+            "https://index/\"\nb = \"",
+            "https://index,direct",
+        ] {
+            assert_eq!(PackageIndex::new(registry, Some(wrong)), None, "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! A job's lines out of the sandbox: its program speaks to a proxy on loopback, which is this, and each of
+//! its connections goes on over one that the server has lent.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+
+use super::wire::{FrameReader, FrameWriter, FromRunner, raw};
+
+/// Variables by which installers are told of their proxy.
+const VARIABLES: [&str; 4] = ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"];
+
+/// Pause before another connection is taken when one could not be.
+const AGAIN: Duration = Duration::from_millis(50);
+
+type Line = (FrameReader<UnixStream>, FrameWriter<UnixStream>);
+
+/// The lines of one job that nobody speaks on.
+#[derive(Debug, Default)]
+pub struct Lines {
+    free: RefCell<VecDeque<Line>>,
+    lent: Notify,
+}
+
+impl Lines {
+    /// The server lends another.
+    pub fn lend(&self, line: Line) {
+        self.free.borrow_mut().push_back(line);
+        self.lent.notify_one();
+    }
+
+    async fn take(&self) -> Line {
+        loop {
+            let lent = self.lent.notified();
+            if let Some(line) = self.free.borrow_mut().pop_front() {
+                return line;
+            }
+            lent.await;
+        }
+    }
+}
+
+/// Most connections of a job's that wait for a line or have one.
+const MAX_CALLERS: usize = 64;
+
+/// The proxy of one job, until this is dropped.
+#[derive(Debug)]
+pub struct Proxy {
+    /// On loopback.
+    pub port: u16,
+    _tasks: JoinSet<()>,
+}
+
+impl Proxy {
+    /// One that uses these lines, for programs of this user only: other runs of the sandbox have the same
+    /// loopback, and may not go out.
+    pub async fn start(lines: Rc<Lines>, uid: u32) -> std::io::Result<Self> {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
+        let port = listener.local_addr()?.port();
+        let mut tasks = JoinSet::new();
+        tasks.spawn_local(serve(listener, lines, uid));
+        Ok(Self {
+            port,
+            _tasks: tasks,
+        })
+    }
+
+    /// What tells the job's program of it.
+    pub fn environment(&self) -> impl Iterator<Item = (String, String)> {
+        let url = format!("http://127.0.0.1:{}", self.port);
+        VARIABLES
+            .into_iter()
+            .map(move |name| (name.to_owned(), url.clone()))
+    }
+}
+
+async fn serve(listener: TcpListener, lines: Rc<Lines>, uid: u32) {
+    let mut callers = JoinSet::new();
+    loop {
+        match listener.accept().await {
+            Ok((caller, from)) if owner(from) == Some(uid) => {
+                callers.spawn_local(pass_on(caller, Rc::clone(&lines)));
+            }
+            Ok(_) => {}
+            Err(_) => sleep(AGAIN).await,
+        }
+        while callers.try_join_next().is_some() {}
+        while callers.len() >= MAX_CALLERS {
+            callers.join_next().await;
+        }
+    }
+}
+
+/// Who made the connection whose other end is this one on loopback, as the kernel knows it (proc_net_tcp).
+fn owner(end: SocketAddr) -> Option<u32> {
+    let SocketAddr::V4(end) = end else {
+        return None;
+    };
+    let address = u32::from_ne_bytes(end.ip().octets());
+    let v4 = format!("{address:08X}:{:04X}", end.port());
+    // A socket for both families has the same address in the longer form.
+    let mapped = format!("{}{v4}", "0000000000000000FFFF0000");
+    let in_table = |table: &str, wanted: &str| {
+        let table = std::fs::read_to_string(table).ok()?;
+        table.lines().skip(1).find_map(|line| {
+            let mut fields = line.split_ascii_whitespace().skip(1);
+            (fields.next()? == wanted).then(|| fields.nth(5)?.parse().ok())?
+        })
+    };
+    in_table("/proc/self/net/tcp", &v4).or_else(|| in_table("/proc/self/net/tcp6", &mapped))
+}
+
+async fn pass_on(mut caller: TcpStream, lines: Rc<Lines>) {
+    let _ = caller.set_nodelay(true);
+    // One whose server is gone cannot be taken.
+    let mut stream = loop {
+        let (reader, mut writer) = lines.take().await;
+        if writer.send(&FromRunner::Taken).await.is_ok() {
+            break raw(reader, writer).0;
+        }
+    };
+    let _ = tokio::io::copy_bidirectional(&mut caller, &mut stream).await;
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connections_owner_is_known() {
+        let own = rustix::process::getuid().as_raw();
+        for bound in ["127.0.0.1:0", "[::ffff:127.0.0.1]:0"] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let socket = match bound.starts_with('[') {
+                true => tokio::net::TcpSocket::new_v6().unwrap(),
+                false => tokio::net::TcpSocket::new_v4().unwrap(),
+            };
+            socket.bind(bound.parse().unwrap()).unwrap();
+            let port = listener.local_addr().unwrap().port();
+            let to = bound.replace(":0", &format!(":{port}"));
+            let _caller = socket.connect(to.parse().unwrap()).await.unwrap();
+            let (_, from) = listener.accept().await.unwrap();
+            assert_eq!(owner(from), Some(own), "{bound}");
+        }
+        assert_eq!(owner("127.0.0.1:1".parse().unwrap()), None);
+    }
+}

@@ -1,0 +1,4 @@
+if [ $((2 + 2)) -ne FOUR ]; then
+  echo "not FOUR" >&2
+  exit 1
+fi

@@ -1,0 +1,5 @@
+#include <cassert>
+
+int main() {
+    assert(2 + 2 == FOUR && "not FOUR");
+}

@@ -1,0 +1,2 @@
+<?php
+assert(2 + 2 === FOUR, 'not FOUR');
