@@ -317,6 +317,30 @@ async fn a_repl_comes_back_after_the_server_was_killed() {
     );
 }
 
+/// Brought back one after the other, so that the last ones are not there yet when they are asked for.
+#[tokio::test]
+async fn a_repl_that_is_coming_back_is_waited_for() {
+    let mut server = Server::start();
+    let names: Vec<String> = (0..6).map(|n| format!("back-{n}")).collect();
+    for name in &names {
+        put(&server, name, "main.py", SERVER);
+        let body = json!({ "replId": name, "userId": "ann" });
+        assert_eq!(start(&server, body).await.0, 200);
+    }
+    server.restart();
+    let (server, none) = (&server, &json!({}));
+    let asked = names.iter().map(|name| async move {
+        let path = format!("/repls/{name}/ticket");
+        let (ticket, page) =
+            tokio::join!(post(server, &server.admin, &path, none), page(server, name));
+        // On a very busy machine it is "not yet"; it is never said to be gone.
+        assert!([200, 503].contains(&ticket.0), "{name}: {ticket:?}");
+        assert!([200, 503].contains(&page.0), "{name}: {page:?}");
+        page_with(server, name, "SimpleHTTPRequestHandler").await;
+    });
+    futures_util::future::join_all(asked).await;
+}
+
 /// A program that serves what it was given, and what is beside it.
 const GIVEN: &str = "
 import http.server, os

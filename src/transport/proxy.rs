@@ -70,7 +70,8 @@ pub async fn forward(
             "This name cannot be a repl's.",
         );
     };
-    if let Some(answered) = rouse(edge, &repl, door, is_visit(&request)).await {
+    let visit = is_visit(&request);
+    if let Some(answered) = rouse(edge, &repl, door, visit).await {
         return answered;
     }
     let dialled = async {
@@ -90,11 +91,7 @@ pub async fn forward(
         }
         Ok(Err(PlatformError::Unavailable(problem) | PlatformError::NotReady(problem))) => {
             let cause = format!("{}: {}", problem.message, problem.cause);
-            return error_page(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "The program does not serve now",
-                &cause,
-            );
+            return later("The program does not serve now", &cause, visit);
         }
         Err(_) => {
             let cause = format!(

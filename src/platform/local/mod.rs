@@ -218,7 +218,7 @@ impl Platform for LocalPlatform {
     }
 
     async fn ticket_key(&self, repl: &ReplId) -> Result<TicketKey, PlatformError> {
-        self.releases.ticket_key(repl)
+        self.releases.ticket_key(repl).await
     }
 
     fn modules(&self) -> Arc<dyn Modules> {

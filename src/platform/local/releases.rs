@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
 use super::program::{Owner, Program};
@@ -33,6 +33,10 @@ use crate::storage::DirectoryStore;
 
 /// How long requests that the previous release is answering may take to finish.
 const DRAIN: Duration = Duration::from_secs(2);
+
+/// How long a caller waits for a program that is being started, as after a restart of the server: shorter
+/// than the proxy waits for a connection, so that the caller is told why.
+const COMING_BACK: Duration = Duration::from_secs(4);
 
 /// Where a program finds the folder that outlives its releases.
 const DATA: &str = "data";
@@ -55,6 +59,8 @@ struct Inner {
     store: DirectoryStore,
     sandboxes: Arc<Sandboxes>,
     repls: Mutex<HashMap<ReplId, Repl>>,
+    /// Changes when a program was installed.
+    installed: watch::Sender<()>,
     /// One change of a repl at a time.
     changing: Mutex<HashMap<ReplId, Arc<tokio::sync::Mutex<()>>>>,
     tell: mpsc::Sender<ProgramEvent>,
@@ -98,6 +104,7 @@ impl Releases {
                 store,
                 sandboxes,
                 repls: Mutex::new(repls),
+                installed: watch::Sender::default(),
                 changing: Mutex::default(),
                 tell,
                 events: tokio::sync::Mutex::new(events),
@@ -265,10 +272,31 @@ impl Releases {
         self.dial_port(repl, AppPort::Program).await
     }
 
-    fn program(&self, repl: &ReplId) -> Result<Arc<Program>, PlatformError> {
-        self.with(repl, |repl| repl.program.clone())
-            .flatten()
-            .ok_or_else(|| PlatformError::NotFound(format!("a running release of {repl}")))
+    /// The repl's program; one that is being started is waited for.
+    async fn program(&self, repl: &ReplId) -> Result<Arc<Program>, PlatformError> {
+        let mut installed = self.inner.installed.subscribe();
+        let found = async {
+            loop {
+                let known = self.with(repl, |repl| (repl.program.clone(), repl.record.runs()));
+                match known {
+                    Some((Some(program), _)) => return Ok(program),
+                    Some((None, true)) => drop(installed.changed().await),
+                    Some((None, false)) | None => {
+                        let what = format!("a running release of {repl}");
+                        return Err(PlatformError::NotFound(what));
+                    }
+                }
+            }
+        };
+        let late = |_| {
+            PlatformError::Unavailable(Problem::new(
+                "starting",
+                "The repl is being started",
+                format!("it is not up after {} s", COMING_BACK.as_secs()),
+                "Try again in a moment; the server's log says more.",
+            ))
+        };
+        timeout(COMING_BACK, found).await.map_err(late)?
     }
 
     async fn dial_port(
@@ -276,7 +304,7 @@ impl Releases {
         repl: &ReplId,
         port: AppPort,
     ) -> Result<Box<dyn ByteStream>, PlatformError> {
-        match self.program(repl)?.dial(port).await {
+        match self.program(repl).await?.dial(port).await {
             Ok(stream) => Ok(Box::new(stream)),
             Err(error) => Err(unavailable(
                 "The program cannot be reached",
@@ -345,6 +373,7 @@ impl Releases {
     /// Makes it the one that callers reach; the previous one finishes what it is answering.
     fn install(&self, repl: &ReplId, program: Program) {
         let replaced = self.with(repl, |repl| repl.program.replace(Arc::new(program)));
+        self.inner.installed.send_replace(());
         if let Some(Some(replaced)) = replaced {
             tokio::spawn(async move {
                 tokio::time::sleep(DRAIN).await;

@@ -36,8 +36,8 @@ impl Releases {
     }
 
     /// See [`Platform::ticket_key`](crate::platform::Platform::ticket_key).
-    pub fn ticket_key(&self, repl: &ReplId) -> Result<TicketKey, PlatformError> {
-        Ok(self.program(repl)?.key.clone())
+    pub async fn ticket_key(&self, repl: &ReplId) -> Result<TicketKey, PlatformError> {
+        Ok(self.program(repl).await?.key.clone())
     }
 
     /// Recorded first: a server that is killed in between brings it up at its next start.
