@@ -15,11 +15,12 @@ mod server;
 mod client;
 
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use client::{Client, message};
+use reqwest::header::HOST;
 use serde_json::{Value, json};
 use server::Server;
 
@@ -198,22 +199,20 @@ async fn a_program_that_names_nothing_has_no_such_step() {
     }
 }
 
-#[tokio::test]
-async fn every_installer_of_the_table_installs() {
-    let index = Index::start();
-    let server = index.server(&[]);
-    let mut client = Client::of(&server).await;
+/// A program of each language that depends on a package, where its installer is on this machine.
+fn programs() -> Vec<Value> {
     let package = json!({ "dependencies": { "gantry-example": "1.0.0" } }).to_string();
+    let npm = runs("npm", &["--version"]);
     let cases = [
         (
-            runs("npm", &["--version"]),
+            npm,
             json!({ "language": "node", "files": {
                 "package.json": package,
                 "main.js": "console.log(require('gantry-example').word)",
             } }),
         ),
         (
-            runs("npm", &["--version"]) && runs("tsc", &["--version"]),
+            npm && runs("tsc", &["--version"]),
             json!({ "language": "typescript", "files": {
                 "package.json": package,
                 "main.ts": "import { word } from 'gantry-example';\nconsole.log(word);\n",
@@ -238,10 +237,16 @@ async fn every_installer_of_the_table_installs() {
             } }),
         ),
     ];
-    for (there, mut program) in cases {
-        if !there {
-            continue;
-        }
+    let there = cases.into_iter().filter(|(there, _)| *there);
+    there.map(|(_, program)| program).collect()
+}
+
+#[tokio::test]
+async fn every_installer_of_the_table_installs() {
+    let index = Index::start();
+    let server = index.server(&[]);
+    let mut client = Client::of(&server).await;
+    for mut program in programs() {
         program["user_id"] = json!("installers");
         program["deploy"] = json!(false);
         let begun = Instant::now();
@@ -250,6 +255,136 @@ async fn every_installer_of_the_table_installs() {
         assert_eq!(reply["status"], "tests_passed", "{reply}");
         assert_eq!(reply["stdout"], "installed\n", "{reply}");
     }
+}
+
+/// A repl whose files these are, started.
+async fn workspace(server: &Server, repl: &str, language: &str, files: &Value) {
+    for (name, text) in files.as_object().unwrap() {
+        let file = stored(server, repl).join(name);
+        std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+        std::fs::write(file, text.as_str().unwrap()).unwrap();
+    }
+    let body = json!({ "replId": repl, "userId": "ann", "language": language });
+    let request = server.post("/start").header("x-api-key", &server.admin);
+    let answer = request.json(&body).send().await.unwrap();
+    assert_eq!(answer.status(), 200, "{}", answer.text().await.unwrap());
+}
+
+fn stored(server: &Server, repl: &str) -> PathBuf {
+    server.data.path().join("store/code").join(repl)
+}
+
+/// The page that shows what the repl's program wrote, once it is one of its end.
+async fn ended(server: &Server, repl: &str) -> String {
+    let host = format!("{repl}.apps.localhost:{}", server.address.port());
+    let since = Instant::now();
+    loop {
+        let page = server.get("/").header(HOST, &host).send().await.unwrap();
+        let page = page.text().await.unwrap();
+        if page.contains("<title>The program ended") {
+            return page;
+        }
+        assert!(since.elapsed() < server::PATIENCE, "{page}");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_workspace_installs_what_its_files_name() {
+    let index = Index::start();
+    let server = index.server(&[]);
+    for program in programs() {
+        let language = program["language"].as_str().unwrap();
+        let begun = Instant::now();
+        workspace(&server, language, language, &program["files"]).await;
+        let page = ended(&server, language).await;
+        println!("{language}: {:?}", begun.elapsed());
+        assert!(page.contains("\ninstalled\n"), "{language}: {page}");
+        // What was installed, and what tools keep for themselves, is nobody's work.
+        let save = server.post(&format!("/repls/{language}/save"));
+        let saved = save.header("x-api-key", &server.admin).send().await;
+        assert_eq!(saved.unwrap().status(), 200, "{language}");
+        let kept = std::fs::read_dir(stored(&server, language)).unwrap();
+        let mut kept: Vec<String> = kept
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        let beside = [".build.tar.gz", "package-lock.json", "go.sum", "Cargo.lock"];
+        kept.retain(|name| !beside.contains(&&**name));
+        kept.sort();
+        let mut own: Vec<&str> = program["files"]
+            .as_object()
+            .unwrap()
+            .keys()
+            .map(|name| name.split('/').next().unwrap())
+            .collect();
+        own.sort_unstable();
+        assert_eq!(kept, own, "{language}");
+    }
+}
+
+#[tokio::test]
+async fn a_workspace_installs_again_when_its_file_changes() {
+    if !pip() {
+        return;
+    }
+    let index = Index::start();
+    let server = index.server(&[]);
+    let files = json!({ "requirements.txt": "gantry-nothing-like-it\n", "main.py": USES });
+    workspace(&server, "edited", "python", &files).await;
+    let page = ended(&server, "edited").await;
+    assert!(
+        page.contains("What requirements.txt names could not be installed."),
+        "{page}"
+    );
+    let headers = [("x-api-key", server.admin.as_str())];
+    let mut runner = server::Socket::open(&server, "/repls/edited/terminal", &headers)
+        .await
+        .unwrap();
+    let mut change = async |name: &str, text: &str| {
+        let write = json!({ "id": 1, "op": "files.write", "path": name, "text": text });
+        let run = json!({ "id": 2, "op": "program.run" });
+        for request in [write, run] {
+            let mut told = runner.ask(request.to_string()).await;
+            while told["id"] != request["id"] {
+                told = runner.next().await;
+            }
+            assert_eq!(told["ok"], true, "{told}");
+        }
+    };
+    change("requirements.txt", "gantry-example\n").await;
+    let page = loop {
+        let page = ended(&server, "edited").await;
+        if !page.contains("could not be installed") {
+            break page;
+        }
+    };
+    assert!(
+        page.contains("Successfully installed gantry-example"),
+        "{page}"
+    );
+    assert!(page.contains("\ninstalled\n"), "{page}");
+    // The same file again needs no installer and no index.
+    drop(index);
+    change(
+        "main.py",
+        "import gantry_example; print('again', gantry_example.WORD)",
+    )
+    .await;
+    let page = loop {
+        let page = ended(&server, "edited").await;
+        if page.contains("again") {
+            break page;
+        }
+    };
+    assert!(page.contains("<pre>again installed"), "{page}");
+    // It is kept over a stop.
+    let stop = server.post("/stop").header("x-api-key", &server.admin);
+    let stopped = stop.json(&json!({ "replId": "edited" })).send().await;
+    assert_eq!(stopped.unwrap().status(), 200);
+    assert!(stored(&server, "edited").join(".build.tar.gz").is_file());
+    workspace(&server, "edited", "python", &json!({})).await;
+    let page = ended(&server, "edited").await;
+    assert!(page.contains("<pre>again installed"), "{page}");
 }
 
 #[tokio::test]

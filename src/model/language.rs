@@ -4,7 +4,7 @@ mod table;
 
 pub use table::LANGUAGES;
 
-use super::Install;
+use super::{Install, PackageIndex};
 
 /// The folder of a workspace that compiled output goes to: what is there afterwards is what runs and
 /// what is released, beside the files that were sent.
@@ -206,8 +206,9 @@ impl Language {
         self.replace(runner.file, &words)
     }
 
-    /// The command that starts a project, whose files are in the workspace.
-    pub fn start(&self) -> Vec<String> {
+    /// The command that starts a project, whose files are in the workspace. `index`: where what it depends on
+    /// may be installed from.
+    pub fn start(&self, index: Option<&PackageIndex>) -> Vec<String> {
         let words = Words {
             entrypoint: self.entrypoint,
             files: &[],
@@ -215,13 +216,28 @@ impl Language {
             memory_bytes: super::Limits::DEFAULT.memory_bytes,
         };
         let run = self.fill(self.run, &words);
-        let Some(compile) = &self.compile else {
+        let install = self.install.as_ref().zip(index);
+        let install = install.map(|(install, index)| install.in_shell(index));
+        if install.is_none() && self.compile.is_none() {
             return run;
-        };
+        }
+        let run: Vec<String> = run.iter().map(|part| quoted(part)).collect();
+        let script = format!(
+            "{}{}exec {}",
+            install.unwrap_or_default(),
+            self.compile_in_shell(&words).unwrap_or_default(),
+            run.join(" ")
+        );
+        ["sh", "-c", &script].map(str::to_owned).to_vec()
+    }
+
+    /// What compiles a project in its workspace, if anything does, for what comes after it in a shell.
+    fn compile_in_shell(&self, words: &Words<'_>) -> Option<String> {
+        let compile = self.compile.as_ref()?;
         let shell = |command: &[&str]| {
             let parts = command.iter().map(|part| match *part {
                 "{sources}" => self.sources_in_shell(),
-                part => quoted(&self.replace(part, &words)),
+                part => quoted(&self.replace(part, words)),
             });
             parts.collect::<Vec<String>>().join(" ")
         };
@@ -232,12 +248,10 @@ impl Language {
                 shell(project)
             );
         }
-        let run: Vec<String> = run.iter().map(|part| quoted(part)).collect();
-        let run = run.join(" ");
         // A file's name may hold spaces, but hardly a line's end.
-        let script =
-            format!("set -f; IFS='\n'; mkdir -p {BUILD_FOLDER} && {{ {build}; }} && exec {run}");
-        ["sh", "-c", &script].map(str::to_owned).to_vec()
+        Some(format!(
+            "set -f; IFS='\n'; mkdir -p {BUILD_FOLDER} && {{ {build}; }} && "
+        ))
     }
 
     /// Every name, for messages.
@@ -257,7 +271,12 @@ impl Language {
             .iter()
             .map(|extension| format!("-name '*.{extension}'"));
         let names = names.collect::<Vec<String>>().join(" -o ");
-        format!("$(find . -path './.*' -prune -o -type f \\( {names} \\) -print)")
+        let folders = self.install.as_ref().map_or(&[][..], |one| one.folders);
+        let installed = folders.iter().map(|folder| format!(" -o -path ./{folder}"));
+        let installed: String = installed.collect();
+        format!(
+            "$(find . \\( -path './.*'{installed} \\) -prune -o -type f \\( {names} \\) -print)"
+        )
     }
 
     fn replace(&self, part: &str, words: &Words<'_>) -> String {
@@ -296,7 +315,7 @@ fn class(stem: &str, text: &str) -> String {
 }
 
 /// A word of a shell's command, as it is.
-fn quoted(part: &str) -> String {
+pub(super) fn quoted(part: &str) -> String {
     format!("'{}'", part.replace('\'', "'\\''"))
 }
 
@@ -377,11 +396,16 @@ mod tests {
 
     #[test]
     fn a_workspaces_start_compiles_what_has_to_be() {
-        let start = |name: &str| Language::named(name).unwrap().start();
+        let start = |name: &str| Language::named(name).unwrap().start(None);
         assert_eq!(start("python"), ["python3", "main.py"]);
         let go = start("go");
         assert_eq!(go[..2], ["sh", "-c"]);
         assert!(go[2].contains("if [ -f go.mod ]"), "{}", go[2]);
         assert!(go[2].ends_with("&& exec '.build/main'"), "{}", go[2]);
+        let python = Language::named("python").unwrap();
+        let index = PackageIndex::new(python.install.unwrap().registry, None).unwrap();
+        let start = python.start(Some(&index));
+        assert!(start[2].contains("if [ -f requirements.txt ]"), "{start:?}");
+        assert!(start[2].ends_with("exec 'python3' 'main.py'"), "{start:?}");
     }
 }

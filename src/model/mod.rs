@@ -33,7 +33,9 @@ pub use module::{
     ModuleStatus, Package, scale as module_scale,
 };
 pub use outcome::{Outcome, Reason, Status, TestResult, Usage};
-pub use packages::{Install, Naming, PackageIndex, Packages, Place, Registry, package_place};
+pub use packages::{
+    Install, Naming, PACKAGE_PROXY, PackageIndex, Packages, Place, Registry, package_place,
+};
 pub use problem::Problem;
 pub use release::{Release, ReleaseState, ReplState, ReplStatus, idle_cause};
 pub use service::{

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::LANGUAGES;
+use super::language::quoted;
 
 /// A kind of package index.
 #[derive(Debug, PartialEq, Eq)]
@@ -33,7 +34,7 @@ pub enum Naming {
 ///
 /// In its command and variables `{index}` stands for the index's URL, and `{hosts}` for the hosts that
 /// packages come from.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Install {
     /// The installer's name.
     pub name: &'static str,
@@ -63,6 +64,9 @@ pub struct Install {
     /// Variables of the compiler, when packages were installed.
     pub compile_env: &'static [(&'static str, &'static str)],
 }
+
+/// The variable with the URL of the proxy by which a workspace's installer reaches the indexes.
+pub const PACKAGE_PROXY: &str = "GANTRY_PACKAGE_PROXY";
 
 impl Naming {
     /// Whether a project's file names any package.
@@ -114,6 +118,50 @@ impl Install {
         let lines = file.lines().map(str::trim);
         let lines: String = lines.flat_map(|line| ["\n", line]).collect();
         self.elsewhere.iter().any(|words| lines.contains(words))
+    }
+
+    /// What a workspace's file was when its packages were installed.
+    pub fn installed(&self) -> String {
+        format!("{}/.gantry-installed", self.folders[0])
+    }
+
+    /// The variables of its command.
+    pub fn variables(&self, index: &PackageIndex) -> Vec<(&'static str, String)> {
+        let plain = index.is_plain().then_some(self.plain_env);
+        let own = self.env.iter().chain(plain.into_iter().flatten());
+        own.map(|(name, value)| (*name, index.fill(value)))
+            .collect()
+    }
+
+    /// The same in a shell's words, for a workspace, whose files change: nothing without the file, and nothing
+    /// when it is as it was when this was done last.
+    pub fn in_shell(&self, index: &PackageIndex) -> String {
+        let file = self.file;
+        let folders = self.folders.join(" ");
+        let installed = self.installed();
+        let read = format!("cat {file} {} 2>/dev/null", self.beside.join(" "));
+        let proxied = ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"];
+        let proxied = proxied.map(|name| format!("{name}=\"${PACKAGE_PROXY}\""));
+        let own = self.variables(index).into_iter();
+        let own: Vec<String> = own
+            .map(|(name, value)| format!("{name}={}", quoted(&value)))
+            .collect();
+        let argv = self.argv.iter().map(|part| quoted(&index.fill(part)));
+        let argv: Vec<String> = argv.collect();
+        let found = self.compile_env.iter();
+        let found: Vec<String> = found
+            .map(|(name, value)| format!("export {name}={}; ", quoted(value)))
+            .collect();
+        format!(
+            "if [ -f {file} ]; then if ! {read} | cmp -s - {installed}; then \
+             echo Installing what {file} names.; mkdir -p {folders}; {} {} {} || \
+             {{ code=$?; echo What {file} names could not be installed. >&2; exit $code; }}; \
+             {read} > {installed}; fi; {}fi; ",
+            proxied.join(" "),
+            own.join(" "),
+            argv.join(" "),
+            found.concat(),
+        )
     }
 }
 
@@ -199,10 +247,21 @@ impl Packages {
         self.indexes.get(install.registry.variable)
     }
 
+    /// Every way to install that a language has.
+    pub fn installs() -> impl Iterator<Item = &'static Install> {
+        LANGUAGES.iter().filter_map(|one| one.install.as_ref())
+    }
+
+    /// Folders of a workspace in which nothing is anybody's work: packages that were installed, and what tools
+    /// keep to be faster the next time.
+    pub fn folders() -> impl Iterator<Item = &'static str> {
+        let installed = Self::installs().flat_map(|install| install.folders);
+        installed.copied().chain([".cache", ".npm", ".config/go"])
+    }
+
     /// Every kind of index that a language has.
     pub fn registries() -> impl Iterator<Item = &'static Registry> {
-        let installs = LANGUAGES.iter().filter_map(|one| one.install.as_ref());
-        let all: BTreeMap<&str, &Registry> = installs
+        let all: BTreeMap<&str, &Registry> = Self::installs()
             .map(|install| (install.registry.variable, install.registry))
             .collect();
         all.into_values()
@@ -305,5 +364,43 @@ mod tests {
         ] {
             assert_eq!(PackageIndex::new(registry, Some(wrong)), None, "{wrong}");
         }
+    }
+
+    /// With a `pip` that counts: the shell's words are run by a shell.
+    #[test]
+    fn a_workspace_installs_once_for_the_same_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let index = PackageIndex::new(install("python").registry, None).unwrap();
+        let pip = Install {
+            argv: &[
+                "sh",
+                "-c",
+                "echo \"$https_proxy $PIP_INDEX_URL\"; [ ! -f broken ]",
+            ],
+            compile_env: &[("FOUND", "it's here")],
+            ..*install("python")
+        };
+        let script = format!("{}echo \"ran $FOUND\"", pip.in_shell(&index));
+        let run = || {
+            let mut shell = std::process::Command::new("sh");
+            let shell = shell.args(["-ec", &script]).current_dir(folder.path());
+            let ended = shell.env(PACKAGE_PROXY, "http://proxy").output().unwrap();
+            let told = String::from_utf8(ended.stdout).unwrap();
+            (ended.status.code(), told)
+        };
+        let write =
+            |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        assert_eq!(run(), (Some(0), "ran \n".to_owned()));
+        write("requirements.txt", "flask\n");
+        let installed =
+            "Installing what requirements.txt names.\nhttp://proxy https://pypi.org/simple\n";
+        let ran = "ran it's here\n";
+        assert_eq!(run(), (Some(0), format!("{installed}{ran}")));
+        assert_eq!(run(), (Some(0), ran.to_owned()));
+        write("requirements.txt", "flask\nmore\n");
+        write("broken", "");
+        assert_eq!(run(), (Some(1), installed.to_owned()));
+        std::fs::remove_file(folder.path().join("broken")).unwrap();
+        assert_eq!(run(), (Some(0), format!("{installed}{ran}")));
     }
 }

@@ -167,6 +167,7 @@ impl Pipeline {
         let place = self.inner.places.take(platform, &user, repl).await?;
         platform.used(&user);
         let woken = platform.wake(repl).await?;
+        self.inner.opened.notify_one();
         drop(place);
         if woken {
             let message = "Started again by a request".to_owned();

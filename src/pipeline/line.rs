@@ -1,8 +1,8 @@
-//! Lines out of a sandbox, for the installer of what a program depends on, and for nothing else. The sandbox
-//! itself has no network: its runner passes each connection on to here, and here it is joined to a
+//! Lines out of a sandbox or a workspace, for the installer of what a program depends on, and for nothing else.
+//! Neither has a network: its runner passes each connection on to here, and here it is joined to a
 //! package index, or refused.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,7 +12,9 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::model::{Place, UserId, package_place};
+use super::Pipeline;
+use super::save::Runner;
+use crate::model::{Place, ReplId, UserId, package_place};
 use crate::platform::{ByteStream, Platform};
 use crate::runner::wire::{FromRunner, JobId, ToRunner, VERSION, frames, raw};
 
@@ -30,6 +32,13 @@ const GREETING: Duration = Duration::from_secs(5);
 
 /// Between two tries to lend a line to a runner that cannot be reached.
 const AGAIN: Duration = Duration::from_millis(500);
+
+/// How often it is looked for workspaces that other servers opened.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+/// Longest pause before a workspace is tried again that took no line: its pod may be starting, or of an image
+/// from before there were lines.
+const SELDOM: Duration = Duration::from_secs(5);
 
 /// Pause before the first line is lent: what is installed already is found sooner, and no installer starts
 /// as fast.
@@ -60,16 +69,11 @@ pub fn lend(
     job: JobId,
     places: BTreeSet<Place>,
 ) -> Lent {
-    let (places, trouble) = (Arc::new(places), Trouble::default());
+    let user = user.clone();
+    let line = Arc::new(Line::new(platform, Taker::Job { user, job }, places));
     let mut lines = JoinSet::new();
     for _ in 0..LINES {
-        let line = Line {
-            platform: Arc::clone(platform),
-            user: user.clone(),
-            job,
-            places: Arc::clone(&places),
-            trouble: Arc::clone(&trouble),
-        };
+        let line = Arc::clone(&line);
         lines.spawn(async move {
             sleep(AHEAD).await;
             loop {
@@ -82,34 +86,109 @@ pub fn lend(
     }
     Lent {
         _lines: lines,
-        trouble,
+        trouble: Arc::clone(&line.trouble),
     }
 }
 
-/// What one line needs to know.
+/// Lends the workspace lines to these places, until this is dropped. Nobody knows when its user will run an
+/// installer: one line waits at any time, and the next one when that is taken.
+pub fn lend_to_workspace(
+    platform: &Arc<dyn Platform>,
+    repl: &ReplId,
+    places: BTreeSet<Place>,
+) -> JoinSet<()> {
+    let line = Arc::new(Line::new(platform, Taker::Workspace(repl.clone()), places));
+    let repl = repl.clone();
+    let mut lending = JoinSet::new();
+    lending.spawn(async move {
+        let (mut carried, mut pause) = (JoinSet::new(), AGAIN);
+        loop {
+            while carried.try_join_next().is_some() {}
+            while carried.len() >= LINES {
+                carried.join_next().await;
+            }
+            match line.taken().await {
+                Ok((installer, head)) => {
+                    pause = AGAIN;
+                    let line = Arc::clone(&line);
+                    carried.spawn(async move {
+                        if let Err(error) = line.carry(installer, head).await {
+                            tracing::debug!(error = format!("{error:#}"), "a line to an installer ended");
+                        }
+                    });
+                }
+                Err(error) => {
+                    tracing::debug!(%repl, error = format!("{error:#}"), "a workspace takes no line");
+                    sleep(pause).await;
+                    pause = SELDOM.min(pause * 2);
+                }
+            }
+        }
+    });
+    lending
+}
+
+/// Who is lent a line.
+enum Taker {
+    Job { user: UserId, job: JobId },
+    Workspace(ReplId),
+}
+
+/// What a line needs to know.
 struct Line {
     platform: Arc<dyn Platform>,
-    user: UserId,
-    job: JobId,
-    places: Arc<BTreeSet<Place>>,
+    taker: Taker,
+    places: BTreeSet<Place>,
     trouble: Trouble,
 }
 
 impl Line {
+    fn new(platform: &Arc<dyn Platform>, taker: Taker, places: BTreeSet<Place>) -> Self {
+        Self {
+            platform: Arc::clone(platform),
+            taker,
+            places,
+            trouble: Trouble::default(),
+        }
+    }
+
     fn note(&self, why: &str) {
         let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
         *trouble = Some(why.to_owned());
     }
 
-    /// One connection of the installer's, from when it is made to its end.
-    async fn carry_one(&self) -> anyhow::Result<()> {
-        let (mut reader, mut writer) = frames(self.platform.connect(&self.user).await?);
-        writer.send(&ToRunner::Hello { version: VERSION }).await?;
-        timeout(GREETING, reader.next::<FromRunner>()).await??;
-        writer.send(&ToRunner::Lend { job: self.job }).await?;
+    /// A line of which somebody has taken the other end, and what came on it already.
+    async fn taken(&self) -> anyhow::Result<(Box<dyn ByteStream>, Vec<u8>)> {
+        let (mut reader, writer) = match &self.taker {
+            Taker::Job { user, job } => {
+                let (mut reader, mut writer) = frames(self.platform.connect(user).await?);
+                writer.send(&ToRunner::Hello { version: VERSION }).await?;
+                timeout(GREETING, reader.next::<FromRunner>()).await??;
+                writer.send(&ToRunner::Lend { job: *job }).await?;
+                (reader, writer)
+            }
+            Taker::Workspace(repl) => {
+                let stream = self.platform.dial_runner(repl).await?;
+                let runner = Runner::over(&*self.platform, repl, stream).await?;
+                frames(timeout(GREETING, runner.lend()).await??)
+            }
+        };
         let taken = reader.next::<FromRunner>().await?;
         anyhow::ensure!(taken == FromRunner::Taken, "no line is wanted: {taken:?}");
-        let (mut installer, mut head) = raw(reader, writer);
+        Ok(raw(reader, writer))
+    }
+
+    /// One connection of the installer's, from when it is made to its end.
+    async fn carry_one(&self) -> anyhow::Result<()> {
+        let (installer, head) = self.taken().await?;
+        self.carry(installer, head).await
+    }
+
+    async fn carry(
+        &self,
+        mut installer: Box<dyn ByteStream>,
+        mut head: Vec<u8>,
+    ) -> anyhow::Result<()> {
         let asked = timeout(REQUEST_PATIENCE, read_head(&mut installer, &mut head)).await;
         asked.context("it asked for nothing")??;
         let Some(request) = Request::parse(&head) else {
@@ -127,6 +206,34 @@ impl Line {
                 self.note(&why);
                 refuse(&mut installer, "502 Bad Gateway", &format!("{why}\n")).await
             }
+        }
+    }
+}
+
+impl Pipeline {
+    /// Lends lines to every workspace that is this server's to see to, until the server ends.
+    pub(super) async fn keep_lending(self) {
+        let packages = &self.inner.packages;
+        let places: BTreeSet<Place> = packages
+            .indexes
+            .values()
+            .flat_map(|index| index.places.iter().cloned())
+            .collect();
+        if places.is_empty() {
+            return;
+        }
+        let platform = &self.inner.platform;
+        let mut lent: HashMap<ReplId, JoinSet<()>> = HashMap::new();
+        loop {
+            if let Ok(open) = self.open_workspaces().await {
+                lent.retain(|repl, _| open.contains(repl));
+                for repl in open {
+                    let lending = || lend_to_workspace(platform, &repl, places.clone());
+                    lent.entry(repl.clone()).or_insert_with(lending);
+                }
+            }
+            // One that was opened here is seen to at once.
+            let _ = timeout(LOOK_EVERY, self.inner.opened.notified()).await;
         }
     }
 }

@@ -20,6 +20,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 
 use crate::journal::{Journal, JournalError, NewRecord};
@@ -138,6 +139,8 @@ struct Inner {
     places: Places,
     packages: Packages,
     saves: Saves,
+    /// Told when a repl may have become an open workspace.
+    opened: Notify,
     idle_stop: Option<Duration>,
     waking: Waking,
     under_way: Mutex<HashMap<SubmissionId, Arc<Control>>>,
@@ -162,6 +165,7 @@ impl Pipeline {
                 places: Places::new(options.repls_per_user),
                 packages: options.packages.clone(),
                 saves: Saves::default(),
+                opened: Notify::new(),
                 idle_stop: options.idle_stop,
                 waking: Waking::default(),
                 under_way: Mutex::default(),
@@ -188,6 +192,7 @@ impl Pipeline {
         let this = self.clone();
         tokio::spawn(async move { this.record_programs().await });
         tokio::spawn(self.clone().keep_saving());
+        tokio::spawn(self.clone().keep_lending());
         tokio::spawn(self.clone().keep_stopping_idle(self.inner.idle_stop));
         Ok(())
     }
@@ -297,13 +302,16 @@ impl Pipeline {
         }
         let _place = self.inner.places.take(&**platform, user, repl).await?;
         platform.used(user);
+        let install = language.install.as_ref();
+        let index = install.and_then(|install| self.inner.packages.index(install));
         let spec = WorkspaceSpec {
             user_id: user.clone(),
             repl_id: repl.clone(),
-            argv: language.start(),
+            argv: language.start(index),
         };
         let was_idle = platform.is_idle(repl);
         let opened = platform.open_workspace(&spec).await?;
+        self.inner.opened.notify_one();
         if opened.created {
             let message = match was_idle {
                 true => "Started again as it was before it was idle".to_owned(),

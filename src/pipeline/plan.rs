@@ -52,11 +52,7 @@ impl<'a> Plan<'a> {
     /// The job that installs what the program depends on, where that is allowed.
     pub fn install_job(&self) -> Option<Job> {
         let (install, index) = (self.install?, self.index?);
-        let plain = index.is_plain().then_some(install.plain_env);
-        let own = install.env.iter().chain(plain.into_iter().flatten());
-        let own: Vec<(&str, String)> = own
-            .map(|(name, value)| (*name, index.fill(value)))
-            .collect();
+        let own = install.variables(index);
         let own = own.iter().map(|(name, value)| (*name, value.as_str()));
         let env = self.environment(self.submissions_own().chain(own));
         let limits = Limits {

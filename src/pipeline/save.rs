@@ -9,6 +9,7 @@ use futures_util::{StreamExt, stream};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::body::Bytes;
 use hyper::client::conn::http1::{self, SendRequest};
+use hyper::http::request;
 use hyper::{HeaderMap, Request, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
@@ -16,9 +17,11 @@ use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
 use super::{Pipeline, Share};
-use crate::model::{BUILD_FOLDER, Problem, RelativePath, ReplId};
+use crate::model::{BUILD_ARCHIVE, BUILD_FOLDER, Problem, RelativePath, ReplId};
 use crate::platform::{ByteStream, Platform, PlatformError};
-use crate::runner::wire::{Activity, LISTING};
+use crate::runner::wire::{
+    Activity, INSTALLED, LINE, LINE_PROTOCOL, LISTING, MAX_BUILD_BYTES, PACKAGES,
+};
 use crate::storage::CodeStore;
 
 /// How often every workspace is saved: as much of somebody's work as a lost node may cost.
@@ -59,11 +62,13 @@ pub struct Saved {
 }
 
 /// Why a workspace was not saved.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub enum NotSaved {
     /// It cannot be asked: it is not there any more, or never was.
+    #[error(transparent)]
     Gone(PlatformError),
     /// What it has cannot be kept.
+    #[error(transparent)]
     Failed(Problem),
 }
 
@@ -82,6 +87,8 @@ struct Known {
     files: BTreeMap<RelativePath, (u64, i64)>,
     /// The number of the runner's last list that was seen to.
     done: u64,
+    /// When those packages were installed that were kept last.
+    installed: u64,
 }
 
 /// What was saved last of every workspace; the lock of each is held while it is saved.
@@ -127,20 +134,26 @@ impl Pipeline {
 
     /// Saves every workspace that is this server's to save.
     pub async fn save_all(&self) {
-        let Ok(repls) = self.inner.platform.repls().await else {
+        let Ok(open) = self.open_workspaces().await else {
             return;
         };
+        stream::iter(open)
+            .for_each_concurrent(AT_ONCE, |repl| async move {
+                if let Err(NotSaved::Failed(problem)) = self.save(&repl).await {
+                    tracing::warn!(%repl, %problem, "a workspace was not saved");
+                }
+            })
+            .await;
+    }
+
+    /// Every workspace that is open, and this server's to see to.
+    pub(super) async fn open_workspaces(&self) -> Result<BTreeSet<ReplId>, PlatformError> {
+        let repls = self.inner.platform.repls().await?;
         let Share(mine) = &self.inner.share;
         let open = repls
             .into_iter()
             .filter(|repl| repl.release.is_none() && repl.state.is_on() && mine(&repl.repl_id));
-        stream::iter(open)
-            .for_each_concurrent(AT_ONCE, |repl| async move {
-                if let Err(NotSaved::Failed(problem)) = self.save(&repl.repl_id).await {
-                    tracing::warn!(repl = %repl.repl_id, %problem, "a workspace was not saved");
-                }
-            })
-            .await;
+        Ok(open.map(|repl| repl.repl_id).collect())
     }
 }
 
@@ -196,6 +209,15 @@ async fn copy(
         saved.removed += 1;
     }
     known.done = number;
+    if let Some((installed, packages)) = runner.packages(known.installed).await? {
+        if !packages.is_empty() {
+            let archive = RelativePath::try_from(BUILD_ARCHIVE.to_owned());
+            let archive = archive.map_err(|error| NotSaved::Failed(problem(&error.to_string())))?;
+            let put = store.put_current(repl, &archive, packages.into());
+            put.await.map_err(NotSaved::Failed)?;
+        }
+        known.installed = installed;
+    }
     Ok(saved)
 }
 
@@ -224,9 +246,33 @@ impl Runner {
             .await
             .map_err(|error| cut(&error))?;
         // Its error comes out at the request.
-        tokio::spawn(connection);
+        tokio::spawn(connection.with_upgrades());
         let ticket = key.issue(repl, until);
         Ok(Self { send, ticket })
+    }
+
+    /// Lends its program's installer a line: this connection.
+    pub(super) async fn lend(mut self) -> anyhow::Result<Box<dyn ByteStream>> {
+        let request = self
+            .request(LINE)
+            .header(header::CONNECTION, "upgrade")
+            .header(header::UPGRADE, LINE_PROTOCOL);
+        let request = request.body(Empty::new())?;
+        self.send.ready().await?;
+        let answer = self.send.send_request(request).await?;
+        let status = answer.status();
+        anyhow::ensure!(
+            status == StatusCode::SWITCHING_PROTOCOLS,
+            "it answers {status}"
+        );
+        let line = hyper::upgrade::on(answer).await?;
+        Ok(Box::new(TokioIo::new(line)))
+    }
+
+    fn request(&self, path: &str) -> request::Builder {
+        Request::get(path)
+            .header(header::HOST, "runner")
+            .header(header::AUTHORIZATION, format!("Bearer {}", self.ticket))
     }
 
     /// What there is, and what is gone since the list of the number `done`; and this list's number. A
@@ -234,11 +280,8 @@ impl Runner {
     async fn list(&mut self, done: u64) -> Result<(Vec<Listed>, u64), NotSaved> {
         let answer = self.get(&format!("/files?done={done}"), MOST_LIST).await?;
         let (headers, body) = answer.ok_or_else(|| cut(&"it lists no files"))?;
-        let number = headers
-            .get(LISTING)
-            .and_then(|n| n.to_str().ok()?.parse().ok());
         let listed = serde_json::from_slice(&body).map_err(|error| cut(&error))?;
-        Ok((listed, number.unwrap_or_default()))
+        Ok((listed, number(&headers, LISTING)))
     }
 
     /// Since when it was not used, and whether its program is up.
@@ -246,6 +289,13 @@ impl Runner {
         let answer = self.get("/activity", MOST_ACTIVITY).await?;
         let (_, body) = answer.ok_or_else(|| cut(&"it is of an image that does not tell"))?;
         serde_json::from_slice(&body).map_err(|error| cut(&error))
+    }
+
+    /// What was installed in the workspace and when, unless that is what was installed `done`.
+    async fn packages(&mut self, done: u64) -> Result<Option<(u64, Bytes)>, NotSaved> {
+        let path = format!("{PACKAGES}?done={done}");
+        let answer = self.get(&path, MAX_BUILD_BYTES).await?;
+        Ok(answer.map(|(headers, body)| (number(&headers, INSTALLED), body)))
     }
 
     async fn read(&mut self, path: &RelativePath) -> Result<Option<Vec<u8>>, NotSaved> {
@@ -259,9 +309,8 @@ impl Runner {
         path: &str,
         most: usize,
     ) -> Result<Option<(HeaderMap, Bytes)>, NotSaved> {
-        let request = Request::get(path)
-            .header(header::HOST, "runner")
-            .header(header::AUTHORIZATION, format!("Bearer {}", self.ticket))
+        let request = self
+            .request(path)
             .body(Empty::new())
             .map_err(|error| cut(&error))?;
         let answer = async {
@@ -280,6 +329,11 @@ impl Runner {
         let answered = timeout(ANSWER, answer).await;
         answered.unwrap_or_else(|_| Err(cut(&"it did not answer in time")))
     }
+}
+
+fn number(headers: &HeaderMap, name: &str) -> u64 {
+    let text = headers.get(name).and_then(|value| value.to_str().ok());
+    text.and_then(|text| text.parse().ok()).unwrap_or_default()
 }
 
 /// The runner went away in the middle.

@@ -29,7 +29,7 @@ use super::line::{Lines, Proxy};
 use super::process::{Exit, MemoryGroup, die_first, reap};
 use super::slot::{Ground, Slot};
 use super::warm::{HOOK_FOLDER, Interpreter, Parked, Program, needs_cold_start, pipes};
-use super::wire::{FromRunner, Job, JobEvent, JobId, ToRunner, VERSION, frames};
+use super::wire::{FromRunner, Job, JobEvent, JobId, ToRunner, VERSION, frames, raw};
 use crate::model::{Ending, OutputStream, Reason, RunReport, Usage};
 
 /// The server pings every 5 s; three missed ones mean that it is gone (design.md §7).
@@ -472,7 +472,8 @@ impl Agent {
         if let ToRunner::Lend { job } = first {
             // The job has ended meanwhile, where it is not found.
             if let Some(lines) = self.lines.borrow().get(&job) {
-                lines.lend((reader, writer));
+                // Nothing follows before the line is taken.
+                lines.lend(Box::new(raw(reader, writer).0));
             }
             return Ok(());
         }

@@ -25,19 +25,20 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::unix::pipe;
 use tokio::net::{TcpStream, UnixListener, UnixStream};
-use tokio::sync::{Notify, broadcast, mpsc};
+use tokio::sync::{Notify, OnceCell, broadcast, mpsc};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::agent::{AgentConfig, Exits, collect_children};
 use super::build::unpack;
 use super::confine::{Confinement, Identity};
 use super::job::KILL_PATIENCE;
+use super::line::{Lines, Proxy};
 use super::process::signal as signal_process;
 use super::slot::{Ground, Slot, bind};
 use super::warm::pipes;
 use super::wire::{AppPort, FromApp, frames};
 use super::workspace::{self, Terminal, Workspace};
-use crate::model::{BUILD_ARCHIVE, Ending, Limits, OutputStream};
+use crate::model::{BUILD_ARCHIVE, Ending, Limits, OutputStream, PACKAGE_PROXY, Packages};
 
 /// The port a released program listens on (design.md §5).
 pub const PROGRAM_PORT: u16 = 3_000;
@@ -82,6 +83,9 @@ const NOT_A_WORKSPACE: &str =
 /// Longest wait for the rest of what a program wrote, once it and all that it started are gone: it is in
 /// the pipes and is read at once. Only what cannot be killed holds one open for longer.
 const REST_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Longest that a command takes which is run beside the program: as long as a server waits for an answer.
+const WRITTEN_PATIENCE: Duration = Duration::from_secs(25);
 
 /// How often a released program's memory is looked at.
 const MEASURE_EVERY: Duration = Duration::from_millis(500);
@@ -141,6 +145,9 @@ pub(super) struct App {
     /// Told when it is to run once more, and whether it was.
     wanted: Notify,
     is_wanted: Cell<bool>,
+    /// What its installer reaches the indexes by.
+    lines: Rc<Lines>,
+    proxy: OnceCell<Proxy>,
     /// Takes what it writes, beside whoever watches: stdout, stderr.
     echo: Option<[File; 2]>,
     /// When somebody used it last: asked its program for something, or had a terminal. Whatever the program
@@ -157,7 +164,7 @@ pub async fn run(config: AppConfig, listener: UnixListener) -> anyhow::Result<()
         identity,
     } = config;
     let slot = Slot::create(&program.sandbox, 0)?;
-    copy_release(&release, &slot)?;
+    copy_release(&release, &slot, program.stays)?;
     if let (Some(data), Ground::Roots { slots, .. }) = (&data, &program.sandbox.ground) {
         let inside = slots.join("0");
         bind(
@@ -181,7 +188,7 @@ pub async fn run(config: AppConfig, listener: UnixListener) -> anyhow::Result<()
     }
 }
 
-fn copy_release(release: &Path, slot: &Slot) -> anyhow::Result<()> {
+fn copy_release(release: &Path, slot: &Slot, stays: bool) -> anyhow::Result<()> {
     let (mut files, mut bytes) = (Vec::new(), 0);
     let mut build = None;
     let mut folders = vec![release.to_owned()];
@@ -217,16 +224,26 @@ fn copy_release(release: &Path, slot: &Slot) -> anyhow::Result<()> {
     }
     slot.write_files(&files)?;
     if let Some(build) = build {
-        unpack_build(&build, slot)?;
+        unpack_build(&build, slot, stays)?;
     }
     Ok(())
 }
 
-/// Puts what was compiled beside a release's files.
-pub(super) fn unpack_build(archive: &Path, slot: &Slot) -> anyhow::Result<()> {
+/// Puts what was compiled beside a release's files, or what was installed beside a workspace's: that is
+/// installed again when it cannot be used.
+pub(super) fn unpack_build(archive: &Path, slot: &Slot, stays: bool) -> anyhow::Result<()> {
     let file = File::open(archive)?;
-    unpack(file, slot.folder(), slot.uid)
-        .with_context(|| format!("{} cannot be unpacked", archive.display()))
+    let unpacked = unpack(file, slot.folder(), slot.uid)
+        .with_context(|| format!("{} cannot be unpacked", archive.display()));
+    let Err(error) = unpacked else {
+        return Ok(());
+    };
+    anyhow::ensure!(stays, error);
+    tracing::warn!(error = format!("{error:#}"), "packages are installed again");
+    for install in Packages::installs() {
+        let _ = std::fs::remove_file(slot.folder().join(install.installed()));
+    }
+    Ok(())
 }
 
 impl App {
@@ -250,6 +267,8 @@ impl App {
             spared: RefCell::default(),
             wanted: Notify::new(),
             is_wanted: Cell::new(false),
+            lines: Rc::default(),
+            proxy: OnceCell::new(),
             echo,
             used: Cell::new(Instant::now()),
             config,
@@ -461,6 +480,42 @@ impl App {
         )
     }
 
+    /// Where the server lends its installer lines; `None`: a release has installed what it needs.
+    pub(super) fn lines(&self) -> Option<&Lines> {
+        self.config.stays.then_some(&*self.lines)
+    }
+
+    /// Lets its installer use what is lent.
+    async fn open_proxy(&self) -> io::Result<()> {
+        let own = rustix::process::getuid().as_raw();
+        let uid = self.slot.uid.unwrap_or(own);
+        let proxy = || Proxy::start(Rc::clone(&self.lines), uid);
+        self.proxy.get_or_try_init(proxy).await.map(drop)
+    }
+
+    /// What a command writes that is run beside the program, under the same limits. It goes when the program
+    /// ends.
+    pub(super) async fn written_by(&self, argv: &[String], most: usize) -> anyhow::Result<Vec<u8>> {
+        let mut command = self.command(argv)?;
+        let (parent, child) = pipes()?;
+        child.attach(&mut command);
+        let pid = i32::try_from(command.spawn()?.id())?;
+        let exited = self.exits.wait_for(pid);
+        drop((command, parent.stdin));
+        let mut written = Vec::new();
+        let mut bounded = parent.stdout.take(most as u64 + 1);
+        let read = timeout(WRITTEN_PATIENCE, bounded.read_to_end(&mut written)).await;
+        let read = read.map_err(io::Error::from).flatten();
+        if read.is_err() || written.len() > most {
+            signal_process(pid, libc::SIGKILL);
+        }
+        let exit = exited.await?;
+        read?;
+        anyhow::ensure!(written.len() <= most, "it is more than {most} bytes");
+        anyhow::ensure!(exit.status == 0, "it failed");
+        Ok(written)
+    }
+
     /// Whether a session outlives the program.
     pub(super) fn spare(&self, session: i32, spare: bool) {
         let mut spared = self.spared.borrow_mut();
@@ -529,6 +584,9 @@ impl App {
 
     /// One life of the program: how it ended, and whether it served before. Then nothing of it is left.
     async fn run_once(&self) -> anyhow::Result<(Ending, bool)> {
+        if self.config.stays {
+            self.open_proxy().await?;
+        }
         let (pid, stdout, stderr) = self.start()?;
         self.process.set(Some(pid));
         let exited = self.exits.wait_for(pid);
@@ -619,6 +677,7 @@ impl App {
             .env("PORT", PROGRAM_PORT.to_string())
             // A released program's log is followed live; block buffering would hide it.
             .env("PYTHONUNBUFFERED", "1")
+            .envs(self.proxy.get().map(|proxy| (PACKAGE_PROXY, proxy.url())))
             .envs(self.config.env.iter().cloned());
         let limits = Limits {
             wall_ms: u64::MAX,

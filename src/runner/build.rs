@@ -91,6 +91,12 @@ pub fn pack(workspace: &Path, folders: &[String]) -> io::Result<Vec<u8>> {
     let mut archive = Builder::new(GzEncoder::new(bounded, Compression::fast()));
     let (mut bytes, mut entries) = (0, 0);
     let mut waiting: Vec<PathBuf> = folders.iter().map(PathBuf::from).collect();
+    for above in waiting.iter().flat_map(|folder| folder.ancestors().skip(1)) {
+        if !fs::symlink_metadata(workspace.join(above))?.is_dir() {
+            let why = format!("{} is no folder", above.display());
+            return Err(io::Error::other(why));
+        }
+    }
     while let Some(path) = waiting.pop() {
         let at = workspace.join(&path);
         let about = fs::symlink_metadata(&at)?;
@@ -241,6 +247,8 @@ mod tests {
                 .unwrap()
                 .is_symlink()
         );
+        fs::create_dir(elsewhere.path().join("inner")).unwrap();
+        assert!(pack(workspace.path(), &["out/inner".to_owned()]).is_err());
         assert!(pack(workspace.path(), &["absent".to_owned()]).is_err());
     }
 

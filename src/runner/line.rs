@@ -1,45 +1,61 @@
-//! A job's lines out of the sandbox: its program speaks to a proxy on loopback, which is this, and each of
-//! its connections goes on over one that the server has lent.
+//! Lines out of the sandbox for an installer, a job's or a workspace's: it speaks to a proxy on loopback, which
+//! is this, and each of its connections goes on over one that the server has lent.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::fmt;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
-use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use super::wire::{FrameReader, FrameWriter, FromRunner, raw};
+use super::client::ByteStream;
+use super::wire::{FromRunner, frames, raw};
 
-/// Variables by which installers are told of their proxy.
+/// Variables by which a job's installer is told of its proxy.
 const VARIABLES: [&str; 4] = ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"];
 
 /// Pause before another connection is taken when one could not be.
 const AGAIN: Duration = Duration::from_millis(50);
 
-type Line = (FrameReader<UnixStream>, FrameWriter<UnixStream>);
+/// Most lines that wait for somebody to speak on them: more than a server lends at one time.
+const MAX_FREE: usize = 16;
 
-/// The lines of one job that nobody speaks on.
-#[derive(Debug, Default)]
+type Line = Box<dyn ByteStream>;
+
+/// Those that nobody speaks on.
+#[derive(Default)]
 pub struct Lines {
     free: RefCell<VecDeque<Line>>,
     lent: Notify,
 }
 
+impl fmt::Debug for Lines {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Lines")
+    }
+}
+
 impl Lines {
     /// The server lends another.
     pub fn lend(&self, line: Line) {
-        self.free.borrow_mut().push_back(line);
+        let mut free = self.free.borrow_mut();
+        free.push_back(line);
+        while free.len() > MAX_FREE {
+            free.pop_front();
+        }
         self.lent.notify_one();
     }
 
     async fn take(&self) -> Line {
         loop {
             let lent = self.lent.notified();
-            if let Some(line) = self.free.borrow_mut().pop_front() {
+            // The newest: of those that have waited for long, some are of a server that is gone.
+            if let Some(line) = self.free.borrow_mut().pop_back() {
                 return line;
             }
             lent.await;
@@ -47,10 +63,10 @@ impl Lines {
     }
 }
 
-/// Most connections of a job's that wait for a line or have one.
+/// Most connections of an installer's that wait for a line or have one.
 const MAX_CALLERS: usize = 64;
 
-/// The proxy of one job, until this is dropped.
+/// The proxy of one installer, until this is dropped.
 #[derive(Debug)]
 pub struct Proxy {
     /// On loopback.
@@ -72,9 +88,14 @@ impl Proxy {
         })
     }
 
-    /// What tells the job's program of it.
+    /// Where it is.
+    pub fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// What tells a job's program of it.
     pub fn environment(&self) -> impl Iterator<Item = (String, String)> {
-        let url = format!("http://127.0.0.1:{}", self.port);
+        let url = self.url();
         VARIABLES
             .into_iter()
             .map(move |name| (name.to_owned(), url.clone()))
@@ -121,7 +142,7 @@ async fn pass_on(mut caller: TcpStream, lines: Rc<Lines>) {
     let _ = caller.set_nodelay(true);
     // One whose server is gone cannot be taken.
     let mut stream = loop {
-        let (reader, mut writer) = lines.take().await;
+        let (reader, mut writer) = frames(lines.take().await);
         if writer.send(&FromRunner::Taken).await.is_ok() {
             break raw(reader, writer).0;
         }

@@ -14,6 +14,18 @@ use crate::model::{Limits, OutputStream, RunReport, SubmissionId};
 /// The header with the number of a runner's list of files.
 pub const LISTING: &str = "x-gantry-listing";
 
+/// Where a runner's port gives what was installed in a workspace, packed, and the header with when that was, by
+/// which the server says the next time what it has: milliseconds of the Unix clock.
+pub const PACKAGES: &str = "/packages";
+/// See [`PACKAGES`].
+pub const INSTALLED: &str = "x-gantry-installed";
+
+/// Where a runner's port takes a line for its program's installer, and the protocol that it changes to:
+/// [`FromRunner::Taken`], and then whatever the installer sends.
+pub const LINE: &str = "/line";
+/// See [`LINE`].
+pub const LINE_PROTOCOL: &str = "gantry-line";
+
 /// What a runner's port tells of its use, at `/activity`.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Activity {

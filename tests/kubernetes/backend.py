@@ -125,11 +125,11 @@ def wrong_with(found):
     return f"expected Running, ready and 0 restarts: {bad}" if bad else None
 
 
-def fetch():
-    """The release by way of the ingress controller."""
+def fetch(host=None):
+    """The release, or what this host is, by way of the ingress controller."""
     address, port = INGRESS.rsplit(":", 1)
     with socket.create_connection((address, int(port)), timeout=10) as one:
-        one.sendall(f"GET / HTTP/1.0\r\nHost: {HOST}\r\nConnection: close\r\n\r\n".encode())
+        one.sendall(f"GET / HTTP/1.0\r\nHost: {host or HOST}\r\nConnection: close\r\n\r\n".encode())
         head, _, body = one.makefile("rb").read().partition(b"\r\n\r\n")
     return head.decode("latin-1").split("\r\n")[0], body.decode()
 

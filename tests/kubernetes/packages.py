@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -25,6 +26,8 @@ import test_backend  # noqa: E402
 
 USER = "packages"
 REPL = f"{USER}-prod"
+# What an earlier run's had installed is in the store still.
+WORKSPACE = f"{USER}-{secrets.token_hex(3)}"
 # The server's own objects; another run of these tests has others.
 backend.OWN_NAMESPACE = "gantry-packages"
 backend.NAMESPACE = f"user-{USER}"
@@ -57,15 +60,22 @@ def check(name, condition, told):
     return condition
 
 
-def released(what):
-    """Whether the release's page shows this, soon."""
+def released(what, repl=REPL):
+    """Whether the page of the release, or of another repl, shows this, soon."""
     def shown():
-        status, body = backend.fetch()
+        status, body = backend.fetch(f"{repl}.apps.localhost")
         return None if what in body else f"{status}\n{body}"
     return backend.eventually(shown)
 
 
-def checks(ask, index_port, server_port, stop_index):
+def post(server_port, key, path, body):
+    request = urllib.request.Request(f"http://127.0.0.1:{server_port}{path}", json.dumps(body).encode(),
+                                     {"X-API-Key": key, "Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+def checks(ask, index_port, server_port, key, stop_index):
     begun = time.monotonic()
     reply = ask(submission("gantry-example\n", SHOWS, deploy=True))
     print(f"installed, tested and released in {time.monotonic() - begun:.1f} s")
@@ -84,7 +94,17 @@ def checks(ask, index_port, server_port, stop_index):
     ways = ["direct server", "direct internet", "others' files", "shadow"]
     yield check("nor by itself", all(str(seen.get(way)).endswith("PermissionError") for way in ways), reply)
     yield check("and sees nothing of the server's", seen.get("own key") is False, reply)
+    start = {"replId": WORKSPACE, "userId": USER, "files": {"main.py": SHOWS, "requirements.txt": "gantry-example\n"}}
+    begun = time.monotonic()
+    reply = post(server_port, key, "/start", start)
+    error = released("Successfully installed gantry-example", WORKSPACE) or released("\ninstalled", WORKSPACE)
+    print(f"a workspace started and its packages installed in {time.monotonic() - begun:.1f} s")
+    yield check("a workspace installs what its file names", error is None, [reply, error])
+    post(server_port, key, "/stop", {"replId": WORKSPACE})
     stop_index()
+    reply = post(server_port, key, "/start", start)
+    error = released("<pre>installed", WORKSPACE)
+    yield check("it has it over a stop, without the index", error is None, [reply, error])
     begun = time.monotonic()
     reply = ask(submission("gantry-example\n", f"{SHOWS}; print(2)"))
     print(f"with what was installed before: {(time.monotonic() - begun) * 1_000:.0f} ms")
@@ -105,7 +125,7 @@ def main():
         os.environ["PIP_INDEX_URL"] = f"http://127.0.0.1:{index_port}/simple"
         with backend.server(options.programs, port, key):
             client = test_backend.WebSocket(f"ws://127.0.0.1:{port}/ws/code", key)
-            passed = list(checks(client.ask, index_port, port, process.kill))
+            passed = list(checks(client.ask, index_port, port, key, process.kill))
     backend.forget()
     if not all(passed):
         sys.exit(f"{passed.count(False)} of {len(passed)} checks failed")

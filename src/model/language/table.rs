@@ -236,7 +236,7 @@ pub static LANGUAGES: &[Language] = &[
                 ("GOFLAGS", "-mod=mod -modcacherw"),
             ],
             plain_env: &[("GOINSECURE", "*")],
-            folders: &["go"],
+            folders: &["go/pkg"],
             needed_to_run: false,
             compile_env: &[
                 ("GOPROXY", "off"),
@@ -284,20 +284,20 @@ pub static LANGUAGES: &[Language] = &[
             naming: Naming::Headings(&["dependencies", "dev-dependencies", "build-dependencies"]),
             beside: &["Cargo.lock", ".cargo/config.toml"],
             elsewhere: &["path =", "path=", "[workspace", "build ="],
-            // What it is told here the compiler has to be told again, which finds it in the same folder.
+            // The index is told as a setting, which the compiler has to find again.
             argv: &[
                 "sh",
                 "-c",
-                "printf '\\n[source.crates-io]\\nreplace-with = \"index\"\\n[source.index]\\nregistry = \"sparse+%s\"\\n' \
-                 \"$1\" >> .cargo/config.toml && exec cargo fetch",
+                "printf '[source.crates-io]\\nreplace-with = \"index\"\\n[source.index]\\nregistry = \"sparse+%s\"\\n' \
+                 \"$1\" > \"$CARGO_HOME/config.toml\" && exec cargo fetch",
                 "sh",
                 "{index}",
             ],
-            env: &[],
+            env: &[("CARGO_HOME", ".cargo-home")],
             plain_env: &[],
-            folders: &[".cargo"],
+            folders: &[".cargo-home"],
             needed_to_run: false,
-            compile_env: &[],
+            compile_env: &[("CARGO_HOME", ".cargo-home")],
         }),
         tests: TestFiles::Each(TestCommand {
             name: "rustc --test",
@@ -339,8 +339,9 @@ pub static LANGUAGES: &[Language] = &[
                 project: Some(&[
                     "sh",
                     "-c",
-                    "cargo build --release --offline --quiet && cp -- \"$(find target/release \
-                     -maxdepth 1 -type f -perm -u+x | head -n 1)\" .build/main",
+                    "export CARGO_TARGET_DIR=\"$TMPDIR/target\" && cargo build --release --offline --quiet && \
+                     cp -- \"$(find \"$CARGO_TARGET_DIR/release\" -maxdepth 1 -type f -perm -u+x | head -n 1)\" \
+                     .build/main",
                 ]),
             },
         )

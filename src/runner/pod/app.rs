@@ -87,7 +87,7 @@ pub fn main() -> anyhow::Result<ExitCode> {
         let slot = Slot::as_it_is(&config.sandbox, 0)?;
         let build = slot.folder().join(BUILD_ARCHIVE);
         if build.is_file() {
-            unpack_build(&build, &slot)?;
+            unpack_build(&build, &slot, config.stays)?;
             // The container may be started again, where its workspace stays; and it is twice the room.
             fs::remove_file(&build).with_context(|| format!("removing {}", build.display()))?;
         }

@@ -11,7 +11,7 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use serde::Serialize;
 
-use crate::model::RelativePath;
+use crate::model::{Packages, RelativePath};
 
 /// Most files that are listed, as many as a repl may be started with.
 const MOST_ENTRIES: usize = 10_000;
@@ -73,7 +73,8 @@ impl Files {
         Ok(Self { top, owner })
     }
 
-    /// Everything there is, folders before what is in them.
+    /// Everything there is, folders before what is in them, but for what is in [`Packages::folders`]: that may be
+    /// a hundred thousand files, and nobody wrote them.
     pub fn tree(&self) -> io::Result<Vec<Entry>> {
         let mut entries = Vec::new();
         list(self.top.as_fd(), "", 0, &mut entries)?;
@@ -249,7 +250,7 @@ fn list(
             "" => name.to_owned(),
             above => format!("{above}/{name}"),
         };
-        if kind == Kind::Folder {
+        if kind == Kind::Folder && !Packages::folders().any(|packages| packages == path) {
             folders.push((name.to_owned(), path.clone()));
         }
         if entries.len() == MOST_ENTRIES {
@@ -337,6 +338,29 @@ mod tests {
         assert!(files.delete(&path("a")).is_err());
         let late = files.write(&path("big"), LARGEST, b"x", true);
         assert!(late.unwrap_err().to_string().contains("larger"));
+    }
+
+    #[test]
+    fn packages_are_not_listed() {
+        let folder = tempfile::tempdir().unwrap();
+        for made in ["node_modules/a", "go/pkg/mod", "go/own", "src/node_modules"] {
+            std::fs::create_dir_all(folder.path().join(made)).unwrap();
+        }
+        let files = Files::open(folder.path(), None).unwrap();
+        let tree = files.tree().unwrap();
+        let mut paths: Vec<&str> = tree.iter().map(|entry| entry.path.as_str()).collect();
+        paths.sort_unstable();
+        assert_eq!(
+            paths,
+            [
+                "go",
+                "go/own",
+                "go/pkg",
+                "node_modules",
+                "src",
+                "src/node_modules"
+            ]
+        );
     }
 
     #[test]

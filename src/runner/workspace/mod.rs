@@ -10,6 +10,7 @@ mod terminal;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -22,8 +23,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use super::app::{App, State};
-use super::wire::{Activity, LISTING};
-use crate::model::{RelativePath, ReplId, TicketKey};
+use super::wire::{Activity, INSTALLED, LINE, LINE_PROTOCOL, LISTING, MAX_BUILD_BYTES, PACKAGES};
+use crate::model::{Install, Packages, RelativePath, ReplId, TicketKey};
 use files::Files;
 use listing::Listing;
 pub use terminal::Terminal;
@@ -53,6 +54,8 @@ pub struct Workspace {
     identity: Option<(ReplId, TicketKey)>,
     files: Files,
     listing: RefCell<Listing>,
+    /// When those packages were installed that it began with; 0: it had none.
+    began_with: u64,
     terminals: RefCell<BTreeMap<String, Rc<Terminal>>>,
     connections: Cell<usize>,
     last_connection: Cell<u64>,
@@ -66,6 +69,7 @@ impl Workspace {
             Some((repl, key?))
         });
         let files = Files::open(app.slot().folder(), app.slot().uid)?;
+        let began_with = installed(app.slot().folder()).map_or(0, |(when, _)| when);
         // What cannot be listed is told to whoever asks for it.
         let listing = Listing::beginning_with(&files.tree().unwrap_or_default());
         Ok(Rc::new(Self {
@@ -73,6 +77,7 @@ impl Workspace {
             identity,
             files,
             listing: RefCell::new(listing),
+            began_with,
             terminals: RefCell::default(),
             connections: Cell::new(0),
             last_connection: Cell::new(0),
@@ -86,11 +91,14 @@ impl Workspace {
         probe: impl Fn(&str) -> Option<Response<Full<Bytes>>>,
     ) {
         let service = hyper::service::service_fn(|request: Request<Incoming>| {
-            let answered = match probe(request.uri().path()) {
-                Some(response) => response,
-                None => Rc::clone(&self).answer(request),
-            };
-            std::future::ready(Ok::<_, Infallible>(answered))
+            let probed = probe(request.uri().path());
+            let this = Rc::clone(&self);
+            async move {
+                Ok::<_, Infallible>(match probed {
+                    Some(response) => response,
+                    None => this.answer(request).await,
+                })
+            }
         });
         let _ = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
@@ -100,7 +108,7 @@ impl Workspace {
             .await;
     }
 
-    fn answer(self: Rc<Self>, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn answer(self: Rc<Self>, request: Request<Incoming>) -> Response<Full<Bytes>> {
         if !self.admits(&request) {
             let why =
                 "a ticket of this repl is required, and this one is missing, too old or another's";
@@ -109,6 +117,13 @@ impl Workspace {
         let path = request.uri().path();
         if path == "/" {
             return self.open(request);
+        }
+        if path == LINE {
+            return self.take_line(request);
+        }
+        if path == PACKAGES {
+            let query = request.uri().query().unwrap_or_default();
+            return self.packages(number_in(query)).await;
         }
         if path == "/files" {
             return self.list(request.uri().query().unwrap_or_default());
@@ -138,21 +153,45 @@ impl Workspace {
 
     /// Every file there is, and those that are gone but for what `done` says is known.
     fn list(&self, query: &str) -> Response<Full<Bytes>> {
-        let done = query
-            .split('&')
-            .find_map(|pair| pair.strip_prefix("done=")?.parse().ok());
         match self.files.tree() {
             Ok(tree) => {
-                let (entries, number) = self
-                    .listing
-                    .borrow_mut()
-                    .next(tree, done.unwrap_or_default());
+                let done = number_in(query);
+                let (entries, number) = self.listing.borrow_mut().next(tree, done);
                 let mut response = json(&entries);
                 response.headers_mut().insert(LISTING, number.into());
                 response
             }
             Err(error) => text(StatusCode::CONFLICT, &error.to_string()),
         }
+    }
+
+    /// What was installed, packed, unless who asks has what was installed `done`, or it was here at the beginning.
+    async fn packages(&self, done: u64) -> Response<Full<Bytes>> {
+        let folder = self.app.slot().folder();
+        let newest = installed(folder);
+        let Some((when, install)) =
+            newest.filter(|(when, _)| ![done, self.began_with].contains(when))
+        else {
+            return text(StatusCode::NOT_FOUND, "nothing was installed");
+        };
+        // By the user's own rights: whatever stands there, nothing of anybody else's is packed.
+        let pack = format!(
+            "exec tar -cz --hard-dereference {} 2>/dev/null",
+            install.folders.join(" ")
+        );
+        let argv = ["sh", "-c", &pack].map(str::to_owned);
+        let packed = self.app.written_by(&argv, MAX_BUILD_BYTES).await;
+        // Nothing, which is not kept: it is installed again at the next start.
+        let packed = packed.unwrap_or_else(|error| {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "what was installed cannot be kept"
+            );
+            Vec::new()
+        });
+        let mut response = Response::new(Full::new(Bytes::from(packed)));
+        response.headers_mut().insert(INSTALLED, when.into());
+        response
     }
 
     /// Whether the request has a ticket: in its URL, for browsers, or as a bearer's.
@@ -171,6 +210,26 @@ impl Workspace {
         borne
             .or(in_url)
             .is_some_and(|ticket| key.admits(repl, ticket, now))
+    }
+
+    /// Makes the connection a line for the program's installer.
+    fn take_line(self: Rc<Self>, request: Request<Incoming>) -> Response<Full<Bytes>> {
+        if self.app.lines().is_none() {
+            return text(StatusCode::NOT_FOUND, "a release installs nothing");
+        }
+        tokio::task::spawn_local(async move {
+            if let (Ok(io), Some(lines)) = (hyper::upgrade::on(request).await, self.app.lines()) {
+                lines.lend(Box::new(TokioIo::new(io)));
+            }
+        });
+        let mut response = text(StatusCode::SWITCHING_PROTOCOLS, "");
+        let headers = response.headers_mut();
+        headers.remove(header::CONTENT_TYPE);
+        let upgrade = header::HeaderValue::from_static("upgrade");
+        headers.insert(header::CONNECTION, upgrade);
+        let line = header::HeaderValue::from_static(LINE_PROTOCOL);
+        headers.insert(header::UPGRADE, line);
+        response
     }
 
     /// Makes the connection a WebSocket.
@@ -250,6 +309,24 @@ impl Workspace {
     fn known_terminal(&self, name: &str) -> Option<Rc<Terminal>> {
         self.terminals.borrow().get(name).cloned()
     }
+}
+
+/// When packages were installed last, and how.
+fn installed(folder: &Path) -> Option<(u64, &'static Install)> {
+    let times = Packages::installs().filter_map(|install| {
+        let about = std::fs::symlink_metadata(folder.join(install.installed())).ok()?;
+        let since = about.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
+        Some((u64::try_from(since.as_millis()).ok()?, install))
+    });
+    times.max_by_key(|(when, _)| *when)
+}
+
+/// The number that the other side says it has seen to.
+fn number_in(query: &str) -> u64 {
+    let done = query
+        .split('&')
+        .find_map(|pair| pair.strip_prefix("done=")?.parse().ok());
+    done.unwrap_or_default()
 }
 
 fn decoded(path: &str) -> Option<RelativePath> {
