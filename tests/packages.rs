@@ -377,11 +377,15 @@ async fn a_workspace_installs_again_when_its_file_changes() {
         }
     };
     assert!(page.contains("<pre>again installed"), "{page}");
-    // It is kept over a stop.
+    // It is kept over a stop, soon after it was installed.
+    let since = Instant::now();
+    while !stored(&server, "edited").join(".build.tar.gz").is_file() {
+        assert!(since.elapsed() < server::PATIENCE, "it is not kept");
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    }
     let stop = server.post("/stop").header("x-api-key", &server.admin);
     let stopped = stop.json(&json!({ "replId": "edited" })).send().await;
     assert_eq!(stopped.unwrap().status(), 200);
-    assert!(stored(&server, "edited").join(".build.tar.gz").is_file());
     workspace(&server, "edited", "python", &json!({})).await;
     let page = ended(&server, "edited").await;
     assert!(page.contains("<pre>again installed"), "{page}");

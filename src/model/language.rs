@@ -271,7 +271,7 @@ impl Language {
             .iter()
             .map(|extension| format!("-name '*.{extension}'"));
         let names = names.collect::<Vec<String>>().join(" -o ");
-        let folders = self.install.as_ref().map_or(&[][..], |one| one.folders);
+        let folders = self.install.as_ref().map_or(&[][..], |one| one.own);
         let installed = folders.iter().map(|folder| format!(" -o -path ./{folder}"));
         let installed: String = installed.collect();
         format!(
@@ -405,7 +405,10 @@ mod tests {
         let python = Language::named("python").unwrap();
         let index = PackageIndex::new(python.install.unwrap().registry, None).unwrap();
         let start = python.start(Some(&index));
-        assert!(start[2].contains("if [ -f requirements.txt ]"), "{start:?}");
+        assert!(
+            start[2].contains("Installing what requirements.txt names."),
+            "{start:?}"
+        );
         assert!(start[2].ends_with("exec 'python3' 'main.py'"), "{start:?}");
     }
 }

@@ -59,6 +59,8 @@ pub struct Install {
     pub plain_env: &'static [(&'static str, &'static str)],
     /// Folders of the workspace that packages go to.
     pub folders: &'static [&'static str],
+    /// Folders below those that hold nothing but packages, for a workspace: what else is there is its user's.
+    pub own: &'static [&'static str],
     /// Programs need those folders when they run, not only when they are compiled.
     pub needed_to_run: bool,
     /// Variables of the compiler, when packages were installed.
@@ -83,6 +85,19 @@ impl Naming {
                 let rest = line.trim_start().strip_prefix(word);
                 rest.is_some_and(|rest| rest.starts_with([' ', '\t', '(']))
             }),
+        }
+    }
+}
+
+impl Naming {
+    /// The same as an extended regular expression for a line of the file: what passes for a name may be none, and
+    /// costs an installer that finds nothing to do.
+    fn pattern(self) -> &'static str {
+        match self {
+            Naming::Lines => "^[[:space:]]*[^#[:space:]]",
+            Naming::Members(_) => "ependencies\"[[:space:]]*:",
+            Naming::Headings(_) => "^[[:space:]]*\\[.*dependencies",
+            Naming::Word(_) => "^[[:space:]]*require[[:space:](]",
         }
     }
 }
@@ -122,7 +137,7 @@ impl Install {
 
     /// What a workspace's file was when its packages were installed.
     pub fn installed(&self) -> String {
-        format!("{}/.gantry-installed", self.folders[0])
+        format!("{}/.gantry-installed", self.own[0])
     }
 
     /// The variables of its command.
@@ -133,17 +148,18 @@ impl Install {
             .collect()
     }
 
-    /// The same in a shell's words, for a workspace, whose files change: nothing without the file, and nothing
-    /// when it is as it was when this was done last.
+    /// The same in a shell's words, for a workspace, whose files change: nothing without a file that names
+    /// packages, and nothing when it is as it was when this was done last. What failed is not taken for done, nor
+    /// is a file that was changed meanwhile.
     pub fn in_shell(&self, index: &PackageIndex) -> String {
-        let file = self.file;
-        let folders = self.folders.join(" ");
-        let installed = self.installed();
-        let read = format!("cat {file} {} 2>/dev/null", self.beside.join(" "));
+        let (file, installed) = (self.file, self.installed());
+        let names_any = quoted(self.naming.pattern());
+        let folders = self.own.join(" ");
+        let all = format!("cat {file} {} 2>/dev/null", self.beside.join(" "));
         let proxied = ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"];
         let proxied = proxied.map(|name| format!("{name}=\"${PACKAGE_PROXY}\""));
-        let own = self.variables(index).into_iter();
-        let own: Vec<String> = own
+        let variables = self.variables(index).into_iter();
+        let variables: Vec<String> = variables
             .map(|(name, value)| format!("{name}={}", quoted(&value)))
             .collect();
         let argv = self.argv.iter().map(|part| quoted(&index.fill(part)));
@@ -153,12 +169,15 @@ impl Install {
             .map(|(name, value)| format!("export {name}={}; ", quoted(value)))
             .collect();
         format!(
-            "if [ -f {file} ]; then if ! {read} | cmp -s - {installed}; then \
-             echo Installing what {file} names.; mkdir -p {folders}; {} {} {} || \
+            "if grep -qE {names_any} {file} 2>/dev/null; then export HOME=\"$PWD\"; \
+             if ! {all} | cmp -s - {installed}; then \
+             echo Installing what {file} names.; mkdir -p {folders}; \
+             cp {file} {installed}.new; rm -f {installed}; {} {} {} || \
              {{ code=$?; echo What {file} names could not be installed. >&2; exit $code; }}; \
-             {read} > {installed}; fi; {}fi; ",
+             if cmp -s {file} {installed}.new; then {all} > {installed}.new; \
+             mv {installed}.new {installed}; fi; fi; {}fi; ",
             proxied.join(" "),
-            own.join(" "),
+            variables.join(" "),
             argv.join(" "),
             found.concat(),
         )
@@ -250,13 +269,6 @@ impl Packages {
     /// Every way to install that a language has.
     pub fn installs() -> impl Iterator<Item = &'static Install> {
         LANGUAGES.iter().filter_map(|one| one.install.as_ref())
-    }
-
-    /// Folders of a workspace in which nothing is anybody's work: packages that were installed, and what tools
-    /// keep to be faster the next time.
-    pub fn folders() -> impl Iterator<Item = &'static str> {
-        let installed = Self::installs().flat_map(|install| install.folders);
-        installed.copied().chain([".cache", ".npm", ".config/go"])
     }
 
     /// Every kind of index that a language has.

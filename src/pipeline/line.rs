@@ -36,6 +36,9 @@ const AGAIN: Duration = Duration::from_millis(500);
 /// How often it is looked for workspaces that other servers opened.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
+/// How long a line waits in a workspace before another takes its place.
+const RENEW: Duration = Duration::from_secs(60);
+
 /// Longest pause before a workspace is tried again that took no line: its pod may be starting, or of an image
 /// from before there were lines.
 const SELDOM: Duration = Duration::from_secs(5);
@@ -173,7 +176,11 @@ impl Line {
                 frames(timeout(GREETING, runner.lend()).await??)
             }
         };
-        let taken = reader.next::<FromRunner>().await?;
+        let taken = match self.taker {
+            Taker::Job { .. } => reader.next::<FromRunner>().await?,
+            // It may have been lost long ago, and nothing tells of it.
+            Taker::Workspace(_) => timeout(RENEW, reader.next::<FromRunner>()).await??,
+        };
         anyhow::ensure!(taken == FromRunner::Taken, "no line is wanted: {taken:?}");
         Ok(raw(reader, writer))
     }
@@ -219,9 +226,6 @@ impl Pipeline {
             .values()
             .flat_map(|index| index.places.iter().cloned())
             .collect();
-        if places.is_empty() {
-            return;
-        }
         let platform = &self.inner.platform;
         let mut lent: HashMap<ReplId, JoinSet<()>> = HashMap::new();
         loop {

@@ -192,7 +192,10 @@ impl Pipeline {
         let this = self.clone();
         tokio::spawn(async move { this.record_programs().await });
         tokio::spawn(self.clone().keep_saving());
-        tokio::spawn(self.clone().keep_lending());
+        if !self.inner.packages.indexes.is_empty() {
+            tokio::spawn(self.clone().keep_lending());
+            tokio::spawn(self.clone().keep_packages());
+        }
         tokio::spawn(self.clone().keep_stopping_idle(self.inner.idle_stop));
         Ok(())
     }

@@ -79,6 +79,9 @@ struct Listed {
     kind: String,
     size: u64,
     modified: i64,
+    /// What is in the folder is nobody's work, and not listed.
+    #[serde(default)]
+    made: bool,
 }
 
 /// What was saved last of a workspace.
@@ -87,8 +90,6 @@ struct Known {
     files: BTreeMap<RelativePath, (u64, i64)>,
     /// The number of the runner's last list that was seen to.
     done: u64,
-    /// When those packages were installed that were kept last.
-    installed: u64,
 }
 
 /// What was saved last of every workspace; the lock of each is held while it is saved.
@@ -132,6 +133,41 @@ impl Pipeline {
         }
     }
 
+    /// Keeps what workspaces have installed, now and then, until the server ends. Beside the saves, which do not
+    /// wait for it: packing takes a while, and what is not kept is installed again.
+    pub(super) async fn keep_packages(self) {
+        let this = &self;
+        let mut kept: HashMap<ReplId, u64> = HashMap::new();
+        loop {
+            tokio::time::sleep(SAVE_EVERY).await;
+            let Ok(open) = self.open_workspaces().await else {
+                continue;
+            };
+            kept.retain(|repl, _| open.contains(repl));
+            let known = |repl: &ReplId| kept.get(repl).copied().unwrap_or_default();
+            let asked = open.into_iter().map(|repl| (known(&repl), repl));
+            let done: Vec<Option<(ReplId, u64)>> = stream::iter(asked.collect::<Vec<_>>())
+                .map(|(done, repl)| async move {
+                    match this.keep_packages_of(&repl, done).await {
+                        Ok(done) => Some((repl, done)),
+                        Err(error) => {
+                            tracing::debug!(%repl, %error, "what is installed is not kept yet");
+                            None
+                        }
+                    }
+                })
+                .buffer_unordered(AT_ONCE)
+                .collect()
+                .await;
+            kept.extend(done.into_iter().flatten());
+        }
+    }
+
+    async fn keep_packages_of(&self, repl: &ReplId, done: u64) -> Result<u64, NotSaved> {
+        let mut runner = Runner::dial(&*self.inner.platform, repl).await?;
+        copy_packages(&mut runner, &*self.inner.store, repl, done).await
+    }
+
     /// Saves every workspace that is this server's to save.
     pub async fn save_all(&self) {
         let Ok(open) = self.open_workspaces().await else {
@@ -170,7 +206,7 @@ async fn copy(
     known: &mut Known,
 ) -> Result<Saved, NotSaved> {
     let mut saved = Saved::default();
-    let (mut now, mut gone) = (BTreeMap::new(), BTreeSet::new());
+    let (mut now, mut gone, mut made) = (BTreeMap::new(), BTreeSet::new(), Vec::new());
     let (listed, number) = runner.list(known.done).await?;
     for file in listed {
         let Ok(path) = RelativePath::try_from(file.path) else {
@@ -181,6 +217,7 @@ async fn copy(
             continue;
         }
         match file.kind.as_str() {
+            _ if file.made => made.push(path),
             "file" => drop(now.insert(path, (file.size, file.modified))),
             // What an earlier server saved, or the workspace began with.
             "gone" => drop(gone.insert(path)),
@@ -201,7 +238,8 @@ async fn copy(
     }
     // Only what was seen here before: what others have put there meanwhile is theirs.
     gone.extend(known.files.keys().cloned());
-    gone.retain(|path| !now.contains_key(path));
+    let is_made = |path: &RelativePath| made.iter().any(|folder| path.is_below(folder.as_str()));
+    gone.retain(|path| !now.contains_key(path) && !is_made(path));
     for path in gone {
         let removed = store.remove_current(repl, &path);
         removed.await.map_err(NotSaved::Failed)?;
@@ -209,16 +247,27 @@ async fn copy(
         saved.removed += 1;
     }
     known.done = number;
-    if let Some((installed, packages)) = runner.packages(known.installed).await? {
-        if !packages.is_empty() {
-            let archive = RelativePath::try_from(BUILD_ARCHIVE.to_owned());
-            let archive = archive.map_err(|error| NotSaved::Failed(problem(&error.to_string())))?;
-            let put = store.put_current(repl, &archive, packages.into());
-            put.await.map_err(NotSaved::Failed)?;
-        }
-        known.installed = installed;
-    }
     Ok(saved)
+}
+
+/// Puts what was installed into the code store, for the next start. `done`: when that was installed which is
+/// there.
+async fn copy_packages(
+    runner: &mut Runner,
+    store: &dyn CodeStore,
+    repl: &ReplId,
+    done: u64,
+) -> Result<u64, NotSaved> {
+    let Some((installed, packages)) = runner.packages(done).await? else {
+        return Ok(done);
+    };
+    if !packages.is_empty() {
+        let archive = RelativePath::try_from(BUILD_ARCHIVE.to_owned());
+        let archive = archive.map_err(|error| NotSaved::Failed(problem(&error.to_string())))?;
+        let put = store.put_current(repl, &archive, packages.into());
+        put.await.map_err(NotSaved::Failed)?;
+    }
+    Ok(installed)
 }
 
 /// A connection to a workspace's runner.

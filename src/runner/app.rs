@@ -37,8 +37,10 @@ use super::process::signal as signal_process;
 use super::slot::{Ground, Slot, bind};
 use super::warm::pipes;
 use super::wire::{AppPort, FromApp, frames};
-use super::workspace::{self, Terminal, Workspace};
-use crate::model::{BUILD_ARCHIVE, Ending, Limits, OutputStream, PACKAGE_PROXY, Packages};
+use super::workspace::{self, Files, Terminal, Workspace};
+use crate::model::{
+    BUILD_ARCHIVE, Ending, Limits, OutputStream, PACKAGE_PROXY, Packages, RelativePath,
+};
 
 /// The port a released program listens on (design.md §5).
 pub const PROGRAM_PORT: u16 = 3_000;
@@ -174,7 +176,7 @@ pub async fn run(config: AppConfig, listener: UnixListener) -> anyhow::Result<()
         )?;
     }
     let app = App::new(program, slot, None)?;
-    let workspace = Workspace::new(Rc::clone(&app), Some(identity))?;
+    let workspace = Workspace::new(Rc::clone(&app), Some(identity), true)?;
     loop {
         match timeout(FIRST_CONTACT, listener.accept()).await {
             Ok(accepted) => {
@@ -240,8 +242,14 @@ pub(super) fn unpack_build(archive: &Path, slot: &Slot, stays: bool) -> anyhow::
     };
     anyhow::ensure!(stays, error);
     tracing::warn!(error = format!("{error:#}"), "packages are installed again");
-    for install in Packages::installs() {
-        let _ = std::fs::remove_file(slot.folder().join(install.installed()));
+    // Half of them would pass for all.
+    let files = Files::open(slot.folder(), slot.uid)?;
+    for folder in Packages::installs().flat_map(|install| install.own) {
+        let folder = RelativePath::try_from((*folder).to_owned()).map_err(anyhow::Error::msg)?;
+        match files.delete(&folder) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
     }
     Ok(())
 }
@@ -493,9 +501,13 @@ impl App {
         self.proxy.get_or_try_init(proxy).await.map(drop)
     }
 
-    /// What a command writes that is run beside the program, under the same limits. It goes when the program
-    /// ends.
-    pub(super) async fn written_by(&self, argv: &[String], most: usize) -> anyhow::Result<Vec<u8>> {
+    /// What a command writes that is run beside the program, under the same limits; `None` when that is more
+    /// than `most` bytes. It goes when the program ends.
+    pub(super) async fn written_by(
+        &self,
+        argv: &[String],
+        most: usize,
+    ) -> anyhow::Result<Option<Vec<u8>>> {
         let mut command = self.command(argv)?;
         let (parent, child) = pipes()?;
         child.attach(&mut command);
@@ -510,10 +522,12 @@ impl App {
             signal_process(pid, libc::SIGKILL);
         }
         let exit = exited.await?;
-        read?;
-        anyhow::ensure!(written.len() <= most, "it is more than {most} bytes");
+        read.context("it takes too long")?;
+        if written.len() > most {
+            return Ok(None);
+        }
         anyhow::ensure!(exit.status == 0, "it failed");
-        Ok(written)
+        Ok(Some(written))
     }
 
     /// Whether a session outlives the program.

@@ -8,10 +8,12 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
+use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use super::client::ByteStream;
 use super::wire::{FromRunner, frames, raw};
@@ -21,6 +23,9 @@ const VARIABLES: [&str; 4] = ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_
 
 /// Pause before another connection is taken when one could not be.
 const AGAIN: Duration = Duration::from_millis(50);
+
+/// Longest wait for a line: a server lends them all the time, unless it is away or may install nothing.
+const LINE_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Most lines that wait for somebody to speak on them: more than a server lends at one time.
 const MAX_FREE: usize = 16;
@@ -140,14 +145,22 @@ fn owner(end: SocketAddr) -> Option<u32> {
 
 async fn pass_on(mut caller: TcpStream, lines: Rc<Lines>) {
     let _ = caller.set_nodelay(true);
-    // One whose server is gone cannot be taken.
-    let mut stream = loop {
-        let (reader, mut writer) = frames(lines.take().await);
-        if writer.send(&FromRunner::Taken).await.is_ok() {
-            break raw(reader, writer).0;
+    let taken = async {
+        loop {
+            let mut line = lines.take().await;
+            // Nothing comes on it before it is taken, but its end.
+            if line.read(&mut [0]).now_or_never().is_some() {
+                continue;
+            }
+            let (reader, mut writer) = frames(line);
+            if writer.send(&FromRunner::Taken).await.is_ok() {
+                return raw(reader, writer).0;
+            }
         }
     };
-    let _ = tokio::io::copy_bidirectional(&mut caller, &mut stream).await;
+    if let Ok(mut stream) = timeout(LINE_PATIENCE, taken).await {
+        let _ = tokio::io::copy_bidirectional(&mut caller, &mut stream).await;
+    }
 }
 
 #[cfg(test)]

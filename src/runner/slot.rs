@@ -220,18 +220,14 @@ impl Slot {
         Ok(())
     }
 
-    /// Makes a folder in the workspace, and those above it, for its user, where there is none already.
+    /// Makes a folder in the workspace, for its user, unless there is one already.
     pub fn make_folder(&self, name: &str) -> io::Result<()> {
-        let mut folder = self.folder().to_owned();
-        for part in name.split('/') {
-            folder.push(part);
-            match fs::create_dir(&folder) {
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
-                made => made?,
-            }
-            std::os::unix::fs::chown(&folder, self.uid, self.uid)?;
+        let folder = self.folder().join(name);
+        match fs::create_dir(&folder) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
+            made => made?,
         }
-        Ok(())
+        std::os::unix::fs::chown(&folder, self.uid, self.uid)
     }
 
     /// Reads a small regular file from the folder for temporary files. The job chose what stands

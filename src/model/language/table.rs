@@ -48,6 +48,7 @@ const NPM: Install = Install {
     env: &[("npm_config_registry", "{index}")],
     plain_env: &[],
     folders: &["node_modules"],
+    own: &["node_modules"],
     needed_to_run: true,
     compile_env: &[],
 };
@@ -95,6 +96,7 @@ pub static LANGUAGES: &[Language] = &[
             ],
             plain_env: &[("PIP_TRUSTED_HOST", "{hosts}")],
             folders: &[".local"],
+            own: &[".local/lib", ".local/bin"],
             needed_to_run: true,
             compile_env: &[],
         }),
@@ -236,7 +238,8 @@ pub static LANGUAGES: &[Language] = &[
                 ("GOFLAGS", "-mod=mod -modcacherw"),
             ],
             plain_env: &[("GOINSECURE", "*")],
-            folders: &["go/pkg"],
+            folders: &["go"],
+            own: &["go/pkg/mod"],
             needed_to_run: false,
             compile_env: &[
                 ("GOPROXY", "off"),
@@ -296,6 +299,7 @@ pub static LANGUAGES: &[Language] = &[
             env: &[("CARGO_HOME", ".cargo-home")],
             plain_env: &[],
             folders: &[".cargo-home"],
+            own: &[".cargo-home"],
             needed_to_run: false,
             compile_env: &[("CARGO_HOME", ".cargo-home")],
         }),
@@ -339,8 +343,8 @@ pub static LANGUAGES: &[Language] = &[
                 project: Some(&[
                     "sh",
                     "-c",
-                    "export CARGO_TARGET_DIR=\"$TMPDIR/target\" && cargo build --release --offline --quiet && \
-                     cp -- \"$(find \"$CARGO_TARGET_DIR/release\" -maxdepth 1 -type f -perm -u+x | head -n 1)\" \
+                    "export CARGO_TARGET_DIR=.cache/target && cargo build --release --offline --quiet && \
+                     cp -- \"$(find $CARGO_TARGET_DIR/release -maxdepth 1 -type f -perm -u+x | head -n 1)\" \
                      .build/main",
                 ]),
             },

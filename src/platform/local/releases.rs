@@ -45,6 +45,18 @@ const DATA: &str = "data";
 struct Repl {
     record: Record,
     program: Option<Arc<Program>>,
+    /// Why its program did not come back with this server.
+    lost: Option<String>,
+}
+
+impl Repl {
+    fn new(record: Record) -> Self {
+        Self {
+            record,
+            program: None,
+            lost: None,
+        }
+    }
 }
 
 /// Every repl of this machine.
@@ -95,8 +107,7 @@ impl Releases {
                     path.display()
                 )
             })?;
-            let program = None;
-            repls.insert(repl, Repl { record, program });
+            repls.insert(repl, Repl::new(record));
         }
         Ok(Self {
             inner: Arc::new(Inner {
@@ -127,7 +138,11 @@ impl Releases {
                 };
                 match this.start(&repl, &stored).await {
                     Ok(program) => this.install(&repl, program),
-                    Err(error) => tracing::error!(%repl, %error, "a release did not come back"),
+                    Err(error) => {
+                        tracing::error!(%repl, %error, "a release did not come back");
+                        this.with(&repl, |repl| repl.lost = Some(format!("{error:#}")));
+                        this.inner.installed.send_replace(());
+                    }
                 }
             }
         });
@@ -234,8 +249,7 @@ impl Releases {
                 return Ok(known.record.user_id.clone());
             }
             let record = Record::new(user.clone());
-            let program = None;
-            repls.insert(repl.clone(), Repl { record, program });
+            repls.insert(repl.clone(), Repl::new(record));
             user.clone()
         };
         self.save(repl)?;
@@ -277,11 +291,14 @@ impl Releases {
         let mut installed = self.inner.installed.subscribe();
         let found = async {
             loop {
-                let known = self.with(repl, |repl| (repl.program.clone(), repl.record.runs()));
+                let known = self.with(repl, |repl| {
+                    (repl.program.clone(), repl.record.runs(), repl.lost.clone())
+                });
                 match known {
-                    Some((Some(program), _)) => return Ok(program),
-                    Some((None, true)) => drop(installed.changed().await),
-                    Some((None, false)) | None => {
+                    Some((Some(program), ..)) => return Ok(program),
+                    Some((None, true, None)) => drop(installed.changed().await),
+                    Some((None, true, Some(why))) => return Err(did_not_come_back(why)),
+                    Some((None, false, _)) | None => {
                         let what = format!("a running release of {repl}");
                         return Err(PlatformError::NotFound(what));
                     }
@@ -372,7 +389,10 @@ impl Releases {
 
     /// Makes it the one that callers reach; the previous one finishes what it is answering.
     fn install(&self, repl: &ReplId, program: Program) {
-        let replaced = self.with(repl, |repl| repl.program.replace(Arc::new(program)));
+        let replaced = self.with(repl, |repl| {
+            repl.lost = None;
+            repl.program.replace(Arc::new(program))
+        });
         self.inner.installed.send_replace(());
         if let Some(Some(replaced)) = replaced {
             tokio::spawn(async move {
@@ -614,6 +634,15 @@ fn random() -> anyhow::Result<[u8; 32]> {
 /// the microsecond of the start.
 fn nonce() -> String {
     format!("{:x}", Timestamp::now().as_microsecond())
+}
+
+fn did_not_come_back(why: String) -> PlatformError {
+    PlatformError::Unavailable(Problem::new(
+        "start_failed",
+        "The repl did not come back with the server",
+        why,
+        "Start or deploy it again; the server's log says more.",
+    ))
 }
 
 async fn wait_until_ready(program: &Program) -> Result<(), Problem> {

@@ -86,7 +86,8 @@ pub fn main() -> anyhow::Result<ExitCode> {
         ];
         let slot = Slot::as_it_is(&config.sandbox, 0)?;
         let build = slot.folder().join(BUILD_ARCHIVE);
-        if build.is_file() {
+        let brought = build.is_file();
+        if brought {
             unpack_build(&build, &slot, config.stays)?;
             // The container may be started again, where its workspace stays; and it is twice the room.
             fs::remove_file(&build).with_context(|| format!("removing {}", build.display()))?;
@@ -98,7 +99,7 @@ pub fn main() -> anyhow::Result<ExitCode> {
         let listener = listen(RUNNER_PORT)
             .await
             .with_context(|| format!("port {RUNNER_PORT} is the runner's, and taken"))?;
-        let workspace = Workspace::new(Rc::clone(&pod.app), identity()?)?;
+        let workspace = Workspace::new(Rc::clone(&pod.app), identity()?, brought)?;
         tokio::task::spawn_local(Rc::clone(&pod).answer(listener, workspace));
         let front = listen(FRONT_PORT)
             .await

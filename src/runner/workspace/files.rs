@@ -11,7 +11,7 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use serde::Serialize;
 
-use crate::model::{Packages, RelativePath};
+use crate::model::{Install, Packages, RelativePath};
 
 /// Most files that are listed, as many as a repl may be started with.
 const MOST_ENTRIES: usize = 10_000;
@@ -55,7 +55,13 @@ pub struct Entry {
     pub size: u64,
     /// When it was changed, in milliseconds of the Unix clock.
     pub modified: i64,
+    /// What is in the folder is nobody's work, and not listed.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub made: bool,
 }
+
+/// What tools keep to be faster the next time.
+const CACHES: [&str; 3] = [".cache", ".npm", ".config/go"];
 
 /// The workspace's files.
 #[derive(Debug)]
@@ -73,12 +79,24 @@ impl Files {
         Ok(Self { top, owner })
     }
 
-    /// Everything there is, folders before what is in them, but for what is in [`Packages::folders`]: that may be
-    /// a hundred thousand files, and nobody wrote them.
+    /// Everything there is, folders before what is in them, but for what is in folders of caches and of packages
+    /// that were installed: that may be a hundred thousand files, and nobody wrote them.
     pub fn tree(&self) -> io::Result<Vec<Entry>> {
+        let mut made = CACHES.to_vec();
+        for install in Packages::installs().filter(|install| self.has_installed(install)) {
+            made.extend(install.own);
+        }
         let mut entries = Vec::new();
-        list(self.top.as_fd(), "", 0, &mut entries)?;
+        list(self.top.as_fd(), "", 0, &made, &mut entries)?;
         Ok(entries)
+    }
+
+    /// Whether it has, or is at it.
+    fn has_installed(&self, install: &Install) -> bool {
+        let installed = install.installed();
+        let there =
+            |name: &str| rustix::fs::statat(&self.top, name, AtFlags::SYMLINK_NOFOLLOW).is_ok();
+        there(&installed) || there(&format!("{installed}.new"))
     }
 
     /// A piece of a file, from `offset`, and the file's size.
@@ -226,6 +244,7 @@ fn list(
     folder: BorrowedFd<'_>,
     above: &str,
     depth: usize,
+    made: &[&str],
     entries: &mut Vec<Entry>,
 ) -> io::Result<()> {
     let mut folders = Vec::new();
@@ -250,7 +269,8 @@ fn list(
             "" => name.to_owned(),
             above => format!("{above}/{name}"),
         };
-        if kind == Kind::Folder && !Packages::folders().any(|packages| packages == path) {
+        let made_here = kind == Kind::Folder && made.contains(&&*path);
+        if kind == Kind::Folder && !made_here {
             folders.push((name.to_owned(), path.clone()));
         }
         if entries.len() == MOST_ENTRIES {
@@ -263,6 +283,7 @@ fn list(
             size: u64::try_from(about.st_size).unwrap_or(0),
             modified: about.st_mtime * 1_000
                 + i64::try_from(about.st_mtime_nsec / 1_000_000).unwrap_or(0),
+            made: made_here,
         });
     }
     folders.sort();
@@ -274,7 +295,7 @@ fn list(
     for (name, path) in folders {
         // One that vanished or may not be entered is passed over.
         if let Ok(inner) = rustix::fs::openat(folder, name, flags, Mode::empty()) {
-            list(inner.as_fd(), &path, depth + 1, entries)?;
+            list(inner.as_fd(), &path, depth + 1, made, entries)?;
         }
     }
     Ok(())
@@ -341,26 +362,32 @@ mod tests {
     }
 
     #[test]
-    fn packages_are_not_listed() {
+    fn packages_that_were_installed_are_not_listed() {
         let folder = tempfile::tempdir().unwrap();
-        for made in ["node_modules/a", "go/pkg/mod", "go/own", "src/node_modules"] {
+        for made in [
+            "node_modules/a",
+            "go/pkg/mod/a",
+            "go/own",
+            ".cache/a",
+            "src/.cache",
+        ] {
             std::fs::create_dir_all(folder.path().join(made)).unwrap();
         }
         let files = Files::open(folder.path(), None).unwrap();
-        let tree = files.tree().unwrap();
-        let mut paths: Vec<&str> = tree.iter().map(|entry| entry.path.as_str()).collect();
-        paths.sort_unstable();
-        assert_eq!(
-            paths,
-            [
-                "go",
-                "go/own",
-                "go/pkg",
-                "node_modules",
-                "src",
-                "src/node_modules"
-            ]
-        );
+        let paths = || {
+            let tree = files.tree().unwrap();
+            let mut paths: Vec<String> = tree.into_iter().map(|entry| entry.path).collect();
+            paths.retain(|path| path.matches('/').count() > 0 && !path.starts_with("src"));
+            paths.sort_unstable();
+            paths.join(" ")
+        };
+        // Somebody else may have put them there: they are somebody's.
+        let all = "go/own go/pkg go/pkg/mod go/pkg/mod/a node_modules/a";
+        assert_eq!(paths(), all);
+        let mark = |name: &str| std::fs::write(folder.path().join(name), "").unwrap();
+        mark("node_modules/.gantry-installed");
+        mark("go/pkg/mod/.gantry-installed.new");
+        assert_eq!(paths(), "go/own go/pkg go/pkg/mod");
     }
 
     #[test]

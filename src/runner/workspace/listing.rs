@@ -36,7 +36,13 @@ impl Listing {
     pub fn next(&mut self, mut entries: Vec<Entry>, done: u64) -> (Vec<Entry>, u64) {
         self.number += 1;
         let now = files(&entries);
-        let lost = self.there.difference(&now).cloned();
+        // What was somebody's and is among packages now is not gone.
+        let made = entries.iter().filter(|entry| entry.made);
+        let made: Vec<String> = made.map(|entry| format!("{}/", entry.path)).collect();
+        let lost = self.there.difference(&now);
+        let lost = lost
+            .filter(|path| !made.iter().any(|folder| path.starts_with(folder)))
+            .cloned();
         self.gone.extend(lost.map(|path| (path, self.number)));
         self.gone
             .retain(|path, told| *told > done && !now.contains(path));
@@ -51,6 +57,7 @@ impl Listing {
             kind: Kind::Gone,
             size: 0,
             modified: 0,
+            made: false,
         }));
         (entries, self.number)
     }
@@ -71,6 +78,7 @@ mod tests {
             kind: Kind::File,
             size: 1,
             modified: 1,
+            made: false,
         };
         paths.iter().map(entry).collect()
     }
@@ -94,6 +102,19 @@ mod tests {
         let (told, last) = gone(&mut listing, &["b", "c"], second);
         assert_eq!(told, ["new"]);
         assert!(gone(&mut listing, &["b", "c"], last).0.is_empty());
+    }
+
+    #[test]
+    fn what_is_among_packages_is_not_gone() {
+        let mut listing = Listing::beginning_with(&entries(&["packages/own", "packages2"]));
+        let mut now = entries(&["packages"]);
+        (now[0].kind, now[0].made) = (Kind::Folder, true);
+        let (told, _) = listing.next(now, 0);
+        let gone = told.iter().filter(|entry| entry.kind == Kind::Gone);
+        assert_eq!(
+            gone.map(|entry| &entry.path).collect::<Vec<_>>(),
+            ["packages2"]
+        );
     }
 
     #[test]

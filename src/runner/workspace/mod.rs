@@ -23,9 +23,10 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use super::app::{App, State};
+use super::build::fits;
 use super::wire::{Activity, INSTALLED, LINE, LINE_PROTOCOL, LISTING, MAX_BUILD_BYTES, PACKAGES};
 use crate::model::{Install, Packages, RelativePath, ReplId, TicketKey};
-use files::Files;
+pub(super) use files::Files;
 use listing::Listing;
 pub use terminal::Terminal;
 
@@ -56,20 +57,26 @@ pub struct Workspace {
     listing: RefCell<Listing>,
     /// When those packages were installed that it began with; 0: it had none.
     began_with: u64,
+    packing: Cell<bool>,
     terminals: RefCell<BTreeMap<String, Rc<Terminal>>>,
     connections: Cell<usize>,
     last_connection: Cell<u64>,
 }
 
 impl Workspace {
-    /// Of this program.
-    pub(super) fn new(app: Rc<App>, identity: Option<Identity>) -> anyhow::Result<Rc<Self>> {
+    /// Of this program. `brought`: with packages that the code store has, if it has any.
+    pub(super) fn new(
+        app: Rc<App>,
+        identity: Option<Identity>,
+        brought: bool,
+    ) -> anyhow::Result<Rc<Self>> {
         let identity = identity.and_then(|Identity { repl, key }| {
             let key = TicketKey::from_text(&key);
             Some((repl, key?))
         });
         let files = Files::open(app.slot().folder(), app.slot().uid)?;
-        let began_with = installed(app.slot().folder()).map_or(0, |(when, _)| when);
+        let began_with = installed(app.slot().folder()).filter(|_| brought);
+        let began_with = began_with.map_or(0, |(when, _)| when);
         // What cannot be listed is told to whoever asks for it.
         let listing = Listing::beginning_with(&files.tree().unwrap_or_default());
         Ok(Rc::new(Self {
@@ -78,6 +85,7 @@ impl Workspace {
             files,
             listing: RefCell::new(listing),
             began_with,
+            packing: Cell::new(false),
             terminals: RefCell::default(),
             connections: Cell::new(0),
             last_connection: Cell::new(0),
@@ -167,31 +175,52 @@ impl Workspace {
 
     /// What was installed, packed, unless who asks has what was installed `done`, or it was here at the beginning.
     async fn packages(&self, done: u64) -> Response<Full<Bytes>> {
-        let folder = self.app.slot().folder();
-        let newest = installed(folder);
+        let newest = installed(self.app.slot().folder());
         let Some((when, install)) =
             newest.filter(|(when, _)| ![done, self.began_with].contains(when))
         else {
             return text(StatusCode::NOT_FOUND, "nothing was installed");
         };
+        if self.packing.replace(true) {
+            return text(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "it is being packed already",
+            );
+        }
+        let packed = self.pack(install).await;
+        self.packing.set(false);
+        match packed {
+            Ok(packed) => {
+                let mut response = Response::new(Full::new(Bytes::from(packed)));
+                response.headers_mut().insert(INSTALLED, when.into());
+                response
+            }
+            // The program ended meanwhile, or changed what is packed.
+            Err(error) => text(StatusCode::SERVICE_UNAVAILABLE, &format!("{error:#}")),
+        }
+    }
+
+    /// What was installed so, as an archive; nothing when that is too much to be kept: then it is installed again
+    /// at the next start.
+    async fn pack(&self, install: &Install) -> anyhow::Result<Vec<u8>> {
+        let mut above: Vec<&str> = Vec::new();
+        for folder in install.own {
+            above.extend(folder.match_indices('/').map(|(end, _)| &folder[..end]));
+        }
+        above.sort_unstable();
+        above.dedup();
         // By the user's own rights: whatever stands there, nothing of anybody else's is packed.
         let pack = format!(
-            "exec tar -cz --hard-dereference {} 2>/dev/null",
-            install.folders.join(" ")
+            "tar -cz --hard-dereference --no-recursion {} --recursion {} 2>/dev/null",
+            above.join(" "),
+            install.own.join(" ")
         );
         let argv = ["sh", "-c", &pack].map(str::to_owned);
-        let packed = self.app.written_by(&argv, MAX_BUILD_BYTES).await;
-        // Nothing, which is not kept: it is installed again at the next start.
-        let packed = packed.unwrap_or_else(|error| {
-            tracing::warn!(
-                error = format!("{error:#}"),
-                "what was installed cannot be kept"
-            );
-            Vec::new()
-        });
-        let mut response = Response::new(Full::new(Bytes::from(packed)));
-        response.headers_mut().insert(INSTALLED, when.into());
-        response
+        let Some(archive) = self.app.written_by(&argv, MAX_BUILD_BYTES).await? else {
+            return Ok(Vec::new());
+        };
+        let checked = tokio::task::spawn_blocking(move || fits(&archive).then_some(archive));
+        Ok(checked.await?.unwrap_or_default())
     }
 
     /// Whether the request has a ticket: in its URL, for browsers, or as a bearer's.
