@@ -141,16 +141,23 @@ function useActions({ runner, openFiles, chosen, choose, fail, setUploading }) {
   };
 }
 
+function about(entry) {
+  if (entry.made) return `${entry.path}: packages or a cache, which are not shown`;
+  if (entry.kind === "folder") return entry.path;
+  if (entry.kind === "file") return `${entry.path} · ${bytes(entry.size)}`;
+  return `${entry.path}: neither a file nor a folder; it is not opened`;
+}
+
 function Row({ row, chosen, shown, dirty, focusable, act }) {
   const { entry, level, open } = row;
   const isFolder = entry.kind === "folder";
   return html`
     <li role="treeitem" aria-level=${level} aria-selected=${chosen === entry.path ? "true" : "false"} aria-expanded=${isFolder ? String(open) : undefined}
       aria-label=${nameOf(entry.path) + (dirty ? ", not saved" : "")} tabindex=${focusable ? "0" : "-1"} data-path=${entry.path}
-      class=${`tree-row ${entry.kind} ${shown === entry.path ? "shown" : ""}`} style=${{ paddingLeft: `${level * 14 - 4}px` }}
-      title=${entry.kind === "other" ? `${entry.path}: neither a file nor a folder; it is not opened` : `${entry.path}${isFolder ? "" : ` · ${bytes(entry.size)}`}`}
+      class=${`tree-row ${entry.made ? "made" : entry.kind} ${shown === entry.path ? "shown" : ""}`} style=${{ paddingLeft: `${level * 14 - 4}px` }}
+      title=${about(entry)}
       onFocus=${() => act.choose(entry.path)} onClick=${() => act.pick(entry)}>
-      <span class="tree-arrow" aria-hidden="true">${isFolder ? (open ? "▾" : "▸") : ""}</span>
+      <span class="tree-arrow" aria-hidden="true">${isFolder && !entry.made ? (open ? "▾" : "▸") : ""}</span>
       <${Icon} name=${isFolder ? "folder" : "file"} />
       <span class="tree-name">${nameOf(entry.path)}</span>
       ${dirty && html`<span class="unsaved" title="Not saved">●</span>`}
