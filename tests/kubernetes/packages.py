@@ -21,8 +21,11 @@ import urllib.request
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 sys.path.insert(0, str(ROOT / "tests" / "kubernetes"))
+sys.path.insert(0, str(ROOT / "tests" / "testbed"))
 import backend  # noqa: E402
 import test_backend  # noqa: E402
+from bed import s3  # noqa: E402
+from bed.settings import S3_BUCKET  # noqa: E402
 
 USER = "packages"
 REPL = f"{USER}-prod"
@@ -68,6 +71,17 @@ def released(what, repl=REPL):
     return backend.eventually(shown)
 
 
+def kept():
+    """Whether what the workspace has installed is in the store, soon."""
+    def there():
+        try:
+            s3.request("GET", f"/{S3_BUCKET}/code/{WORKSPACE}/.build.tar.gz")
+            return None
+        except OSError as error:
+            return f"it is not in the store: {error}"
+    return backend.eventually(there)
+
+
 def post(server_port, key, path, body):
     request = urllib.request.Request(f"http://127.0.0.1:{server_port}{path}", json.dumps(body).encode(),
                                      {"X-API-Key": key, "Content-Type": "application/json"})
@@ -100,6 +114,8 @@ def checks(ask, index_port, server_port, key, stop_index):
     error = released("Successfully installed gantry-example", WORKSPACE) or released("\ninstalled", WORKSPACE)
     print(f"a workspace started and its packages installed in {time.monotonic() - begun:.1f} s")
     yield check("a workspace installs what its file names", error is None, [reply, error])
+    error = kept()
+    yield check("what it has installed is kept", error is None, error)
     post(server_port, key, "/stop", {"replId": WORKSPACE})
     stop_index()
     reply = post(server_port, key, "/start", start)
