@@ -27,6 +27,9 @@ use crate::storage::CodeStore;
 /// How often every workspace is saved: as much of somebody's work as a lost node may cost.
 const SAVE_EVERY: Duration = Duration::from_secs(20);
 
+/// Failures to keep packages after which the pause between two tries grows no more: ten minutes.
+const MOST_FAILED: u32 = 5;
+
 /// Workspaces saved at one time. One costs a connection and one file's memory.
 const AT_ONCE: usize = 4;
 
@@ -92,6 +95,16 @@ struct Known {
     done: u64,
 }
 
+/// What was kept last of what a workspace has installed.
+#[derive(Debug, Default)]
+struct Kept {
+    /// When it was installed.
+    installed: u64,
+    /// How often it could not be kept since, and rounds to leave out before it is tried again.
+    failed: u32,
+    pause: u32,
+}
+
 /// What was saved last of every workspace; the lock of each is held while it is saved.
 #[derive(Debug, Default)]
 pub struct Saves(Mutex<HashMap<ReplId, Arc<tokio::sync::Mutex<Known>>>>);
@@ -137,29 +150,37 @@ impl Pipeline {
     /// wait for it: packing takes a while, and what is not kept is installed again.
     pub(super) async fn keep_packages(self) {
         let this = &self;
-        let mut kept: HashMap<ReplId, u64> = HashMap::new();
+        let mut kept: HashMap<ReplId, Kept> = HashMap::new();
         loop {
             tokio::time::sleep(SAVE_EVERY).await;
             let Ok(open) = self.open_workspaces().await else {
                 continue;
             };
             kept.retain(|repl, _| open.contains(repl));
-            let known = |repl: &ReplId| kept.get(repl).copied().unwrap_or_default();
-            let asked = open.into_iter().map(|repl| (known(&repl), repl));
-            let done: Vec<Option<(ReplId, u64)>> = stream::iter(asked.collect::<Vec<_>>())
-                .map(|(done, repl)| async move {
-                    match this.keep_packages_of(&repl, done).await {
-                        Ok(done) => Some((repl, done)),
+            for repl in open {
+                kept.entry(repl).or_default();
+            }
+            stream::iter(&mut kept)
+                .for_each_concurrent(AT_ONCE, |(repl, kept)| async move {
+                    if kept.pause > 0 {
+                        kept.pause -= 1;
+                        return;
+                    }
+                    match this.keep_packages_of(repl, kept.installed).await {
+                        Ok(installed) => {
+                            *kept = Kept {
+                                installed,
+                                ..Kept::default()
+                            }
+                        }
                         Err(error) => {
                             tracing::debug!(%repl, %error, "what is installed is not kept yet");
-                            None
+                            kept.failed = (kept.failed + 1).min(MOST_FAILED);
+                            kept.pause = 1 << kept.failed;
                         }
                     }
                 })
-                .buffer_unordered(AT_ONCE)
-                .collect()
                 .await;
-            kept.extend(done.into_iter().flatten());
         }
     }
 
@@ -212,8 +233,8 @@ async fn copy(
         let Ok(path) = RelativePath::try_from(file.path) else {
             continue;
         };
-        // What was compiled is compiled again at the next start.
-        if path.is_below(BUILD_FOLDER) {
+        // What was compiled is compiled again at the next start; the archive is no file of the workspace's.
+        if path.is_below(BUILD_FOLDER) || path.as_str() == BUILD_ARCHIVE {
             continue;
         }
         match file.kind.as_str() {

@@ -212,15 +212,15 @@ fn copy_release(release: &Path, slot: &Slot, stays: bool) -> anyhow::Result<()> 
             let name = name
                 .to_str()
                 .with_context(|| format!("the name of {} is not UTF-8", name.display()))?;
+            if name == BUILD_ARCHIVE {
+                build = Some(path);
+                continue;
+            }
             bytes += entry.metadata()?.len();
             anyhow::ensure!(
                 bytes <= MOST_BYTES && files.len() < MOST_FILES,
                 "it is more than {MOST_FILES} files or {MOST_BYTES} bytes in all"
             );
-            if name == BUILD_ARCHIVE {
-                build = Some(path);
-                continue;
-            }
             files.push((name.to_owned(), std::fs::read(&path)?));
         }
     }
@@ -242,13 +242,16 @@ pub(super) fn unpack_build(archive: &Path, slot: &Slot, stays: bool) -> anyhow::
     };
     anyhow::ensure!(stays, error);
     tracing::warn!(error = format!("{error:#}"), "packages are installed again");
+    use io::ErrorKind::{NotADirectory, NotFound};
     // Half of them would pass for all.
     let files = Files::open(slot.folder(), slot.uid)?;
     for folder in Packages::installs().flat_map(|install| install.own) {
         let folder = RelativePath::try_from((*folder).to_owned()).map_err(anyhow::Error::msg)?;
         match files.delete(&folder) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
-            _ => {}
+            Ok(()) => {}
+            // Something else stands in its place, or above it.
+            Err(error) if [NotFound, NotADirectory].contains(&error.kind()) => {}
+            Err(error) => return Err(error.into()),
         }
     }
     Ok(())
@@ -516,16 +519,21 @@ impl App {
         drop((command, parent.stdin));
         let mut written = Vec::new();
         let mut bounded = parent.stdout.take(most as u64 + 1);
-        let read = timeout(WRITTEN_PATIENCE, bounded.read_to_end(&mut written)).await;
-        let read = read.map_err(io::Error::from).flatten();
-        if read.is_err() || written.len() > most {
-            signal_process(pid, libc::SIGKILL);
-        }
-        let exit = exited.await?;
-        read.context("it takes too long")?;
-        if written.len() > most {
-            return Ok(None);
-        }
+        let ended = async {
+            bounded.read_to_end(&mut written).await?;
+            // What is too long waits for somebody who reads on.
+            match bounded.limit() {
+                0 => Ok(None),
+                _ => anyhow::Ok(Some(exited.await?)),
+            }
+        };
+        let exit = match timeout(WRITTEN_PATIENCE, ended).await {
+            Ok(Ok(Some(exit))) => exit,
+            unfinished => {
+                signal_process(pid, libc::SIGKILL);
+                return unfinished.context("it takes too long")?.map(|_| None);
+            }
+        };
         anyhow::ensure!(exit.status == 0, "it failed");
         Ok(Some(written))
     }

@@ -213,6 +213,7 @@ impl Releases {
         let _one = changing.lock().await;
         let program = self.with(repl, |repl| {
             repl.record.stopped();
+            repl.lost = None;
             repl.program.take()
         });
         if let Some(program) = program {
@@ -548,7 +549,10 @@ impl Releases {
             domains: repl.record.given.domains.clone(),
             release: number.filter(|number| *number > 0),
             cause: repl.record.idle.map(idle_cause),
-            last_error: standing.and_then(|s| s.last_error),
+            last_error: match standing {
+                Some(standing) => standing.last_error,
+                None => repl.lost.clone(),
+            },
             since,
         }
     }

@@ -80,14 +80,19 @@ impl Files {
     }
 
     /// Everything there is, folders before what is in them, but for what is in folders of caches and of packages
-    /// that were installed: that may be a hundred thousand files, and nobody wrote them.
+    /// that were installed: that may be a hundred thousand files, and nobody wrote them. Packages that somebody put
+    /// there in another way are listed, unless that is too much.
     pub fn tree(&self) -> io::Result<Vec<Entry>> {
+        let (installed, others): (Vec<&Install>, Vec<&Install>) =
+            Packages::installs().partition(|install| self.has_installed(install));
         let mut made = CACHES.to_vec();
-        for install in Packages::installs().filter(|install| self.has_installed(install)) {
-            made.extend(install.own);
-        }
+        made.extend(installed.iter().flat_map(|install| install.own));
         let mut entries = Vec::new();
-        list(self.top.as_fd(), "", 0, &made, &mut entries)?;
+        if list(self.top.as_fd(), "", 0, &made, &mut entries).is_err() {
+            entries.clear();
+            made.extend(others.iter().flat_map(|install| install.own));
+            list(self.top.as_fd(), "", 0, &made, &mut entries)?;
+        }
         Ok(entries)
     }
 
@@ -369,6 +374,7 @@ mod tests {
             "go/pkg/mod/a",
             "go/own",
             ".cache/a",
+            ".cargo-home",
             "src/.cache",
         ] {
             std::fs::create_dir_all(folder.path().join(made)).unwrap();
@@ -387,6 +393,10 @@ mod tests {
         let mark = |name: &str| std::fs::write(folder.path().join(name), "").unwrap();
         mark("node_modules/.gantry-installed");
         mark("go/pkg/mod/.gantry-installed.new");
+        assert_eq!(paths(), "go/own go/pkg go/pkg/mod");
+        for number in 0..MOST_ENTRIES {
+            mark(&format!(".cargo-home/{number}"));
+        }
         assert_eq!(paths(), "go/own go/pkg go/pkg/mod");
     }
 

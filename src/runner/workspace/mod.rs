@@ -174,7 +174,7 @@ impl Workspace {
     }
 
     /// What was installed, packed, unless who asks has what was installed `done`, or it was here at the beginning.
-    async fn packages(&self, done: u64) -> Response<Full<Bytes>> {
+    async fn packages(self: Rc<Self>, done: u64) -> Response<Full<Bytes>> {
         let newest = installed(self.app.slot().folder());
         let Some((when, install)) =
             newest.filter(|(when, _)| ![done, self.began_with].contains(when))
@@ -187,9 +187,13 @@ impl Workspace {
                 "it is being packed already",
             );
         }
-        let packed = self.pack(install).await;
-        self.packing.set(false);
-        match packed {
+        // It goes on when who asked goes away.
+        let packed = tokio::task::spawn_local(async move {
+            let packed = self.pack(install).await;
+            self.packing.set(false);
+            packed
+        });
+        match packed.await.map_err(anyhow::Error::from).flatten() {
             Ok(packed) => {
                 let mut response = Response::new(Full::new(Bytes::from(packed)));
                 response.headers_mut().insert(INSTALLED, when.into());
@@ -209,9 +213,16 @@ impl Workspace {
         }
         above.sort_unstable();
         above.dedup();
+        for folder in above.iter().chain(install.own) {
+            let about = std::fs::symlink_metadata(self.app.slot().folder().join(folder));
+            // A link would be all that is packed.
+            if !about.is_ok_and(|about| about.is_dir()) {
+                return Ok(Vec::new());
+            }
+        }
         // By the user's own rights: whatever stands there, nothing of anybody else's is packed.
         let pack = format!(
-            "tar -cz --hard-dereference --no-recursion {} --recursion {} 2>/dev/null",
+            "tar -cz --hard-dereference --mode=u+rwX --no-recursion {} --recursion {} 2>/dev/null",
             above.join(" "),
             install.own.join(" ")
         );

@@ -42,7 +42,10 @@ impl Releases {
 
     /// Recorded first: a server that is killed in between brings it up at its next start.
     pub(super) async fn begin(&self, repl: &ReplId, stored: Stored) -> Result<(), PlatformError> {
-        self.with(repl, |repl| repl.record.opens(stored.clone()));
+        self.with(repl, |repl| {
+            repl.record.opens(stored.clone());
+            repl.lost = None;
+        });
         self.save(repl)?;
         match self.start(repl, &stored).await {
             Ok(program) => {
