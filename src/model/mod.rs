@@ -34,7 +34,8 @@ pub use module::{
 };
 pub use outcome::{Outcome, Reason, Status, TestResult, Usage};
 pub use packages::{
-    Install, Naming, PACKAGE_PROXY, PackageIndex, Packages, Place, Registry, package_place,
+    Install, Naming, PACKAGE_PROXY, PROXY_VARIABLES, PackageIndex, Packages, Place, Registry,
+    package_place,
 };
 pub use problem::Problem;
 pub use release::{Release, ReleaseState, ReplState, ReplStatus, idle_cause};

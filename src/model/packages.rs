@@ -67,6 +67,9 @@ pub struct Install {
     pub compile_env: &'static [(&'static str, &'static str)],
 }
 
+/// Variables by which installers are told of their proxy.
+pub const PROXY_VARIABLES: [&str; 4] = ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"];
+
 /// The variable with the URL of the proxy by which a workspace's installer reaches the indexes.
 pub const PACKAGE_PROXY: &str = "GANTRY_PACKAGE_PROXY";
 
@@ -87,17 +90,15 @@ impl Naming {
             }),
         }
     }
-}
 
-impl Naming {
     /// The same as an extended regular expression for a line of the file: what passes for a name may be none, and
     /// costs an installer that finds nothing to do.
-    fn pattern(self) -> &'static str {
+    fn pattern(self) -> String {
         match self {
-            Naming::Lines => "^[[:space:]]*[^#[:space:]]",
-            Naming::Members(_) => "ependencies\"[[:space:]]*:",
-            Naming::Headings(_) => "^[[:space:]]*\\[.*dependencies",
-            Naming::Word(_) => "^[[:space:]]*require[[:space:](]",
+            Naming::Lines => "^[[:space:]]*[^#[:space:]]".to_owned(),
+            Naming::Members(keys) => format!("\"({})\"[[:space:]]*:", keys.join("|")),
+            Naming::Headings(words) => format!("^[[:space:]]*\\[.*({})", words.join("|")),
+            Naming::Word(word) => format!("^[[:space:]]*{word}[[:space:](]"),
         }
     }
 }
@@ -148,16 +149,15 @@ impl Install {
             .collect()
     }
 
-    /// The same in a shell's words, for a workspace, whose files change: nothing without a file that names
+    /// What installs, in a shell's words, for a workspace, whose files change: nothing without a file that names
     /// packages, and nothing when it is as it was when this was done last. What failed is not taken for done, nor
     /// is a file that was changed meanwhile.
     pub fn in_shell(&self, index: &PackageIndex) -> String {
         let (file, installed) = (self.file, self.installed());
-        let names_any = quoted(self.naming.pattern());
+        let names_any = quoted(&self.naming.pattern());
         let folders = self.own.join(" ");
         let all = format!("cat {file} {} 2>/dev/null", self.beside.join(" "));
-        let proxied = ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"];
-        let proxied = proxied.map(|name| format!("{name}=\"${PACKAGE_PROXY}\""));
+        let proxied = PROXY_VARIABLES.map(|name| format!("{name}=\"${PACKAGE_PROXY}\""));
         let variables = self.variables(index).into_iter();
         let variables: Vec<String> = variables
             .map(|(name, value)| format!("{name}={}", quoted(&value)))
@@ -328,6 +328,12 @@ mod tests {
         ] {
             let naming = install(language).naming;
             assert!(naming.names_any(some), "{language}: {some}");
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::write(folder.path().join("file"), some).unwrap();
+            let mut grep = std::process::Command::new("grep");
+            let grep = grep.args(["-qE", &naming.pattern(), "file"]);
+            let found = grep.current_dir(folder.path()).status().unwrap();
+            assert!(found.success(), "{language}: {some}");
             assert!(!naming.names_any(none), "{language}: {none}");
         }
     }

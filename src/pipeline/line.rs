@@ -1,6 +1,6 @@
 //! Lines out of a sandbox or a workspace, for the installer of what a program depends on, and for nothing else.
-//! Neither has a network: its runner passes each connection on to here, and here it is joined to a
-//! package index, or refused.
+//! The installer needs no network of its own: its runner passes each connection on to here, and here it is
+//! joined to a package index, or refused.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,7 +19,7 @@ use crate::platform::{ByteStream, Platform};
 use crate::runner::wire::{FromRunner, JobId, ToRunner, VERSION, frames, raw};
 
 /// Connections that an installer may have at one time.
-pub const LINES: usize = 6;
+const LINES: usize = 6;
 
 /// Longest head of a request to a proxy: installers send a few hundred bytes.
 const MOST_HEAD: usize = 8 << 10;
@@ -171,8 +171,7 @@ impl Line {
                 (reader, writer)
             }
             Taker::Workspace(repl) => {
-                let stream = self.platform.dial_runner(repl).await?;
-                let runner = Runner::over(&*self.platform, repl, stream).await?;
+                let runner = Runner::dial(&*self.platform, repl).await?;
                 frames(timeout(GREETING, runner.lend()).await??)
             }
         };

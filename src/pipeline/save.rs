@@ -184,9 +184,23 @@ impl Pipeline {
         }
     }
 
+    /// Puts what was installed into the code store, for the next start, and says when it was installed. `done`: when
+    /// that was installed which is there.
     async fn keep_packages_of(&self, repl: &ReplId, done: u64) -> Result<u64, NotSaved> {
         let mut runner = Runner::dial(&*self.inner.platform, repl).await?;
-        copy_packages(&mut runner, &*self.inner.store, repl, done).await
+        let Some((installed, packages)) = runner.packages(done).await? else {
+            return Ok(done);
+        };
+        if !packages.is_empty() {
+            let archive = RelativePath::try_from(BUILD_ARCHIVE.to_owned());
+            let archive = archive.map_err(|why| NotSaved::Failed(problem(&why)))?;
+            let put = self
+                .inner
+                .store
+                .put_current(repl, &archive, packages.into());
+            put.await.map_err(NotSaved::Failed)?;
+        }
+        Ok(installed)
     }
 
     /// Saves every workspace that is this server's to save.
@@ -269,26 +283,6 @@ async fn copy(
     }
     known.done = number;
     Ok(saved)
-}
-
-/// Puts what was installed into the code store, for the next start. `done`: when that was installed which is
-/// there.
-async fn copy_packages(
-    runner: &mut Runner,
-    store: &dyn CodeStore,
-    repl: &ReplId,
-    done: u64,
-) -> Result<u64, NotSaved> {
-    let Some((installed, packages)) = runner.packages(done).await? else {
-        return Ok(done);
-    };
-    if !packages.is_empty() {
-        let archive = RelativePath::try_from(BUILD_ARCHIVE.to_owned());
-        let archive = archive.map_err(|error| NotSaved::Failed(problem(&error.to_string())))?;
-        let put = store.put_current(repl, &archive, packages.into());
-        put.await.map_err(NotSaved::Failed)?;
-    }
-    Ok(installed)
 }
 
 /// A connection to a workspace's runner.

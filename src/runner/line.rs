@@ -17,9 +17,7 @@ use tokio::time::{sleep, timeout};
 
 use super::client::ByteStream;
 use super::wire::{FromRunner, frames, raw};
-
-/// Variables by which a job's installer is told of its proxy.
-const VARIABLES: [&str; 4] = ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"];
+use crate::model::PROXY_VARIABLES;
 
 /// Pause before another connection is taken when one could not be.
 const AGAIN: Duration = Duration::from_millis(50);
@@ -101,7 +99,7 @@ impl Proxy {
     /// What tells a job's program of it.
     pub fn environment(&self) -> impl Iterator<Item = (String, String)> {
         let url = self.url();
-        VARIABLES
+        PROXY_VARIABLES
             .into_iter()
             .map(move |name| (name.to_owned(), url.clone()))
     }
