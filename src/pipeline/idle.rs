@@ -10,8 +10,8 @@ use futures_util::{StreamExt, stream};
 use jiff::{SignedDuration, Timestamp};
 use tokio::time::{Instant, sleep};
 
-use super::save::{NotSaved, Runner};
-use super::{Pipeline, Share};
+use super::runner::Runner;
+use super::{NotSaved, Pipeline, Share};
 use crate::model::{ReplId, ReplStatus, idle_cause};
 use crate::platform::PlatformError;
 

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use super::Pipeline;
-use super::save::Runner;
+use super::runner::Runner;
 use crate::model::{Place, ReplId, UserId, package_place};
 use crate::platform::{ByteStream, Platform};
 use crate::runner::wire::{FromRunner, JobId, ToRunner, VERSION, frames, raw};

@@ -12,6 +12,7 @@ mod places;
 mod plan;
 mod programs;
 mod queue;
+mod runner;
 mod save;
 mod text;
 mod verdict;
