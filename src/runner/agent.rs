@@ -20,7 +20,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, timeout};
 
 use super::build::{Builds, pack, unpack};
 use super::confine::{Confinement, Identity, Reach};
@@ -46,10 +46,6 @@ const MAX_WAITING_FRAMES: usize = 64;
 /// processes, each of which takes processor time from the program: what a short run writes and how it
 /// ended go together. People see no difference.
 const GATHER: Duration = Duration::from_millis(4);
-
-/// Without a job for this long, the next interpreter settles: the last job's end has reached its client by
-/// then, and the two do not take processor time from each other.
-const QUIET: Duration = Duration::from_millis(20);
 
 /// Ended jobs whose events the server has not stored yet. Beyond it the oldest is forgotten, and the
 /// server answers `unavailable` for it.
@@ -373,24 +369,12 @@ impl Agent {
         };
         self.free.borrow_mut().push_back(FreeSlot { slot, parked });
         self.slot_freed.notify_one();
-        sleep(QUIET).await;
-        if self.running() == 0 && self.active.get().elapsed() >= QUIET {
-            self.settle_next();
-        }
     }
 
     /// Jobs that have not ended.
     fn running(&self) -> usize {
         let jobs = self.jobs.borrow();
         jobs.values().filter(|log| !log.has_ended()).count()
-    }
-
-    /// Lets the interpreter that runs next use the quiet.
-    fn settle_next(&self) {
-        let mut free = self.free.borrow_mut();
-        if let Some(next) = free.iter_mut().find_map(|free| free.parked.as_mut()) {
-            next.settle();
-        }
     }
 
     /// With one slot the next run would wait for its interpreter: it comes while this one runs. It is

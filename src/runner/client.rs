@@ -27,6 +27,10 @@ const SILENCE: Duration = Duration::from_secs(10);
 /// Longest wait for the runner's greeting: it has nothing to do before it.
 const GREETING: Duration = Duration::from_secs(5);
 
+/// How long an acknowledgement waits for a frame to go with. The way to the runner may lead through five
+/// processes, and what is sent right after a run's end takes processor time from the run's reply.
+const ACK_PAUSE: Duration = Duration::from_millis(50);
+
 /// How long a broken connection is tried again before its runs are given up. A sandbox that died is
 /// made anew well within it.
 const RECONNECT_PATIENCE: Duration = Duration::from_secs(45);
@@ -427,9 +431,9 @@ async fn greet(stream: Box<dyn ByteStream>) -> Result<(Reader, Writer), WireErro
     }
 }
 
-/// Sends a frame; a runner that does not read is as dead as one that does not speak.
-async fn say(writer: &mut Writer, frame: &ToRunner) -> Result<(), WireError> {
-    timeout(SILENCE, writer.send(frame))
+/// Sends frames together; a runner that does not read is as dead as one that does not speak.
+async fn say(writer: &mut Writer, frames: &[ToRunner]) -> Result<(), WireError> {
+    timeout(SILENCE, writer.send_all(frames))
         .await
         .map_err(|_| silent())?
 }
@@ -458,12 +462,11 @@ async fn converse(
     runs: &mut Runs,
     builds: &mut Builds,
 ) -> Result<Over, WireError> {
-    for (id, run) in runs.iter_mut() {
-        say(&mut writer, &run.opening(*id)).await?;
-    }
-    for frame in first {
-        say(&mut writer, &frame).await?;
-    }
+    let openings = runs.iter_mut().map(|(id, run)| run.opening(*id));
+    let mut unsent: Vec<ToRunner> = openings.chain(first).collect();
+    say(&mut writer, &unsent).await?;
+    unsent.clear();
+    let mut acks_due = Instant::now();
     let mut heartbeat = tokio::time::interval(HEARTBEAT);
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut heard = Instant::now();
@@ -481,11 +484,21 @@ async fn converse(
                     };
                     let frame = admit(command, runs, builds);
                     let opening = id.and_then(|id| Some(runs.get_mut(&id)?.opening(id)));
-                    for frame in frame.into_iter().chain(opening) {
-                        say(&mut writer, &frame).await?;
+                    let is_ack = matches!(frame, Some(ToRunner::Ack { .. }));
+                    if is_ack && unsent.is_empty() {
+                        acks_due = Instant::now() + ACK_PAUSE;
+                    }
+                    unsent.extend(frame.into_iter().chain(opening));
+                    if !is_ack && !unsent.is_empty() {
+                        say(&mut writer, &unsent).await?;
+                        unsent.clear();
                     }
                 }
             },
+            () = sleep_until(acks_due), if !unsent.is_empty() => {
+                say(&mut writer, &unsent).await?;
+                unsent.clear();
+            }
             frame = reader.next::<FromRunner>() => {
                 heard = Instant::now();
                 if !runs.is_empty() {
@@ -496,7 +509,7 @@ async fn converse(
             () = sleep_until(used + idle), if runs.is_empty() => {
                 return Ok(Over::Idle);
             }
-            _ = heartbeat.tick() => say(&mut writer, &ToRunner::Ping).await?,
+            _ = heartbeat.tick() => say(&mut writer, &[ToRunner::Ping]).await?,
             () = sleep_until(heard + SILENCE) => return Err(silent()),
         }
     }
@@ -555,7 +568,15 @@ mod tests {
     use super::*;
 
     /// Runners that answer and run nothing.
-    struct Runners(mpsc::UnboundedSender<&'static str>);
+    struct Runners(mpsc::UnboundedSender<Seen>);
+
+    /// What a runner sees of a session.
+    #[derive(Debug, PartialEq)]
+    enum Seen {
+        Connected,
+        Frame(ToRunner),
+        LetGo,
+    }
 
     #[async_trait]
     impl Connect for Runners {
@@ -566,17 +587,21 @@ mod tests {
         }
     }
 
-    async fn answer(stream: tokio::io::DuplexStream, tell: mpsc::UnboundedSender<&'static str>) {
-        tell.send("connected").unwrap();
+    async fn answer(stream: tokio::io::DuplexStream, tell: mpsc::UnboundedSender<Seen>) {
+        tell.send(Seen::Connected).unwrap();
         let (mut reader, mut writer) = frames(stream);
         while let Ok(frame) = reader.next::<ToRunner>().await {
             let answer = match frame {
                 ToRunner::Hello { version } => FromRunner::Hello { version },
-                _ => FromRunner::Pong,
+                ToRunner::Ping => FromRunner::Pong,
+                frame => {
+                    tell.send(Seen::Frame(frame)).unwrap();
+                    continue;
+                }
             };
             writer.send(&answer).await.unwrap();
         }
-        tell.send("let go").unwrap();
+        tell.send(Seen::LetGo).unwrap();
     }
 
     #[tokio::test]
@@ -587,9 +612,40 @@ mod tests {
         for _ in 0..2 {
             let since = Instant::now();
             session.ready().await.unwrap();
-            assert_eq!(told.recv().await, Some("connected"));
-            assert_eq!(told.recv().await, Some("let go"));
+            assert_eq!(told.recv().await, Some(Seen::Connected));
+            assert_eq!(told.recv().await, Some(Seen::LetGo));
             assert!(since.elapsed() >= idle);
         }
+    }
+
+    #[tokio::test]
+    async fn an_acknowledgement_goes_with_the_next_frame_or_after_a_pause() {
+        let (tell, mut told) = mpsc::unbounded_channel();
+        let session = Session::open(Runners(tell));
+        session.ready().await.unwrap();
+        assert_eq!(told.recv().await, Some(Seen::Connected));
+        let job = JobId {
+            submission: crate::model::SubmissionId::new(),
+            run: 0,
+        };
+        let run = session.attach(job, 7);
+        assert_eq!(
+            told.recv().await,
+            Some(Seen::Frame(ToRunner::Attach { job, after: 7 }))
+        );
+        let since = Instant::now();
+        let ack = |seq| Some(Seen::Frame(ToRunner::Ack { job, seq }));
+        run.stored(8);
+        assert_eq!(told.recv().await, ack(8));
+        assert!(since.elapsed() >= ACK_PAUSE);
+        run.stored(9);
+        run.stored(10);
+        run.handle().cancel();
+        assert_eq!(told.recv().await, ack(9));
+        assert_eq!(told.recv().await, ack(10));
+        assert_eq!(
+            told.recv().await,
+            Some(Seen::Frame(ToRunner::Cancel { job }))
+        );
     }
 }

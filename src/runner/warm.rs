@@ -115,21 +115,9 @@ pub struct Parked {
     pid: i32,
     program: Program,
     control: UnixStream,
-    settled: bool,
 }
 
 impl Parked {
-    /// Lets it copy the memory it shares with the interpreter, which its run would wait for page by
-    /// page. It costs some milliseconds of processor time and 8 MB: for the next in line only, and
-    /// when nothing else is to be done.
-    pub fn settle(&mut self) {
-        if !self.settled {
-            self.settled = true;
-            // Four bytes have room in an empty socket. One that is broken shows when its run starts.
-            let _ = self.control.try_write(&0u32.to_le_bytes());
-        }
-    }
-
     /// Sends it off with these arguments and variables, and under these limits, which it sets
     /// itself before anything of the user's runs: for another user's process it would take
     /// CAP_SYS_RESOURCE, which containers do not have.
@@ -274,7 +262,6 @@ impl Interpreter {
         die_first(pid);
         let mut parked = Parked {
             pid,
-            settled: false,
             program: Program {
                 stdin: parent.stdin,
                 stdout: parent.stdout,

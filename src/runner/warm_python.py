@@ -12,10 +12,11 @@ One datagram socket, named by GANTRY_WARM_FD, joins this process to the runner:
   to the runner:   `forked PID`, `exit PID STATUS CPU_MICROSECONDS PEAK_KIB`
 A run comes as one message on its control stream: a length (4 bytes, little-endian), then NUL-ended
 texts: its limits as `RESOURCE=VALUE` with spaces between, the number of arguments, the arguments, and
-`NAME=VALUE` for each variable. A message of length 0 may come before it: nothing else is to be done
-just now, so the child copies the memory that it shares with this process. A run that changes shared
-memory waits for each page to be copied, 3 microseconds each on a virtual machine, which is half of
-what a short program takes.
+`NAME=VALUE` for each variable.
+
+A child copies, before it is asked for, the memory shared with this process that every run changes: a
+run would wait for each page, some 600 of them and 3 microseconds each on a virtual machine, which is
+half of what a short program takes. Which pages these are a rehearsal tells.
 """
 
 
@@ -42,6 +43,8 @@ def _serve():
         prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
         madvise.argtypes = [ctypes.c_ulong] * 2 + [ctypes.c_int]
         keep_alive = ctypes.pythonapi.Py_IncRef
+        finish, call_at_end = ctypes.pythonapi.Py_Exit, ctypes.pythonapi.Py_AtExit
+        call_at_end.argtypes = [ctypes.c_void_p]
         track, untrack = ctypes.pythonapi.PyObject_GC_Track, ctypes.pythonapi.PyObject_GC_UnTrack
         for function in (keep_alive, track, untrack):
             function.argtypes = [ctypes.py_object]
@@ -89,30 +92,61 @@ def _serve():
             if id(thing) not in ending:
                 keep_alive(thing)
 
-    def writable_memory():
-        """What a child shares with this process and may change, in pieces of 256 KiB: start, size."""
+    def rehearse(main):
+        """Finds out what every run changes of the memory that it shares with this process: start and
+        size of each piece. A child runs a program of one line, ends as every run does, and stops just
+        before it is gone."""
+        child = posix.fork()
+        if child == 0:
+            try:
+                # What the interpreter calls last of all, in reverse: it says that it has come to its
+                # end by being in a session of its own, and waits there.
+                for function in (library.pause, library.setsid):
+                    call_at_end(ctypes.cast(function, ctypes.c_void_p))
+                prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
+                try:
+                    leave()
+                except Exception:
+                    # The system has no sitecustomize, or one that fails: so does it in every run.
+                    pass
+                exec("print('Hello')", main.__dict__)
+                finish(0)
+            finally:
+                # Never on to the interpreter's own way: the workspace may have a main.py by now.
+                posix._exit(1)
         pieces = []
         try:
-            with open("/proc/self/maps") as maps:
+            patience = time.monotonic() + REHEARSAL_PATIENCE_S
+            while posix.getsid(child) != child:
+                if time.monotonic() > patience:
+                    return []
+                time.sleep(0.0005)
+            with open("/proc/self/maps") as maps, open(f"/proc/{child}/pagemap", "rb", 0) as pages:
                 for line in maps:
                     place, mode, _ = line.split(maxsplit=2)
                     if mode != "rw-p":
                         continue
-                    start, end = (int(address, 16) for address in place.split("-"))
-                    pieces += [(at, min(1 << 18, end - at)) for at in range(start, end, 1 << 18)]
+                    start, end = (int(address, 16) // page for address in place.split("-"))
+                    pages.seek(start * 8)
+                    entries = memoryview(pages.read((end - start) * 8)).cast("Q")
+                    for number, entry in enumerate(entries, start):
+                        if entry & OWN_PAGE != OWN_PAGE:
+                            continue
+                        if pieces and sum(pieces[-1]) == number * page:
+                            pieces[-1][1] += page
+                        else:
+                            pieces.append([number * page, page])
         except OSError:
-            # No /proc here: runs are slower, else they are right.
-            pass
+            # No /proc here, or it may not be looked at: runs are slower, else they are right.
+            return []
+        finally:
+            posix.kill(child, _signal.SIGKILL)
+            posix.waitpid(child, 0)
         return pieces
 
-    def own_memory(run):
-        """In the child: copy the shared memory, piece by piece, until a run comes."""
-        MADV_POPULATE_WRITE = 23
-        waiting = select.poll()
-        waiting.register(run, select.POLLIN)
-        for start, size in shared_memory:
-            if waiting.poll(0):
-                return
+    def own_memory():
+        """In the child: copies what its run will change."""
+        for start, size in changed_by_runs:
             # Older kernels refuse; the run copies what it changes, then.
             madvise(start, size, MADV_POPULATE_WRITE)
 
@@ -135,16 +169,15 @@ def _serve():
             posix.dup2(source, target)
             posix.close(source)
         posix.setsid()
+        own_memory()
         posix.write(run, b"R")
         data = b""
         while len(data) < 4 or len(data) < 4 + int.from_bytes(data[:4], "little"):
-            more = posix.read(run, 1 << 20)
+            # Small enough to come from memory that is here already.
+            more = posix.read(run, 1 << 16)
             if not more:
                 posix._exit(0)
             data += more
-            if data.startswith(bytes(4)):
-                data = data[4:]
-                own_memory(run)
         posix.close(run)
         if root >= 0:
             posix.fchdir(root)
@@ -156,7 +189,6 @@ def _serve():
             posix.setresuid(uid, uid, uid)
         posix.chdir(workspace)
         if prctl is not None:
-            PR_SET_DUMPABLE = 4
             prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
         texts = data[4:].split(b"\0")
         for limit in texts[0].split():
@@ -215,13 +247,20 @@ def _serve():
         if threading is not None:
             # Python itself leaves the forking process's number there, before 3.13.
             threading.main_thread()._set_native_id()
-        for name in set(sys.modules) - before:
-            del sys.modules[name]
         if not customized:
             customize()
 
     import resource  # wait4 needs it; brought in once, here
     import select
+    import time
+
+    PR_SET_DUMPABLE = 4
+    MADV_POPULATE_WRITE = 23
+    # In /proc/PID/pagemap: a page that is there, and is in no other process's memory.
+    OWN_PAGE = 1 << 63 | 1 << 56
+    # Ten times what it takes on a loaded machine; the runner waits for longer.
+    REHEARSAL_PATIENCE_S = 0.5
+    page = resource.getpagesize()
 
     main = sys.modules["__main__"]
     known_modules = sys.modules
@@ -233,8 +272,7 @@ def _serve():
     for name in set(sys.modules) - before:
         del sys.modules[name]
     customized = customized_here()
-    before = set(sys.modules)
-    nothing = dict.fromkeys(before - {"sys", "builtins", "__main__"})
+    nothing = dict.fromkeys(set(sys.modules) - {"sys", "builtins", "__main__"})
     # A handler alone would come too late for a child that ends just before the wait begins: only
     # what is readable ends a wait for sure.
     woken, wake = posix.pipe()
@@ -244,7 +282,6 @@ def _serve():
     waiting = select.poll()
     waiting.register(woken, select.POLLIN)
     waiting.register(control, select.POLLIN)
-    shared_memory = writable_memory() if madvise is not None else []
     gc.collect()
     if keep_alive is not None:
         keep_known(main)
@@ -254,6 +291,7 @@ def _serve():
     for thing in filter(gc.is_tracked, own):
         untrack(thing)
     gc.freeze()
+    changed_by_runs = rehearse(main) if madvise is not None else []
     while True:
         ready = [fd for fd, _ in waiting.poll()]
         if woken in ready:

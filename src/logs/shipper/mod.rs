@@ -37,7 +37,7 @@ use progress::{InOrder, Progress};
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 /// Between two looks for more records while a batch fills.
-const COLLECT_PAUSE: Duration = Duration::from_millis(20);
+const COLLECT_PAUSE: Duration = Duration::from_millis(100);
 /// Bytes of journal turned into lines at once.
 const READ_BYTES: usize = 512 << 10;
 /// Between two records of how far it is: what a crash makes it send again.
@@ -64,13 +64,14 @@ pub struct ShipperOptions {
 }
 
 impl ShipperOptions {
-    /// The usual sizes: a request of 2 MiB is within every server's limit, 0.1 s is less than the
-    /// index takes to show a record, and with three requests on the way none waits for another's answer.
+    /// The usual sizes: a request of 2 MiB is within every server's limit, 0.5 s is less than the
+    /// index takes to show a record and few enough requests to leave a small Elasticsearch time for
+    /// others, and with three requests on the way none waits for another's answer.
     pub fn in_folder(folder: PathBuf) -> Self {
         Self {
             folder,
             batch_bytes: 2 << 20,
-            batch_age: Duration::from_millis(100),
+            batch_age: Duration::from_millis(500),
             in_flight: 3,
         }
     }
