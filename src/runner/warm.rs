@@ -112,7 +112,6 @@ impl ChildEnds {
 /// A child of the warm interpreter, waiting in its slot for a run.
 #[derive(Debug)]
 pub struct Parked {
-    pid: i32,
     program: Program,
     control: UnixStream,
 }
@@ -148,8 +147,6 @@ impl Parked {
             .to_le_bytes()
             .to_vec();
         message.extend_from_slice(body.as_bytes());
-        // What it did until now is not the run's.
-        self.program.cpu_before = processor_time(self.pid).unwrap_or_default();
         self.control.write_all(&message).await?;
         Ok(self.program)
     }
@@ -261,7 +258,6 @@ impl Interpreter {
             .ok_or_else(|| anyhow::anyhow!("the waiting interpreter has ended"))?;
         die_first(pid);
         let mut parked = Parked {
-            pid,
             program: Program {
                 stdin: parent.stdin,
                 stdout: parent.stdout,
@@ -274,6 +270,8 @@ impl Interpreter {
         drop((child, theirs));
         let mut ready = [0];
         timeout(FORK_PATIENCE, parked.control.read_exact(&mut ready)).await??;
+        // What it did until now is not the run's.
+        parked.program.cpu_before = processor_time(pid).unwrap_or_default();
         Ok(parked)
     }
 
@@ -355,8 +353,11 @@ fn understand(text: &str, forked: &mpsc::UnboundedSender<i32>, exits: &Exits) ->
     }
 }
 
-/// Whether the job brings something that an interpreter reads when it starts: variables, or packages
-/// of its user's (`~/.local`, which is in the workspace).
+/// What every zip archive has near its end; Python runs one whatever it is called.
+const ARCHIVE_END: &str = "PK\u{5}\u{6}";
+
+/// Whether the job brings something that an interpreter reads when it starts: variables, packages
+/// of its user's (`~/.local`, which is in the workspace), or an archive in place of its program.
 pub fn needs_cold_start(job: &Job) -> bool {
     const NAMES: [&str; 5] = ["HOME", "LANG", "LANGUAGE", "PATH", "TZ"];
     const PREFIXES: [&str; 5] = ["PYTHON", "LC_", "LD_", "MALLOC_", "GLIBC_"];
@@ -368,5 +369,49 @@ pub fn needs_cold_start(job: &Job) -> bool {
         || job
             .files
             .iter()
-            .any(|(path, _)| path.starts_with(".local/"))
+            .any(|(path, content)| path.starts_with(".local/") || content.contains(ARCHIVE_END))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::wire::JobId;
+    use super::*;
+    use crate::model::SubmissionId;
+
+    fn job(path: &str, content: &str, env: &[(&str, &str)]) -> Job {
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        Job {
+            id: JobId {
+                submission: SubmissionId::new(),
+                run: 0,
+            },
+            files: vec![(path.to_owned(), content.to_owned())],
+            argv: vec!["python3".to_owned(), "main.py".to_owned()],
+            env: env.iter().map(owned).collect(),
+            stdin: Vec::new(),
+            stdin_open: false,
+            limits: Limits::MAXIMUM,
+            report: None,
+            output: Vec::new(),
+            build: None,
+            online: false,
+            cache: None,
+        }
+    }
+
+    #[test]
+    fn what_an_interpreter_reads_at_its_start_takes_a_cold_one() {
+        assert!(!needs_cold_start(&job(
+            "main.py",
+            "print(1)",
+            &[("A", "B")]
+        )));
+        for env in [("TZ", "UTC"), ("PYTHONSAFEPATH", "1"), ("LC_ALL", "C")] {
+            assert!(needs_cold_start(&job("main.py", "print(1)", &[env])));
+        }
+        let package = ".local/lib/python3.11/site-packages/usercustomize.py";
+        assert!(needs_cold_start(&job(package, "", &[])));
+        let archive = "#!/usr/bin/python3\nPK\u{5}\u{6}\0\0\0\0";
+        assert!(needs_cold_start(&job("main.py", archive, &[])));
+    }
 }

@@ -199,7 +199,6 @@ def _serve():
         arguments = [os.fsdecode(t) for t in texts[2 : 2 + count]]
         sys.argv[:] = arguments[1:]
         sys.orig_argv[:] = arguments
-        os.environ.clear()
         # In the order in which a program that is started gets them; the last of a name counts.
         pairs = {name: value for name, mark, value in map(split, texts[2 + count :]) if mark}
         for name in sorted(pairs):
@@ -234,6 +233,22 @@ def _serve():
         except Exception:
             return False
         return True
+
+    def looked_up_here():
+        """Before any run, what the interpreter would look up in each to find nothing: a usercustomize (a
+        run with packages of its user's has an interpreter of its own), and whether main.py is an archive
+        (then it has one as well). It remembers that itself where it would have remembered it."""
+        from _frozen_importlib_external import PathFinder
+
+        sys.path_importer_cache[workspace + "/main.py"] = None
+        site = sys.modules.get("site")
+        if site is None or PathFinder.find_spec("usercustomize", None) is not None:
+            return
+
+        def skip(usual=site.execusercustomize):
+            site.execusercustomize = usual
+
+        site.execusercustomize = skip
 
     def leave():
         """In the child: undo what bringing this file in has changed."""
@@ -272,7 +287,11 @@ def _serve():
     for name in set(sys.modules) - before:
         del sys.modules[name]
     customized = customized_here()
-    nothing = dict.fromkeys(set(sys.modules) - {"sys", "builtins", "__main__"})
+    looked_up_here()
+    # Each run brings its own.
+    os.environ.clear()
+    before = set(sys.modules)
+    nothing = dict.fromkeys(before - {"sys", "builtins", "__main__"})
     # A handler alone would come too late for a child that ends just before the wait begins: only
     # what is readable ends a wait for sure.
     woken, wake = posix.pipe()
@@ -292,6 +311,9 @@ def _serve():
         untrack(thing)
     gc.freeze()
     changed_by_runs = rehearse(main) if madvise is not None else []
+    # Counts towards a run's first collection, else.
+    gc.collect()
+    gc.freeze()
     while True:
         ready = [fd for fd, _ in waiting.poll()]
         if woken in ready:
@@ -310,6 +332,9 @@ def _serve():
             fds += [int.from_bytes(data[i : i + 4], sys.byteorder) for i in range(0, len(data), 4)]
         if len(fds) == 4:
             fds.insert(0, -1)
+        # What waiting for a child has brought in.
+        for name in set(sys.modules) - before:
+            del sys.modules[name]
         pid = posix.fork()
         if pid == 0:
             _signal.set_wakeup_fd(-1)
