@@ -165,6 +165,46 @@ async fn user_code_cannot_reach_the_runner() {
     }
 }
 
+/// Puts a file into its home that a Python which starts reads before all else, waits, and prints which
+/// users' waiting interpreters have read it; with `control`, after one of its own did.
+const HOME_TRAP: &str = r#"
+import os, subprocess, sys, time
+os.umask(0)
+os.chmod('/workspace', 0o777)
+packages = '.local/lib/python%d.%d/site-packages' % sys.version_info[:2]
+os.makedirs(packages)
+with open(packages + '/trap.pth', 'w') as trap:
+    trap.write("import os; 'GANTRY_WARM_FD' in os.environ and open('/workspace/who', 'a').write('%d ' % os.getuid())\n")
+if 'control' in sys.argv:
+    subprocess.run([sys.executable, '-c', ''], env={**os.environ, 'GANTRY_WARM_FD': '-1'})
+if 'wait' in sys.argv:
+    time.sleep(0.3)
+print(open('who').read() if os.path.exists('who') else 'nobody')
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_interpreter_of_the_runners_reads_what_is_in_a_runs_home() {
+    if !can_make_containers() {
+        return;
+    }
+    let agent = agent(&[]);
+    let session = Session::open(Attach(Arc::clone(&agent)));
+    let ask = async |argument: &str| {
+        let mut job = python(HOME_TRAP);
+        job.argv.push(argument.to_owned());
+        let ended = finish(&mut session.start(job)).await.unwrap();
+        assert_eq!(ended.report.ending, Ending::Exited(0), "{ended:?}");
+        text(&ended.stdout)
+    };
+    let own = ask("control").await;
+    assert!(own.trim().parse::<u32>().unwrap() > 0, "{own}");
+    // An interpreter is replaced after 256 forks.
+    for number in 0..270 {
+        let who = ask(if number > 240 { "wait" } else { "" }).await;
+        assert_eq!(who, "nobody\n", "in run {number}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn only_the_runners_own_user_may_attach() {
     if !can_make_containers() {

@@ -215,6 +215,15 @@ struct FreeSlot {
     parked: Option<Parked>,
 }
 
+/// Whether an interpreter may be started for a run that is to be parked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Start {
+    /// When there is none, or the one there is worn: the slot is empty, and nothing runs in it.
+    IfNeeded,
+    /// Never: it would read, with the runner's rights, what the run in the slot has put into its home.
+    Never,
+}
+
 /// An interpreter on its way for the next run.
 type Ahead = JoinHandle<Option<Parked>>;
 
@@ -365,7 +374,7 @@ impl Agent {
     async fn make_ready(&self, slot: Arc<Slot>, parked: Option<Parked>) {
         let parked = match parked {
             Some(parked) => Some(parked),
-            None => self.park_or_not(&slot).await,
+            None => self.park_or_not(&slot, Start::IfNeeded).await,
         };
         self.free.borrow_mut().push_back(FreeSlot { slot, parked });
         self.slot_freed.notify_one();
@@ -382,22 +391,27 @@ impl Agent {
     fn park_ahead(self: &Rc<Self>, slot: &Arc<Slot>) -> Option<Ahead> {
         let waits = self.config.slots == 1 && slot.uid.is_some();
         let (this, slot) = (Rc::clone(self), Arc::clone(slot));
-        waits.then(|| tokio::task::spawn_local(async move { this.park_or_not(&slot).await }))
+        waits.then(|| {
+            tokio::task::spawn_local(async move { this.park_or_not(&slot, Start::Never).await })
+        })
     }
 
-    async fn park_or_not(&self, slot: &Slot) -> Option<Parked> {
-        self.park(slot).await.unwrap_or_else(|error| {
+    async fn park_or_not(&self, slot: &Slot, start: Start) -> Option<Parked> {
+        self.park(slot, start).await.unwrap_or_else(|error| {
             tracing::warn!(%error, "no warm interpreter; the next run starts cold");
             None
         })
     }
 
-    async fn park(&self, slot: &Slot) -> anyhow::Result<Option<Parked>> {
+    async fn park(&self, slot: &Slot, start: Start) -> anyhow::Result<Option<Parked>> {
         let Some(python) = &self.config.python else {
             return Ok(None);
         };
         let mut interpreter = self.interpreter.lock().await;
         if interpreter.as_ref().is_none_or(Interpreter::is_worn) {
+            if start == Start::Never {
+                return Ok(None);
+            }
             let exits = self.exits.clone();
             let new = Interpreter::start(python, &self.config, &self.confinement, slot, exits)?;
             self.interpreter_pid.set(new.pid());
@@ -428,7 +442,7 @@ impl Agent {
                 return free;
             }
             if let Some(slot) = self.make_slot() {
-                let parked = self.park_or_not(&slot).await;
+                let parked = self.park_or_not(&slot, Start::IfNeeded).await;
                 return FreeSlot { slot, parked };
             }
             freed.await;

@@ -339,10 +339,19 @@ async fn keep(
                 continue;
             }
         };
-        let frames = std::mem::take(&mut unsent);
         let streams = (reader, writer);
-        let ended = converse(streams, frames, idle, &mut commands, &mut runs, &mut builds).await;
+        let ended = converse(
+            streams,
+            &mut unsent,
+            idle,
+            &mut commands,
+            &mut runs,
+            &mut builds,
+        )
+        .await;
         connection.send_replace(false);
+        // What is not known to have arrived is told again where twice is as good as once.
+        unsent.retain(|frame| matches!(frame, ToRunner::Ack { .. }));
         // Whoever waits for one asks again.
         builds.clear();
         match ended {
@@ -456,15 +465,16 @@ enum Over {
 /// Speaks over one connection until it breaks (`Err`) or is no longer needed.
 async fn converse(
     (mut reader, mut writer): (Reader, Writer),
-    first: Vec<ToRunner>,
+    unsent: &mut Vec<ToRunner>,
     idle: Duration,
     commands: &mut mpsc::UnboundedReceiver<Command>,
     runs: &mut Runs,
     builds: &mut Builds,
 ) -> Result<Over, WireError> {
-    let openings = runs.iter_mut().map(|(id, run)| run.opening(*id));
-    let mut unsent: Vec<ToRunner> = openings.chain(first).collect();
-    say(&mut writer, &unsent).await?;
+    for (id, run) in runs.iter_mut() {
+        say(&mut writer, &[run.opening(*id)]).await?;
+    }
+    say(&mut writer, unsent).await?;
     unsent.clear();
     let mut acks_due = Instant::now();
     let mut heartbeat = tokio::time::interval(HEARTBEAT);
@@ -474,7 +484,10 @@ async fn converse(
     loop {
         tokio::select! {
             command = commands.recv() => match command {
-                None => return Ok(Over::Dropped),
+                None => {
+                    say(&mut writer, unsent).await?;
+                    return Ok(Over::Dropped);
+                }
                 Some(command) => {
                     used = Instant::now();
                     let id = match &command {
@@ -490,13 +503,13 @@ async fn converse(
                     }
                     unsent.extend(frame.into_iter().chain(opening));
                     if !is_ack && !unsent.is_empty() {
-                        say(&mut writer, &unsent).await?;
+                        say(&mut writer, unsent).await?;
                         unsent.clear();
                     }
                 }
             },
             () = sleep_until(acks_due), if !unsent.is_empty() => {
-                say(&mut writer, &unsent).await?;
+                say(&mut writer, unsent).await?;
                 unsent.clear();
             }
             frame = reader.next::<FromRunner>() => {

@@ -357,7 +357,7 @@ fn understand(text: &str, forked: &mpsc::UnboundedSender<i32>, exits: &Exits) ->
 const ARCHIVE_END: &str = "PK\u{5}\u{6}";
 
 /// Whether the job brings something that an interpreter reads when it starts: variables, packages
-/// of its user's (`~/.local`, which is in the workspace), or an archive in place of its program.
+/// of its user's (`~/.local`, which is in the workspace), or an archive or folder in place of its program.
 pub fn needs_cold_start(job: &Job) -> bool {
     const NAMES: [&str; 5] = ["HOME", "LANG", "LANGUAGE", "PATH", "TZ"];
     const PREFIXES: [&str; 5] = ["PYTHON", "LC_", "LD_", "MALLOC_", "GLIBC_"];
@@ -366,14 +366,15 @@ pub fn needs_cold_start(job: &Job) -> bool {
     };
     job.build.is_some()
         || job.env.iter().any(|(name, _)| read_at_start(name))
-        || job
-            .files
-            .iter()
-            .any(|(path, content)| path.starts_with(".local/") || content.contains(ARCHIVE_END))
+        || job.files.iter().any(|(path, content)| {
+            let is_package = path.starts_with(".local/") || path.starts_with("main.py/");
+            is_package || content.contains(ARCHIVE_END)
+        })
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::super::wire::JobId;
     use super::*;
     use crate::model::SubmissionId;
@@ -399,6 +400,67 @@ mod tests {
         }
     }
 
+    /// `python3 main.py` with the hook, as the runner starts it; its output is what `main.py` printed.
+    fn hooked(folder: &Path, control: &OwnedFd) -> Command {
+        std::fs::write(folder.join("sitecustomize.py"), PYTHON_HOOK).unwrap();
+        std::fs::write(folder.join("main.py"), "print('run')").unwrap();
+        rustix::io::fcntl_setfd(control, rustix::io::FdFlags::empty()).unwrap();
+        let mut command = Command::new("python3");
+        command
+            .arg("main.py")
+            .current_dir(folder)
+            .env("PYTHONPATH", folder)
+            .env("GANTRY_WARM_FD", control.as_raw_fd().to_string())
+            .stderr(Stdio::null());
+        command
+    }
+
+    #[test]
+    fn an_interpreter_that_cannot_wait_runs_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let (no_socket, _writer) = rustix::pipe::pipe().unwrap();
+        let done = hooked(folder.path(), &no_socket).output().unwrap();
+        assert_eq!((done.status.code(), done.stdout), (Some(1), Vec::new()));
+    }
+
+    #[test]
+    fn a_child_that_cannot_be_parked_runs_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let kind = (AddressFamily::UNIX, SocketType::SEQPACKET);
+        let (ours, theirs) =
+            rustix::net::socketpair(kind.0, kind.1, SocketFlags::CLOEXEC, None).unwrap();
+        let mut waiting = hooked(folder.path(), &theirs)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        drop(theirs);
+        let (stdin, _stdin_writer) = rustix::pipe::pipe().unwrap();
+        let (output, child_output) = rustix::pipe::pipe().unwrap();
+        // It cannot say there that it is ready.
+        let (control, _control_writer) = rustix::pipe::pipe().unwrap();
+        let fds = [&stdin, &child_output, &child_output, &control].map(AsFd::as_fd);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+        let message = [IoSlice::new(b"fork -1")];
+        rustix::net::sendmsg(&ours, &message, &mut ancillary, SendFlags::empty()).unwrap();
+        let said = || {
+            let mut buffer = [0; 128];
+            let (length, _) =
+                rustix::net::recv(&ours, &mut buffer[..], RecvFlags::empty()).unwrap();
+            String::from_utf8_lossy(&buffer[..length]).into_owned()
+        };
+        assert!(said().starts_with("forked "));
+        let end = said();
+        assert_eq!(end.split(' ').nth(2), Some("256"), "{end}");
+        drop((child_output, ours));
+        let mut printed = String::new();
+        io::Read::read_to_string(&mut std::fs::File::from(output), &mut printed).unwrap();
+        assert!(!printed.contains("run"), "{printed}");
+        waiting.wait().unwrap();
+    }
+
     #[test]
     fn what_an_interpreter_reads_at_its_start_takes_a_cold_one() {
         assert!(!needs_cold_start(&job(
@@ -411,6 +473,7 @@ mod tests {
         }
         let package = ".local/lib/python3.11/site-packages/usercustomize.py";
         assert!(needs_cold_start(&job(package, "", &[])));
+        assert!(needs_cold_start(&job("main.py/__main__.py", "", &[])));
         let archive = "#!/usr/bin/python3\nPK\u{5}\u{6}\0\0\0\0";
         assert!(needs_cold_start(&job("main.py", archive, &[])));
     }

@@ -36,6 +36,9 @@ def _serve():
     control = _socket.socket(fileno=int(os.environ["GANTRY_WARM_FD"]))
 
     try:
+        # Before 3.9 no one operation merges dictionaries; see forget_known.
+        if sys.version_info < (3, 9):
+            raise ImportError
         import ctypes
 
         library = ctypes.CDLL(None)
@@ -50,7 +53,7 @@ def _serve():
             function.argtypes = [ctypes.py_object]
             function.restype = None
     except (ImportError, OSError, AttributeError):
-        # Without ctypes runs are slower at their end, and /proc/self is root's; else they are right.
+        # Without these runs are slower at their end, and /proc/self is root's; else they are right.
         prctl = madvise = keep_alive = track = untrack = None
 
     def forget_known():
@@ -96,14 +99,23 @@ def _serve():
         """Finds out what every run changes of the memory that it shares with this process: start and
         size of each piece. A child runs a program of one line, ends as every run does, and stops just
         before it is gone."""
+        launcher = posix.getpid()
         child = posix.fork()
         if child == 0:
             try:
+                # It must not outlive the one it is for.
+                prctl(PR_SET_PDEATHSIG, _signal.SIGKILL, 0, 0, 0)
+                if posix.getppid() != launcher:
+                    posix._exit(1)
+                control.close()
                 # What the interpreter calls last of all, in reverse: it says that it has come to its
                 # end by being in a session of its own, and waits there.
                 for function in (library.pause, library.setsid):
                     call_at_end(ctypes.cast(function, ctypes.c_void_p))
                 prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
+                # What the system's customization registered is for runs.
+                atexit._clear()
+                atexit.register(forget_known)
                 try:
                     leave()
                 except Exception:
@@ -114,34 +126,41 @@ def _serve():
             finally:
                 # Never on to the interpreter's own way: the workspace may have a main.py by now.
                 posix._exit(1)
-        pieces = []
         try:
             patience = time.monotonic() + REHEARSAL_PATIENCE_S
             while posix.getsid(child) != child:
+                if posix.waitid(posix.P_PID, child, posix.WEXITED | posix.WNOHANG | posix.WNOWAIT):
+                    return []
                 if time.monotonic() > patience:
                     return []
                 time.sleep(0.0005)
-            with open("/proc/self/maps") as maps, open(f"/proc/{child}/pagemap", "rb", 0) as pages:
-                for line in maps:
-                    place, mode, _ = line.split(maxsplit=2)
-                    if mode != "rw-p":
-                        continue
-                    start, end = (int(address, 16) // page for address in place.split("-"))
-                    pages.seek(start * 8)
-                    entries = memoryview(pages.read((end - start) * 8)).cast("Q")
-                    for number, entry in enumerate(entries, start):
-                        if entry & OWN_PAGE != OWN_PAGE:
-                            continue
-                        if pieces and sum(pieces[-1]) == number * page:
-                            pieces[-1][1] += page
-                        else:
-                            pieces.append([number * page, page])
-        except OSError:
+            return own_pages(child)
+        except Exception:
             # No /proc here, or it may not be looked at: runs are slower, else they are right.
             return []
         finally:
             posix.kill(child, _signal.SIGKILL)
             posix.waitpid(child, 0)
+
+    def own_pages(child):
+        """What of the memory that may be written a child shares with nobody: start and size of each
+        piece."""
+        pieces = []
+        with open("/proc/self/maps") as maps, open(f"/proc/{child}/pagemap", "rb", 0) as pages:
+            for line in maps:
+                place, mode, _ = line.split(maxsplit=2)
+                if mode != "rw-p":
+                    continue
+                start, end = (int(address, 16) // page for address in place.split("-"))
+                pages.seek(start * 8)
+                entries = memoryview(pages.read((end - start) * 8)).cast("Q")
+                for number, entry in enumerate(entries, start):
+                    if entry & OWN_PAGE != OWN_PAGE:
+                        continue
+                    if pieces and sum(pieces[-1]) == number * page:
+                        pieces[-1][1] += page
+                    else:
+                        pieces.append([number * page, page])
         return pieces
 
     def own_memory():
@@ -198,7 +217,8 @@ def _serve():
         count = int(texts[1])
         arguments = [os.fsdecode(t) for t in texts[2 : 2 + count]]
         sys.argv[:] = arguments[1:]
-        sys.orig_argv[:] = arguments
+        if hasattr(sys, "orig_argv"):
+            sys.orig_argv[:] = arguments
         # In the order in which a program that is started gets them; the last of a name counts.
         pairs = {name: value for name, mark, value in map(split, texts[2 + count :]) if mark}
         for name in sorted(pairs):
@@ -238,11 +258,16 @@ def _serve():
         """Before any run, what the interpreter would look up in each to find nothing: a usercustomize (a
         run with packages of its user's has an interpreter of its own), and whether main.py is an archive
         (then it has one as well). It remembers that itself where it would have remembered it."""
-        from _frozen_importlib_external import PathFinder
-
+        if sys.version_info < (3, 9):
+            return
         sys.path_importer_cache[workspace + "/main.py"] = None
         site = sys.modules.get("site")
-        if site is None or PathFinder.find_spec("usercustomize", None) is not None:
+        if site is None or not site.ENABLE_USER_SITE:
+            return
+        try:
+            if any(finder.find_spec("usercustomize", None) for finder in sys.meta_path):
+                return
+        except Exception:
             return
 
         def skip(usual=site.execusercustomize):
@@ -265,11 +290,12 @@ def _serve():
         if not customized:
             customize()
 
+    import atexit
     import resource  # wait4 needs it; brought in once, here
     import select
     import time
 
-    PR_SET_DUMPABLE = 4
+    PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
     MADV_POPULATE_WRITE = 23
     # In /proc/PID/pagemap: a page that is there, and is in no other process's memory.
     OWN_PAGE = 1 << 63 | 1 << 56
@@ -280,8 +306,6 @@ def _serve():
     main = sys.modules["__main__"]
     known_modules = sys.modules
     if keep_alive is not None:
-        import atexit
-
         # Registered first, called last.
         atexit.register(forget_known)
     for name in set(sys.modules) - before:
@@ -311,7 +335,7 @@ def _serve():
         untrack(thing)
     gc.freeze()
     changed_by_runs = rehearse(main) if madvise is not None else []
-    # Counts towards a run's first collection, else.
+    # What the rehearsal made would count towards a run's first collection.
     gc.collect()
     gc.freeze()
     while True:
@@ -332,9 +356,8 @@ def _serve():
             fds += [int.from_bytes(data[i : i + 4], sys.byteorder) for i in range(0, len(data), 4)]
         if len(fds) == 4:
             fds.insert(0, -1)
-        # What waiting for a child has brought in.
-        for name in set(sys.modules) - before:
-            del sys.modules[name]
+        # What waiting for a child brings in, here only.
+        ours = {name: sys.modules.pop(name) for name in set(sys.modules) - before}
         pid = posix.fork()
         if pid == 0:
             _signal.set_wakeup_fd(-1)
@@ -342,12 +365,29 @@ def _serve():
             posix.close(woken)
             posix.close(wake)
             control.close()
-            be_parked(int(message.split()[1]), fds)
+            parked = False
+            try:
+                be_parked(int(message.split()[1]), fds)
+                parked = True
+            finally:
+                # What stands in the workspace is never run with this process's rights.
+                if not parked:
+                    posix._exit(1)
             return leave()
+        sys.modules.update(ours)
         for fd in fds:
             if fd >= 0:
                 posix.close(fd)
         control.send(b"forked %d" % pid)
 
 
-_serve()
+import posix as _posix
+
+_launcher = _posix.getpid()
+try:
+    _serve()
+except BaseException:
+    # What stands in the workspace is never run with this process's rights.
+    if _posix.getpid() == _launcher:
+        _posix._exit(1)
+    raise
