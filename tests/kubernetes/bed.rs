@@ -24,6 +24,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 /// Longest wait for what the cluster does by itself.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Where the tests' servers keep what they know of repls.
+pub const NAMESPACE: &str = "gantry-tests";
+
 /// A program that serves `VERSION`.
 pub const SERVER: &str = "
 import http.server
@@ -65,7 +68,7 @@ impl Bed {
         let endpoint: axum::http::Uri = s3.endpoint.clone().unwrap().parse().unwrap();
         let host: IpAddr = endpoint.host().unwrap().parse().unwrap();
         let mut config = KubernetesConfig {
-            namespace: "gantry-tests".to_owned(),
+            namespace: NAMESPACE.to_owned(),
             template: Template::parse(BUILT_IN_TEMPLATE).unwrap(),
             runner_image: variable("RUNNER_IMAGE").unwrap(),
             database_image: variable("DATABASE_IMAGE").unwrap(),

@@ -12,7 +12,7 @@ use kube::api::{DeleteParams, ListParams};
 use kube::{Api, ResourceExt};
 use serde_json::json;
 
-use super::bed::{Bed, SERVER, eventually};
+use super::bed::{Bed, NAMESPACE, SERVER, eventually};
 
 /// Longest wait for the autoscaler: the bed measures every 15 s, and the cluster looks as often, once
 /// a pod is some time old.
@@ -154,7 +154,7 @@ async fn in_the_open(bed: &Bed, user: &UserId, text: &str) -> bool {
     let pods: Api<k8s_openapi::api::core::v1::Pod> =
         Api::namespaced(bed.client.clone(), &user.namespace());
     let records: Api<k8s_openapi::api::core::v1::ConfigMap> =
-        Api::namespaced(bed.client.clone(), "gantry-tests");
+        Api::namespaced(bed.client.clone(), NAMESPACE);
     let list = ListParams::default();
     let found = format!(
         "{:?}{:?}{:?}",
@@ -208,7 +208,7 @@ async fn secrets_are_in_secrets_and_past_ones_are_removed() {
     }
     // Where pods find them, and where they are kept: those that run, and no others.
     assert_eq!(given(&bed, &user.namespace(), &repl).await, 1);
-    assert_eq!(given(&bed, "gantry-tests", &repl).await, 1);
+    assert_eq!(given(&bed, NAMESPACE, &repl).await, 1);
     // Another server knows the same.
     let other = Bed::start().await;
     let settings = other.platform.settings(&repl).await.unwrap();
@@ -218,7 +218,7 @@ async fn secrets_are_in_secrets_and_past_ones_are_removed() {
     let change = variables(json!({ "secrets": { "TOKEN": "last" } }));
     other.platform.configure(&repl, &change).await.unwrap();
     assert_eq!(
-        given(&bed, "gantry-tests", &repl).await,
+        given(&bed, NAMESPACE, &repl).await,
         2,
         "the first release keeps its own"
     );
