@@ -420,7 +420,9 @@ impl Agent {
         let Some(ready) = interpreter.as_mut() else {
             return Ok(None);
         };
-        let parked = ready.park(slot).await;
+        // Where jobs wait for each other, all of them wait for what one does ahead.
+        let ahead = self.running() <= 1;
+        let parked = ready.park(slot, ahead).await;
         if parked.is_err()
             && let Some(broken) = interpreter.take()
         {

@@ -233,14 +233,15 @@ impl Interpreter {
         self.forks >= FORKS_PER_INTERPRETER
     }
 
-    /// A new child in `slot`, waiting for a run.
-    pub async fn park(&mut self, slot: &Slot) -> anyhow::Result<Parked> {
+    /// A new child in `slot`, waiting for a run. `ahead`: it copies now what its run would have to.
+    pub async fn park(&mut self, slot: &Slot, ahead: bool) -> anyhow::Result<Parked> {
         self.forks += 1;
         let (parent, child) = pipes()?;
         let (control, theirs) = UnixStream::pair()?;
         let theirs = theirs.into_std()?;
         theirs.set_nonblocking(false)?;
-        let message = format!("fork {}", slot.uid.map_or(-1, i64::from));
+        let uid = slot.uid.map_or(-1, i64::from);
+        let message = format!("fork {uid} {}", u8::from(ahead));
         let mut fds = Vec::with_capacity(5);
         if let (Some(root), Some(_)) = (slot.root(), slot.uid) {
             // SAFETY: the slot's descriptor is open for as long as the slot lives.
@@ -443,7 +444,7 @@ mod tests {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         ancillary.push(SendAncillaryMessage::ScmRights(&fds));
-        let message = [IoSlice::new(b"fork -1")];
+        let message = [IoSlice::new(b"fork -1 0")];
         rustix::net::sendmsg(&ours, &message, &mut ancillary, SendFlags::empty()).unwrap();
         let said = || {
             let mut buffer = [0; 128];

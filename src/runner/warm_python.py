@@ -7,16 +7,17 @@ natively: it opens `main.py`, sets `sys.path[0]`, runs it, prints tracebacks, ca
 all by its own code, as if it had been started just then.
 
 One datagram socket, named by GANTRY_WARM_FD, joins this process to the runner:
-  from the runner: `fork UID`, with the slot's root folder, stdin, stdout, stderr and the run's
+  from the runner: `fork UID AHEAD`, with the slot's root folder, stdin, stdout, stderr and the run's
                    control stream as file descriptors
   to the runner:   `forked PID`, `exit PID STATUS CPU_MICROSECONDS PEAK_KIB`
 A run comes as one message on its control stream: a length (4 bytes, little-endian), then NUL-ended
 texts: its limits as `RESOURCE=VALUE` with spaces between, the number of arguments, the arguments, and
 `NAME=VALUE` for each variable.
 
-A child copies, before it is asked for, the memory shared with this process that every run changes: a
-run would wait for each page, some 600 of them and 3 microseconds each on a virtual machine, which is
-half of what a short program takes. Which pages these are a rehearsal tells.
+With AHEAD=1 a child copies, before it is given its run, the memory shared with this process that every
+run changes: a run would wait for each page, some 600 of them and 3 microseconds each on a virtual machine, which is
+half of what a short program takes. Which pages these are a rehearsal tells. It takes as much processor
+time as it saves: where runs wait for each other, less of both is better.
 """
 
 
@@ -180,7 +181,7 @@ def _serve():
             cpu = int((usage.ru_utime + usage.ru_stime) * 1000000)
             control.send(b"exit %d %d %d %d" % (pid, status, cpu, usage.ru_maxrss))
 
-    def be_parked(uid, fds):
+    def be_parked(uid, ahead, fds):
         """In the child: wait, and when a run has come become the slot's user in the slot's root. Not
         before: until then the slot may be another run's."""
         root, stdin, stdout, stderr, run = fds
@@ -188,7 +189,8 @@ def _serve():
             posix.dup2(source, target)
             posix.close(source)
         posix.setsid()
-        own_memory()
+        if ahead:
+            own_memory()
         posix.write(run, b"R")
         data = b""
         while len(data) < 4 or len(data) < 4 + int.from_bytes(data[:4], "little"):
@@ -367,7 +369,7 @@ def _serve():
             control.close()
             parked = False
             try:
-                be_parked(int(message.split()[1]), fds)
+                be_parked(*map(int, message.split()[1:]), fds)
                 parked = True
             finally:
                 # What stands in the workspace is never run with this process's rights.
