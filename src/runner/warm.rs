@@ -368,8 +368,10 @@ pub fn needs_cold_start(job: &Job) -> bool {
     job.build.is_some()
         || job.env.iter().any(|(name, _)| read_at_start(name))
         || job.files.iter().any(|(path, content)| {
-            let is_package = path.starts_with(".local/") || path.starts_with("main.py/");
-            is_package || content.contains(ARCHIVE_END)
+            [".local/", "main.py/"]
+                .iter()
+                .any(|folder| path.starts_with(folder))
+                || content.contains(ARCHIVE_END)
         })
 }
 
@@ -427,9 +429,13 @@ mod tests {
     #[test]
     fn a_child_that_cannot_be_parked_runs_nothing() {
         let folder = tempfile::tempdir().unwrap();
-        let kind = (AddressFamily::UNIX, SocketType::SEQPACKET);
-        let (ours, theirs) =
-            rustix::net::socketpair(kind.0, kind.1, SocketFlags::CLOEXEC, None).unwrap();
+        let (ours, theirs) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
         let mut waiting = hooked(folder.path(), &theirs)
             .stdin(Stdio::null())
             .stdout(Stdio::null())

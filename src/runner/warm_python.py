@@ -14,10 +14,10 @@ A run comes as one message on its control stream: a length (4 bytes, little-endi
 texts: its limits as `RESOURCE=VALUE` with spaces between, the number of arguments, the arguments, and
 `NAME=VALUE` for each variable.
 
-With AHEAD=1 a child copies, before it is given its run, the memory shared with this process that every
-run changes: a run would wait for each page, some 600 of them and 3 microseconds each on a virtual machine, which is
-half of what a short program takes. Which pages these are a rehearsal tells. It takes as much processor
-time as it saves: where runs wait for each other, less of both is better.
+With AHEAD=1 a child copies, before it is given its run, the memory shared with this process that
+every run changes: a run would wait for each page, some 600 of them and 3 microseconds each on a
+virtual machine, which is half of what a short program takes. Which pages these are a rehearsal tells.
+It takes as much processor time as it saves: where runs wait for each other, it only holds them up.
 """
 
 
@@ -362,13 +362,13 @@ def _serve():
         ours = {name: sys.modules.pop(name) for name in set(sys.modules) - before}
         pid = posix.fork()
         if pid == 0:
-            _signal.set_wakeup_fd(-1)
-            _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
-            posix.close(woken)
-            posix.close(wake)
-            control.close()
             parked = False
             try:
+                _signal.set_wakeup_fd(-1)
+                _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
+                posix.close(woken)
+                posix.close(wake)
+                control.close()
                 be_parked(*map(int, message.split()[1:]), fds)
                 parked = True
             finally:
