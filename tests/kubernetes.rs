@@ -13,6 +13,8 @@ mod faults;
 mod hostile;
 #[path = "kubernetes/outages.rs"]
 mod outages;
+#[path = "kubernetes/security.rs"]
+mod security;
 #[path = "kubernetes/settings.rs"]
 mod settings;
 #[path = "kubernetes/workspace.rs"]

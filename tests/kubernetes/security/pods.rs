@@ -1,0 +1,1 @@
+//! What runs inside pods, and what the server does for it.

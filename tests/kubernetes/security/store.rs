@@ -1,0 +1,1 @@
+//! Who may read and write what in the code store, and what the cluster lets Gantry do.

@@ -1,0 +1,1 @@
+//! One user against all through keys, sessions, names, cookies and connections.

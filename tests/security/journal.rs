@@ -1,0 +1,1 @@
+//! One user against all through the journal, large answers and log searches.

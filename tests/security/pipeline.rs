@@ -1,0 +1,1 @@
+//! Crashes, crash loops and queues that one user fills.
