@@ -15,4 +15,5 @@ mod pipeline;
 #[path = "security/sandbox.rs"]
 mod sandbox;
 #[path = "protocol/server.rs"]
+#[allow(dead_code, reason = "shared with other tests, which use the rest")]
 mod server;
