@@ -244,7 +244,8 @@ impl Course {
         let mut output_left = MAX_OUTPUT_BYTES;
         for (number, mut job) in self.plan().test_jobs().enumerate() {
             job.limits.output_bytes = job.limits.output_bytes.min(output_left);
-            let run = self.one_run(&session, job).await?;
+            let mut run = self.one_run(&session, job).await?;
+            run.read_tests().await;
             let written = run.stdout.len() + run.stderr.len();
             output_left = output_left.saturating_sub(written as u64);
             let undecided = run.report.is_none() || self.control.is_cancelled();
@@ -363,6 +364,7 @@ impl Course {
             lost: None,
             stdout: before.stdout.clone(),
             stderr: before.stderr.clone(),
+            tests: None,
         };
         if before.report.is_some() {
             return Ok(finished);

@@ -2,6 +2,7 @@
 //! out the same after a restart.
 
 use super::fit::{MAX_ACTUAL, cut, cut_outputs};
+use super::junit::{self, Defect, Report};
 use crate::model::{
     Case, Ending, Install, Limits, Outcome, Problem, Reason, RelativePath, RunReport, Status,
     Submission, TestFiles, TestResult, TestRunner, Tests, Usage,
@@ -19,6 +20,22 @@ pub struct FinishedRun {
     pub stdout: String,
     /// What it wrote to stderr.
     pub stderr: String,
+    /// What the test runner reported, where there was a report.
+    pub tests: Option<Result<Report, Defect>>,
+}
+
+impl FinishedRun {
+    /// Reads the test runner's report. The program may have written it, so that no other
+    /// submission waits while it is read; as many are read at a time as there are runs.
+    pub async fn read_tests(&mut self) {
+        let report = self.report.as_mut();
+        let Some(text) = report.and_then(|report| report.test_report.take()) else {
+            return;
+        };
+        let read = tokio::task::spawn_blocking(move || junit::parse(&text));
+        let failed = |error: tokio::task::JoinError| Err(Defect::Syntax(error.to_string()));
+        self.tests = Some(read.await.unwrap_or_else(failed));
+    }
 }
 
 /// What was decided.
@@ -323,15 +340,19 @@ fn judge_files(runner: &TestRunner, run: &FinishedRun, verdict: &mut Verdict) {
     let Some(report) = &run.report else {
         return;
     };
-    let tests = report.test_report.as_deref().map(super::junit::parse);
-    if let Some(Ok(tests)) = &tests {
-        verdict.tests = tests.clone();
+    if let Some(Ok(tests)) = &run.tests {
+        verdict.tests.clone_from(&tests.tests);
     }
-    let all_passed = !verdict.tests.is_empty() && verdict.tests.iter().all(|test| test.passed);
     match reason_of(&report.ending) {
-        None if all_passed => {}
-        // Exit code 0 without a whole report is a test run that was cut short from inside.
-        None => fail(verdict, Reason::Tests),
+        // Exit code 0 alone proves nothing: the program may have ended the test run from inside.
+        None => match &run.tests {
+            Some(Ok(tests)) if tests.failed > 0 => fail(verdict, Reason::Tests),
+            Some(Ok(tests)) if tests.count > tests.skipped => {}
+            unproved => {
+                fail(verdict, Reason::Tests);
+                verdict.error = Some(unproven(runner, unproved.as_ref()));
+            }
+        },
         Some(Reason::ExitCode) if !verdict.tests.is_empty() => fail(verdict, Reason::Tests),
         Some(Reason::ExitCode) if is_absent(runner.name, run) => {
             let (name, install) = (runner.name, runner.install);
@@ -344,6 +365,33 @@ fn judge_files(runner: &TestRunner, run: &FinishedRun, verdict: &mut Verdict) {
             ));
         }
         Some(reason) => fail(verdict, reason),
+    }
+}
+
+/// Why a test run that ended with exit code 0 does not count.
+fn unproven(runner: &TestRunner, tests: Option<&Result<Report, Defect>>) -> Problem {
+    let name = runner.name;
+    match tests {
+        Some(Ok(tests)) => {
+            let cause = match tests.skipped {
+                0 => format!("{name} found no test"),
+                skipped => format!("{name} skipped all {skipped} tests"),
+            };
+            let help = "Check that the test files hold tests and that the program does not end while they load it.";
+            Problem::new("no_test_ran", "No test ran", cause, help)
+        }
+        Some(Err(defect)) => Problem::new(
+            "test_report_invalid",
+            format!("{name}'s report cannot be read"),
+            defect.to_string(),
+            "Check that neither the program nor its tests write to the report or end the test run.",
+        ),
+        None => Problem::new(
+            "test_report_missing",
+            format!("{name} ended without a report"),
+            "exit code 0 without a report: something ended the test run before its tests were over",
+            "Check that neither the program nor its tests end the process, as os._exit does.",
+        ),
     }
 }
 
@@ -502,8 +550,20 @@ mod tests {
     #[test]
     fn a_test_run_without_a_report_never_passes() {
         let s = submission(r#"{"user_id":"t","code":"","tests":{"test_a.py":""}}"#);
-        let verdict = decide(&s, &[run(Ending::Exited(0), "")]);
-        assert_eq!(verdict.status, Status::TestsFailed);
+        let verdict = |report: Option<&str>| {
+            let mut run = run(Ending::Exited(0), "");
+            run.tests = report.map(junit::parse);
+            let verdict = decide(&s, &[run]);
+            (verdict.status, verdict.error.map(|error| error.code))
+        };
+        let failed = |code: &str| (Status::TestsFailed, Some(code.to_owned()));
+        assert_eq!(verdict(None), failed("test_report_missing"));
+        assert_eq!(verdict(Some("<a>")), failed("test_report_invalid"));
+        assert_eq!(verdict(Some("<a/>")), failed("no_test_ran"));
+        let skipped = "<a><testcase name='b'><skipped/></testcase></a>";
+        assert_eq!(verdict(Some(skipped)), failed("no_test_ran"));
+        let passed = "<a><testcase name='b'/></a>";
+        assert_eq!(verdict(Some(passed)), (Status::TestsPassed, None));
     }
 
     #[test]
