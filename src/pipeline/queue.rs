@@ -1,7 +1,7 @@
 //! Who runs next: every user in turn, so that one with a thousand submissions does not keep the
 //! others waiting.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::oneshot;
@@ -19,6 +19,7 @@ struct State {
     free: usize,
     per_user: usize,
     waiting: usize,
+    next_number: u64,
     users: HashMap<UserId, Line>,
     /// Users with somebody waiting, in the order of their turns.
     turns: VecDeque<UserId>,
@@ -27,21 +28,46 @@ struct State {
 #[derive(Debug, Default)]
 struct Line {
     running: usize,
-    waiting: VecDeque<oneshot::Sender<Permit>>,
+    /// By number, which is the order they came in: one that stops waiting leaves at once.
+    waiting: BTreeMap<u64, oneshot::Sender<Permit>>,
 }
 
 /// The right to run. Given back when dropped.
 #[derive(Debug)]
 pub struct Permit {
     user: UserId,
+    /// `None`: it was given back already.
     queue: Option<FairQueue>,
+}
+
+impl Permit {
+    /// Gives it back without calling anybody.
+    fn put_back(mut self) {
+        if let Some(queue) = self.queue.take() {
+            queue.put_back(&self.user);
+        }
+    }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
         if let Some(queue) = self.queue.take() {
-            queue.give_back(&self.user);
+            queue.put_back(&self.user);
+            queue.call();
         }
+    }
+}
+
+/// A place in a line. Dropped, the one that waited in it no longer does.
+struct Place<'a> {
+    queue: &'a FairQueue,
+    user: &'a UserId,
+    number: u64,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.queue.leave(self.user, self.number);
     }
 }
 
@@ -52,6 +78,7 @@ impl FairQueue {
             free: runs,
             per_user,
             waiting: 0,
+            next_number: 0,
             users: HashMap::new(),
             turns: VecDeque::new(),
         };
@@ -62,24 +89,19 @@ impl FairQueue {
 
     /// Waits for the user's turn.
     pub async fn turn(&self, user: &UserId) -> Permit {
-        let (tell, told) = oneshot::channel();
-        {
-            let mut state = self.locked();
-            let line = state.users.entry(user.clone()).or_default();
-            line.waiting.push_back(tell);
-            if line.waiting.len() == 1 {
-                state.turns.push_back(user.clone());
+        loop {
+            let (tell, told) = oneshot::channel();
+            let number = self.enter(user, tell);
+            let _place = Place {
+                queue: self,
+                user,
+                number,
+            };
+            self.call();
+            // The queue drops nobody who still waits; were it to, a new place is better than none.
+            if let Ok(permit) = told.await {
+                return permit;
             }
-            state.waiting += 1;
-        }
-        self.call();
-        match told.await {
-            Ok(permit) => permit,
-            // The queue never drops a waiting sender; were it to, running is better than hanging.
-            Err(_) => Permit {
-                user: user.clone(),
-                queue: None,
-            },
         }
     }
 
@@ -88,25 +110,57 @@ impl FairQueue {
         self.locked().waiting
     }
 
-    fn give_back(&self, user: &UserId) {
-        {
-            let mut state = self.locked();
-            state.free += 1;
-            if let Some(line) = state.users.get_mut(user) {
-                line.running -= 1;
-                if line.running == 0 && line.waiting.is_empty() {
-                    state.users.remove(user);
-                }
+    fn enter(&self, user: &UserId, tell: oneshot::Sender<Permit>) -> u64 {
+        let mut state = self.locked();
+        let number = state.next_number;
+        state.next_number += 1;
+        state.waiting += 1;
+        let line = state.users.entry(user.clone()).or_default();
+        line.waiting.insert(number, tell);
+        if line.waiting.len() == 1 {
+            state.turns.push_back(user.clone());
+        }
+        number
+    }
+
+    /// Takes out of the line who has not been called yet.
+    fn leave(&self, user: &UserId, number: u64) {
+        let mut state = self.locked();
+        let Some(line) = state.users.get_mut(user) else {
+            return;
+        };
+        if line.waiting.remove(&number).is_none() {
+            return;
+        }
+        let (empty, idle) = (line.waiting.is_empty(), line.running == 0);
+        state.waiting -= 1;
+        if empty {
+            state.turns.retain(|turn| turn != user);
+        }
+        if empty && idle {
+            state.users.remove(user);
+        }
+    }
+
+    fn put_back(&self, user: &UserId) {
+        let mut state = self.locked();
+        state.free += 1;
+        if let Some(line) = state.users.get_mut(user) {
+            line.running -= 1;
+            if line.running == 0 && line.waiting.is_empty() {
+                state.users.remove(user);
             }
         }
-        self.call();
     }
 
     /// Lets run whoever may.
     fn call(&self) {
         while let Some((waiting, permit)) = self.next() {
-            // Whoever stopped waiting gives its permit back by dropping it, outside the lock.
-            let _ = waiting.send(permit);
+            // Nobody takes the permit of one that stops waiting in this very moment. It goes back
+            // without a call of its own, which would be one inside the other for each of them.
+            if let Err(unused) = waiting.send(permit) {
+                unused.put_back();
+            }
         }
     }
 
@@ -125,7 +179,7 @@ impl FairQueue {
         let turn = state.turns.iter().position(may_run)?;
         let user = state.turns.remove(turn)?;
         let line = state.users.get_mut(&user)?;
-        let waiting = line.waiting.pop_front()?;
+        let (_, waiting) = line.waiting.pop_first()?;
         line.running += 1;
         if !line.waiting.is_empty() {
             state.turns.push_back(user.clone());
@@ -199,5 +253,40 @@ mod tests {
         );
         drop(first);
         let _next = queue.turn(&a).await;
+    }
+
+    #[tokio::test]
+    async fn whoever_stops_waiting_leaves_at_once_and_costs_no_stack() {
+        let queue = FairQueue::new(1, 1);
+        let (a, b): (UserId, UserId) = ("a".parse().unwrap(), "b".parse().unwrap());
+        let first = queue.turn(&a).await;
+        let mut waiting: Vec<_> = (0..50_000).map(|_| Box::pin(queue.turn(&a))).collect();
+        for turn in &mut waiting {
+            assert!(futures_util::poll!(turn).is_pending());
+        }
+        let mut last = Box::pin(queue.turn(&b));
+        assert!(futures_util::poll!(&mut last).is_pending());
+        assert_eq!(queue.waiting(), 50_001);
+        drop(waiting);
+        assert_eq!(queue.waiting(), 1);
+        drop(first);
+        drop(last.await);
+        assert!(queue.locked().users.is_empty() && queue.locked().turns.is_empty());
+    }
+
+    #[test]
+    fn permits_that_nobody_takes_go_back_one_after_the_other() {
+        let queue = FairQueue::new(1, 1);
+        let a: UserId = "a".parse().unwrap();
+        for _ in 0..200_000 {
+            // As one that stops waiting after it was taken out of the line.
+            let (tell, told) = oneshot::channel();
+            queue.enter(&a, tell);
+            drop(told);
+        }
+        let small = std::thread::Builder::new().stack_size(128 << 10);
+        let called = queue.clone();
+        small.spawn(move || called.call()).unwrap().join().unwrap();
+        assert_eq!((queue.waiting(), queue.locked().free), (0, 1));
     }
 }
