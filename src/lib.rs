@@ -14,15 +14,17 @@
 //! | [`journal`] | append, replay, follow |
 //! | `logs` | the record's shape, shipping it and finding it again |
 //! | `client` | the command line's side of the protocol |
+//! | [`beneath`] | files in folders that user code can write to; the only way to them |
 //! | `app` | the composition root: the only file that names concrete backends |
 //!
 //! # The rule of arrows
 //!
 //! `transport → pipeline → platform → runner/client` and `pipeline → journal → logs`. [`model`]
-//! imports nothing of ours; everyone may import it. `tests/house.rs` fails on any other edge.
+//! and [`beneath`] import nothing of ours; everyone may import them. `tests/house.rs` fails on any other edge.
 
 pub mod app;
 pub mod auth;
+pub mod beneath;
 pub mod client;
 pub mod config;
 pub mod journal;

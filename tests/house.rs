@@ -8,12 +8,13 @@ use std::path::{Path, PathBuf};
 /// `pipeline → journal → logs`; `model` imports nothing of ours and everybody may import it.
 const ALLOWED: &[(&str, &[&str])] = &[
     ("model", &[]),
+    ("beneath", &[]),
     ("journal", &["model"]),
     ("logs", &["model", "journal"]),
     ("storage", &["model"]),
     // `gantry-runner fetch` copies a release out of the store.
-    ("runner", &["model", "storage"]),
-    ("platform", &["model", "runner", "storage"]),
+    ("runner", &["model", "beneath", "storage"]),
+    ("platform", &["model", "beneath", "runner", "storage"]),
     (
         "pipeline",
         &["model", "platform", "runner", "journal", "storage"],
@@ -176,4 +177,185 @@ fn only_the_house_stands_at_the_top() {
             "{name}"
         );
     }
+}
+
+/// Rooms that work in folders which user code can write to.
+const WITH_USERS_FOLDERS: &[&str] = &["src/runner", "src/platform/local", "src/storage"];
+
+/// Calls that reach a file by its path, which somebody may have replaced by a link. `fs::` covers those of
+/// `std`, `tokio` and `rustix`.
+const BY_PATH: &[&str] = &[
+    "fs::",
+    "File::open(",
+    "File::create",
+    "OpenOptions",
+    ".symlink_metadata(",
+    ".canonicalize(",
+    ".read_dir(",
+    ".exists(",
+    ".unpack_in(",
+    ".unpack(",
+    "libc::open",
+    "libc::chmod",
+    "libc::chown",
+    "libc::lchown",
+];
+
+/// Calls by path that may be there: to what no user can write to, or put a link above.
+const TO_OWN_FILES: &[(&str, &[&str], &str)] = &[
+    (
+        "src/platform/local/cgroup.rs",
+        &["*"],
+        "the kernel's control groups",
+    ),
+    (
+        "src/platform/local/launch.rs",
+        &["*"],
+        "/proc, and the folder a sandbox is made in",
+    ),
+    (
+        "src/platform/local/host.rs",
+        &["*"],
+        "the machine's programs",
+    ),
+    (
+        "src/platform/local/modules.rs",
+        &["*"],
+        "records of modules",
+    ),
+    (
+        "src/platform/local/modules/install.rs",
+        &["*"],
+        "installed packages, shown read-only",
+    ),
+    (
+        "src/platform/local/releases.rs",
+        &[
+            "create_dir_all",
+            "read_dir",
+            "read",
+            "rename",
+            "OpenOptions",
+            "File::open(",
+        ],
+        "records of repls",
+    ),
+    (
+        "src/platform/local/sandboxes.rs",
+        &[
+            "create_dir_all",
+            "read_dir",
+            "read",
+            "write",
+            "remove_file",
+            "open",
+            "File::create",
+            ".exists(",
+        ],
+        "what is beside a sandbox's root",
+    ),
+    (
+        "src/storage/directory.rs",
+        &["*"],
+        "the code store, shown read-only",
+    ),
+    (
+        "src/runner/sandbox.rs",
+        &["*"],
+        "a sandbox's root, before user code is there",
+    ),
+    (
+        "src/runner/slot.rs",
+        &["create_dir_all", "open", "statfs", "metadata"],
+        "where a slot's folders are mounted",
+    ),
+    ("src/runner/process.rs", &["*"], "/proc and control groups"),
+    (
+        "src/runner/pod.rs",
+        &["*"],
+        "the runner's own folder and /proc",
+    ),
+    (
+        "src/runner/pod/app.rs",
+        &["access", "write"],
+        "what the container's home is, and the kubelet's file for last words",
+    ),
+    ("src/runner/agent.rs", &["open"], "the root of slots' roots"),
+    ("src/runner/line.rs", &["read_to_string"], "/proc/net"),
+    (
+        "src/runner/workspace/terminal.rs",
+        &["open"],
+        "the device that makes terminals",
+    ),
+];
+
+/// Calls by path in a source, but for its tests: `fs::read(` as `read`.
+fn by_path(text: &str) -> Vec<String> {
+    let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+    let mut found = Vec::new();
+    for line in code
+        .lines()
+        .map(|line| line.split("//").next().unwrap_or_default())
+    {
+        for pattern in BY_PATH {
+            for (at, _) in line.match_indices(pattern) {
+                let rest = &line[at + pattern.len()..];
+                let word: String = rest
+                    .chars()
+                    .take_while(|c| c.is_alphanumeric() || *c == '_')
+                    .collect();
+                let call = word.starts_with(|c: char| c.is_lowercase())
+                    && !line.trim_start().starts_with("use ")
+                    && !["fchown", "fchmod", "fstat"].contains(&word.as_str());
+                // A function that is imported by its name would not be seen where it is called.
+                let import = line.trim_start().starts_with("use ")
+                    && rest
+                        .split(['{', '}', ',', ';', ' '])
+                        .any(|name| name != "self" && name.starts_with(|c: char| c.is_lowercase()));
+                match *pattern {
+                    "fs::" if call || import => found.push(word),
+                    "fs::" => {}
+                    other => found.push(other.to_owned()),
+                }
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn users_folders_are_reached_by_descriptor() {
+    let mut files = Vec::new();
+    for room in WITH_USERS_FOLDERS {
+        sources(Path::new(room), &mut files);
+    }
+    let mut broken = BTreeSet::new();
+    for file in &files {
+        let name = file.to_str().unwrap();
+        let may = TO_OWN_FILES.iter().find(|(file, ..)| *file == name);
+        let may = may.map_or(&[][..], |(_, calls, _)| *calls);
+        for call in by_path(&std::fs::read_to_string(file).unwrap()) {
+            if !may.contains(&"*") && !may.contains(&call.as_str()) {
+                broken.insert(format!("{name}: {call}"));
+            }
+        }
+    }
+    assert!(files.len() > 30, "only {} files were seen", files.len());
+    assert!(
+        broken.is_empty(),
+        "use gantry::beneath, or say in TO_OWN_FILES why no user can put a link there:\n{}",
+        broken.into_iter().collect::<Vec<_>>().join("\n")
+    );
+}
+
+#[test]
+fn a_call_by_path_is_seen() {
+    let text = "use std::fs::{self, File};\nuse std::os::unix::fs::{PermissionsExt, chown};\n\
+        fs::set_permissions(path, mode)?; let f = File::open(path); // fs::read(path)\n\
+        rustix::fs::chmodat(top, name); std::os::unix::fs::fchown(&file, uid, uid);\n\
+        #[cfg(test)]\nfs::write(path, text)";
+    assert_eq!(
+        by_path(text),
+        ["", "set_permissions", "File::open(", "chmodat"]
+    );
 }

@@ -8,7 +8,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, VecDeque};
 use std::convert::Infallible;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::process::Command;
@@ -38,6 +38,7 @@ use super::slot::{Ground, Slot, bind};
 use super::warm::pipes;
 use super::wire::{AppPort, FromApp, frames};
 use super::workspace::{self, Files, Terminal, Workspace};
+use crate::beneath::{Folder, Kind};
 use crate::model::{
     BUILD_ARCHIVE, Ending, Limits, OutputStream, PACKAGE_PROXY, Packages, RelativePath,
 };
@@ -193,50 +194,47 @@ pub async fn run(config: AppConfig, listener: UnixListener) -> anyhow::Result<()
 fn copy_release(release: &Path, slot: &Slot, stays: bool) -> anyhow::Result<()> {
     let (mut files, mut bytes) = (Vec::new(), 0);
     let mut build = None;
-    let mut folders = vec![release.to_owned()];
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(folder)? {
-            let entry = entry?;
-            let (kind, path) = (entry.file_type()?, entry.path());
-            let name = path.strip_prefix(release)?;
-            // Somebody else may have put it there: what a link leads to may be anywhere.
-            anyhow::ensure!(
-                kind.is_dir() || kind.is_file(),
-                "{} is no regular file",
-                name.display()
-            );
-            if kind.is_dir() {
-                folders.push(path);
-                continue;
-            }
+    let mut folders = vec![(Folder::open(release)?, String::new())];
+    while let Some((folder, above)) = folders.pop() {
+        folder.each(|name, kind| {
             let name = name
                 .to_str()
-                .with_context(|| format!("the name of {} is not UTF-8", name.display()))?;
-            if name == BUILD_ARCHIVE {
-                build = Some(path);
-                continue;
+                .with_context(|| format!("the name {name:?} is not UTF-8"))?;
+            let path = format!("{above}{name}");
+            if kind == Kind::Folder {
+                folders.push((folder.folder(name)?, format!("{path}/")));
+                return Ok(());
             }
-            bytes += entry.metadata()?.len();
+            // Somebody else may have put it there: what a link leads to may be anywhere.
+            anyhow::ensure!(kind == Kind::File, "{path} is no regular file");
+            let mut file = folder.read(name)?;
+            if path == BUILD_ARCHIVE {
+                build = Some(file);
+                return Ok(());
+            }
+            bytes += file.metadata()?.len();
             anyhow::ensure!(
                 bytes <= MOST_BYTES && files.len() < MOST_FILES,
                 "it is more than {MOST_FILES} files or {MOST_BYTES} bytes in all"
             );
-            files.push((name.to_owned(), std::fs::read(&path)?));
-        }
+            let mut content = Vec::new();
+            file.read_to_end(&mut content)?;
+            files.push((path, content));
+            anyhow::Ok(())
+        })?;
     }
     slot.write_files(&files)?;
     if let Some(build) = build {
-        unpack_build(&build, slot, stays)?;
+        unpack_build(build, slot, stays)?;
     }
     Ok(())
 }
 
 /// Puts what was compiled beside a release's files, or what was installed beside a workspace's: that is
 /// installed again when it cannot be used.
-pub(super) fn unpack_build(archive: &Path, slot: &Slot, stays: bool) -> anyhow::Result<()> {
-    let file = File::open(archive)?;
-    let unpacked = unpack(file, slot.folder(), slot.uid)
-        .with_context(|| format!("{} cannot be unpacked", archive.display()));
+pub(super) fn unpack_build(archive: File, slot: &Slot, stays: bool) -> anyhow::Result<()> {
+    let unpacked = unpack(archive, slot.folder(), slot.uid)
+        .with_context(|| format!("{BUILD_ARCHIVE} cannot be unpacked"));
     let Err(error) = unpacked else {
         return Ok(());
     };

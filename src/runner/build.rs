@@ -3,18 +3,20 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::fs::{self, File};
+use std::ffi::OsStr;
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{PermissionsExt, lchown};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 
 use flate2::Compression;
 use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
-use tar::{Archive, Builder, EntryType, Header};
+use tar::{Archive, Builder, Entry, EntryType, Header};
 
 use super::wire::{JobId, MAX_BUILD_BYTES};
+use crate::beneath::{self, Folder, Kind};
 
 /// Most bytes in an archive, unpacked. What is more does not fit into a slot's scratch space.
 const MAX_BYTES: u64 = 192 << 20;
@@ -90,10 +92,16 @@ pub fn pack(workspace: &Path, folders: &[String]) -> io::Result<Vec<u8>> {
     };
     let mut archive = Builder::new(GzEncoder::new(bounded, Compression::fast()));
     let (mut bytes, mut entries) = (0, 0);
-    let mut waiting: Vec<PathBuf> = folders.iter().map(PathBuf::from).collect();
-    while let Some(path) = waiting.pop() {
-        let at = workspace.join(&path);
-        let about = fs::symlink_metadata(&at)?;
+    let top = Folder::open(workspace)?;
+    // Each with the folder it is in, which stays open as long as anything of it waits.
+    let top = Rc::new(top);
+    let mut waiting: Vec<(Rc<Folder>, PathBuf)> = folders
+        .iter()
+        .map(|folder| (Rc::clone(&top), PathBuf::from(folder)))
+        .collect();
+    while let Some((above, path)) = waiting.pop() {
+        let name = path.file_name().unwrap_or(path.as_os_str());
+        let about = above.about(name)?;
         entries += 1;
         if entries > MAX_ENTRIES {
             return Err(too_large(&format!("it is more than {MAX_ENTRIES} files")));
@@ -101,30 +109,46 @@ pub fn pack(workspace: &Path, folders: &[String]) -> io::Result<Vec<u8>> {
         let mut header = Header::new_gnu();
         // Neither whose it was nor when it was made: the same input gives the same archive.
         header.set_mtime(0);
-        if about.is_dir() {
-            header.set_entry_type(EntryType::Directory);
-            header.set_mode(0o755);
-            header.set_size(0);
-            archive.append_data(&mut header, &path, io::empty())?;
-            for entry in fs::read_dir(&at)? {
-                waiting.push(path.join(entry?.file_name()));
+        match about.kind {
+            Kind::Folder => {
+                header.set_entry_type(EntryType::Directory);
+                header.set_mode(0o755);
+                header.set_size(0);
+                archive.append_data(&mut header, &path, io::empty())?;
+                let folder = Rc::new(above.folder(name)?);
+                folder.each(|inner, _| {
+                    let inner = path.join(OsStr::from_bytes(inner.to_bytes()));
+                    waiting.push((Rc::clone(&folder), inner));
+                    match waiting.len() + entries > MAX_ENTRIES {
+                        true => Err(too_large(&format!("it is more than {MAX_ENTRIES} files"))),
+                        false => Ok(()),
+                    }
+                })?;
             }
-        } else if about.is_file() {
-            bytes += about.len();
-            if bytes > MAX_BYTES {
-                return Err(too_large(&format!("it is more than {MAX_BYTES} bytes")));
+            Kind::File => {
+                let file = above.read(name)?;
+                let length = file.metadata()?.len();
+                bytes += length;
+                if bytes > MAX_BYTES {
+                    return Err(too_large(&format!("it is more than {MAX_BYTES} bytes")));
+                }
+                let executable = about.mode & 0o111 != 0;
+                header.set_mode(if executable { 0o755 } else { 0o644 });
+                header.set_size(length);
+                // As much as its head says, whatever happens to the file meanwhile.
+                archive.append_data(&mut header, &path, file.take(length))?;
             }
-            let executable = about.permissions().mode() & 0o111 != 0;
-            header.set_mode(if executable { 0o755 } else { 0o644 });
-            header.set_size(about.len());
-            archive.append_data(&mut header, &path, File::open(&at)?)?;
-        } else if about.is_symlink() {
-            header.set_entry_type(EntryType::Symlink);
-            header.set_mode(0o777);
-            header.set_size(0);
-            archive.append_link(&mut header, &path, fs::read_link(&at)?)?;
+            Kind::Link => {
+                let content = above.link_content(name)?;
+                header.set_entry_type(EntryType::Symlink);
+                header.set_mode(0o777);
+                header.set_size(0);
+                let content = OsStr::from_bytes(content.to_bytes());
+                archive.append_link(&mut header, &path, content)?;
+            }
+            // Pipes and sockets are nothing that could be released.
+            Kind::Other => {}
         }
-        // Pipes and sockets are nothing that could be released.
     }
     Ok(archive.into_inner()?.finish()?.bytes)
 }
@@ -132,25 +156,62 @@ pub fn pack(workspace: &Path, folders: &[String]) -> io::Result<Vec<u8>> {
 /// Unpacks an archive into a workspace, for its user. Nothing is written outside of it.
 pub fn unpack(archive: impl Read, workspace: &Path, uid: Option<u32>) -> io::Result<()> {
     let mut archive = Archive::new(GzDecoder::new(archive).take(MAX_BYTES + HEADERS));
-    archive.set_preserve_mtime(false);
+    let top = Folder::open(workspace)?;
     for (number, entry) in archive.entries()?.enumerate() {
         if number >= MAX_ENTRIES {
             return Err(too_large(&format!("it is more than {MAX_ENTRIES} files")));
         }
         let mut entry = entry?;
         let path = entry.path()?.into_owned();
-        let plain = path
-            .components()
-            .all(|part| matches!(part, Component::Normal(_)));
-        if !plain || !entry.unpack_in(workspace)? {
-            let why = format!("{} leads out of the workspace", path.display());
-            return Err(io::Error::other(why));
-        }
-        if uid.is_some() {
-            lchown(workspace.join(&path), uid, uid)?;
-        }
+        unpack_one(&mut entry, &path, &top, uid).map_err(|error| {
+            io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+        })?;
     }
     Ok(())
+}
+
+fn unpack_one(
+    entry: &mut Entry<'_, impl Read>,
+    path: &Path,
+    top: &Folder,
+    uid: Option<u32>,
+) -> io::Result<()> {
+    let mut parts = Vec::new();
+    for part in path.components() {
+        match part {
+            Component::Normal(part) => parts.push(part.to_str().ok_or(io::ErrorKind::InvalidData)?),
+            // The folder itself, as `tar` calls it.
+            Component::CurDir => {}
+            _ => return Err(io::Error::other("it leads out of the workspace")),
+        }
+    }
+    let Some((name, folders)) = parts.split_last() else {
+        return Ok(());
+    };
+    let mode = entry.header().mode()? & 0o777;
+    let kind = entry.header().entry_type();
+    if kind.is_dir() {
+        let made = top.make(&parts.join("/"), uid)?;
+        return made.set_mode(mode | 0o700);
+    }
+    let folder = top.make(&folders.join("/"), uid)?;
+    match folder.about(*name) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+        Ok(about) if about.kind == Kind::Folder => return Err(io::ErrorKind::IsADirectory.into()),
+        Ok(_) => folder.remove(*name)?,
+    }
+    if kind.is_symlink() {
+        let content = entry.link_name_bytes().ok_or(io::ErrorKind::InvalidData)?;
+        return folder.link(name, &content, uid);
+    }
+    if !kind.is_file() {
+        return Err(io::Error::other("it is no file, folder or symbolic link"));
+    }
+    let mut file = folder.create(*name, 0o600)?;
+    io::copy(entry, &mut file)?;
+    beneath::give(&file, uid)?;
+    beneath::set_mode(&file, mode | 0o600)
 }
 
 /// Whether it can be unpacked.
@@ -202,7 +263,8 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::model::SubmissionId;
-    use std::os::unix::fs::symlink;
+    use std::fs::{self, File};
+    use std::os::unix::fs::{PermissionsExt, symlink};
 
     fn out() -> [String; 1] {
         ["out".to_owned()]

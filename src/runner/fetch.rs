@@ -3,18 +3,17 @@
 
 use std::cell::Cell;
 use std::fs;
-use std::io::Write;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use futures_util::{StreamExt, TryStreamExt, stream};
-use rustix::fs::{Mode, OFlags, ResolveFlags};
-use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 use tokio::time::{sleep, timeout};
 
 use super::PROGRAM;
+use crate::beneath::Folder;
 use crate::model::{Problem, RelativePath};
 use crate::storage::{Manifest, ManifestFile, Object, S3Config, S3Store, hexadecimal};
 
@@ -141,7 +140,7 @@ async fn copy(
     store: &S3Store,
     prefix: &str,
     place: &str,
-    top: &OwnedFd,
+    top: &Folder,
 ) -> Result<(usize, u64), Failure> {
     let manifest = match prefix.starts_with(RELEASES) {
         true => store.manifest(prefix).await.map_err(Failure::Store)?,
@@ -232,7 +231,7 @@ fn refused(place: &str, cause: String) -> Failure {
 /// Copies one file, again when the stream breaks off; requests that fail are repeated below this.
 async fn copy_surely(
     store: &S3Store,
-    top: &OwnedFd,
+    top: &Folder,
     file: &Wanted,
     copied: &Cell<u64>,
 ) -> Result<(), Failure> {
@@ -254,7 +253,7 @@ async fn copy_surely(
 
 async fn copy_one(
     store: &S3Store,
-    top: &OwnedFd,
+    top: &Folder,
     file: &Wanted,
     copied: &Cell<u64>,
 ) -> Result<(), Failure> {
@@ -293,9 +292,8 @@ async fn copy_one(
     Ok(())
 }
 
-fn open_folder(folder: &str) -> Result<OwnedFd, Failure> {
-    rustix::fs::open(folder, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|error| cannot_write(folder, error.to_string()))
+fn open_folder(folder: &str) -> Result<Folder, Failure> {
+    Folder::open(Path::new(folder)).map_err(|error| cannot_write(folder, error.to_string()))
 }
 
 fn cannot_write(path: &str, cause: String) -> Failure {
@@ -307,34 +305,17 @@ fn cannot_write(path: &str, cause: String) -> Failure {
     ))
 }
 
-/// Below the folder, through no link: whatever is there already, nothing outside is reached.
-const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS);
-
 /// Makes the file and the folders above it. One that a first try of this container left is replaced.
-fn create(top: &OwnedFd, path: &RelativePath) -> Result<fs::File, Failure> {
-    let failed = |error: Errno| cannot_write(path.as_str(), error.to_string());
-    let mut above = top
-        .try_clone()
-        .map_err(|error| cannot_write(path.as_str(), error.to_string()))?;
-    let (folders, name) = path
-        .as_str()
-        .rsplit_once('/')
-        .unwrap_or(("", path.as_str()));
-    for part in folders.split('/').filter(|part| !part.is_empty()) {
-        match rustix::fs::mkdirat(&above, part, Mode::from_raw_mode(0o777)) {
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(error) => return Err(failed(error)),
+fn create(top: &Folder, path: &RelativePath) -> Result<fs::File, Failure> {
+    let path = path.as_str();
+    let (folders, name) = path.rsplit_once('/').unwrap_or(("", path));
+    let made = || {
+        let above = top.make(folders, None)?;
+        match above.remove(name) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
         }
-        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        above = rustix::fs::openat2(above.as_fd(), part, flags, Mode::empty(), BENEATH)
-            .map_err(failed)?;
-    }
-    match rustix::fs::unlinkat(&above, name, rustix::fs::AtFlags::empty()) {
-        Ok(()) | Err(Errno::NOENT) => {}
-        Err(error) => return Err(failed(error)),
-    }
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let mode = Mode::from_raw_mode(0o666);
-    let file = rustix::fs::openat2(above.as_fd(), name, flags, mode, BENEATH).map_err(failed)?;
-    Ok(fs::File::from(file))
+        above.create(name, 0o666)
+    };
+    made().map_err(|error| cannot_write(path, error.to_string()))
 }

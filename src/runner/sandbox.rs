@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::agent::{self, AgentConfig};
 use super::app::{self, AppConfig};
 use super::process::MemoryGroup;
-use super::slot::{bind, set_read_only};
+use super::slot::{bind, set_plain, set_read_only};
 use super::warm::{HOOK_FOLDER, PYTHON_HOOK};
 
 /// User ids in a sandbox: 0 is the runner, slots have 1000 and up.
@@ -414,6 +414,7 @@ fn build_root(spec: &SandboxSpec, owner: Option<u32>) -> anyhow::Result<()> {
         fs::create_dir_all(&at)?;
         fs::create_dir_all(base.join(&placed.name))?;
         bind(&placed.from, &at, !placed.writable)?;
+        set_plain(&at)?;
     }
     // The kernel lets a user namespace mount its own /proc only where it can see a whole one
     // already; this one is covered by it in [`furnish`].

@@ -3,16 +3,17 @@
 
 use std::fs;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, MountPropagationFlags};
 use serde::{Deserialize, Serialize};
 
 use super::agent::AgentConfig;
 use super::process::Tree;
+use crate::beneath::{self, Folder};
 
 /// Folders of a slot's scratch space, and where they appear in its root.
 const SCRATCH: [(&str, &str); 3] = [
@@ -25,7 +26,7 @@ const SCRATCH: [(&str, &str); 3] = [
 const MAX_REPORT_BYTES: u64 = 1 << 20;
 
 /// Most folder entries looked at when measuring; scratch space has fewer inodes than this.
-const MAX_SCAN_ENTRIES: usize = 40_000;
+const MAX_SCAN_ENTRIES: u64 = 40_000;
 
 /// Where slots stand, and what their jobs find there.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -192,65 +193,31 @@ impl Slot {
 
     /// Puts a job's files into the empty workspace, owned by its user.
     pub fn write_files(&self, files: &[(String, impl AsRef<[u8]>)]) -> io::Result<()> {
-        let [workspace, ..] = &self.folders;
+        let workspace = Folder::open(self.folder())?;
         for (path, content) in files {
-            if let Some((folders, _)) = path.rsplit_once('/') {
-                let mut folder = workspace.clone();
-                for part in folders.split('/') {
-                    folder.push(part);
-                    if let Err(error) = fs::create_dir(&folder) {
-                        if error.kind() != io::ErrorKind::AlreadyExists {
-                            return Err(error);
-                        }
-                    } else {
-                        std::os::unix::fs::chown(&folder, self.uid, self.uid)?;
-                    }
-                }
-            }
-            let mut file = fs::OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .mode(0o644)
-                .open(workspace.join(path))?;
+            let mut file = match path.rsplit_once('/') {
+                None => workspace.create(path.as_str(), 0o644)?,
+                Some((folders, name)) => workspace.make(folders, self.uid)?.create(name, 0o644)?,
+            };
             file.write_all(content.as_ref())?;
-            if self.uid.is_some() {
-                std::os::unix::fs::fchown(&file, self.uid, self.uid)?;
-            }
+            beneath::give(&file, self.uid)?;
         }
         Ok(())
     }
 
     /// Makes a folder in the workspace, for its user, unless there is one already.
     pub fn make_folder(&self, name: &str) -> io::Result<()> {
-        let folder = self.folder().join(name);
-        match fs::create_dir(&folder) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
-            made => made?,
-        }
-        std::os::unix::fs::chown(&folder, self.uid, self.uid)
+        Folder::open(self.folder())?.make(name, self.uid)?;
+        Ok(())
     }
 
     /// Reads a small regular file from the folder for temporary files. The job chose what stands
     /// there, so links, pipes and devices are refused and nothing blocks.
     pub fn read_report(&self, name: &str) -> Option<String> {
         let [_, temporary, _] = &self.folders;
-        let folder = rustix::fs::open(
-            temporary,
-            OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .ok()?;
-        let file = rustix::fs::openat2(
-            &folder,
-            name,
-            OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-            Mode::empty(),
-            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
-        )
-        .ok()?;
-        let file = fs::File::from(file);
+        let file = Folder::open(temporary).ok()?.read(name).ok()?;
         let about = file.metadata().ok()?;
-        if !about.is_file() || about.nlink() != 1 || about.len() > MAX_REPORT_BYTES {
+        if about.nlink() != 1 || about.len() > MAX_REPORT_BYTES {
             return None;
         }
         let mut bytes = Vec::new();
@@ -272,30 +239,23 @@ impl Slot {
 
     /// What the job has left behind, to be asked before [`Slot::wipe`].
     pub fn footprint(&self) -> Footprint {
-        let mut scan = Scan::default();
-        for folder in &self.folders {
-            let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let opened = rustix::fs::open(folder, flags, Mode::empty());
-            // What cannot be read has no files to count.
-            let _ = opened.and_then(|top| scan.walk(top));
-        }
+        // What cannot be read has no files to count.
+        let largest = |folder: &PathBuf| {
+            Folder::open(folder).map_or(0, |folder| folder.usage(MAX_SCAN_ENTRIES).largest_file)
+        };
         Footprint {
             full: self.is_full(),
-            largest_file: scan.largest_file,
+            largest_file: self.folders.iter().map(largest).max().unwrap_or(0),
         }
     }
 
     /// Empties the scratch space. No process of the slot may be alive.
     pub fn wipe(&self) -> io::Result<()> {
         for path in &self.folders {
-            std::os::unix::fs::chown(path, self.uid, self.uid)?;
-            fs::set_permissions(path, fs::Permissions::from_mode(0o700))?;
-            let folder = rustix::fs::open(
-                path,
-                OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-                Mode::empty(),
-            )?;
-            empty(folder.as_fd())?;
+            let folder = Folder::open(path)?;
+            folder.give(self.uid)?;
+            folder.set_mode(0o700)?;
+            folder.empty()?;
         }
         Ok(())
     }
@@ -355,14 +315,26 @@ struct MountAttributes {
     user_namespace: u64,
 }
 
-/// Makes a mount and all below it read-only. Flags are only added, which mounts inherited from a
-/// more privileged namespace allow.
+const MOUNT_ATTR_RDONLY: u64 = 1;
+const MOUNT_ATTR_NOSUID: u64 = 2;
+const MOUNT_ATTR_NODEV: u64 = 4;
+
+/// Makes a mount and all below it read-only.
 pub fn set_read_only(at: &Path) -> io::Result<()> {
-    const MOUNT_ATTR_RDONLY: u64 = 1;
-    const MOUNT_ATTR_NOSUID: u64 = 2;
+    set_attributes(at, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID)
+}
+
+/// Takes from a mount that user code writes to, and from all below it, what only a system's own mounts
+/// need: programs with another user's rights, and devices.
+pub fn set_plain(at: &Path) -> io::Result<()> {
+    set_attributes(at, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV)
+}
+
+/// Flags are only added, which mounts inherited from a more privileged namespace allow.
+fn set_attributes(at: &Path, set: u64) -> io::Result<()> {
     let path = std::ffi::CString::new(at.as_os_str().as_encoded_bytes())?;
     let attributes = MountAttributes {
-        set: MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID,
+        set,
         clear: 0,
         propagation: 0,
         user_namespace: 0,
@@ -382,168 +354,4 @@ pub fn set_read_only(at: &Path) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
-}
-
-/// Removes everything in a folder, however deep, holding two folders open at most: a folder found
-/// inside another is first moved up to the top.
-pub fn empty(top: BorrowedFd<'_>) -> io::Result<()> {
-    let mut moved: u64 = 0;
-    loop {
-        let entries = names(top)?;
-        if entries.is_empty() {
-            return Ok(());
-        }
-        for (name, kind) in entries {
-            if kind != FileType::Directory {
-                rustix::fs::unlinkat(top, &name, AtFlags::empty())?;
-                continue;
-            }
-            if rustix::fs::unlinkat(top, &name, AtFlags::REMOVEDIR).is_ok() {
-                continue;
-            }
-            // A folder its owner may not write to is still his to open up.
-            rustix::fs::chmodat(top, &name, Mode::RWXU, AtFlags::empty())?;
-            let folder = rustix::fs::openat(
-                top,
-                &name,
-                OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-                Mode::empty(),
-            )?;
-            for (inner, kind) in names(folder.as_fd())? {
-                if kind == FileType::Directory {
-                    // Moving a folder changes its own `..` entry, which takes write permission.
-                    rustix::fs::chmodat(&folder, &inner, Mode::RWXU, AtFlags::empty())?;
-                    loop {
-                        moved += 1;
-                        let target = format!(".moved-{moved}");
-                        match rustix::fs::renameat_with(
-                            &folder,
-                            &inner,
-                            top,
-                            &target,
-                            rustix::fs::RenameFlags::NOREPLACE,
-                        ) {
-                            Err(rustix::io::Errno::EXIST) => {}
-                            result => break result?,
-                        }
-                    }
-                } else {
-                    rustix::fs::unlinkat(&folder, &inner, AtFlags::empty())?;
-                }
-            }
-            rustix::fs::unlinkat(top, &name, AtFlags::REMOVEDIR)?;
-        }
-    }
-}
-
-/// A look at every file below a folder, however deep, holding one folder open at a time.
-#[derive(Debug, Default)]
-struct Scan {
-    largest_file: u64,
-    seen: usize,
-}
-
-/// A folder on the way down: its inode number, and the folders in it that are still to be seen.
-struct Level {
-    inode: u64,
-    folders: Vec<std::ffi::CString>,
-}
-
-impl Scan {
-    fn walk(&mut self, top: OwnedFd) -> rustix::io::Result<()> {
-        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let mut levels = vec![self.level(&top)?];
-        let mut at = top;
-        while let Some(level) = levels.last_mut() {
-            if let Some(name) = level.folders.pop() {
-                // One that vanished or may not be entered is passed over.
-                if let Ok(inner) = rustix::fs::openat(&at, &name, flags, Mode::empty()) {
-                    levels.push(self.level(&inner)?);
-                    at = inner;
-                }
-                continue;
-            }
-            levels.pop();
-            let Some(parent) = levels.last() else {
-                break;
-            };
-            at = rustix::fs::openat(&at, "..", flags, Mode::empty())?;
-            // Moved by a process of the job that is still there: the way back leads elsewhere.
-            if rustix::fs::fstat(&at)?.st_ino != parent.inode {
-                break;
-            }
-        }
-        Ok(())
-    }
-
-    /// Looks at the entries of one folder.
-    fn level(&mut self, folder: &OwnedFd) -> rustix::io::Result<Level> {
-        let mut level = Level {
-            inode: rustix::fs::fstat(folder)?.st_ino,
-            folders: Vec::new(),
-        };
-        for entry in Dir::read_from(folder)? {
-            let entry = entry?;
-            let name = entry.file_name();
-            if matches!(name.to_bytes(), b"." | b"..") {
-                continue;
-            }
-            self.seen += 1;
-            if self.seen > MAX_SCAN_ENTRIES {
-                return Err(rustix::io::Errno::OVERFLOW);
-            }
-            let Ok(about) = rustix::fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) else {
-                continue;
-            };
-            match FileType::from_raw_mode(about.st_mode) {
-                FileType::RegularFile => {
-                    let size = u64::try_from(about.st_size).unwrap_or(0);
-                    self.largest_file = self.largest_file.max(size);
-                }
-                FileType::Directory => level.folders.push(name.to_owned()),
-                _ => {}
-            }
-        }
-        Ok(level)
-    }
-}
-
-fn names(folder: BorrowedFd<'_>) -> io::Result<Vec<(std::ffi::CString, FileType)>> {
-    let mut names = Vec::new();
-    for entry in Dir::read_from(folder)? {
-        let entry = entry?;
-        if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
-            names.push((entry.file_name().to_owned(), entry.file_type()));
-        }
-    }
-    Ok(names)
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-    use std::ffi::OsStr;
-    use std::os::unix::ffi::OsStrExt;
-
-    #[test]
-    fn empty_removes_deep_trees_and_odd_names() {
-        let dir = tempfile::tempdir().unwrap();
-        let top = rustix::fs::open(dir.path(), OFlags::DIRECTORY, Mode::empty()).unwrap();
-        let mut at = rustix::fs::open(dir.path(), OFlags::DIRECTORY, Mode::empty()).unwrap();
-        for _ in 0..10_000 {
-            rustix::fs::mkdirat(&at, "d", Mode::RWXU).unwrap();
-            at = rustix::fs::openat(&at, "d", OFlags::DIRECTORY, Mode::empty()).unwrap();
-        }
-        for name in [&b"new\nline"[..], b"\xff\xfe", b".moved-1", b" "] {
-            fs::write(dir.path().join(OsStr::from_bytes(name)), "x").unwrap();
-        }
-        std::os::unix::fs::symlink("/etc", dir.path().join("link")).unwrap();
-        let closed = dir.path().join("closed");
-        fs::create_dir_all(closed.join("inner")).unwrap();
-        fs::set_permissions(&closed, fs::Permissions::from_mode(0o000)).unwrap();
-        empty(top.as_fd()).unwrap();
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
-        assert!(Path::new("/etc/passwd").exists());
-    }
 }

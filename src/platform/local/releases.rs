@@ -20,6 +20,7 @@ use super::program::{Owner, Program};
 use super::record::{Record, Stored};
 use super::sandboxes::{Sandboxes, Tenant};
 use super::{DEPLOY_PATIENCE, LocalConfig, unavailable};
+use crate::beneath::Folder;
 use crate::model::{
     Limits, Problem, Release, ReleaseState, ReplId, ReplState, ReplStatus, TicketKey, UserId,
     idle_cause,
@@ -496,21 +497,16 @@ impl Releases {
     }
 
     /// The folder of the repl's database. Its owner changes with the sandbox, so all may write:
-    /// the folder above it is closed to everybody but the server.
+    /// the folder above it is closed to everybody but the server. What is in it is user code's, and the
+    /// previous release may still be changing it.
     fn database(&self, repl: &ReplId) -> anyhow::Result<PathBuf> {
-        use std::os::unix::fs::PermissionsExt;
-        let all = self.inner.config.data.join("databases");
-        fs::create_dir_all(&all)?;
-        fs::set_permissions(&all, fs::Permissions::from_mode(0o700))?;
-        let folder = all.join(repl.as_str());
-        fs::create_dir_all(&folder)?;
-        fs::set_permissions(&folder, fs::Permissions::from_mode(0o777))?;
-        for entry in fs::read_dir(&folder)?.flatten() {
-            if entry.file_type()?.is_file() {
-                fs::set_permissions(entry.path(), fs::Permissions::from_mode(0o666))?;
-            }
-        }
-        Ok(folder)
+        let path = self.inner.config.data.join("databases");
+        let all = Folder::open_or_make(&path, 0o700)?;
+        all.set_mode(0o700)?;
+        let folder = all.make(repl.as_str(), None)?;
+        folder.set_mode(0o777)?;
+        folder.open_files_to_all()?;
+        Ok(path.join(repl.as_str()))
     }
 
     fn current(&self, repl: &ReplId) -> Option<Stored> {

@@ -17,6 +17,7 @@ use super::LocalConfig;
 use super::cgroup::Cgroup;
 use super::host::{FIRST_HOST_UID, Host, Interpreters};
 use super::launch::{FirstProcess, launch};
+use crate::beneath::Folder;
 use crate::model::{Limits, UserId};
 use crate::runner::agent::AgentConfig;
 use crate::runner::confine::Reach;
@@ -259,7 +260,9 @@ impl Sandboxes {
             }
         }
         self.return_number(sandbox.number);
-        if let Err(error) = fs::remove_dir_all(self.folder(name)) {
+        let folder = self.folder(name);
+        let removed = tokio::task::spawn_blocking(move || remove(&folder)).await;
+        if let Err(error) = removed.map_err(io::Error::other).flatten() {
             tracing::debug!(%name, %error, "a sandbox's folder stays behind");
         }
     }
@@ -383,9 +386,17 @@ impl Sandboxes {
 /// Removes what a dead sandbox left: its control groups and its folder.
 fn clear((group, folder): (String, PathBuf)) {
     Cgroup::remove(&group);
-    if let Err(error) = fs::remove_dir_all(&folder) {
+    if let Err(error) = remove(&folder) {
         tracing::debug!(folder = %folder.display(), %error, "a sandbox's folder stays behind");
     }
+}
+
+/// Removes a sandbox's folder. Without namespaces its scratch space is in there, as its jobs left it.
+fn remove(folder: &Path) -> io::Result<()> {
+    let (Some(above), Some(name)) = (folder.parent(), folder.file_name()) else {
+        return Ok(());
+    };
+    Folder::open(above)?.remove(name)
 }
 
 const SOCKET: &str = "socket";

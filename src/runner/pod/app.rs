@@ -29,6 +29,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{DEFAULT_PATH, Termination, hide, variable};
+use crate::beneath::Folder;
 use crate::model::{BUILD_ARCHIVE, Ending};
 use crate::runner::agent::AgentConfig;
 use crate::runner::app::{App, PROGRAM_PORT, Pauses, ProgramConfig, State, describe, unpack_build};
@@ -85,12 +86,15 @@ pub fn main() -> anyhow::Result<ExitCode> {
             own(io::stderr().as_fd().try_clone_to_owned())?,
         ];
         let slot = Slot::as_it_is(&config.sandbox, 0)?;
-        let build = slot.folder().join(BUILD_ARCHIVE);
-        let brought = build.is_file();
-        if brought {
-            unpack_build(&build, &slot, config.stays)?;
-            // The container may be started again, where its workspace stays; and it is twice the room.
-            fs::remove_file(&build).with_context(|| format!("removing {}", build.display()))?;
+        // The container may be started again, where its workspace stays with what the program left there.
+        let workspace = Folder::open(slot.folder())?;
+        let build = workspace.read(BUILD_ARCHIVE).ok();
+        let brought = build.is_some();
+        if let Some(build) = build {
+            unpack_build(build, &slot, config.stays)?;
+            // It is twice the room.
+            let removed = workspace.remove(BUILD_ARCHIVE);
+            removed.with_context(|| format!("removing {BUILD_ARCHIVE}"))?;
         }
         let pod = Rc::new(Pod {
             app: App::new(config, slot, Some(echo))?,

@@ -1,16 +1,13 @@
 //! The workspace's files, for its user far away. Whatever stands there, nothing outside is reached: every
 //! path is walked below the workspace and through no link, and only regular files are opened.
 
-use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags};
-use rustix::io::Errno;
 use serde::Serialize;
 
+use crate::beneath::{self, Folder};
 use crate::model::{Install, Packages, RelativePath};
 
 /// Most files that are listed, as many as a repl may be started with.
@@ -24,11 +21,6 @@ pub const LARGEST: u64 = 64 << 20;
 
 /// Largest piece of a file that is read at once: as text or in base64 it fits into a message.
 pub const PIECE: u64 = 512 << 10;
-
-/// Below the workspace, through no link.
-const BENEATH: ResolveFlags = ResolveFlags::BENEATH
-    .union(ResolveFlags::NO_SYMLINKS)
-    .union(ResolveFlags::NO_MAGICLINKS);
 
 /// What stands at a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -66,7 +58,7 @@ const CACHES: [&str; 3] = [".cache", ".npm", ".config/go"];
 /// The workspace's files.
 #[derive(Debug)]
 pub struct Files {
-    top: OwnedFd,
+    top: Folder,
     /// Whose they are; `None`: the runner's own user's.
     owner: Option<u32>,
 }
@@ -74,8 +66,7 @@ pub struct Files {
 impl Files {
     /// Those in this folder.
     pub fn open(folder: &Path, owner: Option<u32>) -> io::Result<Self> {
-        let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let top = rustix::fs::open(folder, flags, Mode::empty())?;
+        let top = Folder::open(folder)?;
         Ok(Self { top, owner })
     }
 
@@ -88,10 +79,10 @@ impl Files {
         let mut made = CACHES.to_vec();
         made.extend(installed.iter().flat_map(|install| install.own));
         let mut entries = Vec::new();
-        if list(self.top.as_fd(), "", 0, &made, &mut entries).is_err() {
+        if list(&self.top, "", 0, &made, &mut entries).is_err() {
             entries.clear();
             made.extend(others.iter().flat_map(|install| install.own));
-            list(self.top.as_fd(), "", 0, &made, &mut entries)?;
+            list(&self.top, "", 0, &made, &mut entries)?;
         }
         Ok(entries)
     }
@@ -99,34 +90,34 @@ impl Files {
     /// Whether it has, or is at it.
     fn has_installed(&self, install: &Install) -> bool {
         let installed = install.installed();
-        let there =
-            |name: &str| rustix::fs::statat(&self.top, name, AtFlags::SYMLINK_NOFOLLOW).is_ok();
+        let there = |path: &str| self.top.about_path(path).is_ok();
         there(&installed) || there(&format!("{installed}.new"))
+    }
+
+    /// Whether a folder stands there, and no link to one.
+    pub fn is_folder(&self, path: &str) -> bool {
+        let about = self.top.about_path(path);
+        about.is_ok_and(|about| about.kind == beneath::Kind::Folder)
+    }
+
+    /// When what stands there was changed, in milliseconds of the Unix clock.
+    pub fn changed(&self, path: &str) -> Option<u64> {
+        u64::try_from(self.top.about_path(path).ok()?.modified).ok()
     }
 
     /// A piece of a file, from `offset`, and the file's size.
     pub fn read(&self, path: &RelativePath, offset: u64) -> io::Result<(Vec<u8>, u64)> {
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let opened = rustix::fs::openat2(&self.top, path.as_str(), flags, Mode::empty(), BENEATH);
-        let file = File::from(opened?);
-        let about = file.metadata()?;
-        if !about.is_file() {
-            return Err(io::Error::other("it is no regular file"));
-        }
+        let file = self.top.read(path.as_str())?;
+        let size = file.metadata()?.len();
         let mut piece = vec![0; usize::try_from(PIECE).unwrap_or_default()];
         let length = file.read_at(&mut piece, offset)?;
         piece.truncate(length);
-        Ok((piece, about.len()))
+        Ok((piece, size))
     }
 
     /// The whole of a file.
     pub fn read_whole(&self, path: &RelativePath) -> io::Result<Vec<u8>> {
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let opened = rustix::fs::openat2(&self.top, path.as_str(), flags, Mode::empty(), BENEATH);
-        let file = File::from(opened?);
-        if !file.metadata()?.is_file() {
-            return Err(io::Error::other("it is no regular file"));
-        }
+        let file = self.top.read(path.as_str())?;
         let mut content = Vec::new();
         file.take(LARGEST + 1).read_to_end(&mut content)?;
         if content.len() as u64 > LARGEST {
@@ -152,39 +143,26 @@ impl Files {
         }
         let (folder, name) = self.enter(path, true)?;
         let staged = format!(".{name}.part");
-        let begin = match offset {
-            0 => OFlags::TRUNC,
-            _ => OFlags::empty(),
-        };
-        let flags = begin | OFlags::WRONLY | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOFOLLOW;
-        let mode = Mode::from_raw_mode(0o644);
-        let opened = rustix::fs::openat2(&folder, &staged, flags | OFlags::CLOEXEC, mode, BENEATH);
-        let file = File::from(opened?);
-        if !file.metadata()?.is_file() {
-            return Err(io::Error::other(
-                "something that is no file stands in its place",
-            ));
-        }
-        self.own(file.as_fd())?;
+        let file = folder.write(&*staged, 0o644, offset == 0)?;
+        beneath::give(&file, self.owner)?;
         file.write_all_at(piece, offset)?;
         if done {
             // Left by an upload that was longer and broke off.
             file.set_len(offset + piece.len() as u64)?;
             // A script stays one that can be run.
-            if let Ok(about) = rustix::fs::statat(&folder, name, AtFlags::SYMLINK_NOFOLLOW)
-                && FileType::from_raw_mode(about.st_mode) == FileType::RegularFile
+            if let Ok(about) = folder.about(name)
+                && about.kind == beneath::Kind::File
             {
-                rustix::fs::fchmod(&file, Mode::from_raw_mode(about.st_mode & 0o777))?;
+                beneath::set_mode(&file, about.mode)?;
             }
-            rustix::fs::renameat(&folder, &staged, &folder, name)?;
+            folder.rename(&*staged, &folder, name, true)?;
         }
         Ok(())
     }
 
     /// Makes a folder, and those above it.
     pub fn make(&self, path: &RelativePath) -> io::Result<()> {
-        let (folder, name) = self.enter(path, true)?;
-        self.make_in(&folder, name)?;
+        self.top.make(path.as_str(), self.owner)?;
         Ok(())
     }
 
@@ -192,83 +170,45 @@ impl Files {
     pub fn rename(&self, path: &RelativePath, to: &RelativePath) -> io::Result<()> {
         let (from, name) = self.enter(path, false)?;
         let (into, wanted) = self.enter(to, true)?;
-        let flags = rustix::fs::RenameFlags::NOREPLACE;
-        rustix::fs::renameat_with(&from, name, &into, wanted, flags)?;
-        Ok(())
+        from.rename(name, &into, wanted, false)
     }
 
     /// Removes a file, or a folder with all that is in it.
     pub fn delete(&self, path: &RelativePath) -> io::Result<()> {
         let (folder, name) = self.enter(path, false)?;
-        match rustix::fs::unlinkat(&folder, name, AtFlags::empty()) {
-            Err(Errno::ISDIR) => {}
-            result => return Ok(result?),
-        }
-        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let inside = rustix::fs::openat(&folder, name, flags, Mode::empty())?;
-        super::super::slot::empty(inside.as_fd())?;
-        Ok(rustix::fs::unlinkat(&folder, name, AtFlags::REMOVEDIR)?)
+        folder.remove(name)
     }
 
     /// The folder a path is in, and its name there.
-    fn enter<'a>(&self, path: &'a RelativePath, make: bool) -> io::Result<(OwnedFd, &'a str)> {
+    fn enter<'a>(&self, path: &'a RelativePath, make: bool) -> io::Result<(Folder, &'a str)> {
         let path = path.as_str();
         let (folders, name) = path.rsplit_once('/').unwrap_or(("", path));
-        let mut at = self.top.try_clone()?;
-        for part in folders.split('/').filter(|part| !part.is_empty()) {
-            if make {
-                self.make_in(&at, part)?;
-            }
-            let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            at = rustix::fs::openat2(&at, part, flags, Mode::empty(), BENEATH)?;
-        }
-        Ok((at, name))
-    }
-
-    fn make_in(&self, folder: &OwnedFd, name: &str) -> io::Result<()> {
-        match rustix::fs::mkdirat(folder, name, Mode::from_raw_mode(0o755)) {
-            Ok(()) => {
-                let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let made = rustix::fs::openat(folder, name, flags, Mode::empty())?;
-                self.own(made.as_fd())
-            }
-            Err(Errno::EXIST) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    fn own(&self, file: BorrowedFd<'_>) -> io::Result<()> {
-        match self.owner {
-            Some(_) => std::os::unix::fs::fchown(file, self.owner, self.owner),
-            None => Ok(()),
-        }
+        let folder = match (make, folders) {
+            (true, folders) => self.top.make(folders, self.owner)?,
+            (false, "") => self.top.try_clone()?,
+            (false, folders) => self.top.folder(folders)?,
+        };
+        Ok((folder, name))
     }
 }
 
 fn list(
-    folder: BorrowedFd<'_>,
+    folder: &Folder,
     above: &str,
     depth: usize,
     made: &[&str],
     entries: &mut Vec<Entry>,
 ) -> io::Result<()> {
     let mut folders = Vec::new();
-    for entry in Dir::read_from(folder)? {
-        let entry = entry?;
+    folder.each(|name, _| {
         // A name that is no text cannot be asked for.
-        let Ok(name) = entry.file_name().to_str() else {
-            continue;
+        let (Ok(name), Ok(about)) = (name.to_str(), folder.about(name)) else {
+            return Ok(());
         };
-        if matches!(name, "." | "..") {
-            continue;
-        }
-        let Ok(about) = rustix::fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) else {
-            continue;
-        };
-        let kind = match FileType::from_raw_mode(about.st_mode) {
-            FileType::RegularFile => Kind::File,
-            FileType::Directory => Kind::Folder,
-            _ => Kind::Other,
+        let kind = match about.kind {
+            beneath::Kind::File => Kind::File,
+            beneath::Kind::Folder => Kind::Folder,
+            beneath::Kind::Link | beneath::Kind::Other => Kind::Other,
         };
         let path = match above {
             "" => name.to_owned(),
@@ -285,22 +225,21 @@ fn list(
         entries.push(Entry {
             path,
             kind,
-            size: u64::try_from(about.st_size).unwrap_or(0),
-            modified: about.st_mtime * 1_000
-                + i64::try_from(about.st_mtime_nsec / 1_000_000).unwrap_or(0),
+            size: about.size,
+            modified: about.modified,
             made: made_here,
         });
-    }
+        Ok(())
+    })?;
     folders.sort();
     if depth == DEEPEST && !folders.is_empty() {
         let why = format!("folders are deeper than {DEEPEST}");
         return Err(io::Error::other(why));
     }
-    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     for (name, path) in folders {
         // One that vanished or may not be entered is passed over.
-        if let Ok(inner) = rustix::fs::openat(folder, name, flags, Mode::empty()) {
-            list(inner.as_fd(), &path, depth + 1, made, entries)?;
+        if let Ok(inner) = folder.folder(&*name) {
+            list(&inner, &path, depth + 1, made, entries)?;
         }
     }
     Ok(())

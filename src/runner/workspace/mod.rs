@@ -10,7 +10,6 @@ mod terminal;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -75,7 +74,7 @@ impl Workspace {
             Some((repl, key?))
         });
         let files = Files::open(app.slot().folder(), app.slot().uid)?;
-        let began_with = installed(app.slot().folder()).filter(|_| brought);
+        let began_with = installed(&files).filter(|_| brought);
         let began_with = began_with.map_or(0, |(when, _)| when);
         // What cannot be listed is told to whoever asks for it.
         let listing = Listing::beginning_with(&files.tree().unwrap_or_default());
@@ -175,7 +174,7 @@ impl Workspace {
 
     /// What was installed, packed, unless who asks has what was installed `done`, or it was here at the beginning.
     async fn packages(self: Rc<Self>, done: u64) -> Response<Full<Bytes>> {
-        let newest = installed(self.app.slot().folder());
+        let newest = installed(&self.files);
         let Some((when, install)) =
             newest.filter(|(when, _)| ![done, self.began_with].contains(when))
         else {
@@ -214,9 +213,8 @@ impl Workspace {
         above.sort_unstable();
         above.dedup();
         for folder in above.iter().chain(install.own) {
-            let about = std::fs::symlink_metadata(self.app.slot().folder().join(folder));
             // A link would be all that is packed.
-            if !about.is_ok_and(|about| about.is_dir()) {
+            if !self.files.is_folder(folder) {
                 return Ok(Vec::new());
             }
         }
@@ -352,12 +350,9 @@ impl Workspace {
 }
 
 /// When packages were installed last, and how.
-fn installed(folder: &Path) -> Option<(u64, &'static Install)> {
-    let times = Packages::installs().filter_map(|install| {
-        let about = std::fs::symlink_metadata(folder.join(install.installed())).ok()?;
-        let since = about.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
-        Some((u64::try_from(since.as_millis()).ok()?, install))
-    });
+fn installed(files: &Files) -> Option<(u64, &'static Install)> {
+    let times = Packages::installs()
+        .filter_map(|install| Some((files.changed(&install.installed())?, install)));
     times.max_by_key(|(when, _)| *when)
 }
 
