@@ -20,7 +20,7 @@ use crate::logs::{
 };
 use crate::model::SecretText;
 use crate::pipeline::modules::{ModuleCalls, ModuleOptions};
-use crate::pipeline::{Names, Pipeline, PipelineOptions, Share};
+use crate::pipeline::{Bounds, Names, Pipeline, PipelineOptions, Revoked, Share};
 use crate::platform::kubernetes::{
     BUILT_IN_TEMPLATE, CleanUp, KubernetesConfig, KubernetesPlatform, PipIndex, Template,
     WakeService,
@@ -77,6 +77,14 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
             // A test pod runs one program at a time.
             PlatformConfig::Kubernetes(_) => 1,
         },
+        bounds: Bounds {
+            submissions: config.max_waiting,
+            bytes: config.max_waiting_bytes,
+        },
+        revoked: {
+            let keys = keys.clone();
+            Revoked(Arc::new(move |key| keys.is_revoked(key)))
+        },
         maximum: config.maximum_limits,
         share: share(&config.platform, &peers),
         repls_per_user: config.max_repls,
@@ -85,10 +93,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         packages: config.packages.clone(),
     };
     let pipeline = Pipeline::new(journal.clone(), Arc::clone(&platform), store, &options);
-    pipeline
-        .recover()
-        .await
-        .context("what an earlier server left cannot be taken up")?;
+    pipeline.recover();
     let options = ModuleOptions {
         calls_per_user: config.max_calls,
         idle: config.module_idle,
@@ -109,6 +114,10 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let edge = Arc::new(Edge::new(parts, &config, Guard::new(&config, address))?);
     let token = shutdown.token.clone();
     shutdown.tasks.spawn(keys.clone().watch(token.clone()));
+    let cancelling = cancel_revoked(keys.clone(), pipeline.clone());
+    shutdown
+        .tasks
+        .spawn(token.clone().run_until_cancelled_owned(cancelling));
     if peers.any() {
         shutdown
             .tasks
@@ -128,6 +137,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         tracing::warn!("some connections did not end in time and are dropped");
     }
     accepting.abort();
+    pipeline.put_down().await;
     if let PlatformConfig::Local = config.platform {
         // Workspaces end with this process.
         let saved = tokio::time::timeout(SAVE_TIMEOUT, pipeline.save_all());
@@ -426,6 +436,14 @@ async fn local(config: &Config, address: SocketAddr) -> anyhow::Result<Backends>
         platform: Arc::new(platform.context("the local platform cannot start")?),
         store: Arc::new(store),
     })
+}
+
+/// Cancels what was sent with a key when the key is revoked.
+async fn cancel_revoked(keys: Keys, pipeline: Pipeline) {
+    let mut changes = keys.changes();
+    while changes.changed().await.is_ok() {
+        pipeline.cancel_revoked();
+    }
 }
 
 /// Which repls' programs are recorded here: in a cluster every replica sees all of them.

@@ -62,6 +62,12 @@ pub struct ServeArgs {
     /// Runs at one time, all users together [default: twice the cores, at least 4]
     #[arg(long, env = "GANTRY_MAX_RUNS", value_name = "NUMBER")]
     max_runs: Option<String>,
+    /// Submissions of one user that are under way at one time: waiting, running or being deployed [default: 128]
+    #[arg(long, env = "GANTRY_MAX_WAITING", value_name = "NUMBER")]
+    max_waiting: Option<String>,
+    /// Bytes of code and input that these keep in memory [default: 33554432]
+    #[arg(long, env = "GANTRY_MAX_WAITING_BYTES", value_name = "NUMBER")]
+    max_waiting_bytes: Option<String>,
     /// Repls of one user that run at one time [default: any number]
     #[arg(long, env = "GANTRY_MAX_REPLS", value_name = "NUMBER")]
     max_repls: Option<String>,
@@ -168,6 +174,10 @@ pub struct Config {
     pub packages: Packages,
     /// Runs at one time.
     pub max_runs: usize,
+    /// Most submissions of a user that are under way at one time.
+    pub max_waiting: usize,
+    /// Most bytes that these keep in memory.
+    pub max_waiting_bytes: usize,
     /// Most repls of a user that run at one time.
     pub max_repls: Option<usize>,
     /// Most calls of module functions of one user at one time.
@@ -373,6 +383,8 @@ impl Config {
             allow_network: switch("GANTRY_ALLOW_NETWORK", &args.allow_network)?,
             packages: args.packages.checked(|name| std::env::var(name).ok())?,
             max_runs: max_runs(&args.max_runs)?,
+            max_waiting: max_waiting(&args.max_waiting)?,
+            max_waiting_bytes: max_waiting_bytes(&args.max_waiting_bytes)?,
             max_repls: max_repls(&args.max_repls)?,
             max_calls: max_calls(&args.max_calls)?,
             module_idle: unused("GANTRY_MODULE_IDLE", &args.module_idle, LEAST_MODULE_IDLE)?,
@@ -528,6 +540,34 @@ fn max_runs(value: &Option<String>) -> Result<usize, ConfigError> {
             "GANTRY_MAX_RUNS",
             &runs.to_string(),
             "a number from 1 to 1024",
+        )),
+    }
+}
+
+/// A class of thirty that shares one key, or a batch of a hundred, waits at the same time.
+const WAITING: usize = 128;
+
+/// The input of one submission, 16 MiB at most, and as much again.
+const WAITING_BYTES: usize = 32 << 20;
+
+fn max_waiting(value: &Option<String>) -> Result<usize, ConfigError> {
+    let expected = "a number from 1 to 10000";
+    match parse("GANTRY_MAX_WAITING", value, expected)? {
+        None => Ok(WAITING),
+        Some(waiting @ 1..=10_000) => Ok(waiting),
+        Some(waiting) => Err(wrong("GANTRY_MAX_WAITING", &waiting.to_string(), expected)),
+    }
+}
+
+fn max_waiting_bytes(value: &Option<String>) -> Result<usize, ConfigError> {
+    let expected = "a number of bytes from 1048576 to 268435456";
+    match parse("GANTRY_MAX_WAITING_BYTES", value, expected)? {
+        None => Ok(WAITING_BYTES),
+        Some(bytes) if (1 << 20..=256 << 20).contains(&bytes) => Ok(bytes),
+        Some(bytes) => Err(wrong(
+            "GANTRY_MAX_WAITING_BYTES",
+            &bytes.to_string(),
+            expected,
         )),
     }
 }
@@ -736,7 +776,13 @@ mod tests {
     #[test]
     fn a_bad_value_is_refused_by_its_variables_name() {
         type Set = fn(&mut ServeArgs, Option<String>);
-        let cases: [(&str, Set, &str); 15] = [
+        let cases: [(&str, Set, &str); 17] = [
+            ("GANTRY_MAX_WAITING", |a, v| a.max_waiting = v, "0"),
+            (
+                "GANTRY_MAX_WAITING_BYTES",
+                |a, v| a.max_waiting_bytes = v,
+                "1",
+            ),
             ("HOST", |a, v| a.host = v, "localhost:80"),
             ("PORT", |a, v| a.port = v, "65536"),
             ("GANTRY_PLATFORM", |a, v| a.platform = v, "docker"),

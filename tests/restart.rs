@@ -275,7 +275,8 @@ async fn a_program_that_prints_while_the_server_is_killed_is_heard_in_full() {
         };
         told.take(next);
         let lines = told.text().lines().count();
-        if kills < 3 && lines > 8 * (kills + 1) {
+        // A second kill would end it: what is under way when two servers die is given up.
+        if kills < 1 && lines > 8 * (kills + 1) {
             kills += 1;
             server = restart(server).await;
             socket = way.connect().await;
@@ -286,7 +287,7 @@ async fn a_program_that_prints_while_the_server_is_killed_is_heard_in_full() {
                 .unwrap();
         }
     }
-    assert_eq!(kills, 3);
+    assert_eq!(kills, 1);
     let reply = told.reply.clone().unwrap();
     assert_eq!(reply["status"], "tests_passed", "{reply}");
     let whole: String = (0..40).map(|i| format!("{i} ü\n")).collect();
@@ -363,11 +364,16 @@ async fn kills_under_load_lose_nothing_and_run_nothing_twice() {
         );
     }
     let mut nonces = HashSet::new();
-    let (mut events, mut deployed) = (0, BTreeMap::new());
+    let (mut events, mut given_up, mut deployed) = (0, 0, BTreeMap::new());
     for told in &told {
         let reply = told.reply.as_ref().unwrap();
         let deploys = told.message.get("deploy").is_none();
         let status = if deploys { "deployed" } else { "tests_passed" };
+        if reply["error"]["code"] == "server_ended_twice" {
+            assert_eq!(reply["status"], "unavailable", "{reply}");
+            given_up += 1;
+            continue;
+        }
         assert_eq!(reply["status"], status, "{reply}");
         told.check(&way).await;
         assert!(
@@ -391,7 +397,9 @@ async fn kills_under_load_lose_nothing_and_run_nothing_twice() {
     );
     for (repl, latest) in &deployed {
         let status = running(&way, repl).await;
-        assert_eq!(status["release"], *latest, "{status}");
+        // One that was given up may have been released before.
+        let newest = status["release"].as_u64().unwrap();
+        assert!(newest == *latest || given_up > 0 && newest > *latest, "{status}");
         let releases = way.get(&format!("/repls/{repl}/releases")).await;
         let releases = releases["releases"].as_array().unwrap();
         let current: Vec<_> = releases
@@ -412,7 +420,7 @@ async fn kills_under_load_lose_nothing_and_run_nothing_twice() {
     let reconnected: u32 = told.iter().map(|told| told.connections - 1).sum();
     println!(
         "{kills} kills, {} submissions, {events} events received, {reconnected} times connected again, \
-         {} repls",
+         {given_up} given up, {} repls",
         told.len(),
         deployed.len()
     );

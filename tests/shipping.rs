@@ -61,6 +61,7 @@ async fn append(journal: &Journal, lines: usize) {
     let request: SubmissionRequest = serde_json::from_value(json).unwrap();
     let mut events = vec![Event::Received {
         submission: Box::new(request.validate(&Limits::MAXIMUM).unwrap()),
+        key: None,
     }];
     events.extend((0..lines).map(|line| Event::Output {
         stream: OutputStream::Stdout,

@@ -197,6 +197,16 @@ impl Keys {
         self.find(key_id, |_| true)
     }
 
+    /// Whether the key of this id was revoked. One that is not known, such as another replica's
+    /// before it was heard of, was not.
+    pub fn is_revoked(&self, key_id: &str) -> bool {
+        let revoked = |keys: &[StoredKey]| {
+            let key = keys.iter().find(|key| key.id == key_id);
+            key.is_some_and(|key| key.revoked.is_some())
+        };
+        revoked(&self.state().keys) || self.adopted().values().any(|keys| revoked(keys))
+    }
+
     /// Some admin key that is not revoked, the environment's first.
     pub fn admin(&self) -> Option<Caller> {
         if let Some(key) = &self.inner.environment {

@@ -40,7 +40,13 @@ fn received(id: SubmissionId) -> NewRecord {
     let json = format!(r#"{{"user_id":"test","submission_id":"{id}","code":"print(1)"}}"#);
     let request: SubmissionRequest = serde_json::from_str(&json).unwrap();
     let submission = Box::new(request.validate(&Limits::MAXIMUM).unwrap());
-    record(id, Event::Received { submission })
+    record(
+        id,
+        Event::Received {
+            submission,
+            key: None,
+        },
+    )
 }
 
 fn output(id: SubmissionId, data: String) -> NewRecord {

@@ -244,7 +244,8 @@ fn insert_record(
 }
 
 fn insert_submission(transaction: &Transaction<'_>, record: &Record) -> Result<(), SearchError> {
-    let (Some(id), Event::Received { submission }) = (record.submission_id, &record.event) else {
+    let (Some(id), Event::Received { submission, .. }) = (record.submission_id, &record.event)
+    else {
         return Ok(());
     };
     let summary = SubmissionSummary {

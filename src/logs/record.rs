@@ -147,7 +147,7 @@ pub(super) fn step(record: &Record) -> Option<Step> {
 
 fn parts(event: &Event) -> Parts<'_> {
     match event {
-        Event::Received { submission } => Parts {
+        Event::Received { submission, .. } => Parts {
             step: Some(Step::Receive),
             language: Some(submission.language.name),
             ..Parts::new(
@@ -161,6 +161,11 @@ fn parts(event: &Event) -> Parts<'_> {
                 },
             )
         },
+        Event::TakenUp => Parts::new(
+            "submission.taken_up",
+            "Taken up again by a server that started",
+        ),
+        Event::PutDown => Parts::new("submission.put_down", "Left to the next server"),
         Event::Queued => Parts::new("submission.queued", "Waiting for its turn"),
         Event::Step {
             name,

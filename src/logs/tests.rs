@@ -161,6 +161,7 @@ fn received(user: &str, id: SubmissionId) -> Event {
     let request: SubmissionRequest = serde_json::from_value(json).unwrap();
     Event::Received {
         submission: Box::new(request.validate(&Limits::MAXIMUM).unwrap()),
+        key: None,
     }
 }
 

@@ -94,7 +94,15 @@ pub enum Event {
     Received {
         /// All of it, so that it can be run after a restart and read back later.
         submission: Box<Submission>,
+        /// The id of the key that it was sent with.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        key: Option<String>,
     },
+    /// A server that started again goes on with it; not streamed. On the disk before it does
+    /// anything, so that a submission that ends every server is found out.
+    TakenUp,
+    /// A server that was asked to end left it to the next one; not streamed.
+    PutDown,
     /// Waiting for its turn.
     Queued,
     /// A step started or ended.
@@ -183,9 +191,12 @@ impl Event {
     }
 
     /// Whether somebody waits for it to be on the disk: who is told that a submission is taken in, or how it
-    /// ended.
+    /// ended, and who goes on with one.
     pub fn is_awaited(&self) -> bool {
-        matches!(self, Event::Received { .. } | Event::Reply(_))
+        matches!(
+            self,
+            Event::Received { .. } | Event::TakenUp | Event::Reply(_)
+        )
     }
 
     /// Whether it is part of the stream a client sees, and so has a sequence number.
@@ -197,6 +208,8 @@ impl Event {
             | Event::Test(_)
             | Event::Reply(_) => true,
             Event::Received { .. }
+            | Event::TakenUp
+            | Event::PutDown
             | Event::RunEnded { .. }
             | Event::ProgramOutput { .. }
             | Event::Repl { .. } => false,

@@ -12,6 +12,7 @@ use super::Inner;
 use super::control::Control;
 use super::line::{self, Lent};
 use super::plan::{self, Plan};
+use super::queue::Permit;
 use super::text::TextDecoder;
 use super::verdict::{
     FinishedRun, Verdict, decide, judge_case, judge_compile, judge_file, judge_install,
@@ -33,8 +34,11 @@ const RUNNER_GRACE: Duration = Duration::from_secs(60);
 /// output limit. A test case has at most a quarter of it, and everything is in memory at the verdict.
 const MAX_OUTPUT_BYTES: u64 = 64 << 20;
 
+/// Servers that may end while a submission is under way: it is taken up once, and not again.
+const MAX_CRASHES: u32 = 2;
+
 /// Between two tries to write to a journal whose disk is full or failing.
-const JOURNAL_PAUSE: Duration = Duration::from_secs(1);
+pub const JOURNAL_PAUSE: Duration = Duration::from_secs(1);
 
 /// What an earlier server had recorded of the submission.
 #[derive(Debug, Default)]
@@ -44,6 +48,12 @@ pub struct History {
     tests: usize,
     runs: Vec<RecordedRun>,
     received: Option<Timestamp>,
+    /// The key that it was sent with.
+    key: Option<String>,
+    /// Whether it was under way when an earlier server ended.
+    begun: bool,
+    /// Servers that ended while it was under way without having been asked to.
+    crashes: u32,
 }
 
 #[derive(Debug, Default, Clone)]
@@ -65,14 +75,22 @@ impl History {
         let mut found = None;
         for record in records {
             match record.event {
-                Event::Received { submission } => {
+                Event::Received { submission, key } => {
                     history.received = Some(record.time);
+                    history.key = key;
                     found = Some(*submission);
                 }
                 Event::Queued => history.queued = true,
                 Event::Step { name, state, .. } => {
+                    history.begun |= name == Step::Sandbox;
                     history.steps.insert((name, state));
                 }
+                // Its last server had it under way, unless it merely waited or was put down.
+                Event::TakenUp => {
+                    history.crashes += u32::from(history.begun);
+                    history.begun = true;
+                }
+                Event::PutDown => history.begun = false,
                 Event::Output {
                     stream,
                     data,
@@ -97,6 +115,11 @@ impl History {
             }
         }
         found.map(|submission| (submission, history))
+    }
+
+    /// The key that it was sent with.
+    pub fn key(&self) -> Option<&str> {
+        self.key.as_deref()
     }
 
     fn run(&mut self, number: u32) -> &mut RecordedRun {
@@ -136,10 +159,10 @@ impl Course {
         }
     }
 
-    /// Takes it to its end.
-    pub async fn run(mut self) {
+    /// Takes it to its end. `permit`: its turn has come already.
+    pub async fn run(mut self, permit: Option<Permit>) {
         let ended = async {
-            let outcome = self.steps().await?;
+            let outcome = self.steps(permit).await?;
             let status = outcome.status;
             self.append(Event::Reply(Box::new(outcome))).await?;
             Ok(status)
@@ -161,7 +184,10 @@ impl Course {
             .record(self.started.elapsed().as_secs_f64());
     }
 
-    async fn steps(&mut self) -> Result<Outcome, JournalError> {
+    async fn steps(&mut self, permit: Option<Permit>) -> Result<Outcome, JournalError> {
+        if self.history.crashes >= MAX_CRASHES {
+            return Ok(self.given_up());
+        }
         self.step(Step::Receive, StepState::Passed).await?;
         if !self.history.queued {
             self.append(Event::Queued).await?;
@@ -170,9 +196,19 @@ impl Course {
         if let Some(problem) = inner.platform.lacks(self.submission.language).await {
             return Ok(self.unavailable(problem));
         }
+        let turn = async {
+            match permit {
+                Some(permit) => permit,
+                None => inner.queue.turn(&self.submission.user_id).await,
+            }
+        };
         let permit = tokio::select! {
-            permit = inner.queue.turn(&self.submission.user_id) => permit,
-            () = self.control.cancelled() => return Ok(self.ended(Outcome::new(Status::Cancelled))),
+            biased;
+            () = self.control.cancelled() => {
+                self.end_run();
+                return Ok(self.ended(Outcome::new(Status::Cancelled)));
+            }
+            permit = turn => permit,
         };
         let tested = self.test().await?;
         drop(permit);
@@ -575,6 +611,38 @@ impl Course {
         Ok(())
     }
 
+    /// Ends the run that an earlier server began, if it is still there.
+    fn end_run(&self) {
+        if !self.history.begun {
+            return;
+        }
+        let runs = &self.history.runs;
+        let ended = runs.iter().take_while(|run| run.report.is_some()).count();
+        let job = JobId {
+            submission: self.submission.id,
+            run: u32::try_from(ended).unwrap_or(u32::MAX),
+        };
+        let session = self.inner.sessions.of(&self.submission.user_id);
+        session.cancel(job);
+    }
+
+    /// It may be what ended the servers: a third one is not put at risk.
+    fn given_up(&self) -> Outcome {
+        let (id, user) = (self.submission.id, &self.submission.user_id);
+        tracing::error!(
+            submission = %id,
+            %user,
+            "the server ended {MAX_CRASHES} times while this submission was under way; it is not taken up again"
+        );
+        self.end_run();
+        self.unavailable(Problem::new(
+            "server_ended_twice",
+            "The submission was not taken up again",
+            format!("the server ended {MAX_CRASHES} times while it was under way"),
+            "Submit it again under a new submission_id; if the server ends again, the operator finds this submission's id in the server's log.",
+        ))
+    }
+
     fn unavailable(&self, problem: Problem) -> Outcome {
         let mut outcome = Outcome::new(Status::Unavailable);
         outcome.error = Some(problem);
@@ -588,6 +656,9 @@ impl Course {
             Some(received) => Timestamp::now().duration_since(received).unsigned_abs(),
             None => self.started.elapsed(),
         };
+        if outcome.status == Status::Cancelled {
+            outcome.error = outcome.error.or_else(|| self.control.why());
+        }
         outcome.namespace = Some(self.submission.user_id.namespace());
         outcome.submission_id = Some(self.submission.id);
         outcome.repl_id = Some(self.submission.repl_id.clone());
@@ -692,6 +763,7 @@ mod tests {
         let submission = request.validate(&Limits::MAXIMUM).unwrap();
         let received = Event::Received {
             submission: Box::new(submission.clone()),
+            key: None,
         };
         let outputs = outputs.iter().map(|(stream, data, run_seq)| Event::Output {
             stream: *stream,
@@ -711,6 +783,32 @@ mod tests {
                 event,
             })
             .collect()
+    }
+
+    #[test]
+    fn only_a_submission_that_was_under_way_at_two_crashes_is_given_up() {
+        let begun = || Event::Step {
+            name: Step::Sandbox,
+            state: StepState::Started,
+            duration_ms: None,
+        };
+        let crashes = |events: &[Event]| {
+            let mut records = records(&[]);
+            let like = records[0].clone();
+            records.extend(events.iter().map(|event| Record {
+                event: event.clone(),
+                ..like.clone()
+            }));
+            History::read(records).unwrap().1.crashes
+        };
+        use Event::{PutDown, Queued, TakenUp};
+        // It waited while servers ended.
+        assert_eq!(crashes(&[Queued, TakenUp]), 0);
+        assert_eq!(crashes(&[Queued, begun(), TakenUp]), 1);
+        assert_eq!(crashes(&[Queued, begun(), TakenUp, TakenUp]), MAX_CRASHES);
+        assert_eq!(crashes(&[Queued, TakenUp, TakenUp, TakenUp]), MAX_CRASHES);
+        // Servers that were asked to end do not count.
+        assert_eq!(crashes(&[begun(), PutDown, TakenUp, PutDown, TakenUp]), 0);
     }
 
     #[test]

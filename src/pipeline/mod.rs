@@ -4,6 +4,7 @@ mod control;
 mod course;
 mod fit;
 mod idle;
+mod intake;
 mod junit;
 mod line;
 pub mod modules;
@@ -21,7 +22,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
+use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
 
 use crate::journal::{Journal, JournalError, NewRecord};
@@ -34,19 +36,24 @@ use crate::platform::{
 };
 use crate::storage::CodeStore;
 use control::Control;
-use course::{Course, History};
+use course::{Course, History, JOURNAL_PAUSE};
 use idle::Waking;
+use intake::Intake;
 use places::Places;
 use queue::FairQueue;
 use save::Saves;
 
 pub use idle::Awake;
+pub use intake::Bounds;
 pub use names::Names;
 pub use save::{NotSaved, Saved};
 
-/// Submissions that may wait for their turn, of all users together. At the slowest, one run a
-/// minute and place, the last of them would wait for hours: better to say so at once.
-const MAX_WAITING: usize = 10_000;
+/// Submissions that were cancelled while they waited to be taken up again and are read back for
+/// their replies at one time: each may be as large as all that a program wrote.
+const READ_AT_ONCE: usize = 2;
+
+/// Longest wait for the disk when the server ends.
+const PUT_DOWN: Duration = Duration::from_secs(2);
 
 /// What became of a submission that was sent in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,6 +82,10 @@ pub struct PipelineOptions {
     pub runs: usize,
     /// Runs of one user at one time.
     pub runs_per_user: usize,
+    /// What the submissions under way of one user may keep.
+    pub bounds: Bounds,
+    /// Which keys were revoked.
+    pub revoked: Revoked,
     /// The most a submission may ask for.
     pub maximum: Limits,
     /// Which repls' programs are recorded here.
@@ -121,6 +132,16 @@ impl std::fmt::Debug for Share {
     }
 }
 
+/// Which keys were revoked, by their ids.
+#[derive(Clone)]
+pub struct Revoked(pub Arc<dyn Fn(&str) -> bool + Send + Sync>);
+
+impl std::fmt::Debug for Revoked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Revoked")
+    }
+}
+
 /// Takes submissions to their one terminal status.
 #[derive(Debug, Clone)]
 pub struct Pipeline {
@@ -134,6 +155,10 @@ struct Inner {
     store: Arc<dyn CodeStore>,
     sessions: Sessions,
     queue: FairQueue,
+    intake: Intake,
+    revoked: Revoked,
+    /// See [`READ_AT_ONCE`].
+    reading: Semaphore,
     maximum: Limits,
     share: Share,
     names: Names,
@@ -160,6 +185,9 @@ impl Pipeline {
             inner: Arc::new(Inner {
                 sessions: Sessions::new(Arc::clone(&platform)),
                 queue: FairQueue::new(options.runs, options.runs_per_user),
+                intake: Intake::new(options.bounds),
+                revoked: options.revoked.clone(),
+                reading: Semaphore::new(READ_AT_ONCE),
                 maximum: options.maximum,
                 share: options.share.clone(),
                 names: options.names.clone(),
@@ -179,16 +207,16 @@ impl Pipeline {
     }
 
     /// Takes up what an earlier server left unfinished, and follows released programs.
-    pub async fn recover(&self) -> Result<(), JournalError> {
-        for id in self.inner.journal.unfinished() {
-            let records = self.inner.journal.read_submission(id).await?;
-            match History::read(records) {
-                Some((submission, history)) => {
-                    tracing::info!(submission = %id, "taken up again after a restart");
-                    self.launch(submission, history);
-                }
-                None => tracing::error!(submission = %id, "its first record is missing"),
-            }
+    pub fn recover(&self) {
+        let journal = &self.inner.journal;
+        let unfinished = journal.unfinished().into_iter();
+        let mut unfinished: Vec<_> = unfinished
+            .filter_map(|id| Some((id, journal.submission(id)?)))
+            .collect();
+        // Those that ran came before those that waited.
+        unfinished.sort_by_key(|(_, state)| state.time);
+        for (id, state) in unfinished {
+            self.take_up(id, state.user_id);
         }
         let this = self.clone();
         tokio::spawn(async move { this.record_programs().await });
@@ -198,18 +226,20 @@ impl Pipeline {
             tokio::spawn(self.clone().keep_packages());
         }
         tokio::spawn(self.clone().keep_stopping_idle(self.inner.idle_stop));
-        Ok(())
     }
 
-    /// Takes it in. Its events and its reply are then in the journal.
-    pub async fn submit(&self, submission: Submission) -> Result<Admission, Refusal> {
+    /// Takes it in. Its events and its reply are then in the journal. `key`: the id of the key that it
+    /// was sent with.
+    pub async fn submit(&self, submission: Submission, key: &str) -> Result<Admission, Refusal> {
         let id = submission.id;
         if let Some(known) = self.known(&submission)? {
             return Ok(known);
         }
-        if self.inner.queue.waiting() >= MAX_WAITING || !self.inner.journal.healthy() {
-            return Err(Refusal::Unavailable(self.overload()));
+        if !self.inner.journal.healthy() {
+            return Err(Refusal::Unavailable(journal_problem(&JournalError::Full)));
         }
+        let kept = self.inner.intake.take(&submission);
+        let kept = kept.map_err(Refusal::Unavailable)?;
         self.check_repl(&submission).await?;
         self.inner.platform.used(&submission.user_id);
         let received = NewRecord {
@@ -218,6 +248,7 @@ impl Pipeline {
             repl_id: submission.repl_id.clone(),
             event: Event::Received {
                 submission: Box::new(submission.clone()),
+                key: Some(key.to_owned()),
             },
         };
         match self.inner.journal.append(received).await {
@@ -226,13 +257,24 @@ impl Pipeline {
             Err(JournalError::Duplicate) => {
                 return match self.known(&submission)? {
                     Some(known) => Ok(known),
-                    None => Err(Refusal::Unavailable(self.overload())),
+                    // It ended meanwhile, and was forgotten for its age.
+                    None => Err(Refusal::Unavailable(journal_problem(&JournalError::Ended))),
                 };
             }
             Err(error) => return Err(Refusal::Unavailable(journal_problem(&error))),
         }
-        self.launch(submission, History::default());
+        self.launch(submission, Control::new(kept, Some(key.to_owned())));
         Ok(Admission::Accepted(id))
+    }
+
+    /// Cancels what was sent with keys that are revoked by now.
+    pub fn cancel_revoked(&self) {
+        for (id, control) in self.under_way().iter() {
+            if control.was_sent_with(|key| (self.inner.revoked.0)(key)) {
+                control.cancel_because(Some(key_revoked()));
+                tracing::info!(submission = %id, "cancelled: its key was revoked");
+            }
+        }
     }
 
     /// Stops it; `false` when it is not running or past stopping.
@@ -448,6 +490,37 @@ impl Pipeline {
         }
     }
 
+    /// Leaves what is under way to the next server, which need not wonder why this one ended.
+    pub async fn put_down(&self) {
+        let left: Vec<SubmissionId> = self.under_way().keys().copied().collect();
+        let mut last = None;
+        for id in left {
+            let Some(state) = self.inner.journal.submission(id) else {
+                continue;
+            };
+            let record = NewRecord {
+                user_id: state.user_id,
+                submission_id: Some(id),
+                repl_id: state.repl_id,
+                event: Event::PutDown,
+            };
+            // One that has just ended takes no more records.
+            if let Ok(appended) = self.inner.journal.append(record).await {
+                last = Some(appended.position);
+            }
+        }
+        if let Some(last) = last
+            && !matches!(
+                timeout(PUT_DOWN, self.inner.journal.durable(last)).await,
+                Ok(Ok(()))
+            )
+        {
+            tracing::warn!(
+                "the journal's disk did not take what is left to the next server in time"
+            );
+        }
+    }
+
     /// Waits until no submission is under way. What is left when the server ends all the same is
     /// taken up by the next one.
     pub async fn drain(&self) {
@@ -512,16 +585,86 @@ impl Pipeline {
         }
     }
 
-    fn launch(&self, submission: Submission, history: History) {
+    fn launch(&self, submission: Submission, control: Control) {
         let id = submission.id;
-        let control = Arc::new(Control::default());
+        let control = Arc::new(control);
         self.under_way().insert(id, Arc::clone(&control));
-        let course = Course::new(Arc::clone(&self.inner), submission, control, history);
+        let inner = Arc::clone(&self.inner);
+        let course = Course::new(inner, submission, control, History::default());
         let this = self.clone();
         self.inner.courses.spawn(async move {
-            course.run().await;
+            course.run(None).await;
             this.under_way().remove(&id);
         });
+    }
+
+    /// Takes up what an earlier server left. It is read back when its turn has come: however many
+    /// there are, no more are in memory than run at one time.
+    fn take_up(&self, id: SubmissionId, user: UserId) {
+        let kept = self.inner.intake.take_again(&user);
+        let control = Arc::new(Control::new(kept, None));
+        self.under_way().insert(id, Arc::clone(&control));
+        let this = self.clone();
+        self.inner.courses.spawn(async move {
+            let permit = tokio::select! {
+                permit = this.inner.queue.turn(&user) => Some(permit),
+                () = control.cancelled() => None,
+            };
+            let _reading = match permit {
+                Some(_) => None,
+                None => this.inner.reading.acquire().await.ok(),
+            };
+            let read = loop {
+                match this.read_back(id, &control).await {
+                    // It waits for room, as those do that are under way.
+                    Err(JournalError::Full | JournalError::Failing { .. }) => {
+                        sleep(JOURNAL_PAUSE).await;
+                    }
+                    read => break read,
+                }
+            };
+            match read {
+                Ok((submission, history)) => {
+                    tracing::info!(submission = %id, "taken up again after a restart");
+                    let inner = Arc::clone(&this.inner);
+                    let course = Course::new(inner, submission, Arc::clone(&control), history);
+                    course.run(permit).await;
+                }
+                Err(JournalError::Closed) => {
+                    tracing::info!(submission = %id, "left to the next start");
+                }
+                Err(error) => {
+                    tracing::error!(submission = %id, %error, "a submission cannot be taken up again");
+                }
+            }
+            this.under_way().remove(&id);
+        });
+    }
+
+    /// Reads a submission back that an earlier server left.
+    async fn read_back(
+        &self,
+        id: SubmissionId,
+        control: &Control,
+    ) -> Result<(Submission, History), JournalError> {
+        let journal = &self.inner.journal;
+        let state = journal.submission(id).ok_or(JournalError::Unknown)?;
+        let taken_up = NewRecord {
+            user_id: state.user_id,
+            submission_id: Some(id),
+            repl_id: state.repl_id,
+            event: Event::TakenUp,
+        };
+        // On the disk first: should this submission end the server, the next one knows.
+        let appended = journal.append(taken_up).await?;
+        journal.durable(appended.position).await?;
+        let records = journal.read_submission(id).await?;
+        let (submission, history) = History::read(records).ok_or(JournalError::Unknown)?;
+        control.read_back(&submission, history.key().map(str::to_owned));
+        if control.was_sent_with(|key| (self.inner.revoked.0)(key)) {
+            control.cancel_because(Some(key_revoked()));
+        }
+        Ok((submission, history))
     }
 
     async fn note(
@@ -549,19 +692,6 @@ impl Pipeline {
         }
     }
 
-    fn overload(&self) -> Problem {
-        if self.inner.journal.healthy() {
-            Problem::new(
-                "queue_full",
-                "The submission was not taken",
-                format!("{MAX_WAITING} submissions are waiting already"),
-                "Try again in a while.",
-            )
-        } else {
-            journal_problem(&JournalError::Full)
-        }
-    }
-
     fn control(&self, id: SubmissionId) -> Option<Arc<Control>> {
         self.under_way().get(&id).cloned()
     }
@@ -572,6 +702,15 @@ impl Pipeline {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn key_revoked() -> Problem {
+    Problem::new(
+        "key_revoked",
+        "The submission was cancelled",
+        "the key that it was sent with was revoked",
+        "Submit it again with a key that counts.",
+    )
 }
 
 fn journal_problem(error: &JournalError) -> Problem {

@@ -202,6 +202,11 @@ impl Session {
         self.command(Command::Send(ToRunner::Forget { job }));
     }
 
+    /// Ends this job, if it runs.
+    pub fn cancel(&self, job: JobId) {
+        self.command(Command::Send(ToRunner::Cancel { job }));
+    }
+
     /// Ends the runner and everything in its sandbox.
     pub fn shutdown(&self) {
         self.command(Command::Send(ToRunner::Shutdown));
@@ -259,9 +264,7 @@ impl RunHandle {
 
     /// Kills the run's whole process tree.
     pub fn cancel(&self) {
-        let job = self.id;
-        self.session
-            .command(Command::Send(ToRunner::Cancel { job }));
+        self.session.cancel(self.id);
     }
 }
 

@@ -366,7 +366,12 @@ impl Reader<'_> {
                 return self.reply(&outcome).await;
             }
         };
-        match self.edge.pipeline.submit(submission).await {
+        match self
+            .edge
+            .pipeline
+            .submit(submission, &self.caller.key_id)
+            .await
+        {
             Ok(Admission::Accepted(id) | Admission::Known(id)) => self.follow(id, 0, stream).await,
             Err(Refusal::Invalid(error)) => {
                 let outcome = refuse(&error.field, &error.reason);

@@ -203,11 +203,13 @@ impl WholeSubmission {
             return;
         }
         match record.event {
-            Event::Received { submission } => self.submission = Some(submission),
+            Event::Received { submission, .. } => self.submission = Some(submission),
             Event::Reply(_) => self.reply = wire::reply(record),
             Event::Queued
             | Event::Step { .. }
             | Event::Output { .. }
+            | Event::TakenUp
+            | Event::PutDown
             | Event::RunEnded { .. }
             | Event::Test(_)
             | Event::ProgramOutput { .. }

@@ -361,6 +361,8 @@ pub fn event_frame(record: &Record) -> Option<EventFrame<'_>> {
         ),
         Event::Test(result) => ("test", Body::Test(result)),
         Event::Received { .. }
+        | Event::TakenUp
+        | Event::PutDown
         | Event::RunEnded { .. }
         | Event::Reply(_)
         | Event::ProgramOutput { .. }
