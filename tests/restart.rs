@@ -399,7 +399,10 @@ async fn kills_under_load_lose_nothing_and_run_nothing_twice() {
         let status = running(&way, repl).await;
         // One that was given up may have been released before.
         let newest = status["release"].as_u64().unwrap();
-        assert!(newest == *latest || given_up > 0 && newest > *latest, "{status}");
+        assert!(
+            newest == *latest || given_up > 0 && newest > *latest,
+            "{status}"
+        );
         let releases = way.get(&format!("/repls/{repl}/releases")).await;
         let releases = releases["releases"].as_array().unwrap();
         let current: Vec<_> = releases

@@ -155,12 +155,10 @@ impl Reading {
                 };
                 self.test = Some((depth, test));
             }
-            ("failure" | "error", Some((at, test))) if depth == *at + 1 => {
-                if !test.failed {
-                    test.failed = true;
-                    test.message = attributes.message;
-                    self.trouble = Some(depth);
-                }
+            ("failure" | "error", Some((at, test))) if depth == *at + 1 && !test.failed => {
+                test.failed = true;
+                test.message = attributes.message;
+                self.trouble = Some(depth);
             }
             ("skipped", Some((at, test))) if depth == *at + 1 => test.skipped = true,
             _ => {}

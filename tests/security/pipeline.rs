@@ -197,8 +197,14 @@ async fn one_users_waiting_submissions_are_bounded_and_nobody_elses() {
     for number in 0..300 {
         let id = new_id();
         // Large ones first: they meet the bound on bytes, the others that on their number.
-        let code = if number < 100 { &code } else { "import time; time.sleep(9)" };
-        socket.send(submission(&id, "greedy", code).to_string()).await;
+        let code = if number < 100 {
+            &code
+        } else {
+            "import time; time.sleep(9)"
+        };
+        socket
+            .send(submission(&id, "greedy", code).to_string())
+            .await;
         let frame = loop {
             let frame = socket.next().await;
             if frame["submission_id"] == id.as_str() {
@@ -246,10 +252,7 @@ async fn input_that_waits_is_bounded_for_its_user() {
     }
     // 105 MB were sent, and 32 MiB were taken.
     let refused = sender.next().await;
-    assert!(
-        refused.to_string().contains("stdin_too_large"),
-        "{refused}"
-    );
+    assert!(refused.to_string().contains("stdin_too_large"), "{refused}");
     let mut answers = 1;
     while answers < 105 - 35 {
         assert!(sender.next().await.to_string().contains("stdin_too_large"));

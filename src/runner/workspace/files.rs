@@ -352,8 +352,8 @@ mod tests {
         rustix::fs::mknodat(
             rustix::fs::CWD,
             top.join("pipe"),
-            FileType::Fifo,
-            Mode::RWXU,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::RWXU,
             0,
         )
         .unwrap();
