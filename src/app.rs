@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,12 +32,15 @@ use crate::transport::{
     Edge, Guard, Numbers, Parts, Peers, Replicas, Server, raise_open_files, router,
 };
 
-/// Bytes of one journal file, and of all of them together: weeks of a small team's submissions.
-const JOURNAL: JournalOptions = JournalOptions {
-    segment_bytes: 64 << 20,
-    retain_bytes: 1 << 30,
-    backlog_bytes: 8 << 30,
-};
+/// Largest file of the journal. A journal that may have less than sixteen of them has smaller ones,
+/// so that what is deleted at once is a small part of it.
+const SEGMENT_BYTES: u64 = 64 << 20;
+
+/// Records that wait for Elasticsearch may take this many times the journal's usual size.
+const BACKLOG: u64 = 8;
+
+/// Most ids of ended submissions that are remembered: with about a hundred bytes each, 400 MB.
+const REMEMBERED_IDS: u64 = 4 << 20;
 
 /// Longest wait for the last save of all workspaces on this machine: a few files each, on its own disk.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -57,7 +59,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         .with_context(|| format!("cannot listen on {}; set HOST and PORT", config.listen))?;
     let address = server.address()?;
     let numbers = metrics()?;
-    let journal = open_journal(&config.data_dir).await?;
+    let journal = open_journal(&config).await?;
     let keys = Keys::open(&config.data_dir, config.api_key.as_ref())?;
     let new_key = match keys.admin() {
         Some(_) => None,
@@ -178,9 +180,16 @@ async fn runs_ended(pipeline: &Pipeline) -> bool {
     ended.is_ok()
 }
 
-async fn open_journal(data_dir: &Path) -> anyhow::Result<Journal> {
-    let folder = data_dir.join("journal");
-    let opened = tokio::task::spawn_blocking(move || Journal::open(&folder, JOURNAL)).await?;
+async fn open_journal(config: &Config) -> anyhow::Result<Journal> {
+    let folder = config.data_dir.join("journal");
+    let options = JournalOptions {
+        segment_bytes: SEGMENT_BYTES.min(config.journal_bytes / 16),
+        retain_bytes: config.journal_bytes,
+        backlog_bytes: config.journal_bytes.saturating_mul(BACKLOG),
+        remember: config.remember,
+        remembered_ids: REMEMBERED_IDS,
+    };
+    let opened = tokio::task::spawn_blocking(move || Journal::open(&folder, options)).await?;
     opened.context("the journal cannot be opened")
 }
 

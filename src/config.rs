@@ -95,6 +95,12 @@ pub struct ServeArgs {
     /// Most bytes of output a submission may ask for
     #[arg(long, env = "GANTRY_MAX_OUTPUT_BYTES", value_name = "NUMBER")]
     max_output_bytes: Option<String>,
+    /// Bytes of the journal, past which the oldest records of the users with the most are deleted [default: 1 GiB]
+    #[arg(long, env = "GANTRY_JOURNAL_BYTES", value_name = "NUMBER")]
+    journal_bytes: Option<String>,
+    /// Days for which the id of an ended submission is remembered after its record was deleted [default: 30]
+    #[arg(long, env = "GANTRY_REMEMBER_DAYS", value_name = "NUMBER")]
+    remember_days: Option<String>,
     /// Stop repls that nobody has used for so long, such as 30m; the next request starts them again [default: off]
     #[arg(long, env = "GANTRY_IDLE_STOP", value_name = "TIME")]
     idle_stop: Option<String>,
@@ -186,6 +192,10 @@ pub struct Config {
     pub module_idle: Option<Duration>,
     /// A repl that nobody has used for so long is stopped until the next request.
     pub idle_stop: Option<Duration>,
+    /// Most bytes of the journal.
+    pub journal_bytes: u64,
+    /// How long the ids of ended submissions are remembered.
+    pub remember: Duration,
     /// The most a submission may ask for.
     pub maximum_limits: Limits,
     /// The `gantry-runner` program.
@@ -387,6 +397,8 @@ impl Config {
             max_waiting_bytes: max_waiting_bytes(&args.max_waiting_bytes)?,
             max_repls: max_repls(&args.max_repls)?,
             max_calls: max_calls(&args.max_calls)?,
+            journal_bytes: journal_bytes(&args.journal_bytes)?,
+            remember: remember(&args.remember_days)?,
             module_idle: unused("GANTRY_MODULE_IDLE", &args.module_idle, LEAST_MODULE_IDLE)?,
             idle_stop: unused("GANTRY_IDLE_STOP", &args.idle_stop, LEAST_IDLE_STOP)?,
             maximum_limits: maximum_limits(&args)?,
@@ -579,6 +591,28 @@ fn max_repls(value: &Option<String>) -> Result<Option<usize>, ConfigError> {
         Some(repls) => Err(wrong("GANTRY_MAX_REPLS", &repls.to_string(), expected)),
         None => Ok(None),
     }
+}
+
+/// Smaller than this, one user's large reply would be all that a journal holds.
+const SMALLEST_JOURNAL: u64 = 16 << 20;
+
+fn journal_bytes(value: &Option<String>) -> Result<u64, ConfigError> {
+    let expected = "a number of bytes from 16777216 (16 MiB) to 1099511627776 (1 TiB)";
+    match parse("GANTRY_JOURNAL_BYTES", value, expected)? {
+        None => Ok(1 << 30),
+        Some(bytes) if (SMALLEST_JOURNAL..=1 << 40).contains(&bytes) => Ok(bytes),
+        Some(bytes) => Err(wrong("GANTRY_JOURNAL_BYTES", &bytes.to_string(), expected)),
+    }
+}
+
+fn remember(value: &Option<String>) -> Result<Duration, ConfigError> {
+    let expected = "a number of days from 1 to 3650";
+    let days = match parse("GANTRY_REMEMBER_DAYS", value, expected)? {
+        None => 30,
+        Some(days @ 1..=3_650) => days,
+        Some(days) => return Err(wrong("GANTRY_REMEMBER_DAYS", &days.to_string(), expected)),
+    };
+    Ok(Duration::from_secs(days * 24 * 3600))
 }
 
 fn max_calls(value: &Option<String>) -> Result<usize, ConfigError> {

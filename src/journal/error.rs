@@ -3,6 +3,10 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use jiff::Timestamp;
+
+use crate::model::Status;
+
 /// What went wrong, why, and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
@@ -30,6 +34,30 @@ pub enum JournalError {
         "no submission with this id is in the journal; it was never received, or it is older than what is kept"
     )]
     Unknown,
+    /// The submission ended and its records were deleted; that it ended is remembered.
+    #[error(
+        "this submission ended as {} at {ended}, and its record is no longer kept; it does not run again. The SHA-256 of its reply began with {reply}",
+        status.as_str()
+    )]
+    Gone {
+        /// How it ended.
+        status: Status,
+        /// When.
+        ended: Timestamp,
+        /// The first half of the SHA-256 of its reply as it was sent, in hexadecimal.
+        reply: String,
+    },
+    /// What is remembered of ended submissions cannot be read or written.
+    #[error(
+        "{}: {source}; check the disk. If the file is damaged, restore it from a backup, or stop the server and delete it: then an id whose record was deleted may run a second time",
+        file.display()
+    )]
+    Memory {
+        /// The file.
+        file: PathBuf,
+        /// The database's words.
+        source: rusqlite::Error,
+    },
     /// One record is larger than any may be.
     #[error(
         "a record of {bytes} bytes is larger than the {limit} bytes one may have; send less at once"

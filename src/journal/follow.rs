@@ -111,7 +111,7 @@ impl Follower {
                 match entry {
                     // Received a moment ago: not durable yet.
                     None if live => self.wait().await?,
-                    None => return Err(JournalError::Unknown),
+                    None => return Err(self.missing().await),
                     // Not ended: it became durable between the look and the lookup. Look again.
                     Some(entry) if entry.known.last_seq <= self.last => return Ok(!entry.ended),
                     Some(_) => self.read().await?,
@@ -148,14 +148,21 @@ impl Follower {
         }
     }
 
+    async fn missing(&self) -> JournalError {
+        let (shared, id) = (Arc::clone(&self.shared), self.id);
+        let looked = blocking(move || Err::<(), _>(shared.missing(id))).await;
+        looked.err().unwrap_or(JournalError::Unknown)
+    }
+
     async fn read(&mut self) -> Result<(), JournalError> {
         let (shared, id, last) = (Arc::clone(&self.shared), self.id, self.last);
         let read = move || store::read_submission(&shared.store, id, Some(last), DISK_CHUNK);
-        let records = blocking(read).await?;
-        if records.is_empty() {
-            // Deleted for age in the meantime.
-            return Err(JournalError::Unknown);
-        }
+        let records = match blocking(read).await {
+            // Deleted in the meantime.
+            Err(JournalError::Unknown) => return Err(self.missing().await),
+            Ok(records) if records.is_empty() => return Err(self.missing().await),
+            records => records?,
+        };
         self.waiting.extend(records.into_iter().map(Arc::new));
         Ok(())
     }

@@ -35,6 +35,15 @@ const REPLY: u8 = 8;
 /// Read from the file at once while scanning.
 const WINDOW: usize = 256 << 10;
 
+/// How the JSON of a reply begins.
+pub(super) const REPLY_TAG: &[u8] = b"{\"kind\":\"reply\",";
+
+/// The members of an event's JSON behind its tag.
+pub(super) fn inner<'a>(json: &'a [u8], tag: &[u8]) -> &'a [u8] {
+    let members = json.strip_prefix(tag).unwrap_or(json);
+    members.strip_suffix(b"}").unwrap_or(members)
+}
+
 /// A segment's header.
 pub(super) fn header(base: u64) -> [u8; HEADER as usize] {
     let mut bytes = [0; HEADER as usize];
@@ -118,7 +127,7 @@ pub(super) struct Raw<'a> {
     pub(super) reply: bool,
     pub(super) user: &'a str,
     pub(super) repl: &'a str,
-    json: &'a [u8],
+    pub(super) json: &'a [u8],
 }
 
 impl Raw<'_> {
@@ -203,6 +212,15 @@ impl<'f> Scan<'f> {
         // Counted here, while the borrow of the window lasts.
         let frame = parse(&bytes[PREFIX..], crc, offset).map_err(damage)?;
         Ok(Some((offset, total as u64, frame)))
+    }
+
+    /// The whole frame that `next` showed.
+    pub(super) fn whole(&mut self, len: u64) -> Result<&[u8], ScanError> {
+        let offset = self.at;
+        self.bytes(len as usize)?.ok_or(ScanError::Damage {
+            offset,
+            cause: "a frame is cut short".to_owned(),
+        })
     }
 
     /// Steps over the frame that `next` showed.

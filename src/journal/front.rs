@@ -14,6 +14,7 @@ use tokio::sync::{Notify, watch};
 use super::disk::Disk;
 use super::frame::{self, MARK, Payload};
 use super::index::Known;
+use super::memory::Memory;
 use super::store::{self, Store, lock};
 use super::{Appended, JournalError, JournalOptions, NewRecord};
 use crate::model::{Event, Record, SubmissionId};
@@ -112,6 +113,8 @@ pub(super) struct Shared {
     pub(super) durable: Mutex<Option<watch::Sender<u64>>>,
     pub(super) watching: watch::Receiver<u64>,
     pub(super) healthy: AtomicBool,
+    /// Submissions that ended and were deleted.
+    pub(super) memory: Memory,
     /// The first position that a reader outside still needs; the largest number: nobody does.
     pub(super) needed_from: AtomicU64,
 }
@@ -253,13 +256,13 @@ impl Shared {
         }
     }
 
-    /// Where the oldest submission that is not done began.
-    pub(super) fn oldest_live(&self) -> Option<u64> {
-        lock(&self.front)
-            .live
-            .values()
-            .map(|live| live.known.start)
-            .min()
+    /// Why a submission is not in the journal.
+    pub(super) fn missing(&self, id: SubmissionId) -> JournalError {
+        match self.memory.get(id) {
+            Ok(Some(remembered)) => remembered.gone(),
+            Ok(None) => JournalError::Unknown,
+            Err(error) => error,
+        }
     }
 
     pub(super) fn fall_ill(&self, ill: Ill, path: &Path) {

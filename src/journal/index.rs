@@ -18,7 +18,7 @@ use super::frame::Raw;
 use super::{JournalError, SubmissionState};
 use crate::model::{ReplId, SubmissionId, UserId};
 
-const MAGIC: &[u8; 8] = b"GANTRYX1";
+const MAGIC: &[u8; 8] = b"GANTRYX2";
 const PREFIX: usize = 16;
 /// One place to start reading per this many bytes: about a tenth of a millisecond of scanning.
 const CHECKPOINT_BYTES: u64 = 64 << 10;
@@ -75,6 +75,8 @@ pub(super) struct Entry {
     pub(super) id: SubmissionId,
     pub(super) known: Known,
     pub(super) ended: bool,
+    /// The position of its last record up to there.
+    pub(super) last: u64,
     pub(super) extents: Vec<Extent>,
 }
 
@@ -140,10 +142,64 @@ pub(super) struct Indexed<'a> {
 pub(super) struct OpenIndex {
     entries: HashMap<SubmissionId, Entry>,
     checkpoints: Vec<Checkpoint>,
+    pub(super) users: HashMap<UserId, u64>,
     pub(super) last_position: u64,
 }
 
 impl OpenIndex {
+    /// Counts a record that lies at `at`.
+    fn count(&mut self, position: u64, user: &UserId, at: u64, len: u64) {
+        self.last_position = position;
+        match self.users.get_mut(user) {
+            Some(bytes) => *bytes += len,
+            None => {
+                self.users.insert(user.clone(), len);
+            }
+        }
+        let due = match self.checkpoints.last() {
+            Some(last) => at - u64::from(last.offset) >= CHECKPOINT_BYTES,
+            None => true,
+        };
+        if due {
+            self.checkpoints.push(Checkpoint {
+                position,
+                offset: at as u32,
+            });
+        }
+    }
+
+    /// Takes in a record that an older index has, with what that one says of its submission.
+    pub(super) fn carry(
+        &mut self,
+        raw: &Raw<'_>,
+        old: Option<&Entry>,
+        at: u64,
+        len: u64,
+    ) -> Result<(), String> {
+        let user = raw.user.parse().map_err(|e| format!("{e}"))?;
+        self.count(raw.position, &user, at, len);
+        let Some(old) = old else { return Ok(()) };
+        let entry = self.entries.entry(old.id).or_insert_with(|| {
+            let before = old.extents.first().map_or(0, |first| first.seq_before);
+            Entry {
+                known: Known {
+                    last_seq: before,
+                    ..old.known.clone()
+                },
+                ended: false,
+                last: 0,
+                extents: Vec::new(),
+                ..old.clone()
+            }
+        });
+        let seq_before = entry.known.last_seq;
+        entry.known.last_seq = raw.seq.unwrap_or(seq_before);
+        entry.ended = raw.reply;
+        entry.last = raw.position;
+        entry.add(at as u32, (at + len) as u32, seq_before);
+        Ok(())
+    }
+
     /// Takes in a record found while scanning.
     pub(super) fn apply_raw(
         &mut self,
@@ -178,17 +234,7 @@ impl OpenIndex {
     ) {
         // Segments end far below 4 GiB (`JournalOptions::segment_bytes` is bounded).
         let (from, to) = (at as u32, (at + len) as u32);
-        self.last_position = record.position;
-        let due = match self.checkpoints.last() {
-            Some(last) => at - u64::from(last.offset) >= CHECKPOINT_BYTES,
-            None => true,
-        };
-        if due {
-            self.checkpoints.push(Checkpoint {
-                position: record.position,
-                offset: from,
-            });
-        }
+        self.count(record.position, record.user, at, len);
         let Some(id) = record.submission else { return };
         if record.received {
             let known = Known::new(
@@ -210,10 +256,12 @@ impl OpenIndex {
             id,
             known: known.clone(),
             ended: false,
+            last: 0,
             extents: Vec::new(),
         });
         entry.known.last_seq = known.last_seq;
         entry.ended = record.reply;
+        entry.last = record.position;
         entry.add(from, to, seq_before);
         if record.reply {
             unfinished.remove(&id);
@@ -242,6 +290,8 @@ struct Resident {
     checkpoints: Vec<Checkpoint>,
     /// (fingerprint, offset of the entry), sorted.
     slots: Vec<(u32, u32)>,
+    /// Bytes of each user's records.
+    users: Vec<(UserId, u64)>,
     unfinished: Vec<(SubmissionId, Known)>,
 }
 
@@ -249,7 +299,7 @@ struct Resident {
 enum Entries {
     File(File),
     /// The index file could not be written; the next start rebuilds it.
-    Memory(Vec<u8>),
+    Memory(Vec<u8>, Unfinished),
 }
 
 /// The index of a sealed segment.
@@ -261,6 +311,8 @@ pub(super) struct SealedIndex {
     entries_len: u64,
     checkpoints: Vec<Checkpoint>,
     slots: Vec<(u32, u32)>,
+    /// Bytes of each user's records.
+    pub(super) users: HashMap<UserId, u64>,
     pub(super) last_position: u64,
 }
 
@@ -305,6 +357,7 @@ impl SealedIndex {
             entries_len: entries.len() as u64,
             checkpoints: open.checkpoints.clone(),
             slots,
+            users: open.users.iter().map(|(u, b)| (u.clone(), *b)).collect(),
             unfinished: unfinished
                 .iter()
                 .map(|(id, known)| (*id, known.clone()))
@@ -329,7 +382,7 @@ impl SealedIndex {
                     "cannot write {}: {error}; it stays in memory and is rebuilt at the next start",
                     path.display()
                 );
-                Entries::Memory(entries)
+                Entries::Memory(entries, unfinished.clone())
             }
         };
         Ok(Self::from_resident(path, entries, (PREFIX + head.len()) as u64, resident).0)
@@ -379,9 +432,24 @@ impl SealedIndex {
             entries_len: resident.entries_len,
             checkpoints: resident.checkpoints,
             slots: resident.slots,
+            users: resident.users.into_iter().collect(),
             last_position: resident.last_position,
         };
         (index, resident.unfinished.into_iter().collect())
+    }
+
+    /// Received and not ended at the segment's end. `None` when the index file was lost.
+    pub(super) fn unfinished(&self, segment: &Path, segment_len: u64) -> Option<Unfinished> {
+        match &self.entries {
+            Entries::Memory(_, unfinished) => Some(unfinished.clone()),
+            Entries::File(_) => Self::load(segment, segment_len).map(|(_, unfinished)| unfinished),
+        }
+    }
+
+    /// Every submission that is here.
+    pub(super) fn all(&self) -> Result<Vec<Entry>, JournalError> {
+        let offsets = self.slots.iter().map(|(_, offset)| u64::from(*offset));
+        offsets.map(|offset| self.entry_at(offset)).collect()
     }
 
     /// Whether a submission with this fingerprint may be here; wrong once in billions, and only
@@ -430,7 +498,7 @@ impl SealedIndex {
         let mut out = vec![0; len];
         let done = match &self.entries {
             Entries::File(file) => file.read_exact_at(&mut out, self.entries_at + offset),
-            Entries::Memory(all) => match all.get(offset as usize..offset as usize + len) {
+            Entries::Memory(all, _) => match all.get(offset as usize..offset as usize + len) {
                 Some(part) => {
                     out.copy_from_slice(part);
                     Ok(())

@@ -12,6 +12,8 @@ mod frame;
 mod front;
 mod identity;
 mod index;
+mod keeper;
+mod memory;
 mod segment;
 mod store;
 mod tail;
@@ -19,11 +21,13 @@ mod tail;
 mod tests;
 mod writer;
 
+use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use futures_util::Stream;
 use jiff::Timestamp;
@@ -36,6 +40,7 @@ use crate::model::{Event, Record, ReplId, SubmissionId, UserId};
 use disk::{Disk, RealDisk};
 use frame::{MAX_FRAME, Payload};
 use front::{Batch, Front, Live, Shared};
+use memory::Memory;
 use store::{Store, lock};
 use tail::Tail;
 
@@ -51,11 +56,15 @@ const MAX_SEGMENT: u64 = 1 << 30;
 pub struct JournalOptions {
     /// A new segment begins when the last one has this many bytes (at most 1 GiB).
     pub segment_bytes: u64,
-    /// Past this the oldest segments are deleted, unless they hold an unfinished submission or a
-    /// reader still needs them ([`Journal::keep_from`]).
+    /// Past this the oldest ended submissions are deleted of the users that have the most, but for
+    /// what a reader still needs ([`Journal::keep_from`]).
     pub retain_bytes: u64,
     /// Past this they are deleted even when a reader still needs them.
     pub backlog_bytes: u64,
+    /// How long the id of a submission whose records were deleted is remembered.
+    pub remember: Duration,
+    /// Most ids that are remembered, about a hundred bytes each.
+    pub remembered_ids: u64,
 }
 
 impl Default for JournalOptions {
@@ -64,6 +73,8 @@ impl Default for JournalOptions {
             segment_bytes: 64 << 20,
             retain_bytes: 1 << 30,
             backlog_bytes: 8 << 30,
+            remember: Duration::from_secs(30 * 24 * 3600),
+            remembered_ids: 4 << 20,
         }
     }
 }
@@ -170,7 +181,9 @@ impl Journal {
         disk::make_folder(dir)?;
         let folder_lock = disk::lock_folder(dir)?;
         let identity = identity::load_or_make(dir)?;
-        let found = segment::find(dir)?;
+        let memory = Memory::open(dir, options.remember, options.remembered_ids)?;
+        let mut found = segment::find(dir)?;
+        drop_ended(&mut found, &memory)?;
         let recovery = Recovery {
             torn: found.torn,
             rebuilt_indexes: found.rebuilt,
@@ -212,6 +225,7 @@ impl Journal {
             tail: Tail::default(),
             durable,
             closed: false,
+            deleted_before: HashMap::new(),
         };
         let (sender, watching) = watch::channel(durable);
         let shared = Arc::new(Shared {
@@ -225,16 +239,32 @@ impl Journal {
             durable: Mutex::new(Some(sender)),
             watching,
             healthy: AtomicBool::new(true),
+            memory,
             needed_from: AtomicU64::new(u64::MAX),
         });
-        let writer = writer::Writer::new(Arc::clone(&shared));
-        let thread = std::thread::Builder::new()
-            .name("journal".to_owned())
-            .spawn(move || {
+        let (full, woken) = mpsc::channel();
+        let writer = writer::Writer::new(Arc::clone(&shared), full);
+        let start = |name: &str, work: Box<dyn FnOnce() + Send>| {
+            let thread = std::thread::Builder::new().name(name.to_owned());
+            thread
+                .spawn(work)
+                .map_err(|e| JournalError::io("start a thread of", dir, e))
+        };
+        let kept = Arc::clone(&shared);
+        let keeper = start(
+            "journal-keeper",
+            Box::new(move || keeper::run(&kept, &woken)),
+        )?;
+        let thread = start(
+            "journal",
+            Box::new(move || {
                 writer.run();
+                if keeper.join().is_err() {
+                    tracing::error!("the journal's keeper had panicked");
+                }
                 drop(folder_lock);
-            })
-            .map_err(|e| JournalError::io("start the writer of", dir, e))?;
+            }),
+        )?;
         Ok(Journal(Arc::new(Handle {
             shared,
             writer: Mutex::new(Some(thread)),
@@ -259,7 +289,17 @@ impl Journal {
                 limit,
             });
         }
+        let received = match (&record.event, record.submission_id) {
+            (Event::Received { .. }, Some(id)) => Some(id),
+            _ => None,
+        };
         loop {
+            let generation = shared.memory.generation();
+            if let Some(id) = received
+                && shared.memory.get(id)?.is_some()
+            {
+                return Err(JournalError::Duplicate);
+            }
             let room = shared.room.notified();
             tokio::pin!(room);
             // Registered before looking, so that room made in between is not missed.
@@ -271,6 +311,10 @@ impl Journal {
                 }
                 if let Some(ill) = front.ill.clone() {
                     return Err(ill.into());
+                }
+                if received.is_some() && shared.memory.generation() != generation {
+                    // Records were deleted meanwhile, and their ids are remembered now.
+                    continue;
                 }
                 if front.batch.has_room(payload.len() + 1024) {
                     return shared.admit(&mut front, record, payload);
@@ -301,7 +345,20 @@ impl Journal {
             return Some(live.known.state(live.ended));
         }
         match store::lookup(&self.0.shared.store, id) {
-            Ok(entry) => entry.map(|entry| entry.known.state(entry.ended)),
+            Ok(Some(entry)) => Some(entry.known.state(entry.ended)),
+            // Asked second: an id is remembered before its records are deleted.
+            Ok(None) => self.remembered(id),
+            Err(error) => {
+                tracing::error!(submission_id = %id, "cannot look up submission {id}: {error}");
+                None
+            }
+        }
+    }
+
+    /// How a submission ended whose records were deleted.
+    fn remembered(&self, id: SubmissionId) -> Option<SubmissionState> {
+        match self.0.shared.memory.get(id) {
+            Ok(remembered) => Some(remembered?.known()?.state(true)),
             Err(error) => {
                 tracing::error!(submission_id = %id, "cannot look up submission {id}: {error}");
                 None
@@ -316,6 +373,10 @@ impl Journal {
         let read = move || store::read_submission(&shared.store, id, None, usize::MAX);
         match blocking(read).await {
             Err(JournalError::Unknown) if fresh => Ok(Vec::new()),
+            Err(JournalError::Unknown) => {
+                let shared = Arc::clone(&self.0.shared);
+                blocking(move || Err(shared.missing(id))).await
+            }
             other => other,
         }
     }
@@ -377,9 +438,14 @@ impl Journal {
         self.0.shared.needed_from.store(position, Ordering::Relaxed);
     }
 
-    /// The position from which everything is kept.
+    /// The position before which nothing is kept.
     pub fn oldest_position(&self) -> u64 {
         lock(&self.0.shared.store).oldest()
+    }
+
+    /// The position from which everything of this user is kept; without a user, of everybody.
+    pub fn complete_from(&self, user: Option<&UserId>) -> u64 {
+        lock(&self.0.shared.store).complete_from(user)
     }
 
     /// False while the disk is full or refuses to write.
@@ -420,6 +486,31 @@ impl Recovery {
             );
         }
     }
+}
+
+/// A crash between the deletion of two segments must not bring an ended submission back: it is
+/// unfinished only when its first record is there and its id is not remembered.
+fn drop_ended(found: &mut segment::Found, memory: &Memory) -> Result<(), JournalError> {
+    let mut over = Vec::new();
+    for (id, known) in &found.unfinished {
+        let active = found.active.as_ref();
+        let after = found.sealed.partition_point(|s| s.base <= known.start);
+        let first = match after.checked_sub(1).and_then(|at| found.sealed.get(at)) {
+            _ if active.is_some_and(|active| active.base <= known.start) => {
+                active.and_then(|active| active.index.entry(*id)).cloned()
+            }
+            Some(sealed) => sealed.index.entry(*id)?,
+            None => None,
+        };
+        let there = first.is_some_and(|first| first.known.start == known.start);
+        if !there || memory.get(*id)?.is_some() {
+            over.push(*id);
+        }
+    }
+    for id in over {
+        found.unfinished.remove(&id);
+    }
+    Ok(())
 }
 
 /// The first segment of a new journal.

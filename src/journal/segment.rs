@@ -50,6 +50,9 @@ pub(super) struct Found {
     pub(super) rebuilt: usize,
 }
 
+/// Extension of a segment that is being rewritten and has no name of its own yet.
+pub(super) const REWRITTEN: &str = "rewritten";
+
 /// The file of the segment that begins at `base`.
 pub(super) fn segment_path(dir: &Path, base: u64) -> PathBuf {
     dir.join(format!("{base:020}.journal"))
@@ -71,6 +74,16 @@ pub(super) fn find(dir: &Path) -> Result<Found, JournalError> {
     };
     for base in bases {
         let path = segment_path(dir, base);
+        if found
+            .sealed
+            .last()
+            .is_some_and(|before| before.index.last_position >= base)
+        {
+            // A crash interrupted the keeper between writing this segment's records into the one
+            // before it and removing this one.
+            remove(&path)?;
+            continue;
+        }
         let file = open(&path)?;
         let len = file_len(&file, &path)?;
         let index = match SealedIndex::load(&path, len) {
@@ -125,7 +138,7 @@ fn list(dir: &Path) -> Result<Vec<u64>, JournalError> {
         match (base, path.extension().and_then(|e| e.to_str())) {
             (Some(base), Some("journal")) => bases.push(base),
             (Some(base), Some("index")) => extra.push((base, path)),
-            (_, Some("index-new")) => extra.push((u64::MAX, path)),
+            (_, Some("index-new" | REWRITTEN)) => extra.push((u64::MAX, path)),
             _ => {}
         }
     }
@@ -159,6 +172,19 @@ fn drop_unborn(dir: &Path, bases: &mut Vec<u64>, found: &mut Found) -> Result<()
             bytes: len,
         });
         bases.pop();
+    }
+    Ok(())
+}
+
+/// Removes a segment and its index.
+pub(super) fn remove(path: &Path) -> Result<(), JournalError> {
+    for path in [index_path(path), path.to_owned()] {
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(JournalError::io("remove", &path, error));
+            }
+            _ => {}
+        }
     }
     Ok(())
 }

@@ -1,16 +1,16 @@
 //! Everything that is durable: which segments there are and what is in them.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::JournalError;
 use super::frame::HEADER;
 use super::index::{Entry, Extent, Indexed, Unfinished, fingerprint};
 use super::segment::{self, Active, Sealed};
 use super::tail::Tail;
-use super::{JournalError, JournalOptions};
-use crate::model::{Event, Record, SubmissionId};
+use crate::model::{Event, Record, SubmissionId, UserId};
 
 /// Locks, also after a panic of another holder: every holder leaves whole values behind.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -25,6 +25,8 @@ pub(super) struct Store {
     pub(super) tail: Tail,
     pub(super) durable: u64,
     pub(super) closed: bool,
+    /// Users that lost records since the start, and before which position.
+    pub(super) deleted_before: HashMap<UserId, u64>,
 }
 
 /// A submission's records in one file.
@@ -59,9 +61,18 @@ impl Store {
         self.active.len = at;
     }
 
-    /// The position from which everything is kept.
+    /// The position before which nothing is kept.
     pub(super) fn oldest(&self) -> u64 {
         self.sealed.first().map_or(self.active.base, |s| s.base)
+    }
+
+    /// The position from which everything of this user, or of everybody, is kept.
+    pub(super) fn complete_from(&self, user: Option<&UserId>) -> u64 {
+        let deleted = match user {
+            Some(user) => self.deleted_before.get(user).copied(),
+            None => self.deleted_before.values().max().copied(),
+        };
+        self.oldest().max(deleted.unwrap_or(0))
     }
 
     /// The submission's newest entry in memory, and the sealed segments that may hold an older one,
@@ -88,14 +99,41 @@ pub(super) fn lookup(
         (recent, sealed, store.oldest())
     };
     let mut newest = recent;
+    let mut found_in = None;
     for segment in sealed {
         if newest.is_some() {
             break;
         }
         newest = segment.index.entry(id)?;
+        found_in = Some(segment.base);
     }
-    // Whoever lost its first record for age is forgotten whole.
-    Ok(newest.filter(|entry| entry.known.start >= oldest))
+    let Some(entry) = newest.filter(|entry| entry.known.start >= oldest) else {
+        return Ok(None);
+    };
+    // A submission that lost its first record is forgotten whole.
+    let holder = {
+        let store = lock(store);
+        match entry.known.start >= store.active.base {
+            true => None,
+            false => {
+                let after = store
+                    .sealed
+                    .partition_point(|s| s.base <= entry.known.start);
+                match after.checked_sub(1).and_then(|at| store.sealed.get(at)) {
+                    Some(holder) => Some(Arc::clone(holder)),
+                    None => return Ok(None),
+                }
+            }
+        }
+    };
+    match holder {
+        Some(holder) if found_in != Some(holder.base) => {
+            let first = holder.index.entry(id)?;
+            let same = first.is_some_and(|first| first.known.start == entry.known.start);
+            Ok(same.then_some(entry))
+        }
+        _ => Ok(Some(entry)),
+    }
 }
 
 /// Every part of a submission, oldest first. Reads index files.
@@ -221,72 +259,4 @@ pub(super) fn read_from(
     }
     segment::visit(&active.0, &active.1, active.2, active.3, &mut collect)?;
     Ok(out)
-}
-
-/// What keeps old segments from being removed.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Pins {
-    /// Where the oldest submission that is not done began.
-    pub(super) oldest_live: Option<u64>,
-    /// The first position that a reader outside still needs.
-    pub(super) needed_from: u64,
-}
-
-/// Removes the oldest sealed segments until at most `retain_bytes` are left. A segment that holds
-/// records of a live submission stays, and one that a reader still needs stays up to
-/// `backlog_bytes`; with each of them all later ones stay, so that what is kept has no holes.
-pub(super) fn retain(store: &Mutex<Store>, options: &JournalOptions, pins: Pins) {
-    let mut removed = Vec::new();
-    let mut unread_bytes = 0;
-    {
-        let mut store = lock(store);
-        let mut total: u64 = store.active.len + store.sealed.iter().map(|s| s.len).sum::<u64>();
-        let mut count = 0;
-        for segment in &store.sealed {
-            let last = segment.index.last_position;
-            let live = pins.oldest_live.is_some_and(|start| start <= last);
-            let needed = pins.needed_from <= last;
-            let most = match needed {
-                true => options.backlog_bytes.max(options.retain_bytes),
-                false => options.retain_bytes,
-            };
-            if total <= most || live {
-                break;
-            }
-            total -= segment.len;
-            unread_bytes += if needed { segment.len } else { 0 };
-            count += 1;
-        }
-        removed.extend(store.sealed.drain(..count));
-        let oldest = store.oldest();
-        store.tail.forget_before(oldest);
-    }
-    if unread_bytes > 0 {
-        metrics::counter!("gantry_journal_unshipped_deleted_bytes_total").increment(unread_bytes);
-        tracing::error!(
-            "{unread_bytes} bytes of the journal were deleted before they were shipped: the backlog is larger than the {} bytes it may have. Those records are lost to the search; bring Elasticsearch back, or allow a larger backlog",
-            options.backlog_bytes
-        );
-    }
-    remove_files(&removed);
-}
-
-fn remove_files(removed: &[Arc<Sealed>]) {
-    let mut failed = HashSet::new();
-    for segment in removed {
-        for path in [
-            segment.path.clone(),
-            super::index::index_path(&segment.path),
-        ] {
-            if let Err(error) = std::fs::remove_file(&path)
-                && error.kind() != std::io::ErrorKind::NotFound
-                && failed.insert(error.kind())
-            {
-                tracing::warn!(
-                    "cannot remove {}: {error}; it comes back at the next start and is removed then",
-                    path.display()
-                );
-            }
-        }
-    }
 }

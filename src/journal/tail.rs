@@ -43,15 +43,12 @@ impl Tail {
         }
     }
 
-    /// Forgets what lies before this position, because it was deleted.
-    pub(super) fn forget_before(&mut self, position: u64) {
-        while self
-            .all
-            .front()
-            .is_some_and(|(oldest, _)| oldest.position < position)
-        {
-            self.forget_first();
-        }
+    /// Forgets submissions that were deleted.
+    pub(super) fn forget(&mut self, deleted: impl Fn(SubmissionId) -> bool) {
+        self.streams.retain(|id, _| !deleted(*id));
+        self.all
+            .retain(|(record, _)| !record.submission_id.is_some_and(&deleted));
+        self.bytes = self.all.iter().map(|(_, bytes)| bytes).sum();
     }
 
     fn forget_first(&mut self) {

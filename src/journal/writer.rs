@@ -2,8 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use super::disk::{Disk, Sink, sync_folder};
@@ -11,7 +10,7 @@ use super::frame::{self, HEADER, MARK};
 use super::front::{Batch, Ill, Shared};
 use super::index::SealedIndex;
 use super::segment::{Active, Sealed, segment_path};
-use super::store::{self, lock};
+use super::store::lock;
 
 /// Pause between attempts while the disk refuses. Short enough that nobody waits long once there is
 /// room, long enough that a full disk is not hammered.
@@ -28,10 +27,12 @@ pub(super) struct Writer {
     len: u64,
     /// Whether the active segment holds a record.
     begun: bool,
+    /// Wakes the keeper.
+    full: mpsc::Sender<()>,
 }
 
 impl Writer {
-    pub(super) fn new(shared: Arc<Shared>) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, full: mpsc::Sender<()>) -> Self {
         let (path, len, begun) = {
             let store = lock(&shared.store);
             let active = &store.active;
@@ -43,6 +44,7 @@ impl Writer {
             path,
             len,
             begun,
+            full,
         }
     }
 
@@ -172,11 +174,8 @@ impl Writer {
             index: super::index::OpenIndex::default(),
         };
         seal(&self.shared, fresh);
-        let pins = store::Pins {
-            oldest_live: self.shared.oldest_live(),
-            needed_from: self.shared.needed_from.load(Ordering::Relaxed),
-        };
-        store::retain(&self.shared.store, &self.shared.options, pins);
+        // Without a keeper nothing is deleted, and it has said why.
+        let _ = self.full.send(());
         Ok(())
     }
 }

@@ -28,7 +28,7 @@ pub const HEARTBEAT: Duration = Duration::from_secs(5);
 pub struct News {
     /// Whose journal.
     pub journal: String,
-    /// Everything behind this position
+    /// Everything behind this position, which is later than the next one when records were deleted,
     pub after: u64,
     /// up to this one was looked through.
     pub position: u64,
@@ -113,6 +113,8 @@ impl Looking {
             self.at = oldest - 1;
             return Ok(self.goes_on_to(oldest - 1));
         }
+        // Some of what is asked for was deleted, other users' records of the same time were not.
+        let complete = self.journal.complete_from(self.filter.user.as_ref());
         let records = match self.journal.read_shared(next, FOLLOW_BYTES).await {
             Err(JournalError::Corrupt {
                 resume: Some(resume),
@@ -121,6 +123,7 @@ impl Looking {
             records => records?,
         };
         let mut news = self.goes_on_to(records.last().map_or(self.at, |last| last.position));
+        news.after = news.after.max(complete.saturating_sub(1));
         for record in records {
             if let Some(fields) = self.filter.accept(&record) {
                 news.records.push((record.position, fields));

@@ -127,7 +127,9 @@ impl Follower {
             Err(error) => error,
         };
         let own = match own {
-            Some(own) if own + 1 < journal.oldest_position() => return Err(failed),
+            Some(own) if own + 1 < journal.complete_from(self.filter.user.as_ref()) => {
+                return Err(failed);
+            }
             Some(own) => own,
             None => *journal.durable_position().borrow(),
         };

@@ -1,0 +1,254 @@
+//! Ids of submissions that ended and whose records were deleted, so that none of them runs again.
+//!
+//! An id enters when the keeper deletes its records, before they are deleted: taking a submission
+//! in, running it and answering it write nothing here. The file is bounded by age and by number;
+//! past the number, the users with the most ids lose their oldest ones.
+
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+use rusqlite::{Connection, OptionalExtension, params};
+
+use super::JournalError;
+use super::index::Known;
+use super::keeper::level;
+use super::store::lock;
+use crate::model::{Status, SubmissionId};
+
+/// What is kept of a submission: together with the key and the names about a hundred bytes.
+const SCHEMA: &str = "
+CREATE TABLE IF NOT EXISTS ended (
+    id BLOB PRIMARY KEY,
+    user TEXT NOT NULL,
+    repl TEXT NOT NULL,
+    status TEXT NOT NULL,
+    ended INTEGER NOT NULL,
+    submission BLOB NOT NULL,
+    reply BLOB NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS ended_by_user ON ended (user, ended);
+CREATE INDEX IF NOT EXISTS ended_by_time ON ended (ended);
+";
+
+/// Bytes of a SHA-256 that are kept: 128 bits, enough that nobody finds two texts with the same ones.
+pub(super) const DIGEST: usize = 16;
+
+/// A submission that ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Remembered {
+    pub(super) id: SubmissionId,
+    pub(super) user: String,
+    pub(super) repl: String,
+    pub(super) status: Status,
+    pub(super) ended_us: i64,
+    /// Of the submission as it was recorded.
+    pub(super) submission: [u8; DIGEST],
+    /// Of the reply as it was sent.
+    pub(super) reply: [u8; DIGEST],
+}
+
+impl Remembered {
+    fn ended(&self) -> Timestamp {
+        // Every stored time came from a valid one.
+        Timestamp::from_microsecond(self.ended_us).unwrap_or(Timestamp::UNIX_EPOCH)
+    }
+
+    /// As the index knows submissions.
+    pub(super) fn known(&self) -> Option<Known> {
+        let (user, repl) = (self.user.parse().ok()?, self.repl.parse().ok()?);
+        Some(Known::new(user, repl, self.ended(), 0))
+    }
+
+    pub(super) fn gone(&self) -> JournalError {
+        JournalError::Gone {
+            status: self.status,
+            ended: self.ended(),
+            reply: self.reply.iter().map(|b| format!("{b:02x}")).collect(),
+        }
+    }
+}
+
+/// The ids, on disk.
+pub(super) struct Memory {
+    path: PathBuf,
+    age: Duration,
+    most: u64,
+    /// Lookups do not wait for the keeper's transactions.
+    reader: Mutex<Connection>,
+    writer: Mutex<Connection>,
+    /// How many there are: while there is none, nobody asks the database.
+    count: AtomicU64,
+    /// Changes before any record is deleted whose id was just added.
+    generation: AtomicU64,
+}
+
+impl Memory {
+    pub(super) fn open(dir: &Path, age: Duration, most: u64) -> Result<Self, JournalError> {
+        let path = dir.join("ended.sqlite");
+        let opened = || -> rusqlite::Result<(Connection, Connection, u64)> {
+            let connect = || -> rusqlite::Result<Connection> {
+                let connection = Connection::open(&path)?;
+                connection.busy_timeout(Duration::from_secs(5))?;
+                connection.pragma_update(None, "journal_mode", "WAL")?;
+                // The records are deleted next: a crash must not lose what was added.
+                connection.pragma_update(None, "synchronous", "FULL")?;
+                connection.pragma_update(None, "journal_size_limit", 16 << 20)?;
+                Ok(connection)
+            };
+            let writer = connect()?;
+            writer.execute_batch(SCHEMA)?;
+            let count: i64 =
+                writer.query_row("SELECT count(*) FROM ended", [], |row| row.get(0))?;
+            Ok((connect()?, writer, count as u64))
+        };
+        let (reader, writer, count) = opened().map_err(|source| JournalError::Memory {
+            file: path.clone(),
+            source,
+        })?;
+        let memory = Self {
+            path,
+            age,
+            most,
+            reader: Mutex::new(reader),
+            writer: Mutex::new(writer),
+            count: AtomicU64::new(count),
+            generation: AtomicU64::new(0),
+        };
+        memory.trim()?;
+        Ok(memory)
+    }
+
+    fn failed(&self, source: rusqlite::Error) -> JournalError {
+        JournalError::Memory {
+            file: self.path.clone(),
+            source,
+        }
+    }
+
+    fn oldest(&self) -> i64 {
+        let age = SignedDuration::try_from(self.age).unwrap_or(SignedDuration::MAX);
+        let oldest = Timestamp::now().checked_sub(age);
+        oldest.unwrap_or(Timestamp::MIN).as_microsecond()
+    }
+
+    pub(super) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    pub(super) fn next_generation(&self) {
+        self.generation.fetch_add(1, Ordering::Release);
+    }
+
+    /// What is remembered of this id.
+    pub(super) fn get(&self, id: SubmissionId) -> Result<Option<Remembered>, JournalError> {
+        if self.count.load(Ordering::Acquire) == 0 {
+            return Ok(None);
+        }
+        let oldest = self.oldest();
+        let find = || -> rusqlite::Result<Option<Remembered>> {
+            let reader = lock(&self.reader);
+            let mut statement = reader.prepare_cached(
+                "SELECT user, repl, status, ended, submission, reply FROM ended WHERE id = ?1 AND ended >= ?2",
+            )?;
+            let row = statement.query_row(params![id.as_bytes(), oldest], |row| {
+                let status: String = row.get(2)?;
+                Ok(Remembered {
+                    id,
+                    user: row.get(0)?,
+                    repl: row.get(1)?,
+                    status: status_of(&status),
+                    ended_us: row.get(3)?,
+                    submission: row.get(4)?,
+                    reply: row.get(5)?,
+                })
+            });
+            row.optional()
+        };
+        find().map_err(|error| self.failed(error))
+    }
+
+    /// Adds ids, durably. One that is there stays as it is.
+    pub(super) fn add(&self, ended: &[Remembered]) -> Result<(), JournalError> {
+        if ended.is_empty() {
+            return Ok(());
+        }
+        let add = || -> rusqlite::Result<u64> {
+            let mut writer = lock(&self.writer);
+            let transaction = writer.transaction()?;
+            let mut added = 0;
+            {
+                let mut statement = transaction.prepare_cached(
+                    "INSERT OR IGNORE INTO ended VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+                )?;
+                for one in ended {
+                    added += statement.execute(params![
+                        one.id.as_bytes(),
+                        one.user,
+                        one.repl,
+                        one.status.as_str(),
+                        one.ended_us,
+                        one.submission,
+                        one.reply,
+                    ])?;
+                }
+            }
+            transaction.commit()?;
+            Ok(added as u64)
+        };
+        let added = add().map_err(|error| self.failed(error))?;
+        self.count.fetch_add(added, Ordering::Release);
+        Ok(())
+    }
+
+    /// Forgets what is too old, and what is too many of the users that have the most.
+    pub(super) fn trim(&self) -> Result<(), JournalError> {
+        let oldest = self.oldest();
+        let trim = || -> rusqlite::Result<(u64, u64)> {
+            let mut writer = lock(&self.writer);
+            let transaction = writer.transaction()?;
+            transaction.execute("DELETE FROM ended WHERE ended < ?1", [oldest])?;
+            let count = "SELECT count(*) FROM ended";
+            let count = |t: &rusqlite::Transaction<'_>| -> rusqlite::Result<u64> {
+                Ok(t.query_row(count, [], |row| row.get::<_, i64>(0))? as u64)
+            };
+            let mut early = 0;
+            if count(&transaction)? > self.most {
+                let users: Vec<(String, u64)> = transaction
+                    .prepare("SELECT user, count(*) FROM ended GROUP BY user")?
+                    .query_map([], |row| Ok((row.get(0)?, row.get::<_, i64>(1)? as u64)))?
+                    .collect::<rusqlite::Result<_>>()?;
+                // A little more than must go, so that this is not done for each one that comes.
+                let most = level(
+                    users.iter().map(|(_, count)| *count),
+                    self.most - self.most / 16,
+                );
+                for (user, count) in users.iter().filter(|(_, count)| *count > most) {
+                    early += transaction.execute(
+                        "DELETE FROM ended WHERE id IN (SELECT id FROM ended WHERE user = ?1 ORDER BY ended LIMIT ?2)",
+                        params![user, (count - most) as i64],
+                    )? as u64;
+                }
+            }
+            let left = count(&transaction)?;
+            transaction.commit()?;
+            Ok((left, early))
+        };
+        let (left, early) = trim().map_err(|error| self.failed(error))?;
+        self.count.store(left, Ordering::Release);
+        if early > 0 {
+            tracing::warn!(
+                "{early} ids of ended submissions were forgotten before their time, of the users with the most: more than {} would be remembered. A submission that is sent again under one of them would run again",
+                self.most
+            );
+        }
+        Ok(())
+    }
+}
+
+/// A status by its word; what is not known ended somehow.
+fn status_of(word: &str) -> Status {
+    serde_json::from_value(word.into()).unwrap_or(Status::Unavailable)
+}
