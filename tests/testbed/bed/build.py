@@ -23,11 +23,12 @@ PROGRAMS = {
     "volumes": ("kubernetes", "./volumes", ""),
     "versitygw": ("versitygw", "github.com/versity/versitygw/cmd/versitygw", ""),
     "skipper": ("skipper", "./ingress", ""),
+    "policies": ("kube-router", "./policies", ""),
     "metrics-server": ("metrics-server", "sigs.k8s.io/metrics-server/cmd/metrics-server", ""),
 }
 PACKAGES = {
     "etcd": "etcd-server", "containerd": "containerd", "runc": "runc", "ip": "iproute2", "nft": "nftables",
-    "iptables": "iptables", "conntrack": "conntrack", "go": "golang-go", "debootstrap": "debootstrap", "buildah": "buildah",
+    "iptables": "iptables", "ipset": "ipset", "conntrack": "conntrack", "go": "golang-go", "debootstrap": "debootstrap", "buildah": "buildah",
     "openssl": "openssl", "setpriv": "util-linux", "java": "openjdk-17-jre-headless", "javac": "openjdk-17-jdk-headless", "mvn": "maven", "cc": "build-essential",
     "sysctl": "procps", "mkfs.ext4": "e2fsprogs",
 }

@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 
-from . import build, control_plane, disk, elasticsearch, images, network, node, process, s3, services
+from . import build, control_plane, disk, elasticsearch, images, network, node, outside, process, s3, services
 from .settings import (
     CACHE, DATABASE_IMAGE, ELASTICSEARCH_PASSWORD, HOST, INGRESS_PORT, KUBECONFIG, LOGS, RUN, RUNNER_IMAGE, S3_BUCKET,
     S3_KEY, S3_REGION, S3_SECRET, STATE, BedError,
@@ -31,6 +31,7 @@ PARTS = {
     "coredns": (services.DNS, services.start_dns, services.dns_ready, services.READY_SECONDS),
     "ingress": (services.INGRESS, services.start_ingress, services.ingress_ready, services.READY_SECONDS),
     "metrics-server": (services.METRICS, services.start_metrics, services.metrics_ready, services.METRICS_SECONDS),
+    "outside": (outside.PROCESS, outside.start, outside.ready, outside.READY_SECONDS),
     "s3": (s3.PROCESS, s3.start, s3.ready, s3.READY_SECONDS),
     "elasticsearch": (elasticsearch.PROCESS, elasticsearch.start, elasticsearch.ready, elasticsearch.READY_SECONDS),
 }
@@ -149,6 +150,7 @@ def up(arguments):
     together([
         ("elasticsearch", lambda: elasticsearch.up(arguments.secure)),
         ("s3", s3.up),
+        ("outside", outside.up),
         ("cluster", cluster_up),
     ])
     load_new_images()
@@ -237,6 +239,8 @@ def env(_arguments):
         "AWS_ACCESS_KEY_ID": S3_KEY, "AWS_SECRET_ACCESS_KEY": S3_SECRET, "AWS_REGION": S3_REGION,
         "AWS_ENDPOINT_URL": s3.ENDPOINT, "S3_BUCKET": S3_BUCKET,
         "RUNNER_IMAGE": RUNNER_IMAGE, "DATABASE_IMAGE": DATABASE_IMAGE,
+        # The ingress controller is a program on the machine, not a pod.
+        "GANTRY_INGRESS_ADDRESSES": HOST,
         "TESTBED_KUBECTL": kubectl(), "TESTBED_INGRESS": f"{HOST}:{INGRESS_PORT}",
     }
     if elasticsearch.secure():

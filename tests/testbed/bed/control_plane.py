@@ -147,6 +147,8 @@ def objects():
     items += role("testbed:volumes", "testbed:volumes", [
         rules([""], ["persistentvolumeclaims"], READ),
         rules([""], ["persistentvolumes"], [*READ, "create", "delete"])])
+    items += role("testbed:policies", "testbed:policies", [
+        rules([""], ["pods", "namespaces", "nodes"], READ), rules(["networking.k8s.io"], ["networkpolicies"], READ)])
     items += machine_service("kube-dns", DNS_SERVICE, [("dns", 53, 53, "UDP"), ("dns-tcp", 53, 53, "TCP")])
     items += metrics_objects()
     return items

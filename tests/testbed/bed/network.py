@@ -1,12 +1,16 @@
-"""The bridge, one network namespace for each node, and the routes. Nothing of it leads off the machine."""
+"""The bridge, a network namespace for each node and for what stands for the rest of the world, and the routes.
+
+Nothing of it leads off the machine.
+"""
 
 import json
 import pathlib
 
 from .process import run
-from .settings import BED_NETWORK, BRIDGE, HOST, POD_NETWORK, SERVICE_NETWORK
+from .settings import BED_NETWORK, BRIDGE, HOST, OUTSIDE, OUTSIDE_ADDRESSES, POD_NETWORK, SERVICE_NETWORK
 
 NAMESPACE = "gantry-bed-"
+OUTSIDE_NAMESPACE = NAMESPACE + "outside"
 
 
 def namespace(node):
@@ -18,9 +22,23 @@ def links():
 
 
 def up():
-    if BRIDGE in links():
-        return
-    run(["ip", "-b", "-"], input=f"link add {BRIDGE} type bridge\naddr add {HOST}/24 dev {BRIDGE}\nlink set {BRIDGE} up\n")
+    if BRIDGE not in links():
+        run(["ip", "-b", "-"], input=f"link add {BRIDGE} type bridge\naddr add {HOST}/24 dev {BRIDGE}\nlink set {BRIDGE} up\n")
+    if not pathlib.Path(f"/run/netns/{OUTSIDE_NAMESPACE}").exists():
+        add_outside()
+
+
+def add_outside():
+    """A namespace of its own: the machine itself must not have the addresses of its cloud's services."""
+    run(["ip", "netns", "add", OUTSIDE_NAMESPACE])
+    run(["ip", "-b", "-"], input=(
+        f"link add gbed-outside type veth peer name eth0 netns {OUTSIDE_NAMESPACE}\n"
+        f"link set gbed-outside master {BRIDGE} up\n"
+    ))
+    run(["ip", "-n", OUTSIDE_NAMESPACE, "-b", "-"], input=(
+        f"addr add {OUTSIDE}/24 dev eth0\nlink set lo up\nlink set eth0 up\n"
+        + "".join(f"addr add {address}/32 dev lo\n" for address in OUTSIDE_ADDRESSES)
+    ))
 
 
 def add_node(node):
@@ -33,10 +51,12 @@ def add_node(node):
         f"link set {node.veth} master {BRIDGE} up\n"
         f"route replace {node.pods} via {node.address} dev {BRIDGE}\n"
     ))
+    run(["ip", "-n", OUTSIDE_NAMESPACE, "route", "replace", node.pods, "via", node.address])
     run(["ip", "-n", namespace(node), "-b", "-"], input=(
         f"addr add {node.address}/24 dev eth0\nlink set lo up\nlink set eth0 up\n"
         # Without a route the kernel refuses a packet before kube-proxy's rule gives it its real address.
         f"route add {SERVICE_NETWORK} dev eth0\n"
+        + "".join(f"route add {address} via {OUTSIDE}\n" for address in OUTSIDE_ADDRESSES)
     ))
     inside(node, ["sysctl", "-q", "-w", "net.ipv4.ip_forward=1"])
 

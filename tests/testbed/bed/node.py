@@ -1,4 +1,4 @@
-"""One node: a network namespace, containerd, kubelet, kube-proxy, and everything its pods run."""
+"""One node: a network namespace, containerd, kubelet, kube-proxy, what enforces NetworkPolicies, and its pods."""
 
 import datetime
 import json
@@ -11,7 +11,7 @@ from . import api, images, network, pki
 from .build import binary
 from .process import Process, kill_cgroup, make_cgroup, run, wait_for
 from .settings import (
-    CGROUP, CNI_PROGRAMS, DNS_SERVICE, DOMAIN, PAUSE_IMAGE, PKI, POD_NETWORK, RUN, STATE,
+    CGROUP, CNI_PROGRAMS, DNS_SERVICE, DOMAIN, PAUSE_IMAGE, PKI, POD_NETWORK, RUN, SERVICE_NETWORK, STATE,
 )
 
 # containerd: seen 1 s; a node: 4 s. More while all nodes start at once on two cores.
@@ -35,7 +35,8 @@ class Node:
         self.containerd = Process(f"{name}-containerd", self.group)
         self.kubelet = Process(f"{name}-kubelet", self.group)
         self.proxy = Process(f"{name}-kube-proxy", self.group)
-        self.processes = [self.containerd, self.kubelet, self.proxy]
+        self.policies = Process(f"{name}-policies", self.group)
+        self.processes = [self.containerd, self.kubelet, self.proxy, self.policies]
 
     def running(self):
         return all(process.pid() for process in self.processes)
@@ -75,6 +76,11 @@ class Node:
             f"--kubeconfig={STATE / f'kubelet-{self.name}.kubeconfig'}", f"--root-dir={self.state / 'kubelet'}",
             f"--hostname-override={self.name}", f"--node-ip={self.address}",
         ], namespace)
+        # Its chains and sets are the namespace's and go with it.
+        self.policies.start([
+            binary("policies"), f"--kubeconfig={STATE / 'policies.kubeconfig'}", f"--node={self.name}",
+            f"--services={SERVICE_NETWORK}",
+        ], namespace)
 
     def old_images(self):
         """The images that containerd has from another archive than that of now."""
@@ -92,6 +98,11 @@ class Node:
 
     def wait(self):
         wait_for(self.name, READY_SECONDS, self.reported, self.kubelet)
+        wait_for(f"{self.name}'s policies", READY_SECONDS, self.enforces, self.policies)
+
+    def enforces(self):
+        """Whether what goes through the node passes the chain that has the policies' rules."""
+        return "KUBE-ROUTER-FORWARD" in network.inside(self, ["iptables", "-S", "FORWARD"])
 
     def reported(self):
         """Ready by word of the kubelet that runs now: the API server still shows what a dead one said."""
@@ -155,9 +166,10 @@ disabled_plugins = [
 """
 
     def cni_config(self):
-        # No masquerading: a packet that is not for the bed finds no route and stops in the node.
+        # No masquerading: a packet that is not for the bed finds no route and stops in the node. No bridge: on one,
+        # two pods of a node would speak to each other past the rules that enforce policies, over IPv6 at least.
         return {"cniVersion": "0.4.0", "name": "bed", "plugins": [
-            {"type": "bridge", "bridge": "cni0", "isGateway": True, "ipMasq": False, "hairpinMode": True, "mtu": 1500,
+            {"type": "ptp", "ipMasq": False, "mtu": 1500,
              "ipam": {"type": "host-local", "ranges": [[{"subnet": self.pods}]], "dataDir": f"{self.run}/cni",
                       "routes": [{"dst": "0.0.0.0/0"}]}},
             {"type": "portmap", "capabilities": {"portMappings": True}},

@@ -91,7 +91,7 @@ def make():
         token.write_text(secrets.token_hex(16))
         (PKI / "tokens.csv").write_text(f"{token.read_text()},testbed:ingress,ingress\n")
     # The parts that a cluster usually runs as pods are programs on the machine here; each has a user of its own.
-    for part in ("coredns", "volumes", "metrics-server"):
+    for part in ("coredns", "volumes", "metrics-server", "policies"):
         client(part, f"testbed:{part}")
 
 

@@ -25,6 +25,17 @@ BRIDGE = "gantry-bed0"
 HOST = "10.245.0.1"
 BED_NETWORK = "10.245.0.0/24"
 POD_NETWORK = "10.244.0.0/16"
+# What stands for the rest of the world: it has these addresses besides its own on the bridge, and only nodes have
+# routes to them.
+OUTSIDE = "10.245.0.9"
+OUTSIDE_ADDRESSES = [
+    "203.0.113.10",  # a machine on the internet
+    "169.254.169.254",  # most clouds' metadata service
+    "168.63.129.16",  # Azure's
+    "192.0.0.192",  # Oracle's
+    "100.100.100.200",  # Alibaba's
+    "198.18.0.1", "240.0.0.1", "172.16.0.1", "192.168.0.1",  # private networks
+]
 SERVICE_NETWORK = "10.96.0.0/16"
 API_SERVICE = "10.96.0.1"
 DNS_SERVICE = "10.96.0.10"
