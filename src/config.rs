@@ -117,6 +117,17 @@ pub struct ServeArgs {
     /// Kubernetes: class of the ingress controller [default: nginx]
     #[arg(long, env = "INGRESS_CLASS", value_name = "NAME")]
     ingress_class: Option<String>,
+    /// Kubernetes: addresses or networks that the ingress controller's requests come from when it is no pod, such as
+    /// 10.0.0.0/24: nodes whose network it uses, or a load balancer outside the cluster
+    #[arg(long, env = "GANTRY_INGRESS_ADDRESSES", value_name = "NETWORKS")]
+    ingress_addresses: Option<String>,
+    /// Kubernetes: addresses or networks that user code may not reach, besides private and reserved ones: public ones
+    /// of nodes, pods and the API server
+    #[arg(long, env = "GANTRY_CLOSED_NETWORKS", value_name = "NETWORKS")]
+    closed_networks: Option<String>,
+    /// Kubernetes: services may run as root, with the few capabilities that usual images need
+    #[arg(long, env = "GANTRY_ROOT_SERVICES", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    root_services: Option<String>,
     /// Kubernetes: image with gantry-runner and the languages [default: gantry-runner:latest]
     #[arg(long, env = "RUNNER_IMAGE", value_name = "IMAGE")]
     runner_image: Option<String>,
@@ -763,7 +774,7 @@ mod tests {
         assert_eq!(found.clean_up, CleanUpConfig::Tell);
         assert_eq!(found.idle.as_secs(), 30 * 86_400);
         assert_eq!(found.heartbeat_late.as_secs(), 5);
-        let cases: [(&str, Set, &str); 16] = [
+        let cases: [(&str, Set, &str); 19] = [
             ("GANTRY_NAMESPACE", |a, v| a.namespace = v, "services-x"),
             ("GANTRY_NAMESPACE", |a, v| a.namespace = v, "user-x"),
             ("GANTRY_NAMESPACE", |a, v| a.namespace = v, "a.b"),
@@ -778,6 +789,17 @@ mod tests {
                 "a b",
             ),
             ("GANTRY_MODULE_FORWARD", |a, v| a.module_forward = v, "2"),
+            ("GANTRY_ROOT_SERVICES", |a, v| a.root_services = v, "2"),
+            (
+                "GANTRY_INGRESS_ADDRESSES",
+                |a, v| a.ingress_addresses = v,
+                "10.0.0.1/8",
+            ),
+            (
+                "GANTRY_CLOSED_NETWORKS",
+                |a, v| a.closed_networks = v,
+                "203.0.113.0/24,x",
+            ),
             ("GANTRY_USER_QUOTA", |a, v| a.user_quota = v, "pods"),
             ("GANTRY_USER_QUOTA", |a, v| a.user_quota = v, "pods=-1"),
             ("GANTRY_USER_QUOTA", |a, v| a.user_quota = v, "more=1"),

@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use super::packages::pip_variables;
 use super::{ConfigError, ServeArgs, given, host_name, parse, switch, wrong};
-use crate::model::{SecretText, is_host_label};
+use crate::model::{Network, SecretText, is_host_label};
+
+/// Each policy names every network, and the API server takes objects of limited size.
+const MAX_NETWORKS: usize = 100;
 
 /// Settings of a server whose platform is a cluster.
 #[derive(Debug)]
@@ -16,6 +19,12 @@ pub struct ClusterConfig {
     pub manifest_template: Option<String>,
     /// The ingress controller's class.
     pub ingress_class: String,
+    /// Where the ingress controller's requests come from when it is no pod.
+    pub ingress_addresses: Vec<Network>,
+    /// What user code may not reach besides what is closed everywhere.
+    pub closed_networks: Vec<Network>,
+    /// Services may run as root.
+    pub root_services: bool,
     /// The runner image.
     pub runner_image: String,
     /// The database image.
@@ -84,6 +93,9 @@ pub(super) fn cluster(args: &ServeArgs) -> Result<ClusterConfig, ConfigError> {
         namespace,
         manifest_template: manifest_template.transpose()?,
         ingress_class: host_name("INGRESS_CLASS", &args.ingress_class, "nginx")?,
+        ingress_addresses: networks("GANTRY_INGRESS_ADDRESSES", &args.ingress_addresses)?,
+        closed_networks: networks("GANTRY_CLOSED_NETWORKS", &args.closed_networks)?,
+        root_services: switch("GANTRY_ROOT_SERVICES", &args.root_services)?,
         runner_image: image("RUNNER_IMAGE", &args.runner_image, "gantry-runner:latest")?,
         database_image: image("DATABASE_IMAGE", &args.database_image, "postgres:16")?,
         clean_up: match given(&args.clean_up).unwrap_or("tell") {
@@ -100,6 +112,25 @@ pub(super) fn cluster(args: &ServeArgs) -> Result<ClusterConfig, ConfigError> {
         module_forward: switch("GANTRY_MODULE_FORWARD", &args.module_forward)?,
         wake_service: wake_service(&args.wake_service)?,
     })
+}
+
+fn networks(variable: &'static str, value: &Option<String>) -> Result<Vec<Network>, ConfigError> {
+    let expected = format!(
+        "at most {MAX_NETWORKS} addresses or networks, separated by commas, such as 10.0.0.0/24,203.0.113.7"
+    );
+    let parts = given(value).into_iter().flat_map(|list| list.split(','));
+    let parts = parts.map(str::trim).filter(|part| !part.is_empty());
+    let found: Result<Vec<Network>, _> = parts
+        .map(|part| part.parse().map_err(|_| wrong(variable, part, &expected)))
+        .collect();
+    match found? {
+        found if found.len() <= MAX_NETWORKS => Ok(found),
+        found => Err(wrong(
+            variable,
+            &format!("{} of them", found.len()),
+            expected,
+        )),
+    }
 }
 
 /// Not less than a second: a busy machine's kubelet is late by as much now and then.

@@ -9,6 +9,7 @@ mod image;
 mod language;
 mod limits;
 mod module;
+mod network;
 mod outcome;
 mod packages;
 mod problem;
@@ -32,6 +33,7 @@ pub use module::{
     MAX_MODULE_REPLICAS, ModuleName, ModuleNameError, ModuleRequest, ModuleSpec, ModuleState,
     ModuleStatus, Package, scale as module_scale,
 };
+pub use network::{Network, NetworkError};
 pub use outcome::{Outcome, Reason, Status, TestResult, Usage};
 pub use packages::{
     Install, Naming, PACKAGE_PROXY, PROXY_VARIABLES, PackageIndex, Packages, Place, Registry,

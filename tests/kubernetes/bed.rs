@@ -89,6 +89,11 @@ impl Bed {
             domain: "localhost".to_owned(),
             app_domain: "apps.localhost".to_owned(),
             ingress_class: "nginx".to_owned(),
+            ingress_addresses: variable("GANTRY_INGRESS_ADDRESSES")
+                .map(|text| vec![text.parse().unwrap()])
+                .unwrap_or_default(),
+            closed_networks: Vec::new(),
+            root_services: false,
             maximum: Limits::MAXIMUM,
             network: false,
             heartbeat_late: Duration::from_secs(5),

@@ -44,8 +44,8 @@ use super::{
     PlatformError, ProgramEvent, Recorded, ReleaseSpec, RunningRelease, Services, WorkspaceSpec,
 };
 use crate::model::{
-    Limits, MAX_REPL_REPLICAS, Problem, Release, ReplChange, ReplId, ReplSettings, ReplStatus,
-    TicketKey, UserId,
+    Limits, MAX_REPL_REPLICAS, Network, Problem, Release, ReplChange, ReplId, ReplSettings,
+    ReplStatus, TicketKey, UserId,
 };
 use crate::storage::S3Store;
 use cache::{Cache, Watched};
@@ -60,7 +60,7 @@ use record::Records;
 use release::{Owner, ReleaseConfig};
 use releases::Releases;
 use rollout::Rollouts;
-use services::KubernetesServices;
+use services::{KubernetesServices, Rules};
 use test_pod::{TestPodConfig, TestPods};
 
 pub use modules::PipIndex;
@@ -102,6 +102,12 @@ pub struct KubernetesConfig {
     pub app_domain: String,
     /// The ingress controller's class.
     pub ingress_class: String,
+    /// Where the ingress controller's requests come from when it is no pod.
+    pub ingress_addresses: Vec<Network>,
+    /// What user code may not reach besides what is closed everywhere.
+    pub closed_networks: Vec<Network>,
+    /// Services may run as root.
+    pub root_services: bool,
     /// The most a run may ask for.
     pub maximum: Limits,
     /// Whether test runs may use the network.
@@ -159,6 +165,8 @@ impl KubernetesPlatform {
             store: config.store_addresses.clone(),
             index: config.packages.addresses.clone(),
             quota: config.quota.clone(),
+            callers: config.ingress_addresses.clone(),
+            closed: config.closed_networks.clone(),
         };
         let (tell_pods, pod_changes) = mpsc::unbounded_channel();
         let watched = |kind| Watched {
@@ -181,8 +189,13 @@ impl KubernetesPlatform {
             records.synced().await
         };
         synced.await.context("the cluster cannot be watched")?;
+        let rules = Rules {
+            late: config.heartbeat_late,
+            root: config.root_services,
+            closed: config.closed_networks.clone(),
+        };
         let services =
-            KubernetesServices::start(&cluster, &config.namespace, config.heartbeat_late, &stop);
+            KubernetesServices::start(&cluster, &namespaces, &config.namespace, rules, &stop);
         let services = services.await.context("services cannot be watched")?;
         let pod_config = TestPodConfig {
             image: config.runner_image.clone(),
@@ -365,6 +378,9 @@ fn release_config(config: KubernetesConfig) -> ReleaseConfig {
         quota: _,
         packages: _,
         forward_modules: _,
+        ingress_addresses: _,
+        closed_networks: _,
+        root_services: _,
     } = config;
     ReleaseConfig {
         template,

@@ -15,8 +15,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::cache::{Cache, Changed, WATCH_LAG, Watched};
 use super::cluster::{Cluster, Failure, Kind, Manifest};
-use super::labels::{APP, DATABASE, MANAGED, MODULE, PACKAGES, REPL, USED, USER, of_user};
-use crate::model::UserId;
+use super::labels::{
+    APP, DATABASE, MANAGED, MODULE, PACKAGES, REPL, SERVICES_OF, USED, USER, of_user,
+};
+use crate::model::{Network, UserId};
 
 /// The service account of test pods; it may do nothing and has no token.
 pub const TEST_ACCOUNT: &str = "gantry-test";
@@ -38,15 +40,43 @@ const PARTS: [Kind; 4] = [
     Kind::ServiceAccount,
 ];
 
-/// Addresses that no program may reach: the metadata service of clouds hands out credentials, and the
-/// private ranges hold nodes, the API server and other users' pods.
-pub const CLOSED_RANGES: [&str; 5] = [
+/// Addresses that no program may reach: the metadata services of clouds hand out credentials, the private
+/// ranges hold nodes, the API server and other users' pods, and what is reserved may be used like a private
+/// range. Of IPv6 no program may reach anything: pods and nodes often have public addresses there, so leaving
+/// out the private ones would not do.
+pub const CLOSED_RANGES: [&str; 12] = [
+    "0.0.0.0/8",
     "10.0.0.0/8",
     "100.64.0.0/10",
+    "127.0.0.0/8",
+    // Azure's services for virtual machines have this public address.
+    "168.63.129.16/32",
     "169.254.0.0/16",
     "172.16.0.0/12",
+    "192.0.0.0/24",
     "192.168.0.0/16",
+    "198.18.0.0/15",
+    "224.0.0.0/4",
+    "240.0.0.0/4",
 ];
+
+/// Where programs may go on the internet: everywhere but for the ranges that are closed to all of them and to
+/// those of this installation.
+pub fn internet(closed: &[Network]) -> Value {
+    let own = closed.iter().filter(|network| network.is_ipv4());
+    let except: Vec<String> = CLOSED_RANGES
+        .map(str::to_owned)
+        .into_iter()
+        .chain(own.map(Network::to_string))
+        .collect();
+    json!({ "ipBlock": { "cidr": "0.0.0.0/0", "except": except } })
+}
+
+/// Names. The servers may be pods, or programs on a node, as with NodeLocal DNSCache: nothing tells a policy
+/// which, so this names nobody, and pods that may ask for names reach port 53 of any machine.
+pub fn names() -> Value {
+    json!({ "ports": [{ "protocol": "UDP", "port": 53 }, { "protocol": "TCP", "port": 53 }] })
+}
 
 /// What depends on the installation.
 #[derive(Debug, Clone, Default)]
@@ -57,6 +87,10 @@ pub struct Surroundings {
     pub index: Option<Vec<(IpAddr, u16)>>,
     /// What a namespace may have, where it is another than the usual.
     pub quota: BTreeMap<String, String>,
+    /// Where callers of programs and modules come from that are no pods.
+    pub callers: Vec<Network>,
+    /// What is closed to programs besides what is closed everywhere.
+    pub closed: Vec<Network>,
 }
 
 /// Everything a user's namespace consists of.
@@ -134,7 +168,7 @@ fn limit_range(user: &UserId) -> Manifest {
 }
 
 /// Nobody speaks to anybody, but for: callers to programs, programs to the internet, to their own
-/// database, to names, and to the code store. Test pods get nothing at all.
+/// database, to their user's modules, to names, and to the code store. Test pods get nothing at all.
 fn policies(user: &UserId, surroundings: &Surroundings) -> Vec<Manifest> {
     // By the repl: what a template of one's own calls its pods is its own affair.
     let prod = json!({ "matchExpressions": [
@@ -150,33 +184,36 @@ fn policies(user: &UserId, surroundings: &Surroundings) -> Vec<Manifest> {
     let policy =
         |name: &str, spec: Value| part(Kind::NetworkPolicy, user, name, json!({ "spec": spec }));
     let port = |protocol: &str, port: u16| json!({ "protocol": protocol, "port": port });
-    let everywhere_else = json!({ "ipBlock": { "cidr": "0.0.0.0/0", "except": CLOSED_RANGES } });
-    let names =
-        json!({ "to": [{ "namespaceSelector": {} }], "ports": [port("UDP", 53), port("TCP", 53)] });
+    let internet = internet(&surroundings.closed);
+    let block = |network: Network| json!({ "ipBlock": { "cidr": network.to_string() } });
     let there = |(address, number): &(IpAddr, u16)| {
-        let bits = if address.is_ipv4() { 32 } else { 128 };
-        let block = json!({ "ipBlock": { "cidr": format!("{address}/{bits}") } });
-        json!({ "to": [block], "ports": [port("TCP", *number)] })
+        let address = block(Network::from(*address));
+        json!({ "to": [address], "ports": [port("TCP", *number)] })
     };
-    let mut to_index = vec![names.clone()];
+    let mut to_index = vec![names()];
     match &surroundings.index {
         Some(index) => to_index.extend(index.iter().map(there)),
-        None => {
-            to_index.push(json!({ "to": [everywhere_else.clone()], "ports": [port("TCP", 443)] }))
-        }
+        None => to_index.push(json!({ "to": [internet.clone()], "ports": [port("TCP", 443)] })),
     }
     let mut out = vec![
-        names,
+        names(),
         json!({ "to": [{ "podSelector": database }], "ports": [port("TCP", 5_432)] }),
-        json!({ "to": [everywhere_else] }),
+        json!({ "to": [{ "podSelector": module }], "ports": [port("TCP", MODULE_PORT)] }),
+        json!({ "to": [internet] }),
     ];
     out.extend(surroundings.store.iter().map(there));
-    // Callers come through an ingress controller, which is in no user's namespace.
-    let strangers = json!({ "matchExpressions": [{ "key": USER, "operator": "DoesNotExist" }] });
+    // Callers come through an ingress controller, which is in no user's namespace, or no pod at all.
+    let strangers = json!({ "matchExpressions": [
+        { "key": USER, "operator": "DoesNotExist" },
+        { "key": SERVICES_OF, "operator": "DoesNotExist" },
+    ] });
+    let mut strangers = vec![json!({ "namespaceSelector": strangers })];
+    strangers.extend(surroundings.callers.iter().map(|network| block(*network)));
     let callers = json!({
-        "from": [{ "namespaceSelector": strangers.clone() }],
+        "from": strangers.clone(),
         "ports": [port("TCP", 3_000), port("TCP", 3_001), port("TCP", 3_002)],
     });
+    strangers.push(json!({ "podSelector": {} }));
     let own_programs = json!({
         "from": [{ "podSelector": prod }],
         "ports": [port("TCP", 5_432)],
@@ -211,7 +248,7 @@ fn policies(user: &UserId, surroundings: &Surroundings) -> Vec<Manifest> {
                 "podSelector": module,
                 "policyTypes": ["Ingress"],
                 "ingress": [{
-                    "from": [{ "namespaceSelector": strangers }, { "podSelector": {} }],
+                    "from": strangers,
                     "ports": [port("TCP", MODULE_PORT)],
                 }],
             }),
@@ -413,6 +450,18 @@ impl Namespaces {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether any account of services brings credentials for registries along: somebody else than this
+    /// server names them there.
+    pub fn pulls_with_secrets(&self) -> bool {
+        let accounts = self.inner.parts.get(&Kind::ServiceAccount);
+        let mut accounts = accounts.into_iter().flat_map(Cache::all);
+        accounts.any(|account| {
+            let secrets = account.data["imagePullSecrets"].as_array();
+            secrets.is_some_and(|secrets| !secrets.is_empty())
+                && account.labels().contains_key(SERVICES_OF)
+        })
+    }
+
     /// What is not there or not as it should be.
     fn wrong(&self, user: &UserId) -> Vec<Manifest> {
         let name = user.namespace();
@@ -528,6 +577,8 @@ mod tests {
             store: vec![("10.1.2.3".parse().unwrap(), 7_070)],
             index: Some(vec![("10.1.2.4".parse().unwrap(), 3_141)]),
             quota: BTreeMap::from([("pods".to_owned(), "7".to_owned())]),
+            callers: vec!["10.0.0.0/24".parse().unwrap()],
+            closed: vec!["203.0.113.0/24".parse().unwrap()],
         };
         manifests(&"test".parse().unwrap(), &surroundings)
     }
@@ -618,6 +669,130 @@ mod tests {
         assert_eq!(
             internet[1]["to"][0]["ipBlock"]["except"],
             json!(CLOSED_RANGES)
+        );
+    }
+
+    /// Ports of this address that these egress rules name, and whether one of them names none, which means all.
+    fn ports(egress: &Value, address: &str) -> (Vec<u64>, bool) {
+        let address: IpAddr = address.parse().unwrap();
+        let inside = |network: &Value| {
+            let network: Network = network.as_str().unwrap().parse().unwrap();
+            network.contains(address)
+        };
+        let mut named = Vec::new();
+        let mut all = false;
+        for rule in egress.as_array().unwrap() {
+            let reached = rule.get("to").is_none_or(|to| {
+                to.as_array().unwrap().iter().any(|peer| {
+                    let Some(block) = peer.get("ipBlock") else {
+                        return false;
+                    };
+                    let except = block["except"].as_array();
+                    inside(&block["cidr"]) && !except.into_iter().flatten().any(inside)
+                })
+            });
+            match rule.get("ports").and_then(Value::as_array) {
+                _ if !reached => {}
+                Some(ports) => named.extend(ports.iter().filter_map(|port| port["port"].as_u64())),
+                None => all = true,
+            }
+        }
+        named.sort_unstable();
+        named.dedup();
+        (named, all)
+    }
+
+    #[test]
+    fn no_policy_leads_to_the_cloud_the_nodes_or_a_private_network() {
+        let closed = vec!["203.0.113.0/24".parse().unwrap()];
+        let surroundings = Surroundings {
+            closed: closed.clone(),
+            ..Surroundings::default()
+        };
+        let user = "test".parse().unwrap();
+        let mut all = policies(&user, &surroundings);
+        let services = super::super::services::namespace_parts(&user, &closed);
+        all.extend(
+            services
+                .into_iter()
+                .filter(|m| m.kind == Kind::NetworkPolicy),
+        );
+        let egress = all
+            .iter()
+            .filter_map(|policy| policy.body["spec"].get("egress"));
+        let egress: Vec<&Value> = egress.collect();
+        assert_eq!(egress.len(), 3, "programs, modules' installers, services");
+        let unreachable = [
+            // Metadata and other services of clouds.
+            "169.254.169.254",
+            "169.254.170.2",
+            "168.63.129.16",
+            "192.0.0.192",
+            "100.100.100.200",
+            // Nodes, pods, the API server; reserved addresses.
+            "10.0.0.1",
+            "10.255.255.255",
+            "172.16.0.1",
+            "172.31.255.254",
+            "192.168.1.1",
+            "100.64.0.1",
+            "198.18.0.1",
+            "198.19.255.254",
+            "240.0.0.1",
+            "255.255.255.255",
+            "224.0.0.1",
+            "0.0.0.0",
+            "127.0.0.1",
+            // What the operator closed.
+            "203.0.113.7",
+            // IPv6: local, private, metadata, what stands for IPv4 addresses, and everything else.
+            "::1",
+            "fe80::1",
+            "fc00::1",
+            "fd00:ec2::254",
+            "::ffff:10.0.0.1",
+            "64:ff9b::a00:1",
+            "64:ff9b:1::a00:1",
+            "2002:a00:1::1",
+            "2001:db8::1",
+        ];
+        for egress in egress {
+            for address in unreachable {
+                assert_eq!(
+                    ports(egress, address),
+                    (vec![53], false),
+                    "{address}: {egress}"
+                );
+            }
+            let (named, all) = ports(egress, "198.51.100.7");
+            assert!(
+                all || named.contains(&443),
+                "the internet can be reached: {egress}"
+            );
+        }
+    }
+
+    #[test]
+    fn callers_are_the_ingress_controller_and_never_another_users_pods() {
+        let all = all();
+        let named = |name: &str| {
+            let found = all.iter().find(|m| m.name() == name).unwrap();
+            found.body["spec"]["ingress"][0]["from"].clone()
+        };
+        for name in ["gantry-programs", "gantry-modules"] {
+            let from = named(name);
+            let strangers = from[0]["namespaceSelector"]["matchExpressions"].to_string();
+            assert!(
+                strangers.contains(USER) && strangers.contains(SERVICES_OF),
+                "{strangers}"
+            );
+            assert_eq!(from[1]["ipBlock"]["cidr"], "10.0.0.0/24");
+        }
+        let databases = named("gantry-databases");
+        assert_eq!(
+            databases.as_array().unwrap().len(),
+            1,
+            "the repl's program alone: {databases}"
         );
     }
 

@@ -3,11 +3,12 @@
 use k8s_openapi::api::core::v1::{Container, Pod};
 use serde_json::{Value, json};
 
-use crate::model::{ContainerSpec, ServiceName, UserId};
+use crate::model::{ContainerSpec, Network, ServiceName, UserId};
 use crate::platform::kubernetes::cluster::{Kind, Manifest};
 use crate::platform::kubernetes::labels::{
     GANTRY, IMAGE_CHECK, MANAGED_BY, SERVICE, SERVICES_OF, USER,
 };
+use crate::platform::kubernetes::namespace::{internet, names};
 
 /// After its node is given up by the cluster, a container is replaced after this long. The cluster has
 /// waited long enough by then, and a replica elsewhere does no harm: a service's replicas are alike.
@@ -22,8 +23,32 @@ const PRIORITY: i32 = 1_000;
 /// The service account of services; it may do nothing and has no token.
 const ACCOUNT: &str = "gantry-service";
 
+/// What root in a container may do where the operator lets services be root: what the usual images need to
+/// prepare their folders, to become another user and to listen below 1024. Nothing that reaches the network's
+/// packets or devices.
+const ROOT_CAPABILITIES: [&str; 6] = [
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FOWNER",
+    "NET_BIND_SERVICE",
+    "SETGID",
+    "SETUID",
+];
+
 /// A check of an image that Gantry did not remove ends by itself.
 const CHECK_SECONDS: u32 = 60;
+
+/// What every container of services is made with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Making<'a> {
+    /// The name of the priority.
+    pub priority: &'a str,
+    /// The operator lets services run as root.
+    pub root: bool,
+    /// Nodes ask the registry before each start whether the image may be had: one that was fetched with
+    /// somebody's credentials is on the node for everybody.
+    pub ask_registry: bool,
+}
 
 /// The namespace of a user's services: their bounds are others than those of its programs.
 pub fn namespace(user: &UserId) -> String {
@@ -54,8 +79,9 @@ pub fn priority(installation: &str) -> Manifest {
     )
 }
 
-/// The namespace and everything in it but services.
-pub fn namespace_parts(user: &UserId) -> Vec<Manifest> {
+/// The namespace and everything in it but services. `closed`: what is closed to programs of this
+/// installation.
+pub fn namespace_parts(user: &UserId, closed: &[Network]) -> Vec<Manifest> {
     let name = namespace(user);
     let labels = json!({ MANAGED_BY: GANTRY, SERVICES_OF: user.as_str() });
     let mut marked = labels.clone();
@@ -64,10 +90,6 @@ pub fn namespace_parts(user: &UserId) -> Vec<Manifest> {
         let metadata = json!({ "name": part, "namespace": name, "labels": labels });
         Manifest::new(kind, json!({ "metadata": metadata, "spec": spec }))
     };
-    let everywhere_else = json!({ "ipBlock": {
-        "cidr": "0.0.0.0/0",
-        "except": crate::platform::kubernetes::namespace::CLOSED_RANGES,
-    } });
     vec![
         Manifest::new(
             Kind::Namespace,
@@ -105,10 +127,8 @@ pub fn namespace_parts(user: &UserId) -> Vec<Manifest> {
                 "ingress": [{ "from": [{ "podSelector": {} }] }],
                 "egress": [
                     { "to": [{ "podSelector": {} }] },
-                    { "to": [{ "namespaceSelector": {} }], "ports": [
-                        { "protocol": "UDP", "port": 53 }, { "protocol": "TCP", "port": 53 },
-                    ] },
-                    { "to": [everywhere_else] },
+                    names(),
+                    { "to": [internet(closed)] },
                 ],
             }),
         ),
@@ -130,11 +150,11 @@ pub fn deployment(
     name: &ServiceName,
     replicas: u32,
     container: &ContainerSpec,
-    priority: &str,
+    making: Making<'_>,
 ) -> Manifest {
     let selector = json!({ "matchLabels": { SERVICE: name.as_str() } });
     let labels = labels(user, name);
-    let mut pod = pod_spec(container, priority);
+    let mut pod = pod_spec(container, making);
     pod["terminationGracePeriodSeconds"] = GRACE_SECONDS.into();
     pod["tolerations"] = ["not-ready", "unreachable"]
         .map(|what| {
@@ -174,7 +194,7 @@ pub fn image_check(
     user: &UserId,
     name: &str,
     container: &ContainerSpec,
-    priority: &str,
+    making: Making<'_>,
 ) -> Manifest {
     let container = ContainerSpec {
         command: vec!["/gantry-image-check".to_owned()],
@@ -182,7 +202,7 @@ pub fn image_check(
         env: Default::default(),
         ..container.clone()
     };
-    let mut pod = pod_spec(&container, priority);
+    let mut pod = pod_spec(&container, making);
     pod["restartPolicy"] = "Never".into();
     pod["activeDeadlineSeconds"] = CHECK_SECONDS.into();
     pod["terminationGracePeriodSeconds"] = 0.into();
@@ -196,7 +216,7 @@ pub fn image_check(
     )
 }
 
-fn pod_spec(container: &ContainerSpec, priority: &str) -> Value {
+fn pod_spec(container: &ContainerSpec, making: Making<'_>) -> Value {
     let ContainerSpec {
         name,
         image,
@@ -212,8 +232,9 @@ fn pod_spec(container: &ContainerSpec, priority: &str) -> Value {
     let mut container = json!({
         "name": name,
         "image": image.as_str(),
-        // Also for `latest`: a node that is lost must not make a registry that is away a second fault.
-        "imagePullPolicy": "IfNotPresent",
+        // Also for `latest`, but for images that not everybody may have: a node that is lost must not make a
+        // registry that is away a second fault.
+        "imagePullPolicy": if making.ask_registry { "Always" } else { "IfNotPresent" },
         "resources": {
             "requests": { "cpu": "10m", "memory": "32Mi" },
             "limits": { "cpu": "1", "memory": "256Mi" },
@@ -222,8 +243,14 @@ fn pod_spec(container: &ContainerSpec, priority: &str) -> Value {
         "securityContext": {
             "allowPrivilegeEscalation": false,
             "seccompProfile": { "type": "RuntimeDefault" },
+            "capabilities": { "drop": ["ALL"] },
         },
     });
+    if making.root {
+        container["securityContext"]["capabilities"]["add"] = json!(ROOT_CAPABILITIES);
+    } else {
+        container["securityContext"]["runAsNonRoot"] = true.into();
+    }
     // What is empty is left to the image.
     for (field, value) in [("command", words(command)), ("args", words(args))] {
         if !value.is_empty() {
@@ -237,7 +264,7 @@ fn pod_spec(container: &ContainerSpec, priority: &str) -> Value {
         "serviceAccountName": ACCOUNT,
         "automountServiceAccountToken": false,
         "enableServiceLinks": false,
-        "priorityClassName": priority,
+        "priorityClassName": making.priority,
         "containers": [container],
     })
 }
@@ -277,6 +304,8 @@ pub enum Found {
     Image,
     /// It cannot be had, and why.
     Nothing(String),
+    /// A node has it, and does not start it as who it wants to be, and why.
+    Root(String),
 }
 
 /// What the pod of a check says, once it says something.
@@ -291,6 +320,10 @@ pub fn found(pod: &Pod) -> Option<Found> {
         None if !container.image_id.is_empty() => Some(Found::Image),
         // It is there, and the command that is in no image is not.
         Some("RunContainerError" | "CreateContainerError") => Some(Found::Image),
+        Some("CreateContainerConfigError") => {
+            let said = waiting.and_then(|waiting| waiting.message.clone())?;
+            said.contains("runAsNonRoot").then_some(Found::Root(said))
+        }
         Some("ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull") => {
             let said = waiting.and_then(|waiting| waiting.message.clone());
             Some(Found::Nothing(said.unwrap_or_default()))
@@ -306,6 +339,12 @@ mod tests {
     use k8s_openapi::api::apps::v1::Deployment;
     use std::collections::BTreeMap;
 
+    const MAKING: Making<'static> = Making {
+        priority: "gantry-services",
+        root: false,
+        ask_registry: false,
+    };
+
     fn spec() -> ContainerSpec {
         ContainerSpec {
             name: "main".to_owned(),
@@ -318,7 +357,7 @@ mod tests {
 
     fn deployment_of(container: &ContainerSpec) -> Deployment {
         let (user, name) = ("ada".parse().unwrap(), "shop".parse().unwrap());
-        let manifest = deployment(&user, &name, 3, container, "gantry-services");
+        let manifest = deployment(&user, &name, 3, container, MAKING);
         serde_json::from_value(manifest.body).unwrap()
     }
 
@@ -361,6 +400,59 @@ mod tests {
         assert!(limits.contains_key("cpu") && limits.contains_key("memory"));
     }
 
+    /// A service and the check of its image, as they are made.
+    fn containers(making: Making<'_>) -> [Value; 2] {
+        let (user, name) = ("ada".parse().unwrap(), "shop".parse().unwrap());
+        let service = deployment(&user, &name, 1, &spec(), making).body;
+        let check = image_check(&user, "check", &spec(), making).body;
+        [
+            service["spec"]["template"]["spec"]["containers"][0].clone(),
+            check["spec"]["containers"][0].clone(),
+        ]
+    }
+
+    #[test]
+    fn a_service_is_not_root_and_has_no_capabilities_unless_the_operator_lets_it() {
+        for container in containers(MAKING) {
+            let expected = json!({
+                "allowPrivilegeEscalation": false,
+                "runAsNonRoot": true,
+                "seccompProfile": { "type": "RuntimeDefault" },
+                "capabilities": { "drop": ["ALL"] },
+            });
+            assert_eq!(container["securityContext"], expected);
+        }
+        let root = Making {
+            root: true,
+            ..MAKING
+        };
+        for container in containers(root) {
+            let security = &container["securityContext"];
+            assert_eq!(security.get("runAsNonRoot"), None);
+            assert_eq!(security["allowPrivilegeEscalation"], false);
+            assert_eq!(security["capabilities"]["drop"], json!(["ALL"]));
+            let added = security["capabilities"]["add"].to_string();
+            assert!(added.contains("SETUID"), "{added}");
+            assert!(
+                !added.contains("NET_RAW") && !added.contains("MKNOD"),
+                "{added}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_registry_is_asked_each_time_where_images_are_fetched_with_credentials() {
+        for (ask_registry, policy) in [(false, "IfNotPresent"), (true, "Always")] {
+            let making = Making {
+                ask_registry,
+                ..MAKING
+            };
+            for container in containers(making) {
+                assert_eq!(container["imagePullPolicy"], policy);
+            }
+        }
+    }
+
     #[test]
     fn a_check_says_whether_the_image_can_be_had() {
         let pod = |state: Value, image_id: &str| -> Pod {
@@ -379,6 +471,13 @@ mod tests {
             found(&pod(waiting("RunContainerError"), "x")),
             Some(Found::Image)
         );
+        let root = "container has runAsNonRoot and image will run as root";
+        let refused = |said: &str| json!({ "waiting": { "reason": "CreateContainerConfigError", "message": said } });
+        assert_eq!(
+            found(&pod(refused(root), "")),
+            Some(Found::Root(root.to_owned()))
+        );
+        assert_eq!(found(&pod(refused("secret not found"), "")), None);
         let ended = json!({ "terminated": { "exitCode": 128, "reason": "StartError" } });
         assert_eq!(found(&pod(ended, "x")), Some(Found::Image));
         assert_eq!(

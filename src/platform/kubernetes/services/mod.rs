@@ -21,13 +21,16 @@ use tokio_util::sync::CancellationToken;
 use super::cache::WATCH_LAG;
 use super::cluster::{Cluster, Failure, Kind};
 use super::labels::{MANAGED_SERVICES, SERVICE};
+use super::namespace::Namespaces;
 use crate::model::{
-    ContainerSpec, FieldError, ImageName, ServiceEvent, ServiceName, ServiceOutcome, ServiceSpec,
-    Snapshot, UserId,
+    ContainerSpec, FieldError, ImageName, Network, ServiceEvent, ServiceName, ServiceOutcome,
+    ServiceSpec, Snapshot, UserId,
 };
 use crate::platform::PlatformError;
 use crate::platform::services::{Services, ServicesError};
-use manifest::Found;
+#[cfg(test)]
+pub(super) use manifest::namespace_parts;
+use manifest::{Found, Making};
 use view::{Key, Life, Moment};
 use watch::Watched;
 
@@ -48,10 +51,23 @@ const RETRY: Duration = Duration::from_millis(200);
 /// Services of one body that are applied at a time.
 const AT_ONCE: usize = 8;
 
+/// What the operator says of services.
+#[derive(Debug, Clone, Default)]
+pub struct Rules {
+    /// So late a node's heartbeat may be.
+    pub late: Duration,
+    /// They may run as root.
+    pub root: bool,
+    /// What is closed to them besides what is closed everywhere.
+    pub closed: Vec<Network>,
+}
+
 /// Services on Kubernetes.
 #[derive(Debug, Clone)]
 pub struct KubernetesServices {
     cluster: Cluster,
+    namespaces: Namespaces,
+    rules: Arc<Rules>,
     watched: Watched,
     priority: Arc<str>,
     /// Users whose namespace was made, or made sure of, by this server.
@@ -69,18 +85,20 @@ struct Resolved<'a> {
 }
 
 impl KubernetesServices {
-    /// Begins to watch; `late`: so late a node's heartbeat may be. `installation`: the server's own
-    /// namespace.
+    /// Begins to watch. `installation`: the server's own namespace.
     pub async fn start(
         cluster: &Cluster,
+        namespaces: &Namespaces,
         installation: &str,
-        late: Duration,
+        rules: Rules,
         stop: &CancellationToken,
     ) -> Result<Self, Failure> {
         cluster.apply(&manifest::priority(installation)).await?;
         let this = Self {
             cluster: cluster.clone(),
-            watched: Watched::start(&cluster.client, late, stop),
+            namespaces: namespaces.clone(),
+            watched: Watched::start(&cluster.client, rules.late, stop),
+            rules: Arc::new(rules),
             priority: manifest::priority_name(installation).into(),
             made: Arc::default(),
         };
@@ -132,6 +150,15 @@ impl KubernetesServices {
         }
     }
 
+    /// How services are made now.
+    fn making(&self) -> Making<'_> {
+        Making {
+            priority: &self.priority,
+            root: self.rules.root,
+            ask_registry: self.namespaces.pulls_with_secrets(),
+        }
+    }
+
     /// Fills in what a service runs already.
     fn resolve<'a>(
         &self,
@@ -175,7 +202,7 @@ impl KubernetesServices {
         if self.made().contains(user) {
             return Ok(());
         }
-        let parts = manifest::namespace_parts(user);
+        let parts = manifest::namespace_parts(user, &self.rules.closed);
         let (namespace, parts) = parts.split_at(1);
         for manifest in namespace {
             self.cluster.apply(manifest).await?;
@@ -194,6 +221,7 @@ impl KubernetesServices {
         &self,
         user: &UserId,
         services: &[Resolved<'_>],
+        making: Making<'_>,
     ) -> Result<(), ServicesError> {
         let mut unknown: BTreeMap<&ImageName, &Resolved<'_>> = BTreeMap::new();
         {
@@ -204,7 +232,8 @@ impl KubernetesServices {
                 let runs = view
                     .wanted(&key)
                     .is_some_and(|before| before.container.image == *image);
-                if !runs && !view.nodes.has(image) {
+                // On a node an image may be somebody else's.
+                if !runs && (making.ask_registry || !view.nodes.has(image)) {
                     unknown.entry(image).or_insert(service);
                 }
             }
@@ -212,7 +241,7 @@ impl KubernetesServices {
         // Collected: a lazy list of futures cannot be sent to another thread.
         let checks: Vec<_> = unknown
             .into_values()
-            .map(|service| self.check_image(user, service))
+            .map(|service| self.check_image(user, service, making))
             .collect();
         let found: Vec<_> = stream::iter(checks).buffered(AT_ONCE).collect().await;
         found.into_iter().collect()
@@ -222,11 +251,12 @@ impl KubernetesServices {
         &self,
         user: &UserId,
         service: &Resolved<'_>,
+        making: Making<'_>,
     ) -> Result<(), ServicesError> {
         let failed = |failure: Failure| failure.unavailable("The image could not be looked for");
         let namespace = manifest::namespace(user);
         let name = format!("image-check-{}", uuid::Uuid::now_v7().simple());
-        let check = manifest::image_check(user, &name, &service.container, &self.priority);
+        let check = manifest::image_check(user, &name, &service.container, making);
         let mut changes = self.watched.changes();
         let begun = Instant::now();
         while let Err(failure) = self.cluster.create(&check).await {
@@ -251,27 +281,37 @@ impl KubernetesServices {
         if let Err(failure) = removed {
             tracing::warn!(%namespace, %name, %failure, "the check of an image could not be removed; it ends by itself");
         }
+        let image = &service.container.image;
+        let refused = |why: String| {
+            let field = format!("services[{}].container.image", service.index);
+            Err(ServicesError::Field(FieldError::new(field, why)))
+        };
         match found {
-            Some(Found::Nothing(said)) => Err(ServicesError::Field(FieldError::new(
-                format!("services[{}].container.image", service.index),
-                format!(
-                    "is {}, which cannot be had: {said}",
-                    service.container.image
-                ),
-            ))),
+            Some(Found::Nothing(said)) => {
+                refused(format!("is {image}, which cannot be had: {said}"))
+            }
+            Some(Found::Root(said)) => refused(format!(
+                "is {image}, which runs as root, and services may not ({said}): give it a numeric USER other than 0, \
+                 or ask the operator for GANTRY_ROOT_SERVICES"
+            )),
             // Not known within the time is no reason to refuse: the service's state tells it.
             Some(Found::Image) | None => Ok(()),
         }
     }
 
     /// Makes one service be as it is wanted, and waits until that is seen.
-    async fn apply_one(&self, user: &UserId, service: &Resolved<'_>) -> ServiceOutcome {
+    async fn apply_one(
+        &self,
+        user: &UserId,
+        service: &Resolved<'_>,
+        making: Making<'_>,
+    ) -> ServiceOutcome {
         let manifest = manifest::deployment(
             user,
             service.name,
             service.replicas,
             &service.container,
-            &self.priority,
+            making,
         );
         let mut applied = self.cluster.apply(&manifest).await;
         if applied
@@ -336,10 +376,11 @@ impl Services for KubernetesServices {
         self.ensure_namespace(user).await.map_err(|failure| {
             failure.unavailable("The namespace of the services could not be made")
         })?;
-        self.check_images(user, &resolved).await?;
+        let making = self.making();
+        self.check_images(user, &resolved, making).await?;
         let applied: Vec<_> = resolved
             .iter()
-            .map(|service| self.apply_one(user, service))
+            .map(|service| self.apply_one(user, service, making))
             .collect();
         Ok(stream::iter(applied).buffered(AT_ONCE).collect().await)
     }

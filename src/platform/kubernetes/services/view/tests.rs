@@ -54,7 +54,12 @@ impl Bed {
             env: BTreeMap::new(),
         };
         let count = u32::try_from(replicas).unwrap();
-        let mut body = manifest::deployment(&user, &name, count, &container, "p").body;
+        let making = manifest::Making {
+            priority: "p",
+            root: false,
+            ask_registry: false,
+        };
+        let mut body = manifest::deployment(&user, &name, count, &container, making).body;
         body["metadata"]["creationTimestamp"] = MADE.into();
         body["status"] = json!({ "updatedReplicas": replicas });
         let now = self.now();
