@@ -209,7 +209,7 @@ fn read(path: &Path) -> Result<Value, Failure> {
         Failure::usage(
             format!("{} cannot be used", path.display()),
             cause,
-            "Name a JSON or YAML file such as {services: [{serviceName: shop, replicas: 3, container: {name: shop, image: 'nginx:1.27'}}]}.",
+            "Name a JSON or YAML file such as {services: [{serviceName: shop, replicas: 3, container: {name: shop, image: 'nginxinc/nginx-unprivileged:1.27'}}]}.",
         )
     };
     let mut text = String::new();

@@ -34,7 +34,7 @@ pub struct Applied {
 #[utoipa::path(post, path = "/service", tag = "services",
     request_body(content = Object, description = "`userId`: whose; an admin's own (`admin`) when it is left out",
         example = json!({ "services": [{ "serviceName": "shop", "replicas": 3,
-            "container": { "name": "shop", "image": "nginx:1.27", "command": [], "args": [], "env": {} } }] })),
+            "container": { "name": "shop", "image": "nginxinc/nginx-unprivileged:1.27", "command": [], "args": [], "env": {} } }] })),
     responses((status = 200, body = Applied), (status = 400, body = ProblemBody),
               (status = 403, body = ProblemBody), (status = 501, body = ProblemBody),
               (status = 503, body = ProblemBody)))]

@@ -12,6 +12,7 @@ import urllib.request
 
 from bed import elasticsearch, s3
 from bed.process import run
+from bed.settings import HOST, OUTSIDE_ADDRESSES, S3_PORT
 
 NAMESPACE = "testbed-smoke"
 HOST_NAME = "page.smoke.test"
@@ -19,6 +20,8 @@ HOST_NAME = "page.smoke.test"
 ROLLOUT_SECONDS = 90
 ROUTE_SECONDS = 20
 DATABASE_SECONDS = 90
+# Seen: half a second; more while many pods come and go.
+POLICY_SECONDS = 30
 
 RESTRICTED = {
     "allowPrivilegeEscalation": False, "runAsNonRoot": True, "capabilities": {"drop": ["ALL"]},
@@ -155,6 +158,27 @@ class Smoke(unittest.TestCase):
     def test_an_account_without_rights_is_refused(self):
         with self.assertRaisesRegex(Exception, "(?i)forbidden"):
             kubectl("--as=system:serviceaccount:testbed-smoke:default", "get", "secrets", "--all-namespaces")
+
+    def test_a_policy_closes_pods_and_opens_them_again(self):
+        """On every node, to the machine and to the rest of the world; the probes before and after it are its control."""
+        ask = ("import socket; print([socket.socket().connect_ex((address, port)) for address, port in "
+               f"[('{HOST}', {S3_PORT}), ('{OUTSIDE_ADDRESSES[0]}', 80)]])")
+        policy = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+                  "metadata": {"name": "closed", "namespace": NAMESPACE},
+                  "spec": {"podSelector": {"matchLabels": {"app": "page"}}, "policyTypes": ["Egress"]}}
+
+        def reached(as_expected):
+            for pod in self.pods:
+                answers = json.loads(self.inside("python3", "-c", ask, pod=pod))
+                self.assertTrue(all(as_expected(answer) for answer in answers), f"{pod}: {answers}")
+
+        reached(lambda answer: answer == 0)
+        kubectl("apply", "--server-side", "-f", "-", input=json.dumps(policy))
+        try:
+            eventually(POLICY_SECONDS, lambda: reached(lambda answer: answer != 0))
+        finally:
+            kubectl("-n", NAMESPACE, "delete", "networkpolicy", "closed")
+        eventually(POLICY_SECONDS, lambda: reached(lambda answer: answer == 0))
 
     def test_nothing_outside_is_reached_from_a_pod(self):
         ask = "import socket; s = socket.socket(); s.settimeout(3); print(s.connect_ex(('192.0.2.1', 80)))"
