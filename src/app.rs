@@ -259,7 +259,8 @@ async fn kubernetes(
             runner_image: cluster.runner_image.clone(),
             database_image: cluster.database_image.clone(),
             bucket: s3.bucket.clone(),
-            store: store_variables(&s3),
+            store: Arc::clone(&store),
+            shared_keys: cluster.share_store_keys.then(|| store_variables(&s3)),
             store_addresses: store_addresses(&s3).await,
             domain: config.domain.clone(),
             app_domain: config.app_domain.clone(),
@@ -349,7 +350,7 @@ fn this_process() -> anyhow::Result<String> {
     Ok(format!("{host}_{:08x}", u32::from_be_bytes(random)))
 }
 
-/// What a released pod needs to read the bucket.
+/// The bucket's keys, as a template that copies with aws-cli needs them.
 fn store_variables(s3: &S3Config) -> BTreeMap<String, String> {
     let token = s3.session_token.as_ref();
     let variables = [

@@ -149,6 +149,9 @@ pub struct ServeArgs {
     /// Kubernetes: storage class of a volume of each user's that keeps what pip fetched for modules [default: none is kept]
     #[arg(long, env = "GANTRY_PACKAGE_CACHE_CLASS", value_name = "NAME")]
     package_cache_class: Option<String>,
+    /// Kubernetes: put the bucket's keys into the Secret gantry-store of each user's namespace, for a MANIFEST_TEMPLATE of your own that needs them
+    #[arg(long, env = "GANTRY_SHARE_STORE_KEYS", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    share_store_keys: Option<String>,
     /// Kubernetes: reach modules' pods by port-forward only, never by their addresses
     #[arg(long, env = "GANTRY_MODULE_FORWARD", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     module_forward: Option<String>,
@@ -774,7 +777,7 @@ mod tests {
         assert_eq!(found.clean_up, CleanUpConfig::Tell);
         assert_eq!(found.idle.as_secs(), 30 * 86_400);
         assert_eq!(found.heartbeat_late.as_secs(), 5);
-        let cases: [(&str, Set, &str); 19] = [
+        let cases: [(&str, Set, &str); 20] = [
             ("GANTRY_NAMESPACE", |a, v| a.namespace = v, "services-x"),
             ("GANTRY_NAMESPACE", |a, v| a.namespace = v, "user-x"),
             ("GANTRY_NAMESPACE", |a, v| a.namespace = v, "a.b"),
@@ -787,6 +790,11 @@ mod tests {
                 "GANTRY_PACKAGE_CACHE_CLASS",
                 |a, v| a.package_cache_class = v,
                 "a b",
+            ),
+            (
+                "GANTRY_SHARE_STORE_KEYS",
+                |a, v| a.share_store_keys = v,
+                "2",
             ),
             ("GANTRY_MODULE_FORWARD", |a, v| a.module_forward = v, "2"),
             ("GANTRY_ROOT_SERVICES", |a, v| a.root_services = v, "2"),

@@ -6,48 +6,88 @@ mod put;
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use gantry::model::{RelativePath, ReplId, SubmissionId};
-use gantry::storage::{CodeStore, S3Config, S3Store, release_prefix};
+use gantry::model::{Problem, RelativePath, ReplId, SubmissionId};
+use gantry::storage::{
+    CodeStore, FETCH_GREETING, FETCH_TAKEN, GrantedFile, INCOMPLETE, Offer, S3Config, S3Store,
+    release_prefix,
+};
 use put::put;
 
-const VARIABLES: [&str; 6] = [
-    "S3_BUCKET",
-    "AWS_REGION",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_ENDPOINT_URL",
-];
+/// A port that nobody uses now.
+fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
 
-/// `gantry-runner fetch FOLDER` with these variables and no others.
-fn fetch(folder: &Path, variables: &[(&str, &str)]) -> Output {
+/// `gantry-runner fetch FOLDER PORT` without any variable.
+fn start(folder: &Path, port: u16) -> Child {
     Command::new(env!("CARGO_BIN_EXE_gantry-runner"))
         .arg("fetch")
         .arg(folder)
+        .arg(port.to_string())
         .env_clear()
-        .envs(variables.iter().copied())
-        .output()
+        .stderr(Stdio::piped())
+        .spawn()
         .unwrap()
 }
 
-/// The same from the store that the environment names.
-fn fetch_from_store(folder: &Path, prefix: &str) -> Output {
-    let mut variables = vec![("S3_PREFIX".to_owned(), prefix.to_owned())];
-    for name in VARIABLES {
-        if let Ok(value) = std::env::var(name) {
-            variables.push((name.to_owned(), value));
+/// A connection to it, greeted.
+fn connect(port: u16) -> TcpStream {
+    let began = Instant::now();
+    let mut stream = loop {
+        match TcpStream::connect(("127.0.0.1", port)) {
+            Ok(stream) => break stream,
+            Err(error) => assert!(began.elapsed() < Duration::from_secs(10), "{error}"),
         }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    let mut greeting = [0; FETCH_GREETING.len()];
+    stream.read_exact(&mut greeting).unwrap();
+    assert_eq!(greeting, FETCH_GREETING.as_bytes());
+    stream
+}
+
+/// What `fetch` makes of this line of the server's.
+fn fetch_line(folder: &Path, line: &str) -> Output {
+    let port = free_port();
+    let child = start(folder, port);
+    let mut stream = connect(port);
+    stream.write_all(line.as_bytes()).unwrap();
+    let mut taken = [0; FETCH_TAKEN.len()];
+    stream.read_exact(&mut taken).unwrap();
+    assert_eq!(taken, FETCH_TAKEN.as_bytes());
+    child.wait_with_output().unwrap()
+}
+
+fn fetch(folder: &Path, offer: &Offer) -> Output {
+    fetch_line(
+        folder,
+        &format!("{}\n", serde_json::to_string(offer).unwrap()),
+    )
+}
+
+/// The same from the store that the environment names, as the server offers it.
+async fn fetch_from_store(folder: &Path, prefix: &str) -> Output {
+    let offer = store().grant(prefix).await.unwrap_or_else(Offer::Refused);
+    fetch(folder, &offer)
+}
+
+/// Files with these paths at these URLs.
+fn offer(files: &[(&str, &str)]) -> Offer {
+    let file = |(path, url): &(&str, &str)| GrantedFile {
+        path: (*path).to_owned(),
+        url: (*url).to_owned(),
+        expected: None,
+    };
+    Offer::Files {
+        place: "s3://b/code/r/".to_owned(),
+        files: files.iter().map(file).collect(),
     }
-    let variables: Vec<(&str, &str)> = variables
-        .iter()
-        .map(|(name, value)| (name.as_str(), value.as_str()))
-        .collect();
-    fetch(folder, &variables)
 }
 
 fn said(output: &Output) -> String {
@@ -95,7 +135,7 @@ async fn a_release_and_current_code_are_copied_whole() {
         std::fs::write(&kept, "kept").unwrap();
         std::fs::create_dir_all(folder.path().join("d/e")).unwrap();
         std::os::unix::fs::symlink(&kept, folder.path().join("d/e/f")).unwrap();
-        let output = fetch_from_store(folder.path(), &prefix);
+        let output = fetch_from_store(folder.path(), &prefix).await;
         assert!(output.status.success(), "{}", said(&output));
         for (path, text) in release {
             let read = std::fs::read_to_string(folder.path().join(path)).unwrap();
@@ -106,7 +146,7 @@ async fn a_release_and_current_code_are_copied_whole() {
         // A folder that is a link is not gone through.
         let folder = tempfile::tempdir().unwrap();
         std::os::unix::fs::symlink(outside.path(), folder.path().join("d")).unwrap();
-        let output = fetch_from_store(folder.path(), &prefix);
+        let output = fetch_from_store(folder.path(), &prefix).await;
         assert_eq!(output.status.code(), Some(6), "{}", said(&output));
         assert!(!outside.path().join("e").exists());
     }
@@ -118,7 +158,7 @@ async fn what_is_not_whole_is_not_copied() {
     let ((repl, id), store) = (names(), store());
     let folder = tempfile::tempdir().unwrap();
     for prefix in [release_prefix(&repl, id), format!("code/{repl}/")] {
-        let output = fetch_from_store(folder.path(), &prefix);
+        let output = fetch_from_store(folder.path(), &prefix).await;
         assert_eq!(output.status.code(), Some(4), "{}", said(&output));
         assert!(
             said(&output).contains("Submit the code again"),
@@ -133,7 +173,7 @@ async fn what_is_not_whole_is_not_copied() {
     // Somebody changes a file of the release in the bucket.
     let prefix = release_prefix(&repl, id);
     put(&config(), &format!("{prefix}main.py"), "changed").await;
-    let output = fetch_from_store(folder.path(), &prefix);
+    let output = fetch_from_store(folder.path(), &prefix).await;
     assert_eq!(output.status.code(), Some(4), "{}", said(&output));
     assert!(
         said(&output).contains("not what was tested"),
@@ -142,15 +182,43 @@ async fn what_is_not_whole_is_not_copied() {
     );
 }
 
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs an S3 server"]
+async fn a_url_reads_its_file_and_nothing_else() {
+    let ((repl, id), store, http) = (names(), store(), reqwest::Client::new());
+    let code = files(&[("main.py", "mine"), ("other.py", "others")]);
+    store.publish(&repl, id, &code).await.unwrap();
+    let Offer::Files { files, .. } = store.grant(&release_prefix(&repl, id)).await.unwrap() else {
+        panic!("no files are offered");
+    };
+    let url = &files.iter().find(|f| f.path == "main.py").unwrap().url;
+    let read = http.get(url).send().await.unwrap();
+    assert_eq!(read.text().await.unwrap(), "mine");
+    for (method, other) in [
+        (reqwest::Method::GET, url.replace("main.py?", "other.py?")),
+        (
+            reqwest::Method::GET,
+            url.replace("/main.py?", ".manifest.json?"),
+        ),
+        (
+            reqwest::Method::GET,
+            url.replace("X-Amz-Expires=300", "X-Amz-Expires=3000"),
+        ),
+        (reqwest::Method::PUT, url.clone()),
+        (reqwest::Method::DELETE, url.clone()),
+    ] {
+        let answer = http.request(method.clone(), &other).send().await.unwrap();
+        assert_eq!(answer.status(), 403, "{method} {other}");
+    }
+    assert!(url.contains("X-Amz-Expires=300"), "{url}");
+    let control = http.get(url).send().await.unwrap();
+    assert_eq!(control.text().await.unwrap(), "mine");
+}
+
 #[test]
 fn a_target_that_cannot_be_written_to_has_a_code_of_its_own() {
-    let variables = [
-        ("S3_BUCKET", "b"),
-        ("S3_PREFIX", "code/r/"),
-        ("AWS_ACCESS_KEY_ID", "k"),
-        ("AWS_SECRET_ACCESS_KEY", "s"),
-    ];
-    let output = fetch(Path::new("/nowhere/at/all"), &variables);
+    let output = start(Path::new("/nowhere/at/all"), free_port());
+    let output = output.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(6), "{}", said(&output));
     assert!(
         said(&output).contains("/nowhere/at/all"),
@@ -160,69 +228,76 @@ fn a_target_that_cannot_be_written_to_has_a_code_of_its_own() {
 }
 
 #[test]
-fn what_is_not_configured_is_named() {
+fn a_port_that_is_taken_is_named() {
     let folder = tempfile::tempdir().unwrap();
-    let cases: [(&[(&str, &str)], &str); 3] = [
-        (&[], "S3_BUCKET"),
-        (
-            &[
-                ("S3_BUCKET", "b"),
-                ("AWS_ACCESS_KEY_ID", "k"),
-                ("AWS_SECRET_ACCESS_KEY", "s"),
-            ],
-            "S3_PREFIX",
-        ),
-        (
-            &[("S3_BUCKET", "b"), ("S3_PREFIX", "code/r/")],
-            "AWS_ACCESS_KEY_ID",
-        ),
-    ];
-    for (variables, expected) in cases {
-        let output = fetch(folder.path(), variables);
-        assert_eq!(output.status.code(), Some(2), "{}", said(&output));
-        assert!(said(&output).contains(expected), "{}", said(&output));
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let output = start(folder.path(), port).wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    assert!(
+        said(&output).contains(&port.to_string()),
+        "{}",
+        said(&output)
+    );
+}
+
+#[test]
+fn a_list_that_breaks_off_or_makes_no_sense_is_waited_for_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let port = free_port();
+    let child = start(folder.path(), port);
+    drop(connect(port));
+    connect(port).write_all(b"{\"files\": {\"place\"").unwrap();
+    connect(port).write_all(b"null\n").unwrap();
+    let mut stream = connect(port);
+    let good = serde_json::to_string(&offer(&[])).unwrap();
+    stream.write_all(format!("{good}\n").as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    assert!(said(&output).contains("0 files"), "{}", said(&output));
+}
+
+#[test]
+fn why_there_are_no_files_is_passed_on() {
+    let folder = tempfile::tempdir().unwrap();
+    for (code, exit) in [(INCOMPLETE, 4), ("store_too_many", 5), ("store_failed", 3)] {
+        let problem = Problem::new(
+            code,
+            "No files",
+            "the bucket at s3.example is away",
+            "Wait.",
+        );
+        let output = fetch(folder.path(), &Offer::Refused(problem));
+        assert_eq!(output.status.code(), Some(exit), "{}", said(&output));
+        assert!(said(&output).contains("s3.example"), "{}", said(&output));
     }
 }
 
 #[test]
-fn a_store_that_is_away_is_given_up_in_time() {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let endpoint = format!("http://{}", listener.local_addr().unwrap());
-    drop(listener);
+fn a_store_that_is_away_is_given_up_in_time_and_no_url_is_told() {
+    let url = format!("http://127.0.0.1:{}/f?X-Amz-Signature=secret", free_port());
     let folder = tempfile::tempdir().unwrap();
     let started = Instant::now();
-    let output = fetch(folder.path(), &variables_for(&endpoint));
+    let output = fetch(folder.path(), &offer(&[("main.py", &url)]));
     assert_eq!(output.status.code(), Some(3), "{}", said(&output));
-    assert!(said(&output).contains(&endpoint), "{}", said(&output));
-    println!("{} after {:?}", said(&output), started.elapsed());
+    assert!(said(&output).contains("main.py"), "{}", said(&output));
+    assert!(!said(&output).contains("secret"), "{}", said(&output));
     assert!(started.elapsed() < Duration::from_secs(50));
 }
 
-fn variables_for(endpoint: &str) -> [(&str, &str); 5] {
-    [
-        ("S3_BUCKET", "b"),
-        ("S3_PREFIX", "code/r/"),
-        ("AWS_ACCESS_KEY_ID", "k"),
-        ("AWS_SECRET_ACCESS_KEY", "s"),
-        ("AWS_ENDPOINT_URL", endpoint),
-    ]
-}
-
-/// A server that answers as a bucket with these keys would, whatever is in them: a real one keeps
-/// such keys out itself.
-fn bucket(keys: Vec<String>, bytes_each: u64) -> String {
+/// A server that gives every object this many bytes.
+fn bucket(bytes_each: u64) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    let endpoint = format!("http://{}/f", listener.local_addr().unwrap());
     std::thread::spawn(move || {
         for stream in listener.incoming().flatten() {
-            let keys = keys.clone();
-            std::thread::spawn(move || answer(stream, &keys, bytes_each));
+            std::thread::spawn(move || answer(stream, bytes_each));
         }
     });
     endpoint
 }
 
-fn answer(mut stream: std::net::TcpStream, keys: &[String], bytes_each: u64) {
+fn answer(mut stream: TcpStream, bytes_each: u64) {
     let mut head = Vec::new();
     let mut byte = [0];
     while !head.ends_with(b"\r\n\r\n") {
@@ -231,20 +306,7 @@ fn answer(mut stream: std::net::TcpStream, keys: &[String], bytes_each: u64) {
         }
         head.push(byte[0]);
     }
-    let head = String::from_utf8_lossy(&head).into_owned();
-    let target = head.split(' ').nth(1).unwrap_or_default().to_owned();
-    let body = if target.contains("list-type=2") {
-        let objects: String = keys
-            .iter()
-            .map(|key| format!("<Contents><Key>{key}</Key><Size>{bytes_each}</Size></Contents>"))
-            .collect();
-        let text = format!(
-            "<?xml version=\"1.0\"?><ListBucketResult><IsTruncated>false</IsTruncated>{objects}</ListBucketResult>"
-        );
-        text.into_bytes()
-    } else {
-        vec![b'x'; usize::try_from(bytes_each).unwrap()]
-    };
+    let body = vec![b'x'; usize::try_from(bytes_each).unwrap()];
     let length = body.len();
     let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");
     let _ = stream.write_all(head.as_bytes());
@@ -252,16 +314,13 @@ fn answer(mut stream: std::net::TcpStream, keys: &[String], bytes_each: u64) {
 }
 
 #[test]
-fn nothing_in_the_bucket_leads_out_of_the_folder() {
+fn nothing_in_the_list_leads_out_of_the_folder() {
     let outside = tempfile::tempdir().unwrap();
     let folder = outside.path().join("target");
     std::fs::create_dir(&folder).unwrap();
+    let url = bucket(3);
     // The control: a plain path is copied.
-    let endpoint = bucket(
-        vec!["code/r/a/plain.txt".to_owned(), "code/r/a/".to_owned()],
-        3,
-    );
-    let output = fetch(&folder, &variables_for(&endpoint));
+    let output = fetch(&folder, &offer(&[("a/plain.txt", &url)]));
     assert!(output.status.success(), "{}", said(&output));
     assert_eq!(
         std::fs::read_to_string(folder.join("a/plain.txt")).unwrap(),
@@ -278,12 +337,8 @@ fn nothing_in_the_bucket_leads_out_of_the_folder() {
         "a\\b",
         "",
     ] {
-        let endpoint = bucket(vec![format!("code/r/{bad}")], 3);
-        let output = fetch(&folder, &variables_for(&endpoint));
-        let code = output.status.code();
-        // A key that is the prefix itself is a folder's mark, and then nothing is there.
-        let expected = if bad.is_empty() { 4 } else { 5 };
-        assert_eq!(code, Some(expected), "{bad:?}: {}", said(&output));
+        let output = fetch(&folder, &offer(&[(bad, &url)]));
+        assert_eq!(output.status.code(), Some(5), "{bad:?}: {}", said(&output));
     }
     let left: Vec<_> = std::fs::read_dir(outside.path())
         .unwrap()
@@ -293,14 +348,12 @@ fn nothing_in_the_bucket_leads_out_of_the_folder() {
 }
 
 #[test]
-fn too_many_files_and_too_many_bytes_are_refused() {
+fn too_many_bytes_are_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let many = (0..10_001).map(|n| format!("code/r/{n}")).collect();
-    let output = fetch(folder.path(), &variables_for(&bucket(many, 0)));
-    assert_eq!(output.status.code(), Some(5), "{}", said(&output));
-    assert!(said(&output).contains("10000"), "{}", said(&output));
-    let large = (0..5).map(|n| format!("code/r/{n}")).collect();
-    let output = fetch(folder.path(), &variables_for(&bucket(large, 64 << 20)));
+    let url = bucket(64 << 20);
+    let large: Vec<String> = (0..5).map(|n| n.to_string()).collect();
+    let large: Vec<(&str, &str)> = large.iter().map(|n| (n.as_str(), url.as_str())).collect();
+    let output = fetch(folder.path(), &offer(&large));
     assert_eq!(output.status.code(), Some(5), "{}", said(&output));
     assert!(said(&output).contains("bytes"), "{}", said(&output));
 }

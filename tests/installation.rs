@@ -90,6 +90,12 @@ fn installed() -> &'static Admin {
             .replace(subject, &format!("{subject}    namespace: {NAME}\n"))
             .replace("name: gantry\n", &format!("name: {NAME}\n"));
         admin.kubectl(&["apply", "-n", NAME, "-f", "-"], &role);
+        let admission = include_str!("../infrastructure/admission.yaml");
+        assert_eq!(admission.matches(":gantry$").count(), 1);
+        let admission = admission
+            .replace(":gantry$", &format!(":{NAME}$"))
+            .replace("ame: gantry\n", &format!("ame: {NAME}\n"));
+        admin.kubectl(&["apply", "-f", "-"], &admission);
         // Made by the first start: an earlier run's would leave the right to make it unused.
         let priority = format!("priorityclass/{NAME}-services");
         admin.kubectl(&["delete", "--ignore-not-found", &priority], "");

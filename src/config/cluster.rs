@@ -41,6 +41,8 @@ pub struct ClusterConfig {
     pub pip: BTreeMap<String, SecretText>,
     /// The storage class of what pip fetched.
     pub package_cache_class: Option<String>,
+    /// Put the bucket's keys into users' namespaces.
+    pub share_store_keys: bool,
     /// Reach modules' pods by port-forward only.
     pub module_forward: bool,
     /// The Service that leads to this server.
@@ -109,6 +111,7 @@ pub(super) fn cluster(args: &ServeArgs) -> Result<ClusterConfig, ConfigError> {
         quota: user_quota(&args.user_quota)?,
         pip: pip_variables(|name| std::env::var(name).ok()),
         package_cache_class: storage_class(&args.package_cache_class)?,
+        share_store_keys: switch("GANTRY_SHARE_STORE_KEYS", &args.share_store_keys)?,
         module_forward: switch("GANTRY_MODULE_FORWARD", &args.module_forward)?,
         wake_service: wake_service(&args.wake_service)?,
     })

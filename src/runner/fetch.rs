@@ -1,21 +1,32 @@
-//! `gantry-runner fetch [FOLDER]`: the init container of a released pod. Copies what is below
-//! `s3://{S3_BUCKET}/{S3_PREFIX}` into a folder, which nothing in the bucket can make it leave.
+//! `gantry-runner fetch [FOLDER] [PORT]`: the init container of a released pod. It waits on the pod's loopback
+//! address until the server brings a list of files, each with a URL that reads that file for a few minutes, and
+//! copies them into a folder, which nothing in the list can make it leave. It has no key of the bucket.
+//!
+//! The server comes to the pod and not the other way round: so no pod needs a way to the server, a pod that
+//! starts again days later gets new URLs, and one that starts while the server is away waits for it.
 
 use std::cell::Cell;
 use std::fs;
 use std::io::{self, Write};
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use futures_util::{StreamExt, TryStreamExt, stream};
+use reqwest::{Certificate, Client, redirect};
 use sha2::{Digest, Sha256};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{sleep, timeout};
 
 use super::PROGRAM;
 use crate::beneath::Folder;
 use crate::model::{Problem, RelativePath};
-use crate::storage::{Manifest, ManifestFile, Object, S3Config, S3Store, hexadecimal};
+use crate::storage::{
+    FETCH_GREETING, FETCH_PORT, FETCH_TAKEN, GrantedFile, INCOMPLETE, MAX_OFFER_BYTES, Offer,
+    REFUSED, hexadecimal,
+};
 
 /// Where to, when nothing is said.
 const DEFAULT_FOLDER: &str = "/workspace";
@@ -23,21 +34,26 @@ const DEFAULT_FOLDER: &str = "/workspace";
 /// Most bytes of all files together: half of the volume that the template gives the workspace.
 const MAX_BYTES: u64 = 256 << 20;
 
-/// Most files. A submission brings far fewer; what somebody else put into the bucket may not.
-const MAX_FILES: usize = 10_000;
+/// Longest wait for the server. A server that is being replaced is back within a minute; after this the container
+/// ends and is started again, so that the cluster's events show that something is wrong.
+const SERVER_PATIENCE: Duration = Duration::from_secs(5 * 60);
 
-/// Longest time for everything. A release has 60 s to come up, and its program needs some of it; a
-/// store that is slower than this is told before that ends.
+/// Longest wait for one list, once the server is connected: it asks the store first.
+const OFFER_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Longest time for copying everything. A release has 60 s to come up, and its program needs some of it; a store
+/// that is slower than this is reported before that ends.
 const PATIENCE: Duration = Duration::from_secs(45);
 
-/// Below this are releases, each with its manifest; elsewhere anybody may have put files.
-const RELEASES: &str = "releases/";
+/// Longest wait for a connection to the store, and for the next piece of a file.
+const CONNECT_PATIENCE: Duration = Duration::from_millis(3_100);
+const PIECE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Files at one time.
 const PARALLEL: usize = 16;
 
-/// Tries of one file whose stream breaks off, and the pause after the first, which doubles.
-const TRIES: u32 = 4;
+/// Tries of one file, and the pause after the first, which doubles: 8 s of pauses in all.
+const TRIES: u32 = 6;
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 
 /// The code of a problem that another try may get over.
@@ -46,9 +62,9 @@ const CUT: &str = "fetch_cut";
 /// What kept it from copying. Each has an exit code of its own, by which a cluster's events and
 /// scripts can tell them apart.
 enum Failure {
-    /// The variables do not say where from, or say it wrongly.
+    /// It was started wrongly.
     Configuration(Problem),
-    /// The store did not give what it was asked for, in time or at all.
+    /// The server did not come, or the store did not give what it was asked for, in time or at all.
     Store(Problem),
     /// There is nothing there, or only a part of a release.
     Incomplete(Problem),
@@ -68,16 +84,25 @@ impl Failure {
             Failure::Folder(problem) => (6, problem),
         }
     }
+
+    /// What the server found when it asked the store.
+    fn of_server(problem: Problem) -> Self {
+        match problem.code.as_str() {
+            INCOMPLETE => Failure::Incomplete(problem),
+            REFUSED | "store_too_many" => Failure::Refused(problem),
+            _ => Failure::Store(problem),
+        }
+    }
 }
 
-/// `gantry-runner fetch [FOLDER]`.
-pub fn main(folder: Option<String>) -> ExitCode {
+/// `gantry-runner fetch [FOLDER] [PORT]`. Another port is for tests: in a pod the server knows the usual one.
+pub fn main(folder: Option<String>, port: Option<String>) -> ExitCode {
     let folder = folder.unwrap_or_else(|| DEFAULT_FOLDER.to_owned());
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
     let result = match runtime {
-        Ok(runtime) => runtime.block_on(fetch(&folder)),
+        Ok(runtime) => runtime.block_on(fetch(&folder, port.as_deref())),
         Err(error) => Err(Failure::Folder(Problem::new(
             "fetch_failed",
             "The copy could not begin",
@@ -101,24 +126,16 @@ pub fn main(folder: Option<String>) -> ExitCode {
     }
 }
 
-async fn fetch(folder: &str) -> Result<(usize, u64), Failure> {
-    let variable = |name: &str| std::env::var(name).ok();
-    let config = S3Config::from_variables(variable).map_err(Failure::Configuration)?;
-    let prefix = variable("S3_PREFIX").filter(|prefix| !prefix.trim_matches('/').is_empty());
-    let (Some(config), Some(prefix)) = (config, prefix) else {
-        return Err(Failure::Configuration(Problem::new(
-            "fetch_config",
-            "It is not said where to copy from",
-            "S3_BUCKET or S3_PREFIX is not set",
-            "Set both; a prefix looks like code/my-repl/ or releases/my-repl/ID/.",
-        )));
-    };
-    // With the slash, so that code/my-repl is not code/my-repl-2 as well.
-    let prefix = format!("{}/", prefix.trim_matches('/'));
-    let place = format!("s3://{}/{prefix}", config.bucket);
+async fn fetch(folder: &str, port: Option<&str>) -> Result<(usize, u64), Failure> {
+    let port = port
+        .map_or(Ok(FETCH_PORT), str::parse)
+        .map_err(|_| configuration("its port is not a number".to_owned(), "Leave the port out."))?;
     let top = open_folder(folder)?;
-    let store = S3Store::open(config);
-    let copied = timeout(PATIENCE, copy(&store, &prefix, &place, &top)).await;
+    let (place, files) = match offered(port).await? {
+        Offer::Files { place, files } => (place, files),
+        Offer::Refused(problem) => return Err(Failure::of_server(problem)),
+    };
+    let copied = timeout(PATIENCE, copy(&place, &files, &top)).await;
     copied.unwrap_or_else(|_| {
         Err(Failure::Store(Problem::new(
             "fetch_timeout",
@@ -129,36 +146,82 @@ async fn fetch(folder: &str) -> Result<(usize, u64), Failure> {
     })
 }
 
-/// What to copy: a release's manifest says, and otherwise the listing.
-struct Wanted {
-    path: RelativePath,
-    key: String,
-    expected: Option<ManifestFile>,
+fn configuration(cause: String, remediation: &str) -> Failure {
+    let message = "The copy could not begin";
+    Failure::Configuration(Problem::new("fetch_config", message, cause, remediation))
 }
 
-async fn copy(
-    store: &S3Store,
-    prefix: &str,
-    place: &str,
-    top: &Folder,
-) -> Result<(usize, u64), Failure> {
-    let manifest = match prefix.starts_with(RELEASES) {
-        true => store.manifest(prefix).await.map_err(Failure::Store)?,
-        false => None,
+/// What the server offers: the first whole list that comes.
+async fn offered(port: u16) -> Result<Offer, Failure> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await;
+    let listener = listener.map_err(|error| {
+        configuration(
+            format!("port {port} of the pod cannot be listened on: {error}"),
+            "Let no other container of the pod use this port.",
+        )
+    })?;
+    eprintln!("{PROGRAM} fetch: waiting for the server to name the files");
+    let offered = async {
+        loop {
+            let why = match listener.accept().await {
+                Ok((stream, _)) => match timeout(OFFER_PATIENCE, take(stream)).await {
+                    Ok(Ok(offer)) => return offer,
+                    Ok(Err(why)) => why,
+                    Err(_) => format!("no list within {} s", OFFER_PATIENCE.as_secs()),
+                },
+                Err(error) => {
+                    sleep(FIRST_PAUSE).await;
+                    error.to_string()
+                }
+            };
+            eprintln!("{PROGRAM} fetch: {why}; waiting again");
+        }
     };
-    let objects =
-        store
-            .list(prefix, MAX_FILES)
-            .await
-            .map_err(|problem| match problem.code.as_str() {
-                "store_too_many" => Failure::Refused(problem),
-                _ => Failure::Store(problem),
-            })?;
-    let wanted = choose(prefix, place, manifest, &objects)?;
+    timeout(SERVER_PATIENCE, offered).await.map_err(|_| {
+        Failure::Store(Problem::new(
+            "fetch_no_server",
+            "The server did not name the files",
+            format!("nothing came within {} s", SERVER_PATIENCE.as_secs()),
+            "Check that the Gantry server runs and that its account may use pods/portforward; the pod tries again by itself.",
+        ))
+    })
+}
+
+/// One list from one connection.
+async fn take(mut stream: TcpStream) -> Result<Offer, String> {
+    let (read, mut write) = stream.split();
+    let broken = |error: std::io::Error| format!("the connection broke: {error}");
+    write
+        .write_all(FETCH_GREETING.as_bytes())
+        .await
+        .map_err(broken)?;
+    let mut line = Vec::new();
+    let mut read = BufReader::new(read.take(MAX_OFFER_BYTES as u64));
+    read.read_until(b'\n', &mut line).await.map_err(broken)?;
+    if line.pop() != Some(b'\n') {
+        return Err(format!("the list broke off after {} bytes", line.len()));
+    }
+    let offer = serde_json::from_slice(&line)
+        .map_err(|error| format!("the list cannot be read: {error}"))?;
+    write
+        .write_all(FETCH_TAKEN.as_bytes())
+        .await
+        .map_err(broken)?;
+    write.shutdown().await.map_err(broken)?;
+    Ok(offer)
+}
+
+async fn copy(place: &str, files: &[GrantedFile], top: &Folder) -> Result<(usize, u64), Failure> {
+    let mut wanted = Vec::with_capacity(files.len());
+    for file in files {
+        let path = RelativePath::try_from(file.path.clone());
+        wanted.push((path.map_err(|why| refused(place, why))?, file));
+    }
+    let http = client(files)?;
     let copied = Cell::new(0);
     let mut copies = Vec::with_capacity(wanted.len());
-    for file in &wanted {
-        copies.push(copy_surely(store, top, file, &copied));
+    for (path, file) in &wanted {
+        copies.push(copy_surely(&http, top, path, file, &copied));
     }
     stream::iter(copies)
         .buffer_unordered(PARALLEL)
@@ -167,124 +230,127 @@ async fn copy(
     Ok((wanted.len(), copied.get()))
 }
 
-fn choose(
-    prefix: &str,
-    place: &str,
-    manifest: Option<Manifest>,
-    objects: &[Object],
-) -> Result<Vec<Wanted>, Failure> {
-    let incomplete = |cause: String| {
-        Failure::Incomplete(Problem::new(
-            "fetch_incomplete",
-            format!("There is no whole code at {place}"),
-            cause,
-            "Submit the code again; for code that another service puts there, check S3_BUCKET and S3_PREFIX.",
-        ))
-    };
-    let released = prefix.starts_with(RELEASES);
-    if released && manifest.is_none() {
-        return Err(incomplete(format!(
-            "{} is not there, without which a release is not whole",
-            Manifest::key(prefix)
-        )));
+/// A client that goes to the URLs of the list and nowhere else.
+fn client(files: &[GrantedFile]) -> Result<Client, Failure> {
+    let mut builder = Client::builder()
+        .redirect(redirect::Policy::none())
+        .no_proxy()
+        .connect_timeout(CONNECT_PATIENCE)
+        .read_timeout(PIECE_PATIENCE);
+    if files.iter().any(|file| file.url.starts_with("https:")) {
+        // Beside the public authorities those of the image: a store of one's own may have a certificate of one's own.
+        for certificate in rustls_native_certs::load_native_certs().certs {
+            if let Ok(certificate) = Certificate::from_der(&certificate) {
+                builder = builder.add_root_certificate(certificate);
+            }
+        }
     }
-    let paths: Vec<(String, Option<ManifestFile>)> = match manifest {
-        Some(manifest) => manifest
-            .files
-            .into_iter()
-            .map(|(path, file)| (path, Some(file)))
-            .collect(),
-        None => objects
-            .iter()
-            // Consoles show folders by empty objects with a slash at the end.
-            .filter(|object| !object.key.ends_with('/'))
-            .map(|object| (object.key[prefix.len()..].to_owned(), None))
-            .collect(),
-    };
-    if paths.is_empty() && !released {
-        return Err(incomplete("nothing is there".to_owned()));
-    }
-    if paths.len() > MAX_FILES {
-        return Err(refused(place, format!("it is more than {MAX_FILES} files")));
-    }
-    let checked = |(path, expected): (String, Option<ManifestFile>)| {
-        let path = RelativePath::try_from(path).map_err(|why| refused(place, why))?;
-        let key = format!("{prefix}{}", path.as_str());
-        Ok(Wanted {
-            path,
-            key,
-            expected,
-        })
-    };
-    paths.into_iter().map(checked).collect()
+    builder.build().map_err(|error| {
+        configuration(
+            innermost(&error),
+            "Check the certificates in the runner image.",
+        )
+    })
 }
 
 fn refused(place: &str, cause: String) -> Failure {
     Failure::Refused(Problem::new(
-        "fetch_refused",
+        REFUSED,
         format!("{place} is not copied"),
         cause,
         "Put only files with relative paths there, within the bounds.",
     ))
 }
 
-/// Copies one file, again when the stream breaks off; requests that fail are repeated below this.
+/// The deepest cause: the outer ones name the URL, and who has the URL may read the file.
+fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
+}
+
+fn cut(file: &GrantedFile, cause: String) -> Failure {
+    let message = format!("The code store did not give {}", file.path);
+    let remediation = "Check that the store is up and that the network lets pods reach it; the pod tries again by itself.";
+    Failure::Store(Problem::new(CUT, message, cause, remediation))
+}
+
+/// Copies one file, again when the store does not answer or the stream breaks off.
 async fn copy_surely(
-    store: &S3Store,
+    http: &Client,
     top: &Folder,
-    file: &Wanted,
+    path: &RelativePath,
+    file: &GrantedFile,
     copied: &Cell<u64>,
 ) -> Result<(), Failure> {
     let mut pause = FIRST_PAUSE;
     for _ in 1..TRIES {
-        let before = copied.get();
-        match copy_one(store, top, file, copied).await {
+        // Of this file only: others are copied at the same time.
+        let bytes = Cell::new(0);
+        match copy_one(http, top, path, file, copied, &bytes).await {
             Err(Failure::Store(problem)) if problem.code == CUT => {
                 eprintln!("{PROGRAM} fetch: {problem}; again in {pause:?}");
-                copied.set(before);
+                copied.set(copied.get() - bytes.get());
                 sleep(pause).await;
                 pause *= 2;
             }
             result => return result,
         }
     }
-    copy_one(store, top, file, copied).await
+    copy_one(http, top, path, file, copied, &Cell::new(0)).await
 }
 
 async fn copy_one(
-    store: &S3Store,
+    http: &Client,
     top: &Folder,
-    file: &Wanted,
+    path: &RelativePath,
+    file: &GrantedFile,
     copied: &Cell<u64>,
+    bytes: &Cell<u64>,
 ) -> Result<(), Failure> {
-    let mut target = create(top, &file.path)?;
-    let mut body = store.read(&file.key).await.map_err(Failure::Store)?;
-    let (mut digest, mut bytes) = (Sha256::new(), 0);
+    let mut target = create(top, path)?;
+    let answer = http.get(&file.url).send().await;
+    let answer = answer.map_err(|error| cut(file, innermost(&error.without_url())))?;
+    let status = answer.status();
+    if status.is_server_error() || matches!(status.as_u16(), 408 | 429) {
+        return Err(cut(file, format!("it answered {status}")));
+    }
+    if status != reqwest::StatusCode::OK {
+        return Err(Failure::Store(Problem::new(
+            "fetch_denied",
+            format!("The code store did not give {}", file.path),
+            format!("it answered {status}"),
+            "The pod tries again with new URLs; if that goes on, check the store's clock, and that the server's key may read the bucket.",
+        )));
+    }
+    let mut body = answer.bytes_stream();
+    let mut digest = Sha256::new();
     while let Some(piece) = body.next().await {
         let piece = piece.map_err(|error| {
-            Failure::Store(Problem::new(
-                CUT,
-                format!("{} broke off after {bytes} bytes", file.key),
-                error.to_string(),
-                "The pod tries again by itself.",
-            ))
+            let why = innermost(&error.without_url());
+            cut(
+                file,
+                format!("it broke off after {} bytes: {why}", bytes.get()),
+            )
         })?;
-        bytes += piece.len() as u64;
+        bytes.set(bytes.get() + piece.len() as u64);
         copied.set(copied.get() + piece.len() as u64);
         if copied.get() > MAX_BYTES {
             let why = format!("it is more than {MAX_BYTES} bytes in all");
-            return Err(refused(&file.key, why));
+            return Err(refused(&file.path, why));
         }
         digest.update(&piece);
         let written = target.write_all(&piece);
-        written.map_err(|error| cannot_write(file.path.as_str(), error.to_string()))?;
+        written.map_err(|error| cannot_write(path.as_str(), error.to_string()))?;
     }
     if let Some(expected) = &file.expected
-        && (expected.bytes != bytes || expected.sha256 != hexadecimal(&digest.finalize()))
+        && (expected.bytes != bytes.get() || expected.sha256 != hexadecimal(&digest.finalize()))
     {
         return Err(Failure::Incomplete(Problem::new(
             "fetch_changed",
-            format!("{} is not what was tested", file.key),
+            format!("{} is not what was tested", file.path),
             "its content is not the one in the release's manifest",
             "Somebody changed it in the bucket. Submit the code again.",
         )));

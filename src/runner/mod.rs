@@ -42,7 +42,7 @@ fn run(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<ExitCode> 
         Some("agent") => pod::agent().map(done),
         Some("attach") => attach::main().map(done),
         Some("app") => pod::app(),
-        Some("fetch") => Ok(fetch::main(arguments.next())),
+        Some("fetch") => Ok(fetch::main(arguments.next(), arguments.next())),
         Some("sandbox") => sandbox::main().map(done),
         other => anyhow::bail!(
             "{} is not a command. In images there are `agent`, `attach`, `app` and `fetch [FOLDER]`; \

@@ -13,7 +13,10 @@ use async_trait::async_trait;
 use crate::model::{Problem, RelativePath, ReplId, SubmissionId};
 
 pub use directory::DirectoryStore;
-pub use s3::{Manifest, ManifestFile, Object, S3Config, S3Store, hexadecimal, release_prefix};
+pub use s3::{
+    FETCH_GREETING, FETCH_PORT, FETCH_TAKEN, GrantedFile, INCOMPLETE, MAX_OFFER_BYTES, Manifest,
+    ManifestFile, Object, Offer, REFUSED, S3Config, S3Store, hexadecimal, release_prefix,
+};
 
 /// Keeps releases and each repl's current files.
 ///

@@ -9,6 +9,8 @@
 //! The manifest stands beside the files and not among them, so that whatever copies the prefix, such
 //! as `aws s3 cp --recursive`, copies the release and nothing else.
 
+mod grant;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::Duration;
@@ -33,6 +35,10 @@ use tokio::sync::Mutex;
 
 use super::{CodeStore, LANES, lane};
 use crate::model::{BUILD_ARCHIVE, Problem, RelativePath, ReplId, SubmissionId};
+pub use grant::{
+    FETCH_GREETING, FETCH_PORT, FETCH_TAKEN, GrantedFile, INCOMPLETE, MAX_OFFER_BYTES, Offer,
+    REFUSED,
+};
 
 /// Longest wait for a connection: what the SDKs of AWS wait.
 const CONNECT_PATIENCE: Duration = Duration::from_millis(3_100);
@@ -289,15 +295,6 @@ impl S3Store {
     pub async fn remove_all(&self, prefix: &str) -> Result<(), Problem> {
         self.remove(Manifest::key(prefix)).await?;
         self.remove_others(prefix, &BTreeSet::new()).await
-    }
-
-    /// The content of an object, as it comes.
-    pub async fn read(&self, key: &str) -> Result<ByteStream, Problem> {
-        let request = self.client.get_object().bucket(&self.bucket).key(key);
-        match request.send().await {
-            Ok(answer) => Ok(answer.body),
-            Err(error) => Err(self.problem(&format!("give {key}"), &error)),
-        }
     }
 
     /// The manifest of the release under `prefix`; `None` when there is none, and so no release.

@@ -18,7 +18,6 @@ use k8s_openapi::api::core::v1::Namespace;
 use kube::api::DeleteParams;
 use kube::{Api, Client};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
-use secrecy::ExposeSecret;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// Longest wait for what the cluster does by itself.
@@ -73,18 +72,8 @@ impl Bed {
             runner_image: variable("RUNNER_IMAGE").unwrap(),
             database_image: variable("DATABASE_IMAGE").unwrap(),
             bucket: s3.bucket.clone(),
-            store: BTreeMap::from(
-                [
-                    ("AWS_REGION", s3.region.clone()),
-                    ("AWS_ACCESS_KEY_ID", s3.access_key_id.clone()),
-                    (
-                        "AWS_SECRET_ACCESS_KEY",
-                        s3.secret_access_key.expose_secret().to_owned(),
-                    ),
-                    ("AWS_ENDPOINT_URL", s3.endpoint.clone().unwrap()),
-                ]
-                .map(|(name, value)| (name.to_owned(), value)),
-            ),
+            store: Arc::new(S3Store::open(s3.clone())),
+            shared_keys: None,
             store_addresses: vec![(host, endpoint.port_u16().unwrap())],
             domain: "localhost".to_owned(),
             app_domain: "apps.localhost".to_owned(),

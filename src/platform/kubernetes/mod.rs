@@ -7,6 +7,7 @@ mod cluster;
 mod domains;
 mod exec;
 mod explain;
+mod fetches;
 mod labels;
 mod lease;
 mod modules;
@@ -52,6 +53,7 @@ use cache::{Cache, Watched};
 use cluster::{Cluster, Kind, Manifest};
 use domains::Claims;
 use exec::{ExecError, ExecStream};
+use fetches::Fetches;
 use labels::{GANTRY, MANAGED_BUT_SERVICES, MANAGED_BY};
 use modules::{KubernetesModules, Making, Reach};
 use namespace::{Namespaces, Surroundings};
@@ -92,8 +94,10 @@ pub struct KubernetesConfig {
     pub database_image: String,
     /// The bucket with the releases.
     pub bucket: String,
-    /// What pods need to read it, as variables.
-    pub store: BTreeMap<String, String>,
+    /// It, for what pods fetch from it.
+    pub store: Arc<S3Store>,
+    /// Its keys, as variables, when the operator shares them with users' namespaces.
+    pub shared_keys: Option<BTreeMap<String, String>>,
     /// Where the bucket is, for network policies.
     pub store_addresses: Vec<(IpAddr, u16)>,
     /// `{repl}.{this}` is the terminal.
@@ -158,6 +162,7 @@ impl KubernetesPlatform {
         for kind in &config.template.unsupported {
             tracing::warn!(%kind, "the manifest template has an object of a kind that Gantry does not apply; it is skipped");
         }
+        check_keys(&config)?;
         make_own_namespace(&cluster, &config.namespace).await?;
         try_template(&cluster, &config).await?;
         let stop = CancellationToken::new();
@@ -168,7 +173,8 @@ impl KubernetesPlatform {
             callers: config.ingress_addresses.clone(),
             closed: config.closed_networks.clone(),
         };
-        let (tell_pods, pod_changes) = mpsc::unbounded_channel();
+        let store = Arc::clone(&config.store);
+        let (tell_pods, mut pods_changed) = mpsc::unbounded_channel();
         let watched = |kind| Watched {
             kind,
             namespace: None,
@@ -227,7 +233,18 @@ impl KubernetesPlatform {
             changing: Arc::default(),
         };
         let (tell, events) = mpsc::channel(MAX_WAITING_EVENTS);
+        let (to_programs, pod_changes) = mpsc::unbounded_channel();
+        let (to_fetches, starting) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Some(changed) = pods_changed.recv().await {
+                // Nobody listens any more when the server ends.
+                let _ = to_fetches.send(cache::Changed::clone(&changed));
+                let _ = to_programs.send(changed);
+            }
+        });
         let programs = Programs::start(&releases, tell, pod_changes, stop.clone());
+        Fetches::start(&releases, store, starting, stop.clone());
+        tokio::spawn(releases.clone().withdraw_keys(stop.clone()));
         Ok(Self {
             cluster,
             checks,
@@ -335,6 +352,19 @@ fn exec_problem(why: &str) -> Problem {
     )
 }
 
+/// A template that needs the code store's keys, and an operator who has not shared them, do not go together.
+fn check_keys(config: &KubernetesConfig) -> anyhow::Result<()> {
+    let needed = release_config(config.clone()).needs_keys()?;
+    anyhow::ensure!(
+        config.shared_keys.is_some() || !needed,
+        "MANIFEST_TEMPLATE reads the Secret {}, which is not made: with the bucket's keys in it, whoever reads it may \
+         change every user's code. Copy the files with `gantry-runner fetch`, as infrastructure/service.yaml does, which needs no \
+         keys; or set GANTRY_SHARE_STORE_KEYS=true if you trust every user with the whole bucket",
+        release::STORE_SECRET
+    );
+    Ok(())
+}
+
 async fn make_own_namespace(cluster: &Cluster, name: &str) -> anyhow::Result<()> {
     let labels = json!({ MANAGED_BY: GANTRY });
     let body = json!({ "metadata": { "name": name, "labels": labels } });
@@ -365,11 +395,12 @@ fn release_config(config: KubernetesConfig) -> ReleaseConfig {
         runner_image,
         database_image,
         bucket,
-        store,
+        shared_keys,
         domain,
         app_domain,
         ingress_class,
         wake_service,
+        store: _,
         namespace: _,
         store_addresses: _,
         maximum: _,
@@ -387,7 +418,7 @@ fn release_config(config: KubernetesConfig) -> ReleaseConfig {
         runner_image,
         database_image,
         bucket,
-        store,
+        shared_keys,
         domain,
         app_domain,
         ingress_class,

@@ -534,6 +534,13 @@ impl Namespaces {
         object.metadata.labels.as_ref()?.get(USER)?.parse().ok()
     }
 
+    /// The names of users' namespaces that live and that this installation made.
+    pub fn of_users(&self) -> Vec<String> {
+        let all = self.inner.namespaces.all().into_iter();
+        let names = all.map(|namespace| namespace.name_any());
+        names.filter(|name| self.user_of(name).is_some()).collect()
+    }
+
     fn is_being_made(&self, user: &UserId) -> bool {
         let repairing = self
             .inner

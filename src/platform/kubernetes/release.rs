@@ -12,8 +12,10 @@ use super::labels::{
 use super::record::Stored;
 use super::template::{SERVICE_NAME, Template};
 use crate::model::{Autoscale, Domain, ReplId, TicketKey, UserId, Variables};
+use crate::storage::release_prefix;
 
-/// The Secret with the code store's credentials in each user's namespace.
+/// The Secret that older servers put into each user's namespace, with the code store's keys. Only an operator who
+/// shares the keys, for a template of another kind, still has it.
 pub const STORE_SECRET: &str = "gantry-store";
 
 /// The container of the template that is the program's; a template without one means its first.
@@ -33,8 +35,8 @@ pub struct ReleaseConfig {
     pub database_image: String,
     /// The bucket with the releases.
     pub bucket: String,
-    /// What pods need to read it, as variables.
-    pub store: BTreeMap<String, String>,
+    /// The code store's keys, as variables, when the operator shares them with users' namespaces.
+    pub shared_keys: Option<BTreeMap<String, String>>,
     /// `{repl}.{this}` is the terminal.
     pub domain: String,
     /// `{repl}.{this}` is the program.
@@ -76,11 +78,7 @@ impl ReleaseConfig {
 
     fn words(&self, owner: &Owner, stored: &Stored) -> BTreeMap<&'static str, String> {
         let Owner { user, repl } = owner;
-        let prefix = if stored.is_workspace() {
-            format!("code/{repl}/")
-        } else {
-            format!("releases/{repl}/{}/", stored.submission_id)
-        };
+        let prefix = prefix(repl, stored);
         BTreeMap::from([
             (SERVICE_NAME, repl.to_string()),
             ("${GANTRY_NAMESPACE}", user.namespace()),
@@ -229,14 +227,20 @@ impl ReleaseConfig {
         Ok(self.manifests(&owner, &stored, None))
     }
 
-    /// The Secret with what pods need to read the code store.
-    pub fn store_secret(&self, user: &UserId) -> Manifest {
+    /// The Secret with the code store's keys, when they are shared.
+    pub fn store_secret(&self, user: &UserId) -> Option<Manifest> {
+        let keys = self.shared_keys.as_ref()?;
         let metadata =
             json!({ "name": STORE_SECRET, "namespace": user.namespace(), "labels": of_user(user) });
-        Manifest::new(
+        Some(Manifest::new(
             Kind::Secret,
-            json!({ "metadata": metadata, "type": "Opaque", "stringData": self.store }),
-        )
+            json!({ "metadata": metadata, "type": "Opaque", "stringData": keys }),
+        ))
+    }
+
+    /// Whether the template's pods need the Secret with the code store's keys.
+    pub fn needs_keys(&self) -> anyhow::Result<bool> {
+        Ok(self.sample()?.iter().any(|one| names_keys(&one.body)))
     }
 
     /// The repl's database but for its Secret: a name and one pod with a volume.
@@ -332,6 +336,28 @@ impl ReleaseConfig {
                 { "name": "tmp", "emptyDir": { "sizeLimit": "256Mi" } },
             ],
         })
+    }
+}
+
+/// Where the code store has what a release or a workspace consists of.
+pub fn prefix(repl: &ReplId, stored: &Stored) -> String {
+    if stored.is_workspace() {
+        format!("code/{repl}/")
+    } else {
+        release_prefix(repl, stored.submission_id)
+    }
+}
+
+/// Whether a manifest has something from the Secret with the code store's keys, as variables or as a volume.
+pub fn names_keys(body: &Value) -> bool {
+    match body {
+        Value::Object(fields) => fields.iter().any(|(field, value)| {
+            let from_secret = matches!(field.as_str(), "secretRef" | "secretKeyRef" | "secret");
+            let named = |name: &str| value[name] == STORE_SECRET;
+            (from_secret && (named("name") || named("secretName"))) || names_keys(value)
+        }),
+        Value::Array(items) => items.iter().any(names_keys),
+        _ => false,
     }
 }
 
@@ -587,7 +613,7 @@ mod tests {
             runner_image: "gantry-runner:1".to_owned(),
             database_image: "postgres:16".to_owned(),
             bucket: "bucket".to_owned(),
-            store: BTreeMap::from([("AWS_REGION".to_owned(), "eu".to_owned())]),
+            shared_keys: None,
             domain: "localhost".to_owned(),
             app_domain: "apps.localhost".to_owned(),
             ingress_class: "nginx".to_owned(),
@@ -804,11 +830,48 @@ mod tests {
     }
 
     #[test]
+    fn no_pod_gets_a_key_of_the_code_store_unless_the_operator_shares_them() {
+        let init = deployment().spec.unwrap().template.spec.unwrap();
+        let init = init.init_containers.unwrap().remove(0);
+        assert_eq!(
+            init.command.as_deref(),
+            Some(&["gantry-runner".to_owned(), "fetch".to_owned()][..])
+        );
+        assert!(init.env.is_none() && init.env_from.is_none(), "{init:?}");
+        assert!(!config().needs_keys().unwrap());
+        assert!(config().store_secret(&owner().user).is_none());
+        let aws_cli = include_str!("../../../infrastructure/examples/aws-cli.yaml");
+        let shared = ReleaseConfig {
+            template: Template::parse(aws_cli).unwrap(),
+            shared_keys: Some(BTreeMap::from([("AWS_REGION".to_owned(), "eu".to_owned())])),
+            ..config()
+        };
+        assert!(shared.needs_keys().unwrap());
+        let secret = shared.store_secret(&owner().user).unwrap();
+        assert_eq!(secret.body["stringData"]["AWS_REGION"], "eu");
+    }
+
+    #[test]
+    fn a_manifest_that_names_the_keys_is_known() {
+        for with in [
+            json!({ "envFrom": [{ "secretRef": { "name": STORE_SECRET } }] }),
+            json!({ "env": [{ "valueFrom": { "secretKeyRef": { "name": STORE_SECRET, "key": "k" } } }] }),
+            json!({ "volumes": [{ "secret": { "secretName": STORE_SECRET } }] }),
+            json!({ "volumes": [{ "projected": { "sources": [{ "secret": { "name": STORE_SECRET } }] } }] }),
+        ] {
+            assert!(names_keys(&json!({ "spec": with })));
+        }
+        let other = json!({ "metadata": { "name": STORE_SECRET },
+            "envFrom": [{ "secretRef": { "name": "other" } }] });
+        assert!(!names_keys(&other));
+    }
+
+    #[test]
     fn a_workspace_is_made_of_the_current_files_and_stays() {
         let stored = Stored::workspace(vec!["true".to_owned()], String::new());
+        assert_eq!(prefix(&owner().repl, &stored), "code/test-prod/");
         let manifests = config().manifests(&owner(), &stored, Some(1));
         let text = format!("{manifests:?}");
-        assert!(text.contains("code/test-prod/") && !text.contains("releases/test-prod/"));
         assert!(text.contains("GANTRY_WORKSPACE"));
         let strategy = &manifests[1].body["spec"]["strategy"];
         assert_eq!(*strategy, json!({ "type": "Recreate" }));

@@ -4,6 +4,7 @@
 //! what it applies a second time is already so.
 
 mod idle;
+mod keys;
 mod settings;
 mod workspace;
 
@@ -317,10 +318,8 @@ impl Releases {
     /// Makes what the template's objects refer to.
     async fn prepare(&self, owner: &Owner, stored: &Stored) -> Result<(), Failure> {
         self.namespaces.ensure(&owner.user).await?;
-        let secret = self.config.store_secret(&owner.user);
         let prepared = try_join_all([
-            Box::pin(async { self.cluster.apply(&secret).await.map(drop) })
-                as std::pin::Pin<Box<dyn Future<Output = _> + Send>>,
+            Box::pin(self.share_keys(owner)) as std::pin::Pin<Box<dyn Future<Output = _> + Send>>,
             Box::pin(self.place_env(owner, stored)),
             Box::pin(self.place_given(owner, stored)),
             Box::pin(self.make_runner_key(owner)),

@@ -241,8 +241,8 @@ mod tests {
         assert!(wrong("").contains("0 Deployments"));
         let one = "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: fixed}\n";
         assert!(wrong(one).contains("would share it"));
-        let unknown = BUILT_IN.replace("${GANTRY_BUCKET}", "x-${GANTRY_BUCKT}");
-        assert!(wrong(&unknown).contains("${GANTRY_BUCKT}"));
+        let unknown = BUILT_IN.replace("${GANTRY_HOST}", "x-${GANTRY_HOTS}");
+        assert!(wrong(&unknown).contains("${GANTRY_HOTS}"));
         let two = BUILT_IN.replace("kind: Ingress", "kind: ConfigMap");
         assert_eq!(
             Template::parse(&two).unwrap().unsupported,
