@@ -48,16 +48,14 @@ const SAVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between two clean-ups of the numbers behind `/metrics`: what is asked for every 15 s or so.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
-/// An admin key in the environment that is shorter can be guessed.
-const SHORT_KEY: usize = 16;
-
 /// Runs the server until a signal ends it.
 pub async fn serve(config: Config) -> anyhow::Result<()> {
     let open_files = raise_open_files();
     // First of all: who connects while the rest starts waits a moment instead of being refused.
-    let server = Server::bind(config.listen, open_files)
+    let server = Server::bind(config.listen, open_files, &config.access)
         .with_context(|| format!("cannot listen on {}; set HOST and PORT", config.listen))?;
     let address = server.address()?;
+    let health = health_server(&config)?;
     let numbers = metrics()?;
     let journal = open_journal(&config).await?;
     let keys = Keys::open(&config.data_dir, config.api_key.as_ref())?;
@@ -103,7 +101,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let modules = ModuleCalls::new(platform.modules(), options);
     let parts = Parts {
         keys: keys.clone(),
-        sessions: Sessions::open(&config.data_dir)?,
+        sessions: Sessions::open(&config.data_dir, config.access.sessions_per_key)?,
         journal: journal.clone(),
         search,
         pipeline: pipeline.clone(),
@@ -132,6 +130,9 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     tracing::info!(%address, platform = platform.name(), "serving");
     let accepting = server.run(Arc::clone(&edge), router(Arc::clone(&edge)));
     let accepting = tokio::spawn(accepting);
+    if let Some(health) = health {
+        tokio::spawn(health.run(Arc::clone(&edge), router(Arc::clone(&edge))));
+    }
     let signal = end_signals.received().await;
     tracing::info!(signal, "stopping");
     let (connections_ended, all_ended) = tokio::join!(shutdown.drain(), runs_ended(&pipeline));
@@ -166,6 +167,16 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+/// What answers for the server's health whatever goes on at its own address.
+fn health_server(config: &Config) -> anyhow::Result<Option<Server>> {
+    let Some(address) = config.access.health_listen else {
+        return Ok(None);
+    };
+    let server = Server::bind_health(address)
+        .with_context(|| format!("cannot listen on {address}; set GANTRY_HEALTH_LISTEN"))?;
+    Ok(Some(server))
 }
 
 /// Lets short runs end; `false` when some are left for the next start.
@@ -609,18 +620,12 @@ fn banner(
         let shown = key.text.expose_secret();
         text.push_str(&format!("  admin key {shown} (shown this once)\n"));
     }
-    match &config.api_key {
-        Some(key) if key.expose_secret().len() < SHORT_KEY => {
-            text.push_str("  warning   API_KEY is short enough to be guessed\n");
-        }
-        Some(_) => {}
-        None => {
-            let token = sign_in_token(edge)?;
-            let token = token.expose_secret();
-            text.push_str(&format!(
-                "  sign in   {base}/#token={token} (once, within an hour)\n"
-            ));
-        }
+    if config.api_key.is_none() {
+        let token = sign_in_token(edge)?;
+        let token = token.expose_secret();
+        text.push_str(&format!(
+            "  sign in   {base}/#token={token} (once, within an hour)\n"
+        ));
     }
     let mut out = std::io::stdout().lock();
     // A closed terminal is no reason not to serve.

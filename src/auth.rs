@@ -14,8 +14,8 @@ use std::path::Path;
 use crate::model::UserId;
 
 pub use keys::{KeyInfo, Keys, NewKey};
-pub use once::{OneTime, OneTimeError};
-pub use rate::{RateLimits, TooMany};
+pub use once::OneTime;
+pub use rate::{Network, RateLimits, TooMany};
 pub use sessions::{SESSION_LIFETIME, Sessions};
 
 /// What a key allows.

@@ -1,5 +1,6 @@
 //! Arguments and environment, checked once and turned into a [`Config`] that cannot be wrong.
 
+mod access;
 mod cluster;
 mod packages;
 
@@ -13,6 +14,8 @@ use clap::Args;
 use secrecy::{ExposeSecret, SecretString};
 
 use crate::model::{Limits, Packages, is_host_label};
+use access::AccessArgs;
+pub use access::AccessConfig;
 use cluster::cluster;
 pub use cluster::{CleanUpConfig, ClusterConfig, ServicePort};
 use packages::PackageArgs;
@@ -54,6 +57,8 @@ pub struct ServeArgs {
     /// Do not start unless the machine allows every layer of the sandbox
     #[arg(long, env = "GANTRY_REQUIRE_SANDBOX", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     require_sandbox: Option<String>,
+    #[command(flatten)]
+    access: AccessArgs,
     /// Let test runs use the network
     #[arg(long, env = "GANTRY_ALLOW_NETWORK", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     allow_network: Option<String>,
@@ -178,6 +183,8 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// The admin key of the environment.
     pub api_key: Option<SecretString>,
+    /// Who gets in, and how much of the server one of them may hold.
+    pub access: AccessConfig,
     /// Host name of the API.
     pub domain: String,
     /// Deployed programs are served below this host name.
@@ -387,6 +394,7 @@ impl Config {
             let expected = format!("a level or a list such as gantry=debug,info ({error:#})");
             return Err(wrong("GANTRY_LOG", &log, expected));
         }
+        let access = args.access.checked(secrets.api_key.as_ref())?;
         let config = Self {
             listen: SocketAddr::new(
                 parse(
@@ -399,8 +407,9 @@ impl Config {
             ),
             api_key: secrets.api_key,
             peers: peers(&args, secrets.peer_key)?,
-            domain: host_name("DOMAIN", &args.domain, "localhost")?,
+            domain: domain(&args.domain, &access)?,
             app_domain: host_name("APP_DOMAIN", &args.app_domain, "apps.localhost")?,
+            access,
             cors_origins: origins(&args.cors_origins)?,
             nameserver: nameserver(&args.nameserver)?,
             require_sandbox: switch("GANTRY_REQUIRE_SANDBOX", &args.require_sandbox)?,
@@ -480,6 +489,21 @@ fn host_name(
             "a host name such as example.com, without scheme or port",
         ))
     }
+}
+
+/// The API's host name: the one people reach it by.
+fn domain(value: &Option<String>, access: &AccessConfig) -> Result<String, ConfigError> {
+    let Some(url) = &access.public_url else {
+        return host_name("DOMAIN", value, "localhost");
+    };
+    let uri: Option<axum::http::Uri> = url.text.parse().ok();
+    let host = uri.as_ref().and_then(axum::http::Uri::host);
+    let host = host.unwrap_or_default().to_owned();
+    if given(value).is_some_and(|domain| !domain.eq_ignore_ascii_case(&host)) {
+        let expected = "a URL whose host is DOMAIN";
+        return Err(wrong("PUBLIC_URL", &url.text, expected));
+    }
+    host_name("PUBLIC_URL", &Some(host), "")
 }
 
 /// The port of the DNS.

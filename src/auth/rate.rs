@@ -1,8 +1,10 @@
 //! How often one key may ask, and how often one address may fail to sign in.
 
+use std::hash::Hash;
 use std::net::IpAddr;
 use std::num::NonZeroU32;
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use governor::clock::{Clock, MonotonicClock};
 use governor::middleware::NoOpMiddleware;
@@ -19,10 +21,17 @@ const REQUESTS_AT_ONCE: NonZeroU32 = NonZeroU32::new(1_000).unwrap();
 const FAILURES_PER_SECOND: NonZeroU32 = NonZeroU32::new(2).unwrap();
 const FAILURES_AT_ONCE: NonZeroU32 = NonZeroU32::new(100).unwrap();
 
-/// Addresses or keys remembered before those at rest are forgotten.
+/// Sign-ins of one key per second, and at once: each writes a file. A person signs in once a day.
+const SIGN_INS_PER_SECOND: NonZeroU32 = NonZeroU32::new(1).unwrap();
+const SIGN_INS_AT_ONCE: NonZeroU32 = NonZeroU32::new(60).unwrap();
+
+/// Addresses or keys remembered at one time; those at rest are forgotten first.
 const MAX_REMEMBERED: usize = 10_000;
 
-type Limiter<K> = RateLimiter<
+/// Between two looks at a full table for what is at rest: each goes through all of it.
+const CLEAN_EVERY: Duration = Duration::from_secs(1);
+
+type Governor<K> = RateLimiter<
     K,
     HashMapStateStore<K>,
     MonotonicClock,
@@ -37,22 +46,20 @@ pub struct TooMany {
     pub retry_after: Duration,
 }
 
-/// Both limits.
+/// Every limit.
 #[derive(Debug)]
 pub struct RateLimits {
     requests: Limiter<String>,
-    failures: Limiter<IpAddr>,
+    sign_ins: Limiter<String>,
+    failures: Limiter<Network>,
 }
 
 impl Default for RateLimits {
     fn default() -> Self {
-        let requests = Quota::per_second(REQUESTS_PER_SECOND).allow_burst(REQUESTS_AT_ONCE);
-        let failures = Quota::per_second(FAILURES_PER_SECOND).allow_burst(FAILURES_AT_ONCE);
-        // The standard monotonic clock: governor's default one calibrates itself for longer than
-        // the whole server takes to start.
         Self {
-            requests: RateLimiter::hashmap_with_clock(requests, MonotonicClock),
-            failures: RateLimiter::hashmap_with_clock(failures, MonotonicClock),
+            requests: Limiter::new(REQUESTS_PER_SECOND, REQUESTS_AT_ONCE),
+            sign_ins: Limiter::new(SIGN_INS_PER_SECOND, SIGN_INS_AT_ONCE),
+            failures: Limiter::new(FAILURES_PER_SECOND, FAILURES_AT_ONCE),
         }
     }
 }
@@ -60,22 +67,76 @@ impl Default for RateLimits {
 impl RateLimits {
     /// Counts one HTTP request of the key.
     pub fn request(&self, key_id: &str) -> Result<(), TooMany> {
-        count(&self.requests, &key_id.to_owned())
+        self.requests.count(key_id.to_owned())
+    }
+
+    /// Counts one sign-in with the key.
+    pub fn sign_in(&self, key_id: &str) -> Result<(), TooMany> {
+        self.sign_ins.count(key_id.to_owned())
     }
 
     /// Counts one attempt to sign in that failed.
-    pub fn failure(&self, address: IpAddr) -> Result<(), TooMany> {
-        count(&self.failures, &address)
+    pub fn failure(&self, network: Network) -> Result<(), TooMany> {
+        self.failures.count(network)
     }
 }
 
-fn count<K: std::hash::Hash + Eq + Clone>(limiter: &Limiter<K>, key: &K) -> Result<(), TooMany> {
-    if limiter.len() > MAX_REMEMBERED {
-        limiter.retain_recent();
+/// What one client can easily have all addresses of: an IPv4 address, or a /64 of IPv6.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Network(u64);
+
+impl From<IpAddr> for Network {
+    fn from(address: IpAddr) -> Self {
+        match address.to_canonical() {
+            IpAddr::V4(v4) => Self(u64::from(v4.to_bits())),
+            // No network of IPv6 that is in use begins with 32 zero bits.
+            IpAddr::V6(v6) => Self((v6.to_bits() >> 64) as u64),
+        }
     }
-    limiter.check_key(key).map_err(|not_until| TooMany {
-        retry_after: not_until.wait_time_from(MonotonicClock.now()),
-    })
+}
+
+/// One limit for each of many, in a table of bounded size.
+#[derive(Debug)]
+struct Limiter<K: Hash + Eq + Clone> {
+    each: Governor<K>,
+    /// For all those together that a full table has no room for.
+    rest: Governor<()>,
+    cleaned: Mutex<Option<Instant>>,
+}
+
+impl<K: Hash + Eq + Clone> Limiter<K> {
+    fn new(per_second: NonZeroU32, at_once: NonZeroU32) -> Self {
+        let quota = Quota::per_second(per_second).allow_burst(at_once);
+        // The standard monotonic clock: governor's default one calibrates itself for longer than
+        // the whole server takes to start.
+        Self {
+            each: RateLimiter::hashmap_with_clock(quota, MonotonicClock),
+            rest: RateLimiter::hashmap_with_clock(quota, MonotonicClock),
+            cleaned: Mutex::default(),
+        }
+    }
+
+    fn count(&self, key: K) -> Result<(), TooMany> {
+        if self.each.len() >= MAX_REMEMBERED {
+            self.clean();
+        }
+        let counted = if self.each.len() >= MAX_REMEMBERED {
+            self.rest.check_key(&())
+        } else {
+            self.each.check_key(&key)
+        };
+        counted.map_err(|not_until| TooMany {
+            retry_after: not_until.wait_time_from(MonotonicClock.now()),
+        })
+    }
+
+    fn clean(&self) {
+        let mut cleaned = self.cleaned.lock().unwrap_or_else(PoisonError::into_inner);
+        if cleaned.is_none_or(|at| at.elapsed() >= CLEAN_EVERY) {
+            self.each.retain_recent();
+            *cleaned = Some(Instant::now());
+        }
+    }
 }
 
 #[cfg(test)]
@@ -86,17 +147,39 @@ mod tests {
     #[test]
     fn one_address_that_guesses_does_not_slow_another() {
         let limits = RateLimits::default();
-        let guesser = IpAddr::from([10, 0, 0, 1]);
+        let guesser = Network::from(IpAddr::from([10, 0, 0, 1]));
         let refused = (0..500)
             .filter(|_| limits.failure(guesser).is_err())
             .count();
         assert!(refused > 350, "{refused}");
-        assert!(limits.failure(IpAddr::from([10, 0, 0, 2])).is_ok());
+        assert!(limits.failure(IpAddr::from([10, 0, 0, 2]).into()).is_ok());
     }
 
     #[test]
     fn a_busy_page_is_not_slowed() {
         let limits = RateLimits::default();
         assert!((0..500).all(|_| limits.request("k").is_ok()));
+    }
+
+    #[test]
+    fn more_addresses_than_are_remembered_share_one_limit() {
+        let limits = RateLimits::default();
+        let network = |n: u32| Network::from(IpAddr::from(n.to_be_bytes()));
+        for n in 0..MAX_REMEMBERED as u32 {
+            assert!(limits.failure(network(n)).is_ok());
+        }
+        let more = MAX_REMEMBERED as u32..MAX_REMEMBERED as u32 + 500;
+        let refused = more.filter(|n| limits.failure(network(*n)).is_err());
+        assert!(refused.count() > 350);
+        assert!(limits.failures.each.len() <= MAX_REMEMBERED);
+    }
+
+    #[test]
+    fn one_prefix_of_ipv6_is_one_client() {
+        let network = |text: &str| Network::from(text.parse::<IpAddr>().unwrap());
+        assert_eq!(network("2001:db8::1"), network("2001:db8::ffff:1"));
+        assert_ne!(network("2001:db8::1"), network("2001:db8:0:1::1"));
+        assert_eq!(network("::ffff:10.0.0.1"), network("10.0.0.1"));
+        assert_ne!(network("10.0.0.1"), network("10.0.0.2"));
     }
 }

@@ -1,8 +1,9 @@
 //! Browser sessions: a cookie that stands for a key, kept by its hash so that a restart of the
 //! server does not sign anybody out.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -14,7 +15,7 @@ use super::{AuthError, hex, random_hex, replace_file, sha256};
 /// How long a browser stays signed in: a working day.
 pub const SESSION_LIFETIME: Duration = Duration::from_secs(12 * 60 * 60);
 
-/// Most sessions kept; the oldest makes room. It bounds the file that is rewritten at each sign-in.
+/// Most sessions kept. It bounds the file that is rewritten at each sign-in.
 const MAX_SESSIONS: usize = 1_000;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -28,12 +29,17 @@ struct Session {
 #[derive(Debug)]
 pub struct Sessions {
     path: PathBuf,
+    per_key: usize,
+    /// Oldest first. Requests read it, so nobody holds it while a file is written.
     open: Mutex<Vec<Session>>,
+    /// Held while the file is written: one change at a time.
+    writing: Mutex<()>,
 }
 
 impl Sessions {
-    /// Opens the store in the data folder. A damaged one only signs people out.
-    pub fn open(data_dir: &Path) -> Result<Self, AuthError> {
+    /// Opens the store in the data folder. A damaged one only signs people out. `per_key`: most sessions
+    /// of one key.
+    pub fn open(data_dir: &Path, per_key: usize) -> Result<Self, AuthError> {
         let path = data_dir.join("sessions.json");
         let open = match std::fs::read(&path) {
             Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {
@@ -45,11 +51,14 @@ impl Sessions {
         };
         Ok(Self {
             path,
+            per_key,
             open: Mutex::new(open),
+            writing: Mutex::default(),
         })
     }
 
-    /// Signs a browser in with what the key allows; writes to disk.
+    /// Signs a browser in with what the key allows; writes to disk. Where there are too many sessions, the
+    /// oldest of this key ends, or of the key that has the most.
     pub fn create(&self, key_id: &str) -> Result<SecretString, AuthError> {
         let text = random_hex::<24>()?;
         let now = Timestamp::now();
@@ -58,22 +67,23 @@ impl Sessions {
             key_id: key_id.to_owned(),
             expires: now + SESSION_LIFETIME,
         };
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut next = open.clone();
-        next.retain(|session| session.expires > now);
-        if next.len() >= MAX_SESSIONS {
-            next.remove(0);
-        }
-        next.push(session);
-        self.write(&next)?;
-        *open = next;
+        self.change(|sessions| {
+            sessions.retain(|session| session.expires > now);
+            while count(sessions, key_id) >= self.per_key {
+                end_oldest(sessions, key_id);
+            }
+            while sessions.len() >= MAX_SESSIONS {
+                end_oldest(sessions, &busiest(sessions));
+            }
+            sessions.push(session);
+        })?;
         Ok(text.into())
     }
 
     /// The key behind a cookie, while the session lasts.
     pub fn key_id(&self, cookie: &str) -> Option<String> {
         let hash = hex(&sha256(cookie));
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = self.locked();
         let session = open.iter().find(|session| session.sha256 == hash)?;
         (session.expires > Timestamp::now()).then(|| session.key_id.clone())
     }
@@ -81,21 +91,48 @@ impl Sessions {
     /// Signs a browser out; writes to disk. Unknown is fine.
     pub fn end(&self, cookie: &str) -> Result<(), AuthError> {
         let hash = hex(&sha256(cookie));
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut next = open.clone();
-        next.retain(|session| session.sha256 != hash);
-        if next.len() != open.len() {
-            self.write(&next)?;
-            *open = next;
+        if !self.locked().iter().any(|session| session.sha256 == hash) {
+            return Ok(());
         }
+        self.change(|sessions| sessions.retain(|session| session.sha256 != hash))
+    }
+
+    /// Changes the file first and then what is known.
+    fn change(&self, edit: impl FnOnce(&mut Vec<Session>)) -> Result<(), AuthError> {
+        let _one = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut next = self.locked().clone();
+        edit(&mut next);
+        let bytes = serde_json::to_vec(&next)
+            .map_err(|e| AuthError::io(&self.path, std::io::Error::other(e)))?;
+        replace_file(&self.path, &bytes)?;
+        *self.locked() = next;
         Ok(())
     }
 
-    fn write(&self, sessions: &[Session]) -> Result<(), AuthError> {
-        let bytes = serde_json::to_vec(sessions)
-            .map_err(|e| AuthError::io(&self.path, std::io::Error::other(e)))?;
-        replace_file(&self.path, &bytes)
+    fn locked(&self) -> MutexGuard<'_, Vec<Session>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn count(sessions: &[Session], key_id: &str) -> usize {
+    let of_key = |session: &&Session| session.key_id == key_id;
+    sessions.iter().filter(of_key).count()
+}
+
+fn end_oldest(sessions: &mut Vec<Session>, key_id: &str) {
+    if let Some(at) = sessions.iter().position(|s| s.key_id == key_id) {
+        sessions.remove(at);
+    }
+}
+
+/// The key with the most sessions.
+fn busiest(sessions: &[Session]) -> String {
+    let mut counts: HashMap<&str, usize> = HashMap::new();
+    for session in sessions {
+        *counts.entry(&session.key_id).or_default() += 1;
+    }
+    let most = counts.into_iter().max_by_key(|(_, count)| *count);
+    most.map_or_else(String::new, |(key, _)| key.to_owned())
 }
 
 #[cfg(test)]
@@ -107,38 +144,59 @@ mod tests {
     #[test]
     fn a_session_survives_a_restart_until_it_is_ended() {
         let dir = tempfile::tempdir().unwrap();
-        let cookie = Sessions::open(dir.path()).unwrap().create("k1").unwrap();
+        let cookie = Sessions::open(dir.path(), 50)
+            .unwrap()
+            .create("k1")
+            .unwrap();
         let cookie = cookie.expose_secret();
-        let restarted = Sessions::open(dir.path()).unwrap();
+        let restarted = Sessions::open(dir.path(), 50).unwrap();
         assert_eq!(restarted.key_id(cookie).as_deref(), Some("k1"));
         assert_eq!(restarted.key_id("other"), None);
         restarted.end(cookie).unwrap();
         assert_eq!(restarted.key_id(cookie), None);
-        assert_eq!(Sessions::open(dir.path()).unwrap().key_id(cookie), None);
+        assert_eq!(Sessions::open(dir.path(), 50).unwrap().key_id(cookie), None);
     }
 
     #[test]
     fn the_cookie_is_not_in_the_file() {
         let dir = tempfile::tempdir().unwrap();
-        let cookie = Sessions::open(dir.path()).unwrap().create("k1").unwrap();
+        let cookie = Sessions::open(dir.path(), 50)
+            .unwrap()
+            .create("k1")
+            .unwrap();
         let stored = std::fs::read_to_string(dir.path().join("sessions.json")).unwrap();
         assert!(!stored.contains(cookie.expose_secret()));
     }
 
     #[test]
-    fn the_number_of_sessions_is_bounded() {
+    fn one_key_ends_its_own_sessions_and_no_others() {
         let dir = tempfile::tempdir().unwrap();
-        let sessions = Sessions::open(dir.path()).unwrap();
+        let sessions = Sessions::open(dir.path(), 3).unwrap();
+        let admin = sessions.create("admin").unwrap();
+        let own: Vec<SecretString> = (0..5).map(|_| sessions.create("u").unwrap()).collect();
+        assert!(sessions.key_id(admin.expose_secret()).is_some());
+        let there: Vec<bool> = own
+            .iter()
+            .map(|cookie| sessions.key_id(cookie.expose_secret()).is_some())
+            .collect();
+        assert_eq!(there, [false, false, true, true, true]);
+    }
+
+    #[test]
+    fn a_full_store_ends_a_session_of_the_key_that_has_the_most() {
+        let dir = tempfile::tempdir().unwrap();
+        let sessions = Sessions::open(dir.path(), MAX_SESSIONS).unwrap();
         let full: Vec<Session> = (0..MAX_SESSIONS)
             .map(|n| Session {
                 sha256: n.to_string(),
-                key_id: "k".to_owned(),
+                key_id: if n < 2 { "admin" } else { "u" }.to_owned(),
                 expires: Timestamp::now() + SESSION_LIFETIME,
             })
             .collect();
-        *sessions.open.lock().unwrap() = full;
+        *sessions.locked() = full;
         let cookie = sessions.create("newest").unwrap();
-        assert_eq!(sessions.open.lock().unwrap().len(), MAX_SESSIONS);
+        let open = sessions.locked().clone();
+        assert_eq!((open.len(), count(&open, "admin")), (MAX_SESSIONS, 2));
         assert!(sessions.key_id(cookie.expose_secret()).is_some());
     }
 }

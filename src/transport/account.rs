@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
 use super::body::{Json, ProblemBody};
-use super::caller::{self, Authenticated, COOKIE};
+use super::caller::{self, Authenticated};
 use super::problem::HttpProblem;
 use super::{Edge, no_content};
 use crate::auth::{Role, SESSION_LIFETIME};
@@ -92,8 +92,9 @@ pub async fn sign_in(
         }
     };
     let key_id = key_id.map_err(|cause| caller::failed(&edge, &parts, cause))?;
+    edge.rates.sign_in(&key_id).map_err(caller::too_many)?;
     let made = on_disk(&edge, move |edge| edge.sessions.create(&key_id)).await?;
-    let cookie = cookie(made.expose_secret(), SESSION_LIFETIME.as_secs())?;
+    let cookie = cookie(&edge, made.expose_secret(), SESSION_LIFETIME.as_secs())?;
     tracing::info!("a browser signed in");
     Ok(([(header::SET_COOKIE, cookie)], no_content()).into_response())
 }
@@ -104,10 +105,11 @@ pub async fn sign_out(
     State(edge): State<Arc<Edge>>,
     headers: HeaderMap,
 ) -> Result<Response, HttpProblem> {
-    if let Some(value) = caller::session_cookie(&headers).map(str::to_owned) {
+    for value in caller::session_cookies(&edge, &headers) {
+        let value = value.to_owned();
         on_disk(&edge, move |edge| edge.sessions.end(&value)).await?;
     }
-    Ok(([(header::SET_COOKIE, cookie("", 0)?)], no_content()).into_response())
+    Ok(([(header::SET_COOKIE, cookie(&edge, "", 0)?)], no_content()).into_response())
 }
 
 /// Work that waits for the disk, off the threads that serve.
@@ -115,6 +117,8 @@ async fn on_disk<T: Send + 'static>(
     edge: &Arc<Edge>,
     work: impl FnOnce(&Edge) -> Result<T, crate::auth::AuthError> + Send + 'static,
 ) -> Result<T, HttpProblem> {
+    // One at a time: those that wait here hold no thread that the journal may need.
+    let _one = edge.signing.lock().await;
     let edge = Arc::clone(edge);
     let done = tokio::task::spawn_blocking(move || work(&edge)).await;
     done.map_err(|error| HttpProblem::internal(error.to_string()))?
@@ -124,9 +128,8 @@ async fn on_disk<T: Send + 'static>(
         })
 }
 
-fn cookie(value: &str, seconds: u64) -> Result<HeaderValue, HttpProblem> {
-    let text = format!("{COOKIE}={value}; HttpOnly; SameSite=Strict; Path=/; Max-Age={seconds}");
-    let mut value = HeaderValue::from_str(&text)
+fn cookie(edge: &Edge, value: &str, seconds: u64) -> Result<HeaderValue, HttpProblem> {
+    let mut value = HeaderValue::from_str(&edge.cookie.set(value, seconds))
         .map_err(|_| HttpProblem::internal("the cookie could not be made"))?;
     value.set_sensitive(true);
     Ok(value)

@@ -9,14 +9,12 @@ use utoipa::openapi::OpenApi;
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
 
 use super::Edge;
+use super::connections::Full;
 use super::peers::Kind;
 use super::problem::HttpProblem;
 use super::server::Peer;
 use crate::auth::{Caller, Role, TooMany};
 use crate::model::{Problem, UserId};
-
-/// Name of the session cookie.
-pub const COOKIE: &str = "gantry_session";
 
 /// Adds the ways to send a key to the API's description.
 pub struct KeySchemes;
@@ -64,7 +62,7 @@ impl FromRequestParts<Arc<Edge>> for Authenticated {
     type Rejection = HttpProblem;
 
     async fn from_request_parts(parts: &mut Parts, edge: &Arc<Edge>) -> Result<Self, HttpProblem> {
-        if let Some(caller) = by_peer(edge, &parts.headers) {
+        if let Some(caller) = by_peer(edge, parts) {
             // The replica that was asked has counted it.
             return Ok(Self(caller));
         }
@@ -81,17 +79,32 @@ impl FromRequestParts<Arc<Edge>> for Uncounted {
     type Rejection = HttpProblem;
 
     async fn from_request_parts(parts: &mut Parts, edge: &Arc<Edge>) -> Result<Self, HttpProblem> {
-        if let Some(caller) = by_peer(edge, &parts.headers) {
+        if let Some(caller) = by_peer(edge, parts) {
             return Ok(Self(caller));
         }
         let caller = match by_key(edge, parts)? {
             Some(caller) => caller,
-            None => by_cookie(edge, &parts.headers).await.ok_or_else(|| {
-                HttpProblem::unauthorized("the request carries no key and no valid session")
-            })?,
+            None => by_cookie(edge, parts).await?,
         };
+        holds(parts, &caller)?;
         Ok(Self(caller))
     }
+}
+
+/// Counts the request's connection for its caller.
+pub fn holds(parts: &Parts, caller: &Caller) -> Result<(), HttpProblem> {
+    let Some(peer) = parts.extensions.get::<Peer>() else {
+        return Ok(());
+    };
+    peer.belongs_to(caller).map_err(|Full(most)| {
+        let problem = Problem::new(
+            "too_many_connections",
+            "Too many connections are open with this key",
+            format!("a key may have {most} at one time, WebSockets included"),
+            "Close connections that are not needed, or send several submissions over one WebSocket. Operators: see GANTRY_MAX_CONNECTIONS_PER_KEY",
+        );
+        HttpProblem::new(StatusCode::TOO_MANY_REQUESTS, problem).retry_after(1)
+    })
 }
 
 /// The caller of the key in the headers; `None` without one; a wrong one is an error even beside a
@@ -111,8 +124,13 @@ pub fn by_key(edge: &Edge, parts: &Parts) -> Result<Option<Caller>, HttpProblem>
 }
 
 /// The caller for whom another replica asks.
-pub fn by_peer(edge: &Edge, headers: &HeaderMap) -> Option<Caller> {
-    edge.keys.caller(edge.peers.caller(headers)?)
+pub fn by_peer(edge: &Edge, parts: &Parts) -> Option<Caller> {
+    let caller = edge.keys.caller(edge.peers.caller(&parts.headers)?)?;
+    // The replica that was asked counts its client.
+    if let Some(peer) = parts.extensions.get::<Peer>() {
+        peer.belongs_to_replica();
+    }
+    Some(caller)
 }
 
 /// Whether another replica asks: then what is not here is not looked for elsewhere.
@@ -134,7 +152,7 @@ pub fn failed(edge: &Edge, parts: &Parts, cause: &str) -> HttpProblem {
     let Some(peer) = parts.extensions.get::<Peer>() else {
         return HttpProblem::unauthorized(cause);
     };
-    match edge.rates.failure(peer.address.ip()) {
+    match edge.rates.failure(peer.address.ip().into()) {
         Ok(()) => HttpProblem::unauthorized(cause),
         Err(too_often) => too_many(too_often),
     }
@@ -157,27 +175,84 @@ fn header_key(headers: &HeaderMap) -> Option<&str> {
     })
 }
 
-async fn by_cookie(edge: &Edge, headers: &HeaderMap) -> Option<Caller> {
-    let cookie = session_cookie(headers)?;
-    let key_id = match edge.sessions.key_id(cookie) {
-        Some(key_id) => key_id,
-        None => edge.peers.redeem(Kind::Session, cookie).await?,
-    };
-    // The key may have been revoked since: its sessions end with it.
-    edge.keys.caller(&key_id)
+/// Session cookies of one request that are looked up, the last ones.
+const MAX_COOKIES: usize = 8;
+
+/// The caller of the last session cookie that is valid: another site may have put more of the name.
+async fn by_cookie(edge: &Edge, parts: &Parts) -> Result<Caller, HttpProblem> {
+    let mut any = false;
+    for cookie in session_cookies(edge, &parts.headers) {
+        any = true;
+        let key_id = match edge.sessions.key_id(cookie) {
+            Some(key_id) => Some(key_id),
+            None => edge.peers.redeem(Kind::Session, cookie).await,
+        };
+        // The key may have been revoked since: its sessions end with it.
+        if let Some(caller) = key_id.and_then(|key_id| edge.keys.caller(&key_id)) {
+            return Ok(caller);
+        }
+    }
+    if any {
+        let cause = "the request carries no key, and its session is unknown or has ended";
+        return Err(failed(edge, parts, cause));
+    }
+    Err(HttpProblem::unauthorized(
+        "the request carries no key and no valid session",
+    ))
 }
 
-/// The session cookie of a request.
-pub fn session_cookie(headers: &HeaderMap) -> Option<&str> {
-    headers
+/// The values of the session cookie, the last one first.
+pub fn session_cookies<'a>(edge: &Edge, headers: &'a HeaderMap) -> Vec<&'a str> {
+    let name = edge.cookie.name();
+    let pairs = headers
         .get_all(header::COOKIE)
         .iter()
         .filter_map(|value| value.to_str().ok())
         .flat_map(|value| value.split(';'))
-        .find_map(|pair| pair.trim().strip_prefix(COOKIE)?.strip_prefix('='))
+        .filter_map(|pair| pair.trim().split_once('='));
+    let mut values: Vec<&str> = pairs
+        .filter(|(named, _)| *named == name)
+        .map(|(_, value)| value)
+        .collect();
+    values.reverse();
+    values.truncate(MAX_COOKIES);
+    values
 }
 
-fn too_many(error: TooMany) -> HttpProblem {
+/// Which cookie a session is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cookie {
+    /// Over plain HTTP any page of this host, and with a domain any of its neighbours, can set it.
+    Plain,
+    /// Browsers take it over TLS only, for this host only.
+    Secure,
+}
+
+impl Cookie {
+    /// Every name of a session cookie: none is a program's affair.
+    pub const NAMES: [&str; 2] = [Self::Plain.name(), Self::Secure.name()];
+
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "gantry_session",
+            Self::Secure => "__Host-gantry_session",
+        }
+    }
+
+    /// The header that sets it.
+    pub fn set(self, value: &str, seconds: u64) -> String {
+        let secure = match self {
+            Self::Plain => "",
+            Self::Secure => "; Secure",
+        };
+        let name = self.name();
+        format!("{name}={value}; HttpOnly; SameSite=Strict; Path=/; Max-Age={seconds}{secure}")
+    }
+}
+
+/// The answer to who asked too often.
+pub fn too_many(error: TooMany) -> HttpProblem {
     HttpProblem::new(
         StatusCode::TOO_MANY_REQUESTS,
         Problem::new(

@@ -58,7 +58,8 @@ impl Guard {
     /// Whom the request is for, or why it is refused. Checking names keeps a foreign page from
     /// reaching this server by pointing its own DNS name here.
     pub fn target(&self, uri: &Uri, headers: &HeaderMap) -> Result<Target, HttpProblem> {
-        let host = request_host(uri, headers).ok_or_else(|| forbidden_host("(none)"))?;
+        let host = request_host(uri, headers)
+            .ok_or_else(|| forbidden_host("(none, several, or another than the URL's)"))?;
         let host = host.to_ascii_lowercase();
         let (name, port) = split_port(&host).ok_or_else(|| forbidden_host(&host))?;
         if let Some(label) = name.strip_suffix(self.program_suffix.as_str()) {
@@ -173,15 +174,21 @@ pub fn check_query(uri: &Uri) -> Result<(), HttpProblem> {
     Ok(())
 }
 
-/// The host a request names: that of an absolute URL, else the one `Host` header.
+/// The host a request names: its one `Host` header. A client that sends an absolute URL has to name the same
+/// host in both: a proxy before this server may have decided by the other one.
 fn request_host<'a>(uri: &'a Uri, headers: &'a HeaderMap) -> Option<&'a str> {
-    if let Some(authority) = uri.authority() {
-        return Some(authority.as_str());
-    }
     let mut hosts = headers.get_all(header::HOST).iter();
-    let host = hosts.next()?.to_str().ok()?;
-    // Two Host headers: whatever is before us may have believed the other one.
-    hosts.next().is_none().then_some(host)
+    let host = hosts.next().map(|host| host.to_str());
+    if hosts.next().is_some() {
+        return None;
+    }
+    match (uri.authority(), host) {
+        (None, Some(Ok(host))) => Some(host),
+        (Some(url), Some(Ok(host))) => url.as_str().eq_ignore_ascii_case(host).then_some(host),
+        // HTTP/1.0 has no Host.
+        (Some(url), None) => Some(url.as_str()),
+        (_, Some(Err(_))) | (None, None) => None,
+    }
 }
 
 fn split_port(authority: &str) -> Option<(&str, Option<u16>)> {
@@ -338,6 +345,22 @@ mod tests {
         let mut headers = headers("localhost:8000", None);
         headers.append(header::HOST, "evil.example".parse().unwrap());
         assert!(guard.target(&Uri::from_static("/"), &headers).is_err());
+    }
+
+    #[test]
+    fn an_absolute_url_names_the_same_host_as_the_header() {
+        let guard = guard("127.0.0.1:8000");
+        let target = |url: &str, host: &str| {
+            let uri: Uri = url.parse().unwrap();
+            guard.target(&uri, &headers(host, None)).ok()
+        };
+        let own = "http://LOCALHOST:8000/session";
+        assert_eq!(target(own, "localhost:8000"), Some(Target::Api));
+        assert_eq!(target(own, "evil.example"), None);
+        assert_eq!(target(own, "ann-prod.apps.localhost:8000"), None);
+        assert_eq!(target("http://evil.example/", "localhost:8000"), None);
+        let uri: Uri = own.parse().unwrap();
+        assert!(guard.target(&uri, &HeaderMap::new()).is_ok());
     }
 
     #[test]

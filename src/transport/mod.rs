@@ -6,6 +6,7 @@
 mod account;
 mod body;
 mod caller;
+mod connections;
 mod guard;
 mod health;
 mod logs;
@@ -53,7 +54,8 @@ use crate::pipeline::modules::ModuleCalls;
 use crate::platform::Platform;
 use crate::shutdown::Shutdown;
 
-use caller::KeySchemes;
+use caller::{Cookie, KeySchemes};
+use connections::Shares;
 pub use guard::Guard;
 use guard::Target;
 pub use peers::{Peers, Replicas};
@@ -77,6 +79,9 @@ const MAX_TICKETS: usize = 20_000;
 /// How long a sign-in link works: long enough to find the terminal's output again.
 const SIGN_IN_LIFETIME: Duration = Duration::from_secs(60 * 60);
 
+/// Tickets of one key: far more than the pages that one person has open.
+const MAX_TICKETS_PER_KEY: usize = 1_000;
+
 /// Sign-in links that may wait: one is made at each start.
 const MAX_SIGN_INS: usize = 16;
 
@@ -87,6 +92,12 @@ pub struct Edge {
     pub keys: Keys,
     /// Browsers that are signed in.
     pub sessions: Sessions,
+    /// Which cookie sessions are in.
+    cookie: Cookie,
+    /// Held while the session store is written.
+    signing: tokio::sync::Mutex<()>,
+    /// Requests to repls that the proxy has under way.
+    proxied: Shares<ReplId>,
     /// Tickets for WebSockets.
     pub tickets: OneTime,
     /// Tokens of sign-in links.
@@ -160,8 +171,14 @@ impl Edge {
         Ok(Self {
             keys: parts.keys,
             sessions: parts.sessions,
-            tickets: OneTime::new(TICKET_LIFETIME, MAX_TICKETS),
-            sign_ins: OneTime::new(SIGN_IN_LIFETIME, MAX_SIGN_INS),
+            tickets: OneTime::new(TICKET_LIFETIME, MAX_TICKETS, MAX_TICKETS_PER_KEY),
+            sign_ins: OneTime::new(SIGN_IN_LIFETIME, MAX_SIGN_INS, MAX_SIGN_INS),
+            cookie: match config.access.is_secure() {
+                true => Cookie::Secure,
+                false => Cookie::Plain,
+            },
+            signing: tokio::sync::Mutex::default(),
+            proxied: Shares::new(config.access.connections_per_repl),
             rates: RateLimits::default(),
             guard,
             journal: parts.journal,
@@ -206,6 +223,13 @@ impl Edge {
                 self.finish(cors.as_deref(), response)
             }
         }
+    }
+
+    /// Answers a request about the server's health, whatever host it names: who watches over a server asks its
+    /// address.
+    async fn answer_health(&self, router: &Router, request: Request) -> Response {
+        let response = self.route(router, request).await;
+        self.finish(None, response)
     }
 
     fn repl_of(&self, request: &Request) -> Option<ReplId> {

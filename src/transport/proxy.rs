@@ -15,7 +15,8 @@ use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 
 use super::Edge;
-use super::caller::COOKIE;
+use super::caller::Cookie;
+use super::connections::Taken;
 use super::server::Peer;
 use super::session::revoked;
 use crate::model::ReplId;
@@ -41,6 +42,23 @@ const HOP_BY_HOP: [HeaderName; 8] = [
     header::TE,
     header::TRAILER,
     header::TRANSFER_ENCODING,
+];
+
+/// Headers that the list in `Connection` does not remove: what a program, or Gantry, decides by, and how long
+/// the body is. A client that lists them would have them removed after they were checked.
+const NEVER_HOP_BY_HOP: [HeaderName; 12] = [
+    header::HOST,
+    header::CONTENT_LENGTH,
+    header::CONTENT_TYPE,
+    header::COOKIE,
+    header::SET_COOKIE,
+    header::AUTHORIZATION,
+    header::ORIGIN,
+    header::FORWARDED,
+    HeaderName::from_static("x-forwarded-for"),
+    HeaderName::from_static("x-forwarded-host"),
+    HeaderName::from_static("x-forwarded-proto"),
+    HeaderName::from_static("x-api-key"),
 ];
 
 /// Which of a repl's two ports.
@@ -74,6 +92,13 @@ pub async fn forward(
     if let Some(answered) = rouse(edge, &repl, door, visit).await {
         return answered;
     }
+    let Some(share) = edge.proxied.take(&repl) else {
+        let cause = format!(
+            "{} requests to {repl} are under way, as many as there may be at one time.",
+            edge.proxied.most()
+        );
+        return later("The program is busy", &cause, visit);
+    };
     let dialled = async {
         match door {
             Door::Program => edge.platform.dial(&repl).await,
@@ -105,7 +130,7 @@ pub async fn forward(
             );
         }
     };
-    match exchange(edge, request, stream).await {
+    match exchange(edge, request, stream, share).await {
         Ok(response) => response,
         Err(Failure::Late) => {
             let cause = format!(
@@ -204,6 +229,7 @@ async fn exchange(
     edge: &Arc<Edge>,
     mut request: Request,
     stream: Box<dyn ByteStream>,
+    share: Taken<ReplId>,
 ) -> Result<Response, Failure> {
     let peer = request.extensions().get::<Peer>().cloned();
     let opened_by = request.extensions().get::<OpenedBy>().cloned();
@@ -214,12 +240,15 @@ async fn exchange(
         .await
         .map_err(Failure::Broken)?;
     let stop = edge.shutdown.token.clone();
+    let share = Arc::new(share);
+    let own = Arc::clone(&share);
     edge.shutdown.tasks.spawn(async move {
         // Its error comes out at the request or in the body.
         tokio::select! {
             _ = connection.with_upgrades() => {}
             () = stop.cancelled() => {}
         }
+        drop(own);
     });
     let mut response = tokio::time::timeout(ANSWER_TIMEOUT, sender.send_request(request))
         .await
@@ -232,7 +261,7 @@ async fn exchange(
     keep_session_cookie_ours(response.headers_mut());
     if let (Some(client_side), Some(program_side)) = (client_side, program_side) {
         put_upgrade(response.headers_mut(), upgraded_to.as_ref());
-        let joined = join(edge, client_side, program_side, peer);
+        let joined = join(edge, client_side, program_side, (peer, share));
         match opened_by {
             Some(OpenedBy(key)) => {
                 let (tasks, edge) = (edge.shutdown.tasks.clone(), Arc::clone(edge));
@@ -254,7 +283,7 @@ fn join(
     edge: &Edge,
     client: OnUpgrade,
     program: OnUpgrade,
-    peer: Option<Peer>,
+    held: (Option<Peer>, Arc<Taken<ReplId>>),
 ) -> impl Future<Output = ()> + Send + 'static {
     let stop = edge.shutdown.token.clone();
     async move {
@@ -266,7 +295,7 @@ fn join(
                 .ok()
         };
         stop.run_until_cancelled(copied).await;
-        drop(peer);
+        drop(held);
     }
 }
 
@@ -296,6 +325,7 @@ fn put_upgrade(headers: &mut HeaderMap, protocol: Option<&HeaderValue>) {
 fn remove_hop_by_hop(headers: &mut HeaderMap) {
     let named: Vec<HeaderName> = connection_tokens(headers)
         .filter_map(|token| token.parse().ok())
+        .filter(|name| !NEVER_HOP_BY_HOP.contains(name))
         .collect();
     for name in named.iter().chain(&HOP_BY_HOP) {
         headers.remove(name);
@@ -328,19 +358,21 @@ fn prepare_request(request: &mut Request, upgrade: Option<&HeaderValue>, peer: O
     }
 }
 
-/// Takes Gantry's own cookie out of a request to a program.
+/// Takes Gantry's own cookies out of a request to a program.
 fn strip_session_cookie(headers: &mut HeaderMap) {
-    let ours = |pair: &str| pair.trim().split('=').next() == Some(COOKIE);
+    let ours = |pair: &str| {
+        let name = pair.split('=').next().unwrap_or_default().trim();
+        Cookie::NAMES.contains(&name)
+    };
     let kept: Vec<HeaderValue> = headers
         .get_all(header::COOKIE)
         .iter()
         .filter_map(|value| {
             let Ok(text) = value.to_str() else {
                 // Not text, so it cannot be read by us either: only bytes that spell our name matter.
-                let spelled = value
-                    .as_bytes()
-                    .windows(COOKIE.len())
-                    .any(|w| w == COOKIE.as_bytes());
+                // The longer name ends with the shorter one.
+                let name = Cookie::Plain.name().as_bytes();
+                let spelled = value.as_bytes().windows(name.len()).any(|w| w == name);
                 return (!spelled).then(|| value.clone());
             };
             let pairs: Vec<&str> = text
@@ -362,15 +394,18 @@ fn strip_session_cookie(headers: &mut HeaderMap) {
     }
 }
 
-/// A program must not set a cookie that Gantry would take for its own.
+/// A program must not set a cookie that Gantry would take for its own. A cookie without a name is sent back as
+/// its value alone, which may spell a name and a value.
 fn keep_session_cookie_ours(headers: &mut HeaderMap) {
     let kept: Vec<HeaderValue> = headers
         .get_all(header::SET_COOKIE)
         .iter()
         .filter(|value| {
-            let bytes = value.as_bytes().trim_ascii_start();
-            let name = bytes.split(|byte| *byte == b'=').next().unwrap_or_default();
-            name.trim_ascii_end() != COOKIE.as_bytes()
+            let pair = value.as_bytes().split(|byte| *byte == b';').next();
+            let mut parts = pair.unwrap_or_default().splitn(2, |byte| *byte == b'=');
+            let name = parts.next().unwrap_or_default().trim_ascii();
+            let ours = |own: &&str| name.eq_ignore_ascii_case(own.as_bytes());
+            parts.next().is_some() && !name.is_empty() && !Cookie::NAMES.iter().any(ours)
         })
         .cloned()
         .collect();
@@ -436,6 +471,7 @@ mod tests {
         let mut request = request(&[
             ("cookie", "a=1; gantry_session=secret; b=2"),
             ("cookie", "gantry_session=again"),
+            ("cookie", "__Host-gantry_session=more; gantry_session =odd"),
         ]);
         prepare_request(&mut request, None, None);
         let cookies: Vec<_> = request.headers().get_all("cookie").iter().collect();
@@ -447,6 +483,10 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.append("set-cookie", "gantry_session=x; Path=/".parse().unwrap());
         headers.append("set-cookie", " gantry_session =x".parse().unwrap());
+        for without_name in ["=gantry_session=x", "gantry_session", " =x", "; a=b", ""] {
+            headers.append("set-cookie", without_name.parse().unwrap());
+        }
+        headers.append("set-cookie", "__host-gantry_session=x".parse().unwrap());
         headers.append("set-cookie", "mine=1".parse().unwrap());
         keep_session_cookie_ours(&mut headers);
         let kept: Vec<_> = headers.get_all("set-cookie").iter().collect();
@@ -477,6 +517,30 @@ mod tests {
         assert_eq!(headers["accept"], "*/*");
         assert_eq!(headers["host"], "a-prod.apps.localhost:8000");
         assert_eq!(request.uri(), "/x?y=1");
+    }
+
+    #[test]
+    fn a_client_cannot_list_away_what_a_program_decides_by() {
+        let mut request = request(&[
+            ("host", "a-prod.apps.localhost:8000"),
+            (
+                "connection",
+                "host, Cookie, content-length, x-forwarded-for",
+            ),
+            ("connection", "authorization, x-forwarded-host"),
+            ("cookie", "a=1"),
+            ("content-length", "3"),
+            ("authorization", "Basic eA=="),
+        ]);
+        *request.uri_mut() = Uri::from_static("/x");
+        prepare_request(&mut request, None, None);
+        let headers = request.headers();
+        assert_eq!(headers["host"], "a-prod.apps.localhost:8000");
+        assert_eq!(headers["x-forwarded-host"], "a-prod.apps.localhost:8000");
+        for kept in ["cookie", "content-length", "authorization"] {
+            assert!(headers.contains_key(kept), "{kept}");
+        }
+        assert!(!headers.contains_key("connection"));
     }
 
     #[test]

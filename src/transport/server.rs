@@ -1,20 +1,31 @@
 //! The listening socket: accepts, bounds and times connections.
 
+use std::convert::Infallible;
+use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::Request;
+use axum::response::IntoResponse;
+use hyper::body::{Frame, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 
 use super::Edge;
+use super::connections::{Bounds, Busy, Connections, Full, Place};
+use super::problem::HttpProblem;
+use crate::auth::Caller;
+use crate::config::AccessConfig;
+use crate::model::Problem;
 
 /// How long a client may take to send a request's headers, and to begin the next request. A phone
 /// on a bad line takes a second; slow ones on purpose are gone soon.
@@ -42,19 +53,47 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Connections that wait to be accepted: a thousand clients that reconnect at once, and more.
 const BACKLOG: i32 = 4_096;
 
-/// Whom a connection comes from. Whoever holds it holds the connection's place.
+/// Connections beyond all places that are told so, or asked for the server's health, at one time.
+const OVERFLOW: usize = 64;
+
+/// How long one of them may take: for one short answer.
+const OVERFLOW_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Connections to the address that answers for the server's health only.
+const HEALTH_CONNECTIONS: usize = 64;
+
+/// Whom a request comes from. Whoever holds it holds the connection's place.
 #[derive(Debug, Clone)]
 pub struct Peer {
     /// The other side.
     pub address: SocketAddr,
-    _place: Arc<OwnedSemaphorePermit>,
+    /// The connection's place; `None`: it has none and is asked for health only.
+    place: Option<Arc<Busy>>,
+}
+
+impl Peer {
+    /// The connection is this caller's from now on.
+    pub fn belongs_to(&self, caller: &Caller) -> Result<(), Full> {
+        self.place
+            .as_ref()
+            .map_or(Ok(()), |busy| busy.place().belongs_to(caller))
+    }
+
+    /// The connection is another replica's.
+    pub fn belongs_to_replica(&self) {
+        if let Some(busy) = &self.place {
+            busy.place().belongs_to_replica();
+        }
+    }
 }
 
 /// A bound socket that does not answer yet: clients that connect meanwhile wait.
 #[derive(Debug)]
 pub struct Server {
     listener: TcpListener,
-    connections: usize,
+    connections: Arc<Connections>,
+    overflow: Arc<Semaphore>,
+    health_only: bool,
 }
 
 /// Allows as many open files as the system lets this process have.
@@ -76,86 +115,149 @@ pub fn raise_open_files() -> u64 {
 
 impl Server {
     /// Binds the address. `open_files` bounds the connections.
-    pub fn bind(address: SocketAddr, open_files: u64) -> std::io::Result<Self> {
-        let socket = if address.is_ipv4() {
-            tokio::net::TcpSocket::new_v4()?
-        } else {
-            tokio::net::TcpSocket::new_v6()?
-        };
-        // A restart must not wait for the old connections' last packets.
-        socket.set_reuseaddr(true)?;
-        socket.bind(address)?;
-        let listener = socket.listen(BACKLOG as u32)?;
+    pub fn bind(address: SocketAddr, open_files: u64, access: &AccessConfig) -> io::Result<Self> {
         let files =
             usize::try_from(open_files.saturating_sub(RESERVED_FILES)).unwrap_or(usize::MAX);
-        Ok(Self {
-            listener,
+        let bounds = Bounds {
             // A proxied request holds a second one: a quarter is kept for those.
-            connections: (files / 4 * 3).clamp(64, MAX_CONNECTIONS),
+            all: (files / 4 * 3).clamp(64, MAX_CONNECTIONS),
+            per_address: access.connections_per_address,
+            per_key: access.connections_per_key,
+        };
+        Ok(Self {
+            listener: listen(address)?,
+            connections: Connections::new(bounds),
+            overflow: Arc::new(Semaphore::new(OVERFLOW)),
+            health_only: false,
+        })
+    }
+
+    /// Binds an address that answers for the server's health only.
+    pub fn bind_health(address: SocketAddr) -> io::Result<Self> {
+        let bounds = Bounds {
+            all: HEALTH_CONNECTIONS,
+            per_address: HEALTH_CONNECTIONS,
+            per_key: HEALTH_CONNECTIONS,
+        };
+        Ok(Self {
+            listener: listen(address)?,
+            connections: Connections::new(bounds),
+            overflow: Arc::new(Semaphore::new(OVERFLOW)),
+            health_only: true,
         })
     }
 
     /// The address really listened on.
-    pub fn address(&self) -> std::io::Result<SocketAddr> {
+    pub fn address(&self) -> io::Result<SocketAddr> {
         self.listener.local_addr()
     }
 
     /// Answers until told to stop.
     pub async fn run(self, edge: Arc<Edge>, router: Router) {
-        let places = Arc::new(Semaphore::new(self.connections));
         let stop = edge.shutdown.token.clone();
         loop {
-            let accepted = async {
-                // With every place taken, new clients wait in the kernel's queue.
-                let place = Arc::clone(&places).acquire_owned().await.ok()?;
-                Some((self.listener.accept().await, place))
-            };
-            match stop.run_until_cancelled(accepted).await.flatten() {
+            match stop.run_until_cancelled(self.listener.accept()).await {
                 None => return,
-                Some((Ok((stream, address)), place)) => {
-                    let peer = Peer {
-                        address,
-                        _place: Arc::new(place),
-                    };
-                    let connection = serve(Arc::clone(&edge), router.clone(), stream, peer);
-                    edge.shutdown.tasks.spawn(connection);
-                }
-                Some((Err(error), _)) => {
+                Some(Ok((stream, address))) => self.take(&edge, &router, stream, address),
+                Some(Err(error)) => {
                     tracing::warn!(%error, "a connection could not be accepted");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }
         }
     }
+
+    /// Decides what a new connection gets. Never waits: health must be answered whatever the others do.
+    fn take(&self, edge: &Arc<Edge>, router: &Router, stream: TcpStream, address: SocketAddr) {
+        if let Err(error) = prepare(&stream) {
+            // The client hung up before it was looked at.
+            tracing::debug!(%error, "a connection could not be set up");
+            return;
+        }
+        let (edge, router) = (Arc::clone(edge), router.clone());
+        let tasks = edge.shutdown.tasks.clone();
+        match self.connections.open(address.ip()) {
+            Some(place) if !self.health_only => {
+                drop(tasks.spawn(serve(edge, router, stream, address, place)));
+            }
+            Some(place) => {
+                tasks.spawn(async move {
+                    tokio::select! {
+                        () = serve_once(edge, router, stream, address) => {}
+                        () = place.evicted() => {}
+                    }
+                });
+            }
+            None => {
+                // With this many told that there is no room, the rest learns it from the closed connection.
+                if let Ok(one) = Arc::clone(&self.overflow).try_acquire_owned() {
+                    tasks.spawn(async move {
+                        serve_once(edge, router, stream, address).await;
+                        drop(one);
+                    });
+                }
+            }
+        }
+    }
 }
 
-async fn serve(edge: Arc<Edge>, router: Router, stream: TcpStream, peer: Peer) {
-    if let Err(error) = prepare(&stream) {
-        // The client hung up before it was looked at.
-        tracing::debug!(%error, "a connection could not be set up");
-        return;
-    }
-    let stop = edge.shutdown.token.clone();
-    let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
-        request.extensions_mut().insert(peer.clone());
-        let request: Request = request.map(Body::new);
-        let edge = Arc::clone(&edge);
-        let router = router.clone();
-        async move { Ok::<_, std::convert::Infallible>(edge.answer(&router, request).await) }
-    });
-    let connection = http1::Builder::new()
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() {
+        tokio::net::TcpSocket::new_v4()?
+    } else {
+        tokio::net::TcpSocket::new_v6()?
+    };
+    // A restart must not wait for the old connections' last packets.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG as u32)
+}
+
+fn http() -> http1::Builder {
+    let mut builder = http1::Builder::new();
+    builder
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)
         .max_headers(MAX_HEADERS)
-        .max_buf_size(MAX_HEAD_BYTES)
-        .serve_connection(TokioIo::new(stream), service)
-        .with_upgrades();
-    let mut connection = std::pin::pin!(connection);
+        .max_buf_size(MAX_HEAD_BYTES);
+    builder
+}
+
+async fn serve(
+    edge: Arc<Edge>,
+    router: Router,
+    stream: TcpStream,
+    address: SocketAddr,
+    place: Place,
+) {
+    let place = Arc::new(place);
+    let stop = edge.shutdown.token.clone();
+    let own = Arc::clone(&place);
+    let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
+        let busy = Arc::new(own.busy());
+        request.extensions_mut().insert(Peer {
+            address,
+            place: Some(Arc::clone(&busy)),
+        });
+        let request: Request = request.map(Body::new);
+        let edge = Arc::clone(&edge);
+        let router = router.clone();
+        async move {
+            let response = edge.answer(&router, request).await;
+            Ok::<_, Infallible>(response.map(|body| held(body, busy)))
+        }
+    });
+    let connection = http().serve_connection(TokioIo::new(stream), service);
+    let mut connection = std::pin::pin!(connection.with_upgrades());
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
         () = stop.cancelled() => {
             connection.as_mut().graceful_shutdown();
             connection.await
+        }
+        () = place.evicted() => {
+            tracing::debug!(%address, "an idle connection was closed to make room");
+            return;
         }
     };
     if let Err(error) = ended {
@@ -163,7 +265,72 @@ async fn serve(edge: Arc<Edge>, router: Router, stream: TcpStream, peer: Peer) {
     }
 }
 
-fn prepare(stream: &TcpStream) -> std::io::Result<()> {
+/// One answer, about the server's health or that there is no room for more.
+async fn serve_once(edge: Arc<Edge>, router: Router, stream: TcpStream, address: SocketAddr) {
+    let service = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
+        let edge = Arc::clone(&edge);
+        let router = router.clone();
+        async move {
+            let health = ["/healthz", "/readyz"].contains(&request.uri().path());
+            let response = match health {
+                true => edge.answer_health(&router, request.map(Body::new)).await,
+                false => no_room(address).into_response(),
+            };
+            Ok::<_, Infallible>(response)
+        }
+    });
+    let mut once = http();
+    let connection = once
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), service);
+    let _ = tokio::time::timeout(OVERFLOW_TIMEOUT, connection).await;
+}
+
+fn no_room(address: SocketAddr) -> HttpProblem {
+    HttpProblem::unavailable(Problem::new(
+        "too_many_connections",
+        "The server takes no more connections now",
+        format!("all places are in use, or all that {} may have", address.ip()),
+        "Close connections that are not needed and try again. Operators: see GANTRY_MAX_CONNECTIONS_PER_ADDRESS",
+    ))
+    .retry_after(1)
+}
+
+/// The body, on a connection that is in use until its last byte was taken.
+fn held(body: Body, busy: Arc<Busy>) -> Body {
+    match body.is_end_stream() {
+        true => body,
+        false => Body::new(Held { body, _busy: busy }),
+    }
+}
+
+/// See [`held`].
+struct Held {
+    body: Body,
+    _busy: Arc<Busy>,
+}
+
+impl HttpBody for Held {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+fn prepare(stream: &TcpStream) -> io::Result<()> {
     // Frames are small and written whole: none may wait for the acknowledgement of the last.
     stream.set_nodelay(true)?;
     let milliseconds = u32::try_from(UNACKNOWLEDGED_TIMEOUT.as_millis()).unwrap_or(u32::MAX);

@@ -18,7 +18,7 @@ use super::peers::Kind;
 use super::problem::HttpProblem;
 use super::server::Peer;
 use super::session;
-use crate::auth::{Caller, OneTimeError};
+use crate::auth::Caller;
 use crate::model::Problem;
 
 /// A ticket for one WebSocket.
@@ -32,25 +32,17 @@ pub struct Ticket {
 
 /// A single-use ticket, for browsers: they cannot send headers with a WebSocket
 #[utoipa::path(post, path = "/ws/ticket", tag = "submissions",
-    responses((status = 200, body = Ticket), (status = 401, body = ProblemBody),
-              (status = 503, body = ProblemBody)))]
+    responses((status = 200, body = Ticket), (status = 401, body = ProblemBody)))]
 pub async fn ticket(
     State(edge): State<Arc<Edge>>,
     Authenticated(caller): Authenticated,
 ) -> Result<axum::Json<Ticket>, HttpProblem> {
-    match edge.tickets.issue(&caller.key_id) {
-        Ok(ticket) => Ok(axum::Json(Ticket {
-            ticket: ticket.expose_secret().to_owned(),
-            expires_in: edge.tickets.lifetime().as_secs(),
-        })),
-        Err(error @ OneTimeError::Full(_)) => Err(HttpProblem::unavailable(Problem::new(
-            "too_many_tickets",
-            "No more tickets can be given out now",
-            error.to_string(),
-            "Try again in half a minute",
-        ))),
-        Err(OneTimeError::Random(error)) => Err(HttpProblem::internal(error.to_string())),
-    }
+    let issued = edge.tickets.issue(&caller.key_id);
+    let ticket = issued.map_err(|error| HttpProblem::internal(error.to_string()))?;
+    Ok(axum::Json(Ticket {
+        ticket: ticket.expose_secret().to_owned(),
+        expires_in: edge.tickets.lifetime().as_secs(),
+    }))
 }
 
 /// The query of the upgrade request.
@@ -99,10 +91,11 @@ pub async fn caller_of(
     parts: &axum::http::request::Parts,
     ticket: Option<String>,
 ) -> Result<Caller, HttpProblem> {
-    if let Some(caller) = caller::by_peer(edge, &parts.headers) {
+    if let Some(caller) = caller::by_peer(edge, parts) {
         return Ok(caller);
     }
     if let Some(caller) = caller::by_key(edge, parts)? {
+        caller::holds(parts, &caller)?;
         return Ok(caller);
     }
     let Some(ticket) = ticket else {
@@ -114,12 +107,14 @@ pub async fn caller_of(
         Some(key_id) => Some(key_id),
         None => edge.peers.redeem(Kind::Ticket, &ticket).await,
     };
-    key_id
+    let caller = key_id
         .and_then(|key_id| edge.keys.caller(&key_id))
         .ok_or_else(|| {
             let cause = "the ticket was used before, is older than 30 s, or is not one";
             caller::failed(edge, parts, cause)
-        })
+        })?;
+    caller::holds(parts, &caller)?;
+    Ok(caller)
 }
 
 /// Checks the handshake of RFC 6455 §4.2.1 and answers its challenge.
