@@ -70,8 +70,10 @@ async fn no_key_of_the_bucket_comes_into_a_users_namespace() {
     let bed = start().await;
     let user = bed.user("keys");
     let repl = bed.repl(&user);
-    let spec = bed.spec(&user, &repl, &program("one"), BTreeMap::new());
-    bed.platform.ensure_release(&spec.await).await.unwrap();
+    let spec = bed
+        .spec(&user, &repl, &program("one"), BTreeMap::new())
+        .await;
+    bed.platform.ensure_release(&spec).await.unwrap();
     serves(&bed, &repl, "one").await;
     let secrets: Api<Secret> = Api::namespaced(bed.client.clone(), &user.namespace());
     let secrets = secrets.list(&ListParams::default()).await.unwrap().items;
@@ -107,8 +109,10 @@ async fn a_pod_that_starts_again_gets_its_files_and_waits_for_a_server_that_is_a
     let bed = start().await;
     let user = bed.user("again");
     let repl = bed.repl(&user);
-    let spec = bed.spec(&user, &repl, &program("one"), BTreeMap::new());
-    bed.platform.ensure_release(&spec.await).await.unwrap();
+    let spec = bed
+        .spec(&user, &repl, &program("one"), BTreeMap::new())
+        .await;
+    bed.platform.ensure_release(&spec).await.unwrap();
     restart(&bed, &user, &repl).await;
     serves(&bed, &repl, "one").await;
 
@@ -180,8 +184,10 @@ async fn keys_that_an_older_server_left_are_withdrawn() {
     .await;
     let user = bed.user("older");
     let repl = bed.repl(&user);
-    let spec = bed.spec(&user, &repl, &program("one"), BTreeMap::new());
-    bed.platform.ensure_release(&spec.await).await.unwrap();
+    let spec = bed
+        .spec(&user, &repl, &program("one"), BTreeMap::new())
+        .await;
+    bed.platform.ensure_release(&spec).await.unwrap();
     assert!(has_keys(&bed, &user).await);
     bed.platform.shutdown().await;
     drop(bed);
