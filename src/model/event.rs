@@ -228,7 +228,7 @@ pub struct RunReport {
     pub usage: super::Usage,
     /// Output went past its limit and was cut.
     pub truncated: bool,
-    /// The test runner's report file, where one was asked for and could be read safely.
+    /// The test runner's report, where one was asked for.
     pub test_report: Option<String>,
 }
 

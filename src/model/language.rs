@@ -13,26 +13,43 @@ pub const BUILD_FOLDER: &str = ".build";
 /// The file of a release that holds [`BUILD_FOLDER`]; a tar archive, compressed with gzip.
 pub const BUILD_ARCHIVE: &str = ".build.tar.gz";
 
-/// How a language's own test runner reports, test by test.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ReportFormat {
-    /// JUnit XML, one `testcase` element per test.
-    JUnit,
-}
-
 /// A language's own runner for test files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TestRunner {
     /// Its name, as people know it.
     pub name: &'static str,
-    /// Command; `{report}` is replaced by the report file's path, and the test files follow.
+    /// Command, which the test files follow; `{reporters}` is the folder with what reports each test.
     pub argv: &'static [&'static str],
     /// What a test file is to the runner: `{file}`, or what it was compiled to.
     pub file: &'static str,
-    /// What the report file holds.
-    pub format: ReportFormat,
     /// What to install when the command is missing.
     pub install: &'static str,
+}
+
+/// What a test command writes to stdout, at the beginning of a line, when it ran a test.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Proof {
+    /// Nothing: the exit code says it all.
+    None,
+    /// `--- PASS: `, as Go's does for each test.
+    Go,
+    /// `test result: ok. `, with how many passed, as Rust's does.
+    Rust,
+}
+
+impl Proof {
+    /// Whether a test ran, as far as this tells.
+    pub fn is_in(self, stdout: &str) -> bool {
+        let mut lines = stdout.lines();
+        match self {
+            Proof::None => true,
+            Proof::Go => lines.any(|line| line.starts_with("--- PASS: ")),
+            Proof::Rust => lines.any(|line| {
+                let rest = line.strip_prefix("test result: ok. ");
+                rest.is_some_and(|rest| !rest.starts_with("0 passed"))
+            }),
+        }
+    }
 }
 
 /// A command that runs one test file, which passes with exit code 0.
@@ -48,6 +65,8 @@ pub struct TestCommand {
     pub has_own_entry: bool,
     /// It compiles the test first, and gets what compiling gets.
     pub compiles: bool,
+    /// How it tells that a test ran.
+    pub proof: Proof,
 }
 
 /// What a language's test files are run by.

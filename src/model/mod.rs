@@ -25,8 +25,8 @@ pub use event::{Ending, Event, Origin, OutputStream, Record, RunReport, Step, St
 pub use id::{IdError, ReplId, ServiceName, SubmissionId, UserId};
 pub use image::{ImageError, ImageName};
 pub use language::{
-    BUILD_ARCHIVE, BUILD_FOLDER, Compile, LANGUAGES, Language, ReportFormat, TestCommand,
-    TestFiles, TestRunner, Tool, Words,
+    BUILD_ARCHIVE, BUILD_FOLDER, Compile, LANGUAGES, Language, Proof, TestCommand, TestFiles,
+    TestRunner, Tool, Words,
 };
 pub use limits::{Limits, LimitsRequest, MAX_CODE_BYTES, MAX_MESSAGE_BYTES};
 pub use module::{

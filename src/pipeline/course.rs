@@ -287,10 +287,13 @@ impl Course {
             let undecided = run.report.is_none() || self.control.is_cancelled();
             let result = match &self.submission.tests {
                 Tests::Cases(cases) => cases.get(number).map(|case| judge_case(case, &run)),
-                Tests::Files(files) if self.each_by_itself() => {
-                    files.get(number).map(|file| judge_file(file, &run))
-                }
-                Tests::ExitCode | Tests::Files(_) => None,
+                Tests::Files(files) => match &self.submission.language.tests {
+                    TestFiles::Each(command) => files
+                        .get(number)
+                        .map(|file| judge_file(command.proof, file, &run)),
+                    TestFiles::Runner(_) => None,
+                },
+                Tests::ExitCode => None,
             };
             runs.push(run);
             if let Some(result) = result {

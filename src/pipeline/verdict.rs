@@ -2,10 +2,10 @@
 //! out the same after a restart.
 
 use super::fit::{MAX_ACTUAL, cut, cut_outputs};
-use super::junit::{self, Defect, Report};
+use super::report::{self, Defect, Report};
 use crate::model::{
-    Case, Ending, Install, Limits, Outcome, Problem, Reason, RelativePath, RunReport, Status,
-    Submission, TestFiles, TestResult, TestRunner, Tests, Usage,
+    Case, Ending, Install, Limits, Outcome, Problem, Proof, Reason, RelativePath, RunReport,
+    Status, Submission, TestFiles, TestResult, TestRunner, Tests, Usage,
 };
 use crate::runner::wire::MAX_BUILD_BYTES;
 
@@ -32,8 +32,8 @@ impl FinishedRun {
         let Some(text) = report.and_then(|report| report.test_report.take()) else {
             return;
         };
-        let read = tokio::task::spawn_blocking(move || junit::parse(&text));
-        let failed = |error: tokio::task::JoinError| Err(Defect::Syntax(error.to_string()));
+        let read = tokio::task::spawn_blocking(move || report::parse(&text));
+        let failed = |error: tokio::task::JoinError| Err(Defect::Unread(error.to_string()));
         self.tests = Some(read.await.unwrap_or_else(failed));
     }
 }
@@ -78,9 +78,10 @@ pub fn decide(submission: &Submission, runs: &[FinishedRun]) -> Verdict {
         }
         (Tests::Files(files), [first, ..]) => match &submission.language.tests {
             TestFiles::Runner(runner) => judge_files(runner, first, &mut verdict),
-            TestFiles::Each(_) => {
+            TestFiles::Each(command) => {
                 let results = files.iter().zip(runs);
-                let results = results.map(|(file, run)| judge_file(file, run)).collect();
+                let results = results.map(|(file, run)| judge_file(command.proof, file, run));
+                let results = results.collect();
                 judge_tests(results, runs, &mut verdict);
             }
         },
@@ -300,11 +301,19 @@ pub fn judge_case(case: &Case, run: &FinishedRun) -> TestResult {
 const MAX_SAID: usize = 4 << 10;
 
 /// One test file's result, where each has a run of its own.
-pub fn judge_file(file: &RelativePath, run: &FinishedRun) -> TestResult {
+pub fn judge_file(proof: Proof, file: &RelativePath, run: &FinishedRun) -> TestResult {
     let ending = run.report.as_ref().map(|report| &report.ending);
-    let passed = ending == Some(&Ending::Exited(0));
+    let ended_well = ending == Some(&Ending::Exited(0));
+    let passed = ended_well && proof.is_in(&run.stdout);
     let message = (!passed).then(|| {
-        let words = ending.map_or_else(|| "its outcome is unknown".to_owned(), in_words);
+        let words = match ending {
+            None => "its outcome is unknown".to_owned(),
+            Some(_) if ended_well => {
+                "no test ran: the file holds none, or the program ended the process first"
+                    .to_owned()
+            }
+            Some(ending) => in_words(ending),
+        };
         let said = [&run.stdout, &run.stderr].map(|text| end_of(text.trim_end(), MAX_SAID));
         let said = said.into_iter().filter(|text| !text.is_empty());
         said.fold(words, |all, text| format!("{all}\n{text}"))
@@ -347,7 +356,7 @@ fn judge_files(runner: &TestRunner, run: &FinishedRun, verdict: &mut Verdict) {
         // Exit code 0 alone proves nothing: the program may have ended the test run from inside.
         None => match &run.tests {
             Some(Ok(tests)) if tests.failed > 0 => fail(verdict, Reason::Tests),
-            Some(Ok(tests)) if tests.count > tests.skipped => {}
+            Some(Ok(tests)) if tests.passed > 0 => {}
             unproved => {
                 fail(verdict, Reason::Tests);
                 verdict.error = Some(unproven(runner, unproved.as_ref()));
@@ -384,7 +393,7 @@ fn unproven(runner: &TestRunner, tests: Option<&Result<Report, Defect>>) -> Prob
             "test_report_invalid",
             format!("{name}'s report cannot be read"),
             defect.to_string(),
-            "Check that neither the program nor its tests write to the report or end the test run.",
+            "Check that neither the program nor its tests end the process, as os._exit does, or write to the report.",
         ),
         None => Problem::new(
             "test_report_missing",
@@ -552,18 +561,24 @@ mod tests {
         let s = submission(r#"{"user_id":"t","code":"","tests":{"test_a.py":""}}"#);
         let verdict = |report: Option<&str>| {
             let mut run = run(Ending::Exited(0), "");
-            run.tests = report.map(junit::parse);
+            run.tests = report.map(report::parse);
             let verdict = decide(&s, &[run]);
             (verdict.status, verdict.error.map(|error| error.code))
         };
         let failed = |code: &str| (Status::TestsFailed, Some(code.to_owned()));
         assert_eq!(verdict(None), failed("test_report_missing"));
-        assert_eq!(verdict(Some("<a>")), failed("test_report_invalid"));
-        assert_eq!(verdict(Some("<a/>")), failed("no_test_ran"));
-        let skipped = "<a><testcase name='b'><skipped/></testcase></a>";
-        assert_eq!(verdict(Some(skipped)), failed("no_test_ran"));
-        let passed = "<a><testcase name='b'/></a>";
-        assert_eq!(verdict(Some(passed)), (Status::TestsPassed, None));
+        assert_eq!(verdict(Some("{")), failed("test_report_invalid"));
+        assert_eq!(verdict(Some("{\"end\":0}")), failed("no_test_ran"));
+        let one = |outcome: &str| {
+            format!(
+                "{{\"test\":{{\"name\":\"b\",\"outcome\":\"{outcome}\",\"ms\":0}}}}\n{{\"end\":1}}"
+            )
+        };
+        assert_eq!(verdict(Some(&one("skipped"))), failed("no_test_ran"));
+        let passed = verdict(Some(&one("passed")));
+        assert_eq!(passed, (Status::TestsPassed, None));
+        let empty = verdict(Some(&one("empty")));
+        assert_eq!(empty, (Status::TestsFailed, None));
     }
 
     #[test]

@@ -65,7 +65,7 @@ pub fn python(code: &str) -> Job {
         stdin: Vec::new(),
         stdin_open: false,
         limits: Limits::DEFAULT,
-        report: None,
+        report: false,
         output: Vec::new(),
         build: None,
         online: false,

@@ -27,6 +27,7 @@ use super::confine::{Confinement, Identity, Reach};
 use super::job::{Command, Input, JobLog, KILL_PATIENCE, Supervisor};
 use super::line::{Lines, Proxy};
 use super::process::{Exit, MemoryGroup, die_first, reap};
+use super::report::{Report, with_folder};
 use super::slot::{Ground, Slot};
 use super::warm::{HOOK_FOLDER, Interpreter, Parked, Program, needs_cold_start, pipes};
 use super::wire::{FromRunner, Job, JobEvent, JobId, ToRunner, VERSION, frames, raw};
@@ -254,6 +255,8 @@ struct Launched {
     given: u64,
     /// Its way out, for as long as it runs.
     proxy: Option<Proxy>,
+    /// Its report, while that is read.
+    report: Option<JoinHandle<String>>,
 }
 
 #[derive(Debug, Default)]
@@ -632,6 +635,7 @@ impl Agent {
                 program,
                 given,
                 proxy: _proxy,
+                report: reported,
             }) => {
                 // Where all share one user id, only the job's own process tree is its own.
                 let tree = slot.tree(known(0));
@@ -642,10 +646,11 @@ impl Agent {
                 {
                     report.ending = Ending::Limit(Reason::Memory);
                 }
-                if let Some(name) = &job.report {
-                    // Nothing may write to the report while it is read.
+                if let Some(reported) = reported {
+                    // It ends with the last process that could write to it.
                     let _ = slot.tree(known(0)).kill(KILL_PATIENCE).await;
-                    report.test_report = slot.read_report(name);
+                    let read = timeout(KILL_PATIENCE, reported).await;
+                    report.test_report = read.ok().and_then(Result::ok);
                 }
                 if !job.output.is_empty() && report.ending == Ending::Exited(0) {
                     // Nor to what it built.
@@ -745,6 +750,7 @@ impl Agent {
                     program,
                     given,
                     proxy: None,
+                    report: None,
                 });
             }
             drop(parked);
@@ -764,11 +770,12 @@ impl Agent {
             Some(port) => Confinement::with_line(&self.config.reach, port)?,
             None => self.confinement.clone(),
         };
-        let program = self.spawn(job, slot, env, &confinement)?;
+        let (program, report) = self.spawn(job, slot, env, &confinement)?;
         Ok(Launched {
             program,
             given,
             proxy,
+            report: report.map(|report| tokio::task::spawn_local(report.read())),
         })
     }
 
@@ -778,14 +785,22 @@ impl Agent {
         slot: &Slot,
         env: Vec<(String, String)>,
         confinement: &Confinement,
-    ) -> anyhow::Result<Program> {
-        let Some((name, arguments)) = job.argv.split_first() else {
+    ) -> anyhow::Result<(Program, Option<Report>)> {
+        let argv = match job.report {
+            true => with_folder(&job.argv, &self.config.hook_folder()),
+            false => job.argv.clone(),
+        };
+        let Some((name, arguments)) = argv.split_first() else {
             anyhow::bail!("there is no command to run");
         };
         let (parent, child) = pipes()?;
         let mut command = Process::new(name);
         command.args(arguments).env_clear().envs(env);
         child.attach(&mut command);
+        let report = match job.report {
+            true => Some(Report::of(&mut command)?),
+            false => None,
+        };
         let identity = slot.uid.map_or(Identity::Own, Identity::User);
         confinement.apply(
             &mut command,
@@ -799,13 +814,14 @@ impl Agent {
             .map_err(|error| anyhow::anyhow!("{name} could not be started: {error}"))?;
         let pid = i32::try_from(started.id())?;
         die_first(pid);
-        Ok(Program {
+        let program = Program {
             stdin: parent.stdin,
             stdout: parent.stdout,
             stderr: parent.stderr,
             exit: self.exits.wait_for(pid),
             cpu_before: Duration::ZERO,
-        })
+        };
+        Ok((program, report))
     }
 
     /// Ends what is left of a job and makes its slot ready for the next.

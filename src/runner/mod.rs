@@ -13,6 +13,7 @@ mod job;
 mod line;
 mod pod;
 mod process;
+mod report;
 pub mod sandbox;
 pub mod slot;
 mod warm;

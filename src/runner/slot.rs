@@ -2,7 +2,7 @@
 //! root, and scratch space that is empty at the start of every job.
 
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -21,9 +21,6 @@ const SCRATCH: [(&str, &str); 3] = [
     ("tmp", "tmp"),
     ("shm", "dev/shm"),
 ];
-
-/// Largest report file read back from a job: 500 tests with their messages fit.
-const MAX_REPORT_BYTES: u64 = 1 << 20;
 
 /// Most folder entries looked at when measuring; scratch space has fewer inodes than this.
 const MAX_SCAN_ENTRIES: u64 = 40_000;
@@ -209,20 +206,6 @@ impl Slot {
     pub fn make_folder(&self, name: &str) -> io::Result<()> {
         Folder::open(self.folder())?.make(name, self.uid)?;
         Ok(())
-    }
-
-    /// Reads a small regular file from the folder for temporary files. The job chose what stands
-    /// there, so links, pipes and devices are refused and nothing blocks.
-    pub fn read_report(&self, name: &str) -> Option<String> {
-        let [_, temporary, _] = &self.folders;
-        let file = Folder::open(temporary).ok()?.read(name).ok()?;
-        let about = file.metadata().ok()?;
-        if about.nlink() != 1 || about.len() > MAX_REPORT_BYTES {
-            return None;
-        }
-        let mut bytes = Vec::new();
-        file.take(MAX_REPORT_BYTES).read_to_end(&mut bytes).ok()?;
-        Some(String::from_utf8_lossy(&bytes).into_owned())
     }
 
     /// Whether the scratch space is full. Cheap enough to ask while the job runs.

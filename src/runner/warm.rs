@@ -395,7 +395,7 @@ mod tests {
             stdin: Vec::new(),
             stdin_open: false,
             limits: Limits::MAXIMUM,
-            report: None,
+            report: false,
             output: Vec::new(),
             build: None,
             online: false,

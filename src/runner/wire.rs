@@ -36,7 +36,7 @@ pub struct Activity {
 }
 
 /// The version of these frames. Raised when a frame changes shape.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// Largest frame: a job carries at most 8 MiB of code, and its arguments and input beside it.
 pub const MAX_FRAME_BYTES: usize = 12 << 20;
@@ -77,8 +77,9 @@ pub struct Job {
     pub stdin_open: bool,
     /// What it may use.
     pub limits: Limits,
-    /// Read this file from the workspace afterwards: a test runner's report.
-    pub report: Option<String>,
+    /// It reports its tests on a descriptor of its own. `{reporters}` in its command stands for the
+    /// folder with what does that.
+    pub report: bool,
     /// Make these folders in the workspace first, and keep what is in them when the job ends with exit
     /// code 0: what was built.
     pub output: Vec<String>,

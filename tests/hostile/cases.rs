@@ -55,7 +55,7 @@ fn case(name: impl Into<String>, code: impl Into<String>) -> Case {
         bash: false,
         limits: D,
         stdin: 0,
-        report: None,
+        report: false,
         endings: vec![Ending::Exited(0)],
         output: None,
         control: Control::None,

@@ -1,7 +1,7 @@
 //! Every language, each as one entry. A new one is an entry here, its packages in
 //! `runner-image/Dockerfile`, and its examples in `tests/languages/`.
 
-use super::{Compile, Language, ReportFormat, TestCommand, TestFiles, TestRunner, Tool};
+use super::{Compile, Language, Proof, TestCommand, TestFiles, TestRunner, Tool};
 use crate::model::{Install, Naming, Registry};
 
 /// Node's own test runner.
@@ -10,8 +10,8 @@ const NODE_TEST: &[&str] = &[
     "--test",
     "--test-reporter=spec",
     "--test-reporter-destination=stdout",
-    "--test-reporter=junit",
-    "--test-reporter-destination={report}",
+    "--test-reporter={reporters}/report_node.mjs",
+    "--test-reporter-destination=/dev/null",
 ];
 
 /// npm, into the folder where Node looks.
@@ -104,15 +104,12 @@ pub static LANGUAGES: &[Language] = &[
             name: "pytest",
             argv: &[
                 "python3",
-                "-m",
-                "pytest",
+                "{reporters}/report_python.py",
                 "-q",
                 "-p",
                 "no:cacheprovider",
-                "--junitxml={report}",
             ],
             file: "{file}",
-            format: ReportFormat::JUnit,
             install: "pip install pytest",
         }),
         warm: true,
@@ -133,7 +130,6 @@ pub static LANGUAGES: &[Language] = &[
             name: "node --test",
             argv: NODE_TEST,
             file: "{file}",
-            format: ReportFormat::JUnit,
             install: "Node.js 20 or later",
         }),
         ..interpreted(
@@ -191,7 +187,6 @@ pub static LANGUAGES: &[Language] = &[
             name: "node --test",
             argv: NODE_TEST,
             file: ".build/{stem}.js",
-            format: ReportFormat::JUnit,
             install: "Node.js 20 or later",
         }),
         ..interpreted(
@@ -253,6 +248,7 @@ pub static LANGUAGES: &[Language] = &[
             project: Some(&["go", "test", "-v", "-vet=off", "./{folder}"]),
             has_own_entry: false,
             compiles: true,
+            proof: Proof::Go,
         }),
         // Nothing of a compiler's is looked for or told elsewhere.
         env: &[
@@ -316,6 +312,7 @@ pub static LANGUAGES: &[Language] = &[
             project: Some(&["cargo", "test", "--offline", "--quiet", "--test", "{class}"]),
             has_own_entry: false,
             compiles: true,
+            proof: Proof::Rust,
         }),
         ..compiled(
             "rust",
@@ -583,6 +580,7 @@ const fn each(name: &'static str, argv: &'static [&'static str]) -> TestFiles {
         project: None,
         has_own_entry: false,
         compiles: false,
+        proof: Proof::None,
     })
 }
 
@@ -594,5 +592,6 @@ const fn compiled_each(name: &'static str, argv: &'static [&'static str]) -> Tes
         project: None,
         has_own_entry: true,
         compiles: true,
+        proof: Proof::None,
     })
 }
