@@ -11,11 +11,12 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
-/// What runs pytest and reports its tests.
-const PYTHON: (&str, &str) = ("report_python.py", include_str!("report_python.py"));
-
-/// What reports the tests of Node's own runner.
-const NODE: (&str, &str) = ("report_node.mjs", include_str!("report_node.mjs"));
+/// Files that jobs can read: what runs pytest and reports its tests, and what reports those of Node's
+/// own runner.
+pub const REPORTERS: [(&str, &str); 2] = [
+    ("report_python.py", include_str!("report_python.py")),
+    ("report_node.mjs", include_str!("report_node.mjs")),
+];
 
 /// What stands for the reporters' folder in a job's command.
 const FOLDER_WORD: &str = "{reporters}";
@@ -28,17 +29,6 @@ const MAX_BYTES: usize = 1 << 20;
 
 /// What a line of the report becomes that its reporter did not write.
 const FOREIGN: &str = "{\"foreign\":true}\n";
-
-/// Writes the reporters into a folder that jobs can read.
-pub fn write_reporters(folder: &Path) -> io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    for (name, text) in [PYTHON, NODE] {
-        let file = folder.join(name);
-        std::fs::write(&file, text)?;
-        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644))?;
-    }
-    Ok(())
-}
 
 /// A job's command, which knows where the reporters are.
 pub fn with_folder(argv: &[String], folder: &Path) -> Vec<String> {
@@ -95,10 +85,15 @@ impl Report {
     }
 }
 
-/// The lines that begin with the word, without it. The first other one ends the report.
+/// The lines that begin with the word, without it. The first other one ends the report, and one that
+/// is not whole does not count.
 fn own_lines(bytes: &[u8], word: &str) -> String {
     let mut text = String::new();
-    for line in String::from_utf8_lossy(bytes).split_inclusive('\n') {
+    let bytes = String::from_utf8_lossy(bytes);
+    for line in bytes
+        .split_inclusive('\n')
+        .filter(|line| line.ends_with('\n'))
+    {
         let own = line.strip_prefix(word);
         match own.and_then(|rest| rest.strip_prefix(' ')) {
             Some(rest) => text.push_str(rest),

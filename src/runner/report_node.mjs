@@ -22,6 +22,9 @@ function word() {
 
 const own = word();
 
+// As they were named on the command line.
+const files = new Set(process.argv.slice(1).map((file) => resolve(file)));
+
 function say(what) {
   const line = Buffer.from(`${own} ${JSON.stringify(what)}\n`);
   for (let at = 0; at < line.length; ) at += writeSync(DESCRIPTOR, line, at);
@@ -43,7 +46,7 @@ export default async function* report(source) {
     if (group && (type === 'test:pass' || error?.failureType === 'subtestsFailed')) continue;
     let outcome = type === 'test:pass' ? 'passed' : 'failed';
     // A file is reported when none of its tests was.
-    if (outcome === 'passed' && depth === 0 && data.file && resolve(data.name) === data.file) outcome = 'empty';
+    if (outcome === 'passed' && depth === 0 && files.has(resolve(data.name))) outcome = 'empty';
     const marked = (mark) => mark !== undefined && mark !== false;
     if (marked(data.skip) || marked(data.todo)) outcome = 'skipped';
     const test = { name: data.name, outcome, ms: Math.trunc(data.details?.duration_ms ?? 0) };

@@ -48,7 +48,7 @@ def named(nodeid):
 class Reporter:
     def __init__(self, say):
         self.say = say
-        self.ended = 0
+        self.ended = set()
         self.tests = {}
 
     def pytest_collection_finish(self, session):
@@ -71,7 +71,7 @@ class Reporter:
             test[0] = "skipped"
         if report.when == "teardown":
             outcome, seconds, message = self.tests.pop(report.nodeid)
-            self.ended += 1
+            self.ended.add(report.nodeid)
             self.tell(report.nodeid, outcome, seconds, message)
 
     def tell(self, nodeid, outcome, seconds, message):
@@ -95,7 +95,7 @@ def main():
     sys.path.insert(0, os.getcwd())
     reporter = Reporter(say)
     code = int(pytest.main(sys.argv[1:], plugins=[reporter]))
-    say(end=reporter.ended)
+    say(end=len(reporter.ended))
     return code
 
 

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::agent::{self, AgentConfig};
 use super::app::{self, AppConfig};
 use super::process::MemoryGroup;
-use super::report::write_reporters;
+use super::report::REPORTERS;
 use super::slot::{bind, set_plain, set_read_only};
 use super::warm::{HOOK_FOLDER, PYTHON_HOOK};
 
@@ -506,10 +506,15 @@ pub fn describe_slots(folder: &Path, ids: impl Iterator<Item = u32>) -> io::Resu
 /// Writes the waiting interpreter's hook, and what reports tests.
 pub fn write_hook(folder: &Path) -> io::Result<()> {
     fs::create_dir_all(folder)?;
-    let hook = folder.join("sitecustomize.py");
-    fs::write(&hook, PYTHON_HOOK)?;
-    fs::set_permissions(&hook, fs::Permissions::from_mode(0o644))?;
-    write_reporters(folder)
+    for (name, text) in [("sitecustomize.py", PYTHON_HOOK)]
+        .into_iter()
+        .chain(REPORTERS)
+    {
+        let file = folder.join(name);
+        fs::write(&file, text)?;
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o644))?;
+    }
+    Ok(())
 }
 
 /// The life of a sandbox's first process.
