@@ -65,7 +65,25 @@ pub struct Interpreters {
     /// Host paths to show.
     pub shown: Vec<PathBuf>,
     /// By language, the first of its commands that this machine lacks.
-    pub missing: HashMap<&'static str, &'static Tool>,
+    pub missing: HashMap<&'static str, Lacking>,
+}
+
+/// A command that programs of a language cannot be run with.
+#[derive(Debug, Clone)]
+pub enum Lacking {
+    /// It is not installed.
+    Tool(&'static Tool),
+    /// It is, in a folder that cannot be shown to user code.
+    Closed(&'static Tool, PathBuf),
+}
+
+/// What is the server's and is shown to nobody's program.
+#[derive(Debug, Clone)]
+pub struct Private {
+    /// The server's data folder.
+    data: PathBuf,
+    /// The home of the server's user.
+    home: Option<PathBuf>,
 }
 
 impl Host {
@@ -191,15 +209,16 @@ fn probe_cgroups(isolation: Isolation, checks: &mut Vec<Check>) -> bool {
 
 impl Interpreters {
     /// Asks `PATH` for the interpreters and them for their folders.
-    pub fn find() -> Interpreters {
+    pub fn find(private: &Private) -> Interpreters {
         let mut shown: BTreeSet<PathBuf> = SHOWN.iter().map(PathBuf::from).collect();
         let mut folders: Vec<PathBuf> = Vec::new();
-        let python = ask_python().map(|(python, prefixes)| {
-            shown.extend(prefixes.into_iter().filter(|p| !is_shown(p)));
+        let mut missing = HashMap::new();
+        let python = ask_python().map(|asked| {
+            let python = asked.python.clone();
+            shown.extend(asked.shown(private));
             folders.extend(python.parent().map(Path::to_owned));
             python
         });
-        let mut missing = HashMap::new();
         for language in LANGUAGES {
             for tool in language.tools {
                 // Python was asked itself.
@@ -207,9 +226,14 @@ impl Interpreters {
                     continue;
                 }
                 match search(tool.command) {
-                    Some(found) => locate(tool, found, &mut shown, &mut folders),
+                    Some(found) => {
+                        if let Err(home) = locate(tool, found, private, &mut shown, &mut folders) {
+                            let closed = Lacking::Closed(tool, home);
+                            missing.entry(language.name).or_insert(closed);
+                        }
+                    }
                     None => {
-                        missing.entry(language.name).or_insert(tool);
+                        missing.entry(language.name).or_insert(Lacking::Tool(tool));
                     }
                 }
             }
@@ -226,15 +250,60 @@ impl Interpreters {
         Interpreters {
             python,
             path: path.join(":"),
-            shown: shown.into_iter().collect(),
+            // Whatever was asked and answered: nothing at or above the data folder.
+            shown: shown
+                .into_iter()
+                .filter(|path| !private.is_in(path))
+                .collect(),
             missing,
         }
     }
 }
 
+/// What Python says of itself.
+struct Python {
+    python: PathBuf,
+    /// The folders that it was installed into.
+    prefixes: Vec<PathBuf>,
+    /// The files and folders in them that it needs: itself, its libraries.
+    parts: Vec<PathBuf>,
+}
+
+impl Python {
+    /// What is to be shown: its folders, and only what it needs of those that hold more.
+    fn shown(self, private: &Private) -> Vec<PathBuf> {
+        let (closed, open): (Vec<_>, Vec<_>) = self
+            .prefixes
+            .into_iter()
+            .partition(|prefix| private.holds_more(prefix));
+        for prefix in &closed {
+            tracing::info!(
+                prefix = %prefix.display(),
+                "Python is in a folder that holds more than programs: of it, only its own files are shown to user code"
+            );
+        }
+        let parts = match closed.is_empty() {
+            true => Vec::new(),
+            false => self.parts,
+        };
+        let own = parts
+            .into_iter()
+            .filter(|part| part.exists() && !private.holds_more(part));
+        open.into_iter()
+            .chain(own)
+            .filter(|path| !is_shown(path))
+            .collect()
+    }
+}
+
 /// `python3` may be a wrapper script; the interpreter knows itself and its folders.
-fn ask_python() -> Option<(PathBuf, Vec<PathBuf>)> {
-    let question = "import sys; print(sys.executable, sys.prefix, sys.base_prefix, sys.exec_prefix, sep='\\n')";
+fn ask_python() -> Option<Python> {
+    let question = "import os, sys, sysconfig as c\n\
+        paths, var = c.get_paths(), c.get_config_var\n\
+        print(sys.executable, sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.realpath(sys.executable), \
+        *(paths[name] for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')), \
+        *(os.path.join(var('LIBDIR'), var(name)) for name in ('LDLIBRARY', 'INSTSONAME') if var('LIBDIR') and var(name)), \
+        *((os.path.join(sys.prefix, 'pyvenv.cfg'),) if sys.prefix != sys.base_prefix else ()), sep='\\n')";
     let answer = Command::new("python3")
         .args(["-I", "-S", "-c", question])
         .stdin(Stdio::null())
@@ -242,13 +311,28 @@ fn ask_python() -> Option<(PathBuf, Vec<PathBuf>)> {
         .output()
         .ok()?;
     let text = String::from_utf8(answer.stdout).ok()?;
-    let mut lines = text.lines().map(PathBuf::from);
-    let python = lines.next().filter(|path| path.is_absolute())?;
-    Some((python, lines.filter(|path| path.is_absolute()).collect()))
+    let lines: Vec<PathBuf> = text.lines().map(PathBuf::from).collect();
+    let python = lines.first().filter(|path| path.is_absolute())?.clone();
+    let absolute = |path: &&PathBuf| path.is_absolute();
+    let prefixes = lines.iter().skip(1).take(3).filter(absolute).cloned();
+    let parts = lines.iter().skip(4).filter(absolute).cloned();
+    Some(Python {
+        prefixes: prefixes.collect(),
+        // The name that it is called by may be a link to the file.
+        parts: std::iter::once(python.clone()).chain(parts).collect(),
+        python,
+    })
 }
 
 /// Where a command that was found lives: what has to be shown of the machine, and where `PATH` has to lead.
-fn locate(tool: &Tool, found: PathBuf, shown: &mut BTreeSet<PathBuf>, folders: &mut Vec<PathBuf>) {
+/// An error has the folder that would have to be shown and cannot be.
+fn locate(
+    tool: &Tool,
+    found: PathBuf,
+    private: &Private,
+    shown: &mut BTreeSet<PathBuf>,
+    folders: &mut Vec<PathBuf>,
+) -> Result<(), PathBuf> {
     let real = fs::canonicalize(&found).unwrap_or_else(|_| found.clone());
     let standard = |path: &Path| {
         let folder = path.parent().unwrap_or(path);
@@ -257,29 +341,91 @@ fn locate(tool: &Tool, found: PathBuf, shown: &mut BTreeSet<PathBuf>, folders: &
             .any(|known| Path::new(known) == folder)
     };
     if is_shown(&real) && standard(&found) {
-        return;
+        return Ok(());
+    }
+    // It says itself which folder it needs.
+    if let Some(home) = ask_home(tool, &found) {
+        if private.holds_more(&home) {
+            return Err(home);
+        }
+        folders.push(home.join("bin"));
+        if !is_shown(&home) {
+            shown.insert(home);
+        }
+        return Ok(());
     }
     // PREFIX/bin/COMMAND: libraries are below PREFIX.
-    let prefix = real.ancestors().nth(2).filter(|prefix| !is_private(prefix));
-    let prefix = prefix.map(Path::to_owned);
-    let Some(home) = ask_home(tool, &found).or(prefix) else {
+    let prefix = real.ancestors().nth(2).map(Path::to_owned);
+    let own = |prefix: &PathBuf| !private.holds_more(prefix) && !is_top(prefix);
+    let Some(prefix) = prefix.filter(own) else {
+        if private.is_in(&real) {
+            return Err(real);
+        }
         folders.extend(real.parent().map(Path::to_owned));
         shown.insert(real);
-        return;
+        return Ok(());
     };
-    folders.push(home.join("bin"));
-    if !is_shown(&home) {
-        shown.insert(home);
+    folders.push(prefix.join("bin"));
+    if !is_shown(&prefix) {
+        shown.insert(prefix);
+    }
+    Ok(())
+}
+
+/// Whether a folder is one of the machine's own, such as `/opt`, in which there is more than one program.
+fn is_top(folder: &Path) -> bool {
+    folder.parent().is_none_or(|above| above.parent().is_none())
+}
+
+impl Private {
+    /// With this data folder; where a whole folder is shown that has it in it, the server does not start.
+    pub fn new(data: &Path) -> anyhow::Result<Self> {
+        let data = real(data);
+        if let Some(shown) = SHOWN
+            .iter()
+            .find(|shown| data.starts_with(real(Path::new(shown))))
+        {
+            anyhow::bail!(
+                "the data folder {} is in {shown}, which every program of a user can read. Choose \
+                 another one with GANTRY_DATA_DIR, such as /var/lib/gantry",
+                data.display()
+            );
+        }
+        let home = std::env::var_os("HOME").filter(|home| !home.is_empty());
+        Ok(Self {
+            data,
+            home: home.map(|home| real(Path::new(&home))),
+        })
+    }
+
+    /// Whether it is the data folder, in it, or above it.
+    fn is_in(&self, path: &Path) -> bool {
+        let path = real(path);
+        self.data.starts_with(&path) || path.starts_with(&self.data)
+    }
+
+    /// Whether a folder holds more than programs: the server's data, somebody's home, or the machine.
+    fn holds_more(&self, folder: &Path) -> bool {
+        let folder = real(folder);
+        // Where programs are installed for one user: beside them are the data and keys of all others.
+        let of_home = self.home.as_ref().is_some_and(|home| {
+            home.starts_with(&folder)
+                || [".local", ".local/share", ".config", ".cache"]
+                    .iter()
+                    .any(|name| home.join(name) == folder)
+        });
+        self.is_in(&folder)
+            || of_home
+            || folder == Path::new("/root")
+            || folder
+                .parent()
+                .is_none_or(|above| above == Path::new("/home"))
     }
 }
 
-/// Whether a folder holds more than programs: somebody's home, or the machine.
-fn is_private(folder: &Path) -> bool {
-    let own = std::env::var_os("HOME").is_some_and(|home| Path::new(&home) == folder);
-    own || folder
-        .parent()
-        .is_none_or(|above| above == Path::new("/home"))
-        || folder == Path::new("/root")
+/// The path without links, as far as it can be told.
+fn real(path: &Path) -> PathBuf {
+    fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())
 }
 
 /// A launcher knows the folder of what it launches.
@@ -319,4 +465,105 @@ fn search(command: &str) -> Option<PathBuf> {
     std::env::split_paths(&path)
         .map(|folder| folder.join(command))
         .find(|candidate| candidate.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn home() -> (tempfile::TempDir, Private) {
+        let home = tempfile::tempdir().unwrap();
+        let top = real(home.path());
+        for folder in [
+            ".local/share/gantry",
+            ".local/bin",
+            ".local/lib/python3",
+            "tools/bin",
+        ] {
+            fs::create_dir_all(top.join(folder)).unwrap();
+        }
+        let private = Private {
+            data: top.join(".local/share/gantry"),
+            home: Some(top),
+        };
+        (home, private)
+    }
+
+    #[test]
+    fn a_folder_that_holds_the_data_is_never_shown() {
+        let (home, private) = home();
+        let at = |name: &str| real(home.path()).join(name);
+        for folder in [
+            "",
+            ".local",
+            ".local/share",
+            ".local/share/gantry",
+            ".local/share/gantry/x",
+        ] {
+            assert!(private.holds_more(&at(folder)), "{folder}");
+        }
+        // By another name, too.
+        std::os::unix::fs::symlink(at(".local"), at("alias")).unwrap();
+        assert!(private.holds_more(&at("alias")));
+        for folder in [".local/bin/tool", ".local/lib/python3", "tools"] {
+            assert!(!private.holds_more(&at(folder)), "{folder}");
+        }
+        for folder in ["/", "/home", "/home/ann", "/root"] {
+            assert!(private.holds_more(Path::new(folder)), "{folder}");
+        }
+    }
+
+    #[test]
+    fn of_a_python_beside_the_data_its_own_files_are_shown() {
+        let (home, private) = home();
+        let at = |name: &str| real(home.path()).join(name);
+        fs::write(at(".local/bin/python3"), "").unwrap();
+        let python = Python {
+            python: at(".local/bin/python3"),
+            prefixes: vec![at(".local"), at("tools")],
+            parts: vec![
+                at(".local/bin/python3"),
+                at(".local/lib/python3"),
+                at(".local/lib/absent"),
+            ],
+        };
+        let expected = [
+            at("tools"),
+            at(".local/bin/python3"),
+            at(".local/lib/python3"),
+        ];
+        assert_eq!(python.shown(&private), expected);
+    }
+
+    #[test]
+    fn of_a_tool_beside_the_data_only_the_file_is_shown() {
+        let (home, private) = home();
+        let at = |name: &str| real(home.path()).join(name);
+        let tool = Tool {
+            home: &[],
+            ..*LANGUAGES[0].tools.first().unwrap()
+        };
+        for (name, expected) in [
+            (".local/bin/tool", ".local/bin/tool"),
+            ("tools/bin/tool", "tools"),
+        ] {
+            fs::write(at(name), "").unwrap();
+            let (mut shown, mut folders) = (BTreeSet::new(), Vec::new());
+            locate(&tool, at(name), &private, &mut shown, &mut folders).unwrap();
+            assert_eq!(shown.into_iter().collect::<Vec<_>>(), [at(expected)]);
+        }
+    }
+
+    #[test]
+    fn a_data_folder_that_is_shown_is_refused() {
+        let refused = Private::new(Path::new("/usr/share"))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            refused.contains("/usr") && refused.contains("GANTRY_DATA_DIR"),
+            "{refused}"
+        );
+        Private::new(&std::env::temp_dir()).unwrap();
+    }
 }

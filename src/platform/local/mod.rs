@@ -27,7 +27,7 @@ use crate::model::{
     UserId,
 };
 use crate::storage::DirectoryStore;
-use host::Host;
+use host::{Host, Lacking};
 use modules::LocalModules;
 use releases::Releases;
 use sandboxes::Sandboxes;
@@ -109,15 +109,28 @@ impl Platform for LocalPlatform {
 
     async fn lacks(&self, language: &'static Language) -> Option<Problem> {
         let interpreters = self.sandboxes.interpreters().await;
-        let tool = interpreters.missing.get(language.name)?;
+        let (cause, remediation) = match interpreters.missing.get(language.name)? {
+            Lacking::Tool(tool) => (
+                format!("{} is not installed where the server runs", tool.command),
+                format!(
+                    "Install it there ({}) and start the server again.",
+                    tool.install
+                ),
+            ),
+            Lacking::Closed(tool, folder) => (
+                format!(
+                    "{} is in {}, which cannot be shown to user code because it holds more than programs",
+                    tool.command,
+                    folder.display()
+                ),
+                "Install it elsewhere, such as in /opt, and start the server again.".to_owned(),
+            ),
+        };
         Some(Problem::new(
             "language_unavailable",
             format!("{} programs cannot run here", language.name),
-            format!("{} is not installed where the server runs", tool.command),
-            format!(
-                "Install it there ({}) and start the server again.",
-                tool.install
-            ),
+            cause,
+            remediation,
         ))
     }
 

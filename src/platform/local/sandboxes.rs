@@ -15,7 +15,7 @@ use tokio::sync::OnceCell;
 
 use super::LocalConfig;
 use super::cgroup::Cgroup;
-use super::host::{FIRST_HOST_UID, Host, Interpreters};
+use super::host::{FIRST_HOST_UID, Host, Interpreters, Lacking, Private};
 use super::launch::{FirstProcess, launch};
 use crate::beneath::Folder;
 use crate::model::{Limits, UserId};
@@ -39,6 +39,7 @@ pub struct Sandboxes {
     config: LocalConfig,
     host: Host,
     interpreters: OnceCell<Arc<Interpreters>>,
+    private: Private,
     numbers: Mutex<BTreeSet<u32>>,
     users: Mutex<HashMap<UserId, Arc<tokio::sync::Mutex<Option<Sandbox>>>>>,
 }
@@ -68,10 +69,13 @@ pub struct Tenant {
 
 impl Sandboxes {
     /// Finds the sandboxes that an earlier server left.
-    pub fn new(config: LocalConfig, host: Host) -> io::Result<Self> {
+    pub fn new(config: LocalConfig, host: Host) -> anyhow::Result<Self> {
         let folder = config.data.join("sandboxes");
         fs::create_dir_all(&folder)?;
+        // The platform's folder is in the server's, which holds the keys.
+        let private = Private::new(config.data.parent().unwrap_or(&config.data))?;
         let this = Self {
+            private,
             config,
             host,
             interpreters: OnceCell::new(),
@@ -116,8 +120,20 @@ impl Sandboxes {
     /// The interpreters of this machine, asked once.
     pub async fn interpreters(&self) -> Arc<Interpreters> {
         let find = || async {
-            let found = tokio::task::spawn_blocking(Interpreters::find).await;
-            Arc::new(found.unwrap_or_else(|_| Interpreters::find()))
+            let private = self.private.clone();
+            let found = tokio::task::spawn_blocking(move || Interpreters::find(&private)).await;
+            let found = found.unwrap_or_else(|_| Interpreters::find(&self.private));
+            for lacking in found.missing.values() {
+                if let Lacking::Closed(tool, folder) = lacking {
+                    tracing::warn!(
+                        tool = tool.command,
+                        folder = %folder.display(),
+                        "not used: user code would see the folder, and in it more than programs, such as \
+                         the server's data. Install the tool, or keep the data, elsewhere"
+                    );
+                }
+            }
+            Arc::new(found)
         };
         Arc::clone(self.interpreters.get_or_init(find).await)
     }
