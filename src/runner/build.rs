@@ -92,13 +92,16 @@ pub fn pack(workspace: &Path, folders: &[String]) -> io::Result<Vec<u8>> {
     };
     let mut archive = Builder::new(GzEncoder::new(bounded, Compression::fast()));
     let (mut bytes, mut entries) = (0, 0);
-    let top = Folder::open(workspace)?;
+    let top = Rc::new(Folder::open(workspace)?);
     // Each with the folder it is in, which stays open as long as anything of it waits.
-    let top = Rc::new(top);
-    let mut waiting: Vec<(Rc<Folder>, PathBuf)> = folders
-        .iter()
-        .map(|folder| (Rc::clone(&top), PathBuf::from(folder)))
-        .collect();
+    let mut waiting: Vec<(Rc<Folder>, PathBuf)> = Vec::new();
+    for path in folders.iter().map(PathBuf::from) {
+        let above = match path.parent().filter(|above| !above.as_os_str().is_empty()) {
+            Some(above) => Rc::new(top.folder(above)?),
+            None => Rc::clone(&top),
+        };
+        waiting.push((above, path));
+    }
     while let Some((above, path)) = waiting.pop() {
         let name = path.file_name().unwrap_or(path.as_os_str());
         let about = above.about(name)?;
@@ -204,6 +207,10 @@ fn unpack_one(
     if kind.is_symlink() {
         let content = entry.link_name_bytes().ok_or(io::ErrorKind::InvalidData)?;
         return folder.link(name, &content, uid);
+    }
+    // Pipes and devices are nothing that anybody installed.
+    if kind.is_fifo() || kind.is_character_special() || kind.is_block_special() {
+        return Ok(());
     }
     if !kind.is_file() {
         return Err(io::Error::other("it is no file, folder or symbolic link"));
