@@ -454,6 +454,7 @@ async fn local(config: &Config, address: SocketAddr) -> anyhow::Result<Backends>
         network: config.allow_network,
         app_authority: format!("{}:{}", config.app_domain, address.port()),
         authority: format!("{}:{}", config.domain, address.port()),
+        disk: config.disk,
     };
     let platform = LocalPlatform::start(local, store.clone()).await;
     Ok(Backends {

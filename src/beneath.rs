@@ -365,6 +365,29 @@ impl Folder {
         }
     }
 
+    /// The room of its file system.
+    #[allow(
+        clippy::allow_attributes,
+        reason = "the fields' types differ between machines"
+    )]
+    #[allow(
+        clippy::unnecessary_cast,
+        reason = "the fields' types differ between machines"
+    )]
+    pub fn room(&self) -> io::Result<Room> {
+        let about = rustix::fs::fstatfs(&self.0)?;
+        let block = u64::try_from(about.f_bsize).unwrap_or(0);
+        Ok(Room {
+            bytes: block * about.f_blocks as u64,
+            free: block * about.f_bavail as u64,
+        })
+    }
+
+    /// The number of its file system.
+    pub fn device(&self) -> io::Result<u64> {
+        Ok(rustix::fs::fstat(&self.0)?.st_dev)
+    }
+
     /// Counts what is below it, however deep, holding one folder open at a time, until there are more names
     /// than `most`.
     pub fn usage(&self, most: u64) -> Usage {
@@ -416,6 +439,15 @@ fn regular(opened: OwnedFd) -> io::Result<File> {
         return Err(io::Error::other("it is no regular file"));
     }
     Ok(file)
+}
+
+/// The room of a file system.
+#[derive(Debug, Clone, Copy)]
+pub struct Room {
+    /// Bytes in all.
+    pub bytes: u64,
+    /// Bytes that the server may still write.
+    pub free: u64,
 }
 
 /// What is below a folder.

@@ -13,7 +13,7 @@ use std::time::Duration;
 use clap::Args;
 use secrecy::{ExposeSecret, SecretString};
 
-use crate::model::{Limits, Packages, is_host_label};
+use crate::model::{DiskBounds, Limits, Packages, is_host_label};
 use access::AccessArgs;
 pub use access::AccessConfig;
 use cluster::cluster;
@@ -106,6 +106,15 @@ pub struct ServeArgs {
     /// Days for which the id of an ended submission is remembered after its record was deleted [default: 30]
     #[arg(long, env = "GANTRY_REMEMBER_DAYS", value_name = "NUMBER")]
     remember_days: Option<String>,
+    /// Most bytes of one repl's data on this machine, such as its database [default: 1 GiB]
+    #[arg(long, env = "GANTRY_MAX_REPL_DATA_BYTES", value_name = "NUMBER")]
+    max_repl_data_bytes: Option<String>,
+    /// Most bytes of all data and releases of one user on this machine [default: 4 GiB]
+    #[arg(long, env = "GANTRY_MAX_USER_DISK_BYTES", value_name = "NUMBER")]
+    max_user_disk_bytes: Option<String>,
+    /// Bytes of this machine's disk that user code leaves free for the server [default: a twentieth, at most 1 GiB]
+    #[arg(long, env = "GANTRY_DISK_RESERVE_BYTES", value_name = "NUMBER")]
+    disk_reserve_bytes: Option<String>,
     /// Stop repls that nobody has used for so long, such as 30m; the next request starts them again [default: off]
     #[arg(long, env = "GANTRY_IDLE_STOP", value_name = "TIME")]
     idle_stop: Option<String>,
@@ -219,6 +228,8 @@ pub struct Config {
     pub remember: Duration,
     /// The most a submission may ask for.
     pub maximum_limits: Limits,
+    /// How much of this machine's disk is whose.
+    pub disk: DiskBounds,
     /// The `gantry-runner` program.
     pub runner: PathBuf,
     /// What owns sandboxes and releases.
@@ -425,6 +436,7 @@ impl Config {
             module_idle: unused("GANTRY_MODULE_IDLE", &args.module_idle, LEAST_MODULE_IDLE)?,
             idle_stop: unused("GANTRY_IDLE_STOP", &args.idle_stop, LEAST_IDLE_STOP)?,
             maximum_limits: maximum_limits(&args)?,
+            disk: disk(&args)?,
             runner: runner(args.runner)?,
             platform,
             log,
@@ -725,6 +737,27 @@ fn maximum_limits(args: &ServeArgs) -> Result<Limits, ConfigError> {
             &args.max_output_bytes,
             max.output_bytes,
         )?,
+    })
+}
+
+/// Bounds below this leave no room for a database, nor for a release.
+const LEAST_DISK: u64 = 1 << 20;
+
+fn disk(args: &ServeArgs) -> Result<DiskBounds, ConfigError> {
+    let bytes = |variable: &'static str, value: &Option<String>| {
+        let expected = format!("a number of bytes, at least {LEAST_DISK}");
+        match parse::<u64>(variable, value, &expected)? {
+            Some(bytes) if bytes < LEAST_DISK => Err(wrong(variable, &bytes.to_string(), expected)),
+            bytes => Ok(bytes),
+        }
+    };
+    let usual = DiskBounds::USUAL;
+    Ok(DiskBounds {
+        repl_bytes: bytes("GANTRY_MAX_REPL_DATA_BYTES", &args.max_repl_data_bytes)?
+            .unwrap_or(usual.repl_bytes),
+        user_bytes: bytes("GANTRY_MAX_USER_DISK_BYTES", &args.max_user_disk_bytes)?
+            .unwrap_or(usual.user_bytes),
+        reserve_bytes: bytes("GANTRY_DISK_RESERVE_BYTES", &args.disk_reserve_bytes)?,
     })
 }
 

@@ -17,7 +17,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use gantry::model::{Ending, Limits, UserId};
+use gantry::model::{DiskBounds, Ending, Limits, UserId};
 use gantry::platform::conformance::{finish, python};
 use gantry::platform::local::{LocalConfig, LocalPlatform};
 use gantry::platform::{Platform, Sessions};
@@ -408,6 +408,7 @@ async fn sandbox() -> (tempfile::TempDir, Arc<LocalPlatform>, Session) {
         network: false,
         app_authority: "apps.localhost:8000".to_owned(),
         authority: "localhost:8000".to_owned(),
+        disk: DiskBounds::USUAL,
     };
     let platform = Arc::new(LocalPlatform::start(config, store).await.unwrap());
     let sessions = Sessions::new(Arc::clone(&platform) as Arc<dyn Platform>);

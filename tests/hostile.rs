@@ -26,7 +26,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use cases::Case;
-use gantry::model::{Limits, UserId};
+use gantry::model::{DiskBounds, Limits, UserId};
 use gantry::platform::local::{LocalConfig, LocalPlatform};
 use gantry::platform::{Finding, Platform, Sessions};
 use gantry::runner::client::Session;
@@ -119,6 +119,7 @@ async fn start(data: &Path) -> LocalPlatform {
         network: false,
         app_authority: "apps.localhost:8000".to_owned(),
         authority: "localhost:8000".to_owned(),
+        disk: DiskBounds::USUAL,
     };
     LocalPlatform::start(config, store).await.unwrap()
 }

@@ -11,7 +11,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("beneath", &[]),
     ("journal", &["model"]),
     ("logs", &["model", "journal"]),
-    ("storage", &["model"]),
+    ("storage", &["model", "beneath"]),
     // `gantry-runner fetch` copies a release out of the store.
     ("runner", &["model", "beneath", "storage"]),
     ("platform", &["model", "beneath", "runner", "storage"]),

@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use gantry::model::{Limits, SubmissionId, Tested, Tests};
+use gantry::model::{DiskBounds, Limits, SubmissionId, Tested, Tests};
 use gantry::platform::conformance::{Subject, all};
 use gantry::platform::local::{LocalConfig, LocalPlatform};
 use gantry::platform::{Finding, Platform, ReleaseSpec};
@@ -44,6 +44,7 @@ async fn platform(data: &Path) -> (Arc<LocalPlatform>, DirectoryStore) {
         network: false,
         app_authority: "apps.localhost:8000".to_owned(),
         authority: "localhost:8000".to_owned(),
+        disk: DiskBounds::USUAL,
     };
     (
         Arc::new(LocalPlatform::start(config, store.clone()).await.unwrap()),

@@ -12,7 +12,7 @@ use super::http::Api;
 use super::render;
 use super::server::ServerArgs;
 use super::stdout;
-use crate::model::ReplId;
+use crate::model::{ReplData, ReplId};
 
 /// Largest file with a secret: as much as all variables of a repl together may have.
 const MAX_SECRET_BYTES: u64 = 64 << 10;
@@ -25,6 +25,19 @@ pub enum ReplCommand {
     Domains(DomainsArgs),
     /// Show the variables, or change some of them; what runs is started anew with them
     Env(EnvArgs),
+    /// Show how much a repl keeps beside its code, such as its database, or delete it for good
+    Data(DataArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct DataArgs {
+    /// The repl
+    repl: ReplId,
+    /// Deletes it, for good; the repl has to be stopped
+    #[arg(long)]
+    delete: bool,
+    #[command(flatten)]
+    server: ServerArgs,
 }
 
 #[derive(Debug, Args)]
@@ -94,6 +107,39 @@ pub(super) async fn run(command: ReplCommand) -> Result<Exit, Failure> {
         ReplCommand::Scale(args) => scale(args).await,
         ReplCommand::Env(args) => env(args).await,
         ReplCommand::Domains(args) => domains(args).await,
+        ReplCommand::Data(args) => data(args).await,
+    }
+}
+
+async fn data(args: DataArgs) -> Result<Exit, Failure> {
+    let api = args.server.api()?;
+    let path = format!("/repls/{}/data", args.repl);
+    if args.delete {
+        let _: ReplData = api.delete(&path, &[]).await?;
+        eprintln!("the data of {} are deleted", args.repl);
+        return Ok(Exit::Done);
+    }
+    let data: ReplData = api.get(&path, &[]).await?;
+    stdout::write(told(&data).as_bytes())?;
+    Ok(Exit::Done)
+}
+
+fn told(data: &ReplData) -> String {
+    let line = |whose: &str, bytes: Option<u64>, most: Option<u64>| {
+        let bytes = bytes.map_or("unknown".to_owned(), |bytes| format!("{bytes} bytes"));
+        let most = most.map_or(String::new(), |most| format!(" of at most {most}"));
+        format!("{whose}: {bytes}{most}\n")
+    };
+    let own = line("data", data.bytes, data.limit_bytes);
+    match data.user_bytes {
+        None => own,
+        of_user => {
+            own + &line(
+                "all of its user's data and code",
+                of_user,
+                data.user_limit_bytes,
+            )
+        }
     }
 }
 
@@ -261,6 +307,18 @@ mod tests {
         );
         let expected = json!({ "env": { "T": "plain" }, "secrets": { "B": "hush", "S": null } });
         assert_eq!(body, expected);
+    }
+
+    #[test]
+    fn what_is_not_known_of_data_is_not_made_up() {
+        let mut data = ReplData {
+            limit_bytes: Some(9),
+            ..ReplData::default()
+        };
+        assert_eq!(told(&data), "data: unknown of at most 9\n");
+        (data.bytes, data.user_bytes) = (Some(1), Some(2));
+        let expected = "data: 1 bytes of at most 9\nall of its user's data and code: 2 bytes\n";
+        assert_eq!(told(&data), expected);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! Nothing here does I/O and nothing here knows Kubernetes or HTTP. Everything else may import it.
 
+mod data;
 mod domain;
 mod event;
 mod id;
@@ -20,6 +21,7 @@ mod submission;
 mod tested;
 mod ticket;
 
+pub use data::{DiskBounds, ReplData, repl_runs};
 pub use domain::{Domain, DomainProof, DomainsRequest, MAX_DOMAINS, domain_taken, is_host_label};
 pub use event::{Ending, Event, Origin, OutputStream, Record, RunReport, Step, StepState};
 pub use id::{IdError, ReplId, ServiceName, SubmissionId, UserId};

@@ -590,7 +590,11 @@ impl Course {
         if self.history.steps.contains(&published) {
             return Ok(());
         }
+        let user = &self.submission.user_id;
+        let bytes: u64 = files.values().map(|text| text.len() as u64).sum();
         let Some(build) = self.plan().build() else {
+            // Once as a release and once as the current files.
+            self.inner.platform.admit(user, repl_id, 2 * bytes).await?;
             return self.inner.store.publish(repl_id, *id, files).await;
         };
         let session = self.inner.sessions.of(&self.submission.user_id);
@@ -602,6 +606,8 @@ impl Course {
                 "Submit it again under a new submission_id.",
             )
         })?;
+        let bytes = 2 * bytes + archive.len() as u64;
+        self.inner.platform.admit(user, repl_id, bytes).await?;
         let store = &self.inner.store;
         store
             .publish_built(repl_id, *id, files, Some(archive))

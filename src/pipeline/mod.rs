@@ -384,6 +384,8 @@ impl Pipeline {
         for (path, text) in files {
             let has = store.has_current(repl, path.as_str()).await;
             if !has.map_err(PlatformError::Unavailable)? {
+                let admitted = platform.admit(user, repl, text.len() as u64).await;
+                admitted.map_err(PlatformError::NotReady)?;
                 let put = store.put_current(repl, &path, text.into_bytes()).await;
                 put.map_err(PlatformError::Unavailable)?;
             }
@@ -474,6 +476,15 @@ impl Pipeline {
             self.note(user, repl, "repl.stopped", "Stopped".to_owned(), None)
                 .await;
         }
+        Ok(())
+    }
+
+    /// Deletes what the user's repl keeps beside its code, for good.
+    pub async fn delete_data(&self, user: &UserId, repl: &ReplId) -> Result<(), PlatformError> {
+        self.inner.platform.delete_data(repl).await?;
+        let message = "Its data were deleted".to_owned();
+        self.note(user, repl, "repl.data_deleted", message, None)
+            .await;
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::runner::{Runner, problem};
 use super::{Pipeline, Share};
-use crate::model::{BUILD_ARCHIVE, BUILD_FOLDER, Problem, RelativePath, ReplId};
+use crate::model::{BUILD_ARCHIVE, BUILD_FOLDER, Problem, RelativePath, ReplId, UserId};
 use crate::platform::{Platform, PlatformError};
 use crate::storage::CodeStore;
 
@@ -91,7 +91,16 @@ impl Pipeline {
         let known = self.inner.saves.of(repl);
         let mut known = known.lock().await;
         let mut runner = Runner::dial(&*self.inner.platform, repl).await?;
-        copy(&mut runner, &*self.inner.store, repl, &mut known).await
+        let platform = &*self.inner.platform;
+        let owner = platform.owner(repl).await.map_err(NotSaved::Gone)?;
+        let owner = owner
+            .ok_or_else(|| NotSaved::Gone(PlatformError::NotFound(format!("the repl {repl}"))))?;
+        let whose = Whose {
+            platform,
+            user: &owner,
+            repl,
+        };
+        copy(&mut runner, &*self.inner.store, whose, &mut known).await
     }
 
     /// Saves every workspace now and then, until the server ends.
@@ -150,6 +159,11 @@ impl Pipeline {
         if !packages.is_empty() {
             let archive = RelativePath::try_from(BUILD_ARCHIVE.to_owned());
             let archive = archive.map_err(|why| NotSaved::Failed(problem(&why)))?;
+            let platform = &self.inner.platform;
+            if let Some(user) = platform.owner(repl).await.map_err(NotSaved::Gone)? {
+                let admitted = platform.admit(&user, repl, packages.len() as u64);
+                admitted.await.map_err(NotSaved::Failed)?;
+            }
             let put = self
                 .inner
                 .store
@@ -190,12 +204,21 @@ async fn is_open(platform: &dyn Platform, repl: &ReplId) -> Result<bool, Platfor
     Ok(found.is_some_and(|one| one.release.is_none() && one.state.is_on()))
 }
 
+/// Whose files are saved.
+#[derive(Clone, Copy)]
+struct Whose<'a> {
+    platform: &'a dyn Platform,
+    user: &'a UserId,
+    repl: &'a ReplId,
+}
+
 async fn copy(
     runner: &mut Runner,
     store: &dyn CodeStore,
-    repl: &ReplId,
+    whose: Whose<'_>,
     known: &mut Known,
 ) -> Result<Saved, NotSaved> {
+    let repl = whose.repl;
     let mut saved = Saved::default();
     let (mut now, mut gone, mut made) = (BTreeMap::new(), BTreeSet::new(), Vec::new());
     let (listed, number) = runner.list(known.done).await?;
@@ -221,6 +244,8 @@ async fn copy(
         }
         // One that has just vanished is seen to be gone the next time.
         if let Some(content) = runner.read(path).await? {
+            let admitted = whose.platform.admit(whose.user, repl, content.len() as u64);
+            admitted.await.map_err(NotSaved::Failed)?;
             let put = store.put_current(repl, path, content);
             put.await.map_err(NotSaved::Failed)?;
             known.files.insert(path.clone(), *about);

@@ -20,8 +20,8 @@ use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 
 use crate::model::{
-    Event, FieldError, Language, Origin, Problem, Release, ReplChange, ReplId, ReplSettings,
-    ReplStatus, SubmissionId, Tested, TicketKey, UserId,
+    Event, FieldError, Language, Origin, Problem, Release, ReplChange, ReplData, ReplId,
+    ReplSettings, ReplStatus, SubmissionId, Tested, TicketKey, UserId,
 };
 
 pub use crate::runner::client::ByteStream;
@@ -233,6 +233,19 @@ pub trait Platform: Send + Sync + fmt::Debug {
 
     /// Stops the repl and removes everything that served it. Its code and database stay.
     async fn drop_repl(&self, repl: &ReplId) -> Result<(), PlatformError>;
+
+    /// Whether there is room for so many bytes more of the user's code in the code store, for this repl.
+    /// Where the store has no disk of the machine's, it is the store's to refuse.
+    async fn admit(&self, _user: &UserId, _repl: &ReplId, _bytes: u64) -> Result<(), Problem> {
+        Ok(())
+    }
+
+    /// What the repl keeps beside its code.
+    async fn data(&self, repl: &ReplId) -> Result<ReplData, PlatformError>;
+
+    /// Deletes what the repl keeps beside its code, for good; nothing there is `Ok`. Nothing of the repl may
+    /// run; its code and releases stay.
+    async fn delete_data(&self, repl: &ReplId) -> Result<(), PlatformError>;
 
     /// Who owns the repl, if it exists.
     async fn owner(&self, repl: &ReplId) -> Result<Option<UserId>, PlatformError>;

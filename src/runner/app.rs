@@ -265,7 +265,8 @@ impl App {
         let exits = Exits::default();
         tokio::task::spawn_local(collect_children(exits.clone())?);
         Ok(Rc::new(App {
-            confinement: Confinement::new(&config.sandbox.reach, config.sandbox.network)?,
+            confinement: Confinement::new(&config.sandbox.reach, config.sandbox.network)?
+                .on_shared_disk()?,
             slot,
             exits,
             state: RefCell::new(State::Starting),

@@ -50,7 +50,7 @@ pub struct Reach {
 /// The confinement of one sandbox, worked out once; applying it is a few system calls.
 #[derive(Debug, Clone)]
 pub struct Confinement {
-    filters: Arc<[BpfProgram; 3]>,
+    filters: Arc<Vec<BpfProgram>>,
     landlock: Option<Arc<OwnedFd>>,
 }
 
@@ -72,9 +72,15 @@ impl Confinement {
     /// of its own may make them, since they lead nowhere.
     pub fn new(reach: &[Reach], network: bool) -> anyhow::Result<Self> {
         Ok(Self {
-            filters: Arc::new([denied(network, false)?, absent()?, other_numbers()?]),
+            filters: Arc::new(vec![denied(network, false)?, absent()?, other_numbers()?]),
             landlock: domain(reach, None)?.map(Arc::new),
         })
+    }
+
+    /// The same for a program that writes to a disk which it shares with others.
+    pub fn on_shared_disk(mut self) -> anyhow::Result<Self> {
+        Arc::make_mut(&mut self.filters).push(no_reservations()?);
+        Ok(self)
     }
 
     /// For a program that may connect to this port, and speak to nobody else. Every kernel without this
@@ -87,7 +93,7 @@ impl Confinement {
              {NETWORK_VERSION} (Linux 6.7), and this kernel has {version}"
         );
         Ok(Self {
-            filters: Arc::new([denied(true, true)?, absent()?, other_numbers()?]),
+            filters: Arc::new(vec![denied(true, true)?, absent()?, other_numbers()?]),
             landlock: domain(reach, Some(port))?.map(Arc::new),
         })
     }
@@ -375,6 +381,16 @@ const ABSENT: &[libc::c_long] = &[
     libc::SYS_msgget,
     libc::SYS_mq_open,
 ];
+
+/// The filter that answers "not supported" to a call which takes room on a disk without writing: it would
+/// take all there is before anybody sees it. Programs and libraries write zeroes instead.
+fn no_reservations() -> anyhow::Result<BpfProgram> {
+    let rules = Rules::from([(libc::SYS_fallocate, Vec::new())]);
+    compile(
+        rules,
+        SeccompAction::Errno(u32::try_from(libc::EOPNOTSUPP)?),
+    )
+}
 
 /// The filter that answers "no such call".
 fn absent() -> anyhow::Result<BpfProgram> {

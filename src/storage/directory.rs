@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 
 use super::{CodeStore, LANES, lane};
+use crate::beneath::Folder;
 use crate::model::{BUILD_ARCHIVE, Problem, RelativePath, ReplId, SubmissionId};
 
 /// A folder with `releases/{repl}/{submission}/` (immutable) and `code/{repl}/` (current).
@@ -56,6 +57,20 @@ impl DirectoryStore {
     /// Where a repl's current files are.
     pub fn current(&self, repl: &ReplId) -> PathBuf {
         self.root.join("code").join(repl.as_str())
+    }
+
+    /// Bytes on the disk of all of a repl's releases and its current files.
+    pub fn usage(&self, repl: &ReplId) -> io::Result<u64> {
+        let releases = self.root.join("releases").join(repl.as_str());
+        let mut bytes = 0;
+        for folder in [releases, self.current(repl)] {
+            match Folder::open(&folder) {
+                Ok(folder) => bytes += folder.usage(u64::MAX).bytes,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(bytes)
     }
 
     /// Removes a release's files; absent is fine. Nothing may need them any more.

@@ -7,6 +7,7 @@ mod account;
 mod body;
 mod caller;
 mod connections;
+mod data;
 mod guard;
 mod health;
 mod logs;
@@ -385,6 +386,7 @@ pub fn router(edge: Arc<Edge>) -> Router {
         .routes(routes!(settings::scale))
         .routes(routes!(settings::variables, settings::set_variables))
         .routes(routes!(settings::domains, settings::set_domains))
+        .routes(routes!(data::show, data::delete))
         .routes(routes!(start::start))
         .routes(routes!(runner::ticket))
         .routes(routes!(runner::terminal))

@@ -1,9 +1,9 @@
-// What a repl runs with beside its code: variables and secrets, domains of its own, replicas.
+// What a repl runs with and keeps beside its code: variables and secrets, domains of its own, replicas, data.
 import { html, useEffect, useState } from "./vendor/preact.js";
 import { api } from "./api.js";
-import { attempt, isStopped } from "./repl-state.js";
-import { ProblemNote, useLoaded } from "./ui.js";
-import { count } from "./format.js";
+import { attempt, isIdle, isStopped } from "./repl-state.js";
+import { ProblemNote, confirmed, useLoaded } from "./ui.js";
+import { bytes, count } from "./format.js";
 
 /** The server's own bound. */
 const MAX_REPLICAS = 20;
@@ -140,13 +140,51 @@ function Scale({ repl, reload }) {
   `;
 }
 
+function Data({ repl, reload }) {
+  // Counted again when the repl starts or stops.
+  const loaded = useLoaded((signal) => api.data(repl.replId, signal), `data ${repl.replId} ${repl.state}`);
+  const [problem, fail] = useState(null);
+  const [busy, setBusy] = useState(false);
+  const { data } = loaded;
+  if (loaded.problem) return html`<${ProblemNote} problem=${loaded.problem} retry=${loaded.reload} />`;
+  if (!data) return html`<p class="muted">Loading…</p>`;
+
+  const remove = async () => {
+    const yes = await confirmed({
+      title: `Delete the data of ${repl.replId}?`,
+      detail: "Its database, and everything else that its program kept, is gone for good. Its code and releases stay.",
+      action: "Delete the data",
+    });
+    if (!yes) return;
+    setBusy(true);
+    await attempt(() => api.deleteData(repl.replId), fail);
+    setBusy(false);
+    loaded.reload();
+    reload();
+  };
+  const of = (used, most) => [used == null ? "an unknown amount" : bytes(used) || "0 B", most != null && `of at most ${bytes(most)}`].filter(Boolean).join(" ");
+  const none = data.bytes === 0;
+  const stopped = isStopped(repl) && !isIdle(repl);
+  return html`
+    <div class="data" data-testid="data">
+      <${ProblemNote} problem=${problem} />
+      <p>${none ? "It keeps nothing beside its code." : `Its database and files take ${of(data.bytes, data.limit_bytes)}.`}${
+        data.user_bytes != null ? html` <span class="muted">All data and releases of ${repl.userId}: ${of(data.user_bytes, data.user_limit_bytes)}.</span>` : null}</p>
+      ${!none && html`<p class="record-links">
+        <button type="button" class="small danger-quiet" disabled=${busy || !stopped} data-testid="delete-data" onClick=${remove}>${busy ? "Deleting…" : "Delete the data…"}</button>
+        ${!stopped && html`<span class="muted">Stop the repl first: its program uses them.</span>`}
+      </p>`}
+    </div>
+  `;
+}
+
 export function Settings({ repl, reload }) {
   // Loaded when it is looked at.
   const [open, setOpen] = useState(false);
   const domains = repl.domains?.length ? count(repl.domains.length, "domain") : "";
   return html`
     <details class="raw settings" data-testid="settings" onToggle=${(event) => setOpen(event.currentTarget.open)}>
-      <summary>Variables, domains, replicas <span class="muted">${[domains, repl.replicas > 1 && count(repl.replicas, "replica")].filter(Boolean).join(" · ")}</span></summary>
+      <summary>Variables, domains, replicas, data <span class="muted">${[domains, repl.replicas > 1 && count(repl.replicas, "replica")].filter(Boolean).join(" · ")}</span></summary>
       ${open && html`<div class="settings-body">
         <h3>Variables</h3>
         <${Variables} repl=${repl} reload=${reload} />
@@ -154,6 +192,8 @@ export function Settings({ repl, reload }) {
         <${Domains} repl=${repl} reload=${reload} />
         <h3>Replicas</h3>
         <${Scale} repl=${repl} reload=${reload} />
+        <h3>Data</h3>
+        <${Data} repl=${repl} reload=${reload} />
       </div>`}
     </details>
   `;

@@ -7,6 +7,7 @@
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
 import { randomBytes } from "node:crypto";
+import { existsSync, mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { Dns } from "./dns.mjs";
 import { Checks, ON_CLUSTER, Server, WAIT_MS, launchBrowser, screenshotFolder, watch } from "./harness.mjs";
@@ -153,6 +154,25 @@ async function lookChecks() {
   });
 }
 
+async function dataChecks() {
+  await checks.check("what a repl keeps is shown, and is deleted when it is stopped and its user says so", async () => {
+    if (ON_CLUSTER) return;
+    assert.match(await byId("data").innerText(), /keeps nothing/);
+    const folder = join(server.dataDir, "local", "databases", REPL);
+    mkdirSync(folder, { recursive: true });
+    writeFileSync(join(folder, "db.sqlite3"), randomBytes(3 << 20));
+    await api("POST", "/stop", { replId: REPL });
+    await byId("data").getByText(/take 3\.0 MiB of at most 1\.0 GiB/).waitFor();
+    await byId("data").scrollIntoViewIfNeeded();
+    await shot("settings-data");
+    await byId("delete-data").click();
+    await shot("settings-data-question");
+    await page.getByRole("button", { name: "Delete the data", exact: true }).click();
+    await byId("data").getByText(/keeps nothing/).waitFor();
+    assert.ok(!existsSync(join(folder, "db.sqlite3")));
+  });
+}
+
 /** Nothing of this run stays in the cluster. */
 async function cleanUp() {
   await api("POST", "/stop", { replId: REPL });
@@ -180,6 +200,7 @@ try {
   await domainChecks();
   await scaleChecks();
   await lookChecks();
+  await dataChecks();
   await checks.check("no script error, no policy violation, no request to anywhere else", async () => {
     assert.deepEqual(wrong, []);
   });

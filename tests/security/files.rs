@@ -20,7 +20,7 @@ fn release(user: &str, repl: &str, code: &str) -> Value {
 }
 
 fn data_of(server: &Server, repl: &str) -> std::path::PathBuf {
-    server.data.path().join("databases").join(repl)
+    server.data.path().join("local/databases").join(repl)
 }
 
 async fn wait_until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
@@ -41,15 +41,16 @@ import ctypes, os
 target = '@TARGET@'
 if not os.path.isdir('/data'):
     raise SystemExit
+own = f'/data/{os.urandom(4).hex()}-'
 for name in range(40):
-    open(f'/data/{name}', 'w').close()
-os.symlink(target, '/data/link')
+    open(f'{own}{name}', 'w').close()
+os.symlink(target, f'{own}link')
 libc = ctypes.CDLL(None)
 print('swapping', flush=True)
 while True:
     for name in range(40):
         # RENAME_EXCHANGE, below the current folder.
-        libc.renameat2(-100, f'/data/{name}'.encode(), -100, b'/data/link', 2)
+        libc.renameat2(-100, f'{own}{name}'.encode(), -100, f'{own}link'.encode(), 2)
 ";
 
 #[tokio::test(flavor = "multi_thread")]
@@ -71,7 +72,9 @@ async fn a_release_that_swaps_links_into_its_data_opens_no_file_of_the_host() {
             "the server opened a file of the host to all"
         );
     }
-    assert!(data_of(&server, "swaps").join("link").is_symlink());
+    let entries = std::fs::read_dir(data_of(&server, "swaps")).unwrap();
+    let links = entries.flatten().filter(|entry| entry.path().is_symlink());
+    assert!(links.count() >= 3, "the programs put no links there");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -90,4 +93,280 @@ async fn a_data_folder_has_neither_devices_nor_programs_with_anothers_rights() {
         options.contains("nosuid") && options.contains("nodev"),
         "{options}"
     );
+}
+
+/// Writes to its data until somebody stops it, from the moment that it runs as a release.
+const FILLS: &str = r"
+import os, time
+if not os.path.isdir('/data'):
+    raise SystemExit
+print('filling', flush=True)
+number = 0
+while True:
+    number += 1
+    with open(f'/data/{number}', 'wb') as file:
+        for _ in range(4):
+            file.write(os.urandom(1 << 20))
+    time.sleep(0.02)
+";
+
+fn bytes_in(folder: &Path) -> u64 {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.metadata().map_or(0, |about| about.len()))
+        .sum()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_release_that_fills_its_data_is_stopped_and_its_user_can_delete_them() {
+    const MOST: u64 = 64 << 20;
+    let most = MOST.to_string();
+    let server = Server::start_as(0, &[("GANTRY_MAX_REPL_DATA_BYTES", &most)]);
+    let (_, mallory) = server.user("mallory").await;
+    let (_, ann) = server.user("ann").await;
+    let reply = submit(&server, &mallory, release("mallory", "fills", FILLS)).await;
+    let stopped = reply["error"]["cause"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned();
+    let state = async || -> Value {
+        let answer = server.get("/repls/fills").header("x-api-key", &mallory);
+        answer.send().await.unwrap().json().await.unwrap()
+    };
+    // It serves when it is not stopped within the five seconds after which it counts as a worker.
+    if reply["status"] == "deployed" {
+        wait_until("it was not stopped", async || {
+            state().await["state"] == "stopped"
+        })
+        .await;
+        assert!(
+            state().await["last_error"]
+                .as_str()
+                .unwrap()
+                .contains("a repl may have")
+        );
+    } else {
+        assert!(stopped.contains("a repl may have"), "{reply}");
+    }
+    let left = bytes_in(&data_of(&server, "fills"));
+    assert!(left > MOST && left < 16 * MOST, "{left} bytes");
+
+    // It does not come back as it is, and says what to do.
+    let again = submit(&server, &mallory, release("mallory", "fills", "print(1)")).await;
+    assert_eq!(again["status"], "deploy_failed", "{again}");
+    assert!(
+        again["error"]["remediation"]
+            .as_str()
+            .unwrap()
+            .contains("/repls/fills/data"),
+        "{again}"
+    );
+    let data = |key: &str| server.get("/repls/fills/data").header("x-api-key", key);
+    let told: Value = data(&mallory).send().await.unwrap().json().await.unwrap();
+    assert!(
+        told["bytes"].as_u64().unwrap() > MOST && told["limit_bytes"] == MOST,
+        "{told}"
+    );
+
+    // Nobody else's to see or to delete.
+    let delete = |key: &str| {
+        let request = crate::server::client().delete(server.url("/repls/fills/data"));
+        request.header("x-api-key", key)
+    };
+    assert_eq!(data(&ann).send().await.unwrap().status(), 404);
+    assert_eq!(delete(&ann).send().await.unwrap().status(), 404);
+    let deleted = delete(&mallory).send().await.unwrap();
+    assert_eq!(deleted.status(), 200);
+    assert_eq!(deleted.json::<Value>().await.unwrap()["bytes"], 0);
+    assert_eq!(bytes_in(&data_of(&server, "fills")), 0);
+    let serves = "import http.server; http.server.HTTPServer(('', 3000), http.server.BaseHTTPRequestHandler).serve_forever()";
+    let code = format!("import os\nif os.path.isdir('/data'):\n  {serves}");
+    let again = submit(&server, &mallory, release("mallory", "fills", &code)).await;
+    assert_eq!(again["status"], "deployed", "{again}");
+    // Not under a running program.
+    assert_eq!(delete(&mallory).send().await.unwrap().status(), 409);
+}
+
+/// A file system of its own for a server's data.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn mount(bytes: u64) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let options = std::ffi::CString::new(format!("size={bytes},mode=0700")).unwrap();
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("tmpfs", folder.path(), "tmpfs", flags, options.as_c_str()).unwrap();
+        Self(folder)
+    }
+
+    fn free(&self) -> u64 {
+        let about = rustix::fs::statfs(self.0.path()).unwrap();
+        about.f_bavail * u64::try_from(about.f_bsize).unwrap()
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let detach = rustix::mount::UnmountFlags::DETACH;
+        rustix::mount::unmount(self.0.path(), detach).unwrap();
+    }
+}
+
+/// Takes room that no listing shows: files without a name, and a mapping of one that is closed.
+const HIDES: &str = r"
+import mmap, os, time
+if not os.path.isdir('/data'):
+    raise SystemExit
+print('hiding', flush=True)
+kept = []
+piece = os.urandom(1 << 20)
+while True:
+    file = os.open('/data', os.O_TMPFILE | os.O_RDWR, 0o600)
+    for _ in range(4):
+        os.write(file, piece)
+    kept.append(mmap.mmap(file, 4 << 20))
+    os.close(file)
+    time.sleep(0.02)
+";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_stops_who_fills_it_and_nobody_else() {
+    const DISK: u64 = 512 << 20;
+    const RESERVE: u64 = 256 << 20;
+    let disk = SmallDisk::mount(DISK);
+    let reserve = RESERVE.to_string();
+    let server = Server::start_as(
+        0,
+        &[
+            ("GANTRY_DATA_DIR", disk.0.path().to_str().unwrap()),
+            ("GANTRY_DISK_RESERVE_BYTES", &reserve),
+        ],
+    );
+    let serves = "import os\nif os.path.isdir('/data'):\n  import http.server\n  \
+                  http.server.HTTPServer(('', 3000), http.server.SimpleHTTPRequestHandler).serve_forever()";
+    let victim = submit(&server, &server.admin, release("ann", "quiet", serves)).await;
+    assert_eq!(victim["status"], "deployed", "{victim}");
+    let reply = submit(&server, &server.admin, release("mallory", "hides", HIDES)).await;
+    if reply["status"] == "deployed" {
+        wait_until("it was not stopped", async || {
+            let answer = server
+                .get("/repls/hides")
+                .header("x-api-key", &server.admin);
+            let state: Value = answer.send().await.unwrap().json().await.unwrap();
+            state["state"] == "stopped"
+        })
+        .await;
+    } else {
+        let cause = reply["error"]["cause"].as_str().unwrap_or_default();
+        assert!(cause.contains("disk is full"), "{reply}");
+    }
+    wait_until("the room did not come back", async || disk.free() > RESERVE).await;
+    let quiet = server
+        .get("/repls/quiet")
+        .header("x-api-key", &server.admin);
+    let quiet: Value = quiet.send().await.unwrap().json().await.unwrap();
+    assert_eq!(quiet["state"], "running", "{quiet}");
+    let run = submit(
+        &server,
+        &server.admin,
+        release("ann", "quiet", "print('x')"),
+    )
+    .await;
+    assert_eq!(run["status"], "deployed", "{run}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_room_is_taken_without_writing() {
+    let server = Server::start();
+    let (_, key) = server.user("mallory").await;
+    let code = "import os, errno, ctypes\n\
+                if not os.path.isdir('/data'): raise SystemExit\n\
+                file = os.open('/data/large', os.O_CREAT | os.O_RDWR)\n\
+                libc = ctypes.CDLL(None, use_errno=True)\n\
+                done = libc.fallocate(file, 0, ctypes.c_long(0), ctypes.c_long(1 << 40))\n\
+                open('/data/answer', 'w').write(errno.errorcode.get(ctypes.get_errno(), str(done)))\n\
+                os.posix_fallocate(file, 0, 1 << 20)\n";
+    let reply = submit(&server, &key, release("mallory", "reserves", code)).await;
+    assert_eq!(reply["status"], "deployed", "{reply}");
+    let answer = std::fs::read_to_string(data_of(&server, "reserves").join("answer")).unwrap();
+    assert_eq!(answer, "EOPNOTSUPP");
+    let large = data_of(&server, "reserves").join("large");
+    assert_eq!(
+        large.metadata().unwrap().len(),
+        1 << 20,
+        "libraries have another way"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn code_is_refused_beyond_its_users_room() {
+    let server = Server::start_as(0, &[("GANTRY_MAX_USER_DISK_BYTES", "2097152")]);
+    let (_, key) = server.user("mallory").await;
+    let (_, ann) = server.user("ann").await;
+    let mut refused = None;
+    for number in 0..8 {
+        let filler = format!("{number}").repeat(400 << 10);
+        let code = format!("text = '{filler}'");
+        let mut wanted = release("mallory", "large", &code);
+        wanted["database"] = false.into();
+        let reply = submit(&server, &key, wanted).await;
+        if reply["status"] != "deployed" {
+            refused = Some(reply);
+            break;
+        }
+    }
+    let refused = refused.expect("it was never refused");
+    assert_eq!(refused["error"]["code"], "disk_quota", "{refused}");
+    let reply = submit(&server, &ann, release("ann", "small", "print(1)")).await;
+    assert_eq!(reply["status"], "deployed", "{reply}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_data_folder_that_user_code_could_read_is_refused_at_the_start() {
+    let folder = Path::new("/usr/local/share").join(format!("gantry-test-{}", std::process::id()));
+    let started = std::process::Command::new(env!("CARGO_BIN_EXE_gantry"))
+        .env("GANTRY_DATA_DIR", &folder)
+        .args(["serve", "--port", "0"])
+        .output()
+        .unwrap();
+    std::fs::remove_dir_all(&folder).unwrap();
+    let said = String::from_utf8_lossy(&started.stderr);
+    assert!(
+        !started.status.success() && said.contains("/usr, which every program"),
+        "{said}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tool_beside_the_data_is_shown_and_nothing_else_there() {
+    let home = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(home.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let local = home.path().canonicalize().unwrap().join(".local");
+    let (bin, data) = (local.join("bin"), local.join("share/gantry"));
+    std::fs::create_dir_all(&bin).unwrap();
+    for tool in ["tsc", "node"] {
+        std::fs::write(bin.join(tool), "#!/bin/sh\n").unwrap();
+        let mode = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(bin.join(tool), mode).unwrap();
+    }
+    let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
+    let server = Server::start_as(
+        0,
+        &[
+            ("HOME", home.path().to_str().unwrap()),
+            ("PATH", &path),
+            ("GANTRY_DATA_DIR", data.to_str().unwrap()),
+        ],
+    );
+    assert!(
+        data.join("local").is_dir(),
+        "the server keeps its data there"
+    );
+    let code = format!(
+        "import os\nprint(os.path.exists('{0}/share'), os.path.exists('{0}/bin/tsc'))",
+        local.display()
+    );
+    let run = json!({ "user_id": "ann", "code": code, "deploy": false });
+    let reply = submit(&server, &server.admin, run).await;
+    assert_eq!(reply["stdout"], "False True\n", "{reply}");
 }

@@ -45,8 +45,8 @@ use super::{
     PlatformError, ProgramEvent, Recorded, ReleaseSpec, RunningRelease, Services, WorkspaceSpec,
 };
 use crate::model::{
-    Limits, MAX_REPL_REPLICAS, Network, Problem, Release, ReplChange, ReplId, ReplSettings,
-    ReplStatus, TicketKey, UserId,
+    Limits, MAX_REPL_REPLICAS, Network, Problem, Release, ReplChange, ReplData, ReplId,
+    ReplSettings, ReplStatus, TicketKey, UserId,
 };
 use crate::storage::S3Store;
 use cache::{Cache, Watched};
@@ -494,6 +494,14 @@ impl Platform for KubernetesPlatform {
 
     async fn drop_repl(&self, repl: &ReplId) -> Result<(), PlatformError> {
         self.releases.stop(repl).await
+    }
+
+    async fn data(&self, repl: &ReplId) -> Result<ReplData, PlatformError> {
+        self.releases.data(repl).await
+    }
+
+    async fn delete_data(&self, repl: &ReplId) -> Result<(), PlatformError> {
+        self.releases.delete_data(repl).await
     }
 
     async fn owner(&self, repl: &ReplId) -> Result<Option<UserId>, PlatformError> {

@@ -151,12 +151,14 @@ fn quota(user: &UserId, other: &BTreeMap<String, String>) -> Manifest {
     )
 }
 
-/// With a quota on limits every container needs some; this is what one gets that names none.
+/// With a quota on limits every container needs some; this is what one gets that names none. What it writes
+/// to its node's disk is bounded, and room for it is not set aside: the largest of Gantry's own pods, a
+/// module's with packages, has volumes of some 4 GiB.
 fn limit_range(user: &UserId) -> Manifest {
     let limits = json!([{
         "type": "Container",
-        "default": { "cpu": "1", "memory": "256Mi" },
-        "defaultRequest": { "cpu": "50m", "memory": "64Mi" },
+        "default": { "cpu": "1", "memory": "256Mi", "ephemeral-storage": "5Gi" },
+        "defaultRequest": { "cpu": "50m", "memory": "64Mi", "ephemeral-storage": "0" },
         "max": { "cpu": "4", "memory": "8Gi" },
     }]);
     part(

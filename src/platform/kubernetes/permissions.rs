@@ -56,7 +56,7 @@ const EVERYWHERE: [Row; 22] = [
         "services",
         &["list", "create", "patch", "deletecollection"],
     ),
-    ("", "persistentvolumeclaims", &["list", "create"]),
+    ("", "persistentvolumeclaims", &["list", "create", "delete"]),
     (
         "apps",
         "deployments",

@@ -268,7 +268,7 @@ impl ReleaseConfig {
             "metadata": { "name": "data", "labels": kept },
             "spec": {
                 "accessModes": ["ReadWriteOnce"],
-                "resources": { "requests": { "storage": "1Gi" } },
+                "resources": { "requests": { "storage": DATABASE_ROOM.to_string() } },
             },
         });
         let set = json!({
@@ -360,6 +360,9 @@ pub fn names_keys(body: &Value) -> bool {
         _ => false,
     }
 }
+
+/// Bytes of a database's volume.
+pub const DATABASE_ROOM: u64 = 1 << 30;
 
 /// The name of a repl's database: its StatefulSet, its Service, its Secret.
 pub fn database_name(repl: &ReplId) -> String {

@@ -3,6 +3,7 @@
 //! Every step can be done again: a server that died in the middle finds what is there by name, and
 //! what it applies a second time is already so.
 
+mod data;
 mod idle;
 mod keys;
 mod settings;

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -85,6 +86,41 @@ impl FirstProcess {
             next += 1;
         }
         found.split_off(1)
+    }
+
+    /// Bytes that it and all below it have had written to disks, or have written to files in memory.
+    pub fn written(self) -> u64 {
+        let of = |process: &Self| {
+            let text = std::fs::read_to_string(format!("/proc/{}/io", process.pid)).ok()?;
+            let number = |name: &str| {
+                let mut lines = text.lines();
+                lines.find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok())
+            };
+            // What is written to a mapping is in the one, what goes to a disk in memory in the other.
+            number("write_bytes:")?.checked_add(number("wchar:")?)
+        };
+        let mut all = self.descendants();
+        all.push(self);
+        all.iter().filter_map(of).sum()
+    }
+
+    /// Bytes of files of this file system that have no name any more and that it, or what is below it, holds
+    /// open.
+    pub fn hidden(self, device: u64) -> u64 {
+        let mut files = std::collections::BTreeMap::new();
+        for process in self.descendants() {
+            let open = std::fs::read_dir(format!("/proc/{}/fd", process.pid));
+            for file in open.into_iter().flatten().flatten() {
+                // Looked at and not opened: it may be anything.
+                if let Ok(about) = std::fs::metadata(file.path())
+                    && about.nlink() == 0
+                    && about.dev() == device
+                {
+                    files.insert(about.ino(), about.blocks() * 512);
+                }
+            }
+        }
+        files.values().sum()
     }
 
     /// Ends it, and with it its sandbox.

@@ -1,6 +1,7 @@
 //! The local platform: sandboxed processes on one Linux machine, no cluster, no services.
 
 mod cgroup;
+mod disk;
 mod host;
 mod launch;
 mod modules;
@@ -23,8 +24,8 @@ use super::{
     ProgramEvent, ReleaseSpec, RunningRelease, WorkspaceSpec,
 };
 use crate::model::{
-    Language, Limits, Problem, Release, ReplChange, ReplId, ReplSettings, ReplStatus, TicketKey,
-    UserId,
+    DiskBounds, Language, Limits, Problem, Release, ReplChange, ReplData, ReplId, ReplSettings,
+    ReplStatus, TicketKey, UserId,
 };
 use crate::storage::DirectoryStore;
 use host::{Host, Lacking};
@@ -49,6 +50,8 @@ pub struct LocalConfig {
     pub app_authority: String,
     /// `ws://{repl}.{this}/` is where a repl's terminal is.
     pub authority: String,
+    /// How much of the machine's disk is whose.
+    pub disk: DiskBounds,
 }
 
 /// The local platform.
@@ -78,6 +81,7 @@ impl LocalPlatform {
         let modules = LocalModules::open(config.clone(), Arc::clone(&sandboxes))?;
         let releases = Releases::open(config, store, Arc::clone(&sandboxes), tell, events)?;
         releases.bring_back();
+        releases.watch_disk();
         modules.bring_back();
         Ok(LocalPlatform {
             sandboxes,
@@ -188,6 +192,18 @@ impl Platform for LocalPlatform {
 
     async fn drop_repl(&self, repl: &ReplId) -> Result<(), PlatformError> {
         self.releases.stop(repl).await
+    }
+
+    async fn admit(&self, user: &UserId, repl: &ReplId, bytes: u64) -> Result<(), Problem> {
+        self.releases.admit(user, repl, bytes).await
+    }
+
+    async fn data(&self, repl: &ReplId) -> Result<ReplData, PlatformError> {
+        self.releases.data(repl).await
+    }
+
+    async fn delete_data(&self, repl: &ReplId) -> Result<(), PlatformError> {
+        self.releases.delete_data(repl).await
     }
 
     async fn owner(&self, repl: &ReplId) -> Result<Option<UserId>, PlatformError> {

@@ -8,6 +8,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 
+use super::launch::FirstProcess;
 use super::sandboxes::{Sandbox, Sandboxes};
 use crate::model::{Ending, Event, OutputStream, Problem, ReplId, ReplState, TicketKey, UserId};
 use crate::platform::ProgramEvent;
@@ -106,6 +107,16 @@ impl Program {
         let mut stream = self.sandboxes.dial(&self.name).await?;
         stream.write_u8(port.byte()).await?;
         Ok(stream)
+    }
+
+    /// The name of its sandbox.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The first process of its sandbox.
+    pub fn first_process(&self) -> FirstProcess {
+        self.sandbox.process
     }
 
     /// Whether its sandbox is there.

@@ -1,5 +1,6 @@
 //! Repls and their releases on this machine: a record per repl, a program per current release.
 
+mod disk;
 mod idle;
 mod settings;
 mod workspace;
@@ -16,11 +17,11 @@ use jiff::Timestamp;
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
+use super::disk::{Disk, TooMuch};
 use super::program::{Owner, Program};
 use super::record::{Record, Stored};
 use super::sandboxes::{Sandboxes, Tenant};
 use super::{DEPLOY_PATIENCE, LocalConfig, unavailable};
-use crate::beneath::Folder;
 use crate::model::{
     Limits, Problem, Release, ReleaseState, ReplId, ReplState, ReplStatus, TicketKey, UserId,
     idle_cause,
@@ -71,6 +72,9 @@ struct Inner {
     config: LocalConfig,
     store: DirectoryStore,
     sandboxes: Arc<Sandboxes>,
+    disk: Disk,
+    /// Programs that write to their repls' data.
+    writers: Mutex<Vec<disk::Writer>>,
     repls: Mutex<HashMap<ReplId, Repl>>,
     /// Changes when a program was installed.
     installed: watch::Sender<()>,
@@ -112,6 +116,8 @@ impl Releases {
         }
         Ok(Self {
             inner: Arc::new(Inner {
+                disk: Disk::new(&config.data, store.clone(), config.disk),
+                writers: Mutex::default(),
                 config,
                 store,
                 sandboxes,
@@ -348,17 +354,23 @@ impl Releases {
         let program = match self.start(repl, &stored).await {
             Ok(program) => program,
             Err(error) => {
-                let problem = Problem::new(
-                    "deploy_failed",
-                    "The release could not be started",
-                    format!("{error:#}"),
-                    "Look at the server's log; the previous release serves on.",
-                );
                 self.note_failure(repl, stored).await?;
+                let cause = format!("{error:#}");
+                let message = "The release could not be started";
+                if error.is::<TooMuch>() {
+                    let remediation = format!("Delete them: DELETE /repls/{repl}/data.");
+                    let problem = Problem::new("disk_quota", message, cause, remediation);
+                    return Err(PlatformError::NotReady(problem));
+                }
+                let remediation = "Look at the server's log; the previous release serves on.";
+                let problem = Problem::new("deploy_failed", message, cause, remediation);
                 return Err(PlatformError::Unavailable(problem));
             }
         };
-        if let Err(problem) = wait_until_ready(&program).await {
+        if let Err(mut problem) = wait_until_ready(&program).await {
+            if let Some(why) = self.why_stopped(program.name()) {
+                problem.cause = why;
+            }
             program.stop().await;
             self.note_failure(repl, stored).await?;
             return Err(PlatformError::NotReady(problem));
@@ -427,7 +439,9 @@ impl Releases {
         }];
         let mut env = stored.variables();
         if stored.database {
-            let from = self.database(repl)?;
+            let (this, named) = (self.clone(), repl.clone());
+            let ready = tokio::task::spawn_blocking(move || this.inner.disk.ready(&named));
+            let from = ready.await??;
             placed.push(Placed {
                 from,
                 name: DATA.to_owned(),
@@ -485,28 +499,13 @@ impl Releases {
         };
         let sandboxes = Arc::clone(&inner.sandboxes);
         let tell = inner.tell.clone();
-        Program::watch(
-            name,
-            sandbox,
-            sandboxes,
-            owner,
-            stored.release.release,
-            tell,
-        )
-        .await
-    }
-
-    /// The folder of the repl's database. Its owner changes with the sandbox, so all may write:
-    /// the folder above it is closed to everybody but the server. What is in it is user code's, and the
-    /// previous release may still be changing it.
-    fn database(&self, repl: &ReplId) -> anyhow::Result<PathBuf> {
-        let path = self.inner.config.data.join("databases");
-        let all = Folder::open_or_make(&path, 0o700)?;
-        all.set_mode(0o700)?;
-        let folder = all.make(repl.as_str(), None)?;
-        folder.set_mode(0o777)?;
-        folder.open_files_to_all()?;
-        Ok(path.join(repl.as_str()))
+        let user = owner.user_id.clone();
+        let release = stored.release.release;
+        let program = Program::watch(name, sandbox, sandboxes, owner, release, tell).await?;
+        if stored.database {
+            self.writes(repl, &user, &program);
+        }
+        Ok(program)
     }
 
     fn current(&self, repl: &ReplId) -> Option<Stored> {

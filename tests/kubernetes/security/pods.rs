@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use gantry::platform::Platform;
+use gantry::platform::{Platform, PlatformError};
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
 use kube::api::ListParams;
 use serde_json::Value;
 
-use crate::bed::{Bed, SERVER};
+use crate::bed::{Bed, SERVER, eventually};
 
 /// What a program finds out about its own container, as JSON.
 const LOOK: &str = "
@@ -90,5 +90,29 @@ async fn a_program_has_no_token_no_privilege_and_no_key_of_the_store() {
         }
     }
     bed.platform.shutdown().await;
+    bed.forget(user.as_str()).await;
+}
+
+/// What a database has is bounded by its volume, and its user can delete it when the repl is stopped.
+#[tokio::test]
+#[ignore = "needs the bed"]
+async fn data_are_bounded_and_can_be_deleted() {
+    let bed = Bed::start().await;
+    let user = bed.user("data");
+    let repl = bed.repl(&user);
+    let code = format!("VERSION = 'one'\n{SERVER}");
+    let mut spec = bed.spec(&user, &repl, &code, BTreeMap::new()).await;
+    spec.database = true;
+    bed.platform.ensure_release(&spec).await.unwrap();
+    let data = bed.platform.data(&repl).await.unwrap();
+    assert_eq!((data.bytes, data.limit_bytes), (None, Some(1 << 30)));
+    let running = bed.platform.delete_data(&repl).await;
+    assert!(matches!(running, Err(PlatformError::NotReady(why)) if why.code == "repl_runs"));
+    bed.platform.drop_repl(&repl).await.unwrap();
+    bed.platform.delete_data(&repl).await.unwrap();
+    eventually("the volume goes", || async {
+        bed.platform.data(&repl).await.unwrap().bytes == Some(0)
+    })
+    .await;
     bed.forget(user.as_str()).await;
 }
