@@ -17,7 +17,7 @@ use crate::logs::{
     Elasticsearch, ElasticsearchSearch, ElasticsearchSettings, EmbeddedSearch, LogSearch,
     Neighbours, Shipper, ShipperOptions,
 };
-use crate::model::SecretText;
+use crate::model::Packages;
 use crate::pipeline::modules::{ModuleCalls, ModuleOptions};
 use crate::pipeline::{Bounds, Names, Pipeline, PipelineOptions, Revoked, Share};
 use crate::platform::kubernetes::{
@@ -283,7 +283,7 @@ async fn kubernetes(
             network: config.allow_network,
             heartbeat_late: cluster.heartbeat_late,
             quota: cluster.quota.clone(),
-            packages: package_index(cluster).await,
+            packages: package_index(&config.packages, cluster).await,
             forward_modules: cluster.module_forward,
             wake_service: cluster.wake_service.as_ref().map(|service| WakeService {
                 name: service.name.clone(),
@@ -383,26 +383,36 @@ fn store_variables(s3: &S3Config) -> BTreeMap<String, String> {
 }
 
 /// Where modules' packages come from.
-async fn package_index(cluster: &ClusterConfig) -> PipIndex {
-    let variables = cluster.pip.clone();
-    let urls = |name: &str| {
-        let text = variables.get(name).map(SecretText::expose);
-        text.unwrap_or_default().split_whitespace()
+async fn package_index(packages: &Packages, cluster: &ClusterConfig) -> PipIndex {
+    let cache_class = cluster.package_cache_class.clone();
+    let pip = Packages::python();
+    let index = pip.and_then(|pip| Some((pip, packages.index(pip)?)));
+    let Some((pip, index)) = index else {
+        return PipIndex {
+            cache_class,
+            ..PipIndex::default()
+        };
     };
-    let addresses = match variables.contains_key("PIP_INDEX_URL") {
-        false => None,
-        true => {
+    let variables = pip.variables(index).into_iter();
+    let addresses = match index.url == pip.registry.usual {
+        // Its addresses are many, and change.
+        true => None,
+        false => {
             let mut addresses = Vec::new();
-            for url in urls("PIP_INDEX_URL").chain(urls("PIP_EXTRA_INDEX_URL")) {
-                addresses.extend(addresses_of(url, "the package index").await);
+            for (host, port) in &index.places {
+                addresses.extend(addresses_at(host, *port, "the package index").await);
             }
             Some(addresses)
         }
     };
     PipIndex {
-        variables,
+        variables: Some(
+            variables
+                .map(|(name, value)| (name.to_owned(), value))
+                .collect(),
+        ),
         addresses,
-        cache_class: cluster.package_cache_class.clone(),
+        cache_class,
     }
 }
 
@@ -427,6 +437,10 @@ async fn addresses_of(url: &str, what: &str) -> Vec<(IpAddr, u16)> {
     let https = uri.scheme_str() == Some("https");
     let port = uri.port_u16().unwrap_or(if https { 443 } else { 80 });
     let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+    addresses_at(host, port, what).await
+}
+
+async fn addresses_at(host: &str, port: u16, what: &str) -> Vec<(IpAddr, u16)> {
     match tokio::net::lookup_host((host, port)).await {
         Ok(found) => found
             .map(|address| (address.ip(), address.port()))
@@ -452,6 +466,7 @@ async fn local(config: &Config, address: SocketAddr) -> anyhow::Result<Backends>
         runs_per_user: runs_per_user(config.max_runs),
         maximum: config.maximum_limits,
         network: config.allow_network,
+        packages: config.packages.clone(),
         app_authority: format!("{}:{}", config.app_domain, address.port()),
         authority: format!("{}:{}", config.domain, address.port()),
         disk: config.disk,

@@ -406,6 +406,7 @@ async fn sandbox() -> (tempfile::TempDir, Arc<LocalPlatform>, Session) {
         runs_per_user: 2,
         maximum: Limits::MAXIMUM,
         network: false,
+        packages: Default::default(),
         app_authority: "apps.localhost:8000".to_owned(),
         authority: "localhost:8000".to_owned(),
         disk: DiskBounds::USUAL,

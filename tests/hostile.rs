@@ -117,6 +117,7 @@ async fn start(data: &Path) -> LocalPlatform {
         runs_per_user: 1,
         maximum: Limits::MAXIMUM,
         network: false,
+        packages: Default::default(),
         app_authority: "apps.localhost:8000".to_owned(),
         authority: "localhost:8000".to_owned(),
         disk: DiskBounds::USUAL,

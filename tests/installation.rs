@@ -222,8 +222,8 @@ fn an_installed_server_uses_every_right_it_has_and_needs_no_other() {
                 ("PIP_INDEX_URL", "http://127.0.0.1:9/simple"),
                 ("PIP_RETRIES", "0"),
             ];
-            let index = index.map(|(name, value)| (name.to_owned(), value.to_owned().into()));
-            config.packages.variables = index.into();
+            let index = index.map(|(name, value)| (name.to_owned(), value.to_owned()));
+            config.packages.variables = Some(index.into());
             config.packages.cache_class = Some("standard".to_owned());
         })
         .await;

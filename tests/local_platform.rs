@@ -42,6 +42,7 @@ async fn platform(data: &Path) -> (Arc<LocalPlatform>, DirectoryStore) {
         runs_per_user: 4,
         maximum: Limits::MAXIMUM,
         network: false,
+        packages: Default::default(),
         app_authority: "apps.localhost:8000".to_owned(),
         authority: "localhost:8000".to_owned(),
         disk: DiskBounds::USUAL,

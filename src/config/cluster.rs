@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::packages::pip_variables;
 use super::{ConfigError, ServeArgs, given, host_name, parse, switch, wrong};
-use crate::model::{Network, SecretText, is_host_label};
+use crate::model::{Network, is_host_label};
 
 /// Each policy names every network, and the API server takes objects of limited size.
 const MAX_NETWORKS: usize = 100;
@@ -37,8 +36,6 @@ pub struct ClusterConfig {
     pub heartbeat_late: Duration,
     /// Bounds of each user's namespace, where they are not the usual ones.
     pub quota: BTreeMap<String, String>,
-    /// pip's variables for modules' packages.
-    pub pip: BTreeMap<String, SecretText>,
     /// The storage class of what pip fetched.
     pub package_cache_class: Option<String>,
     /// Put the bucket's keys into users' namespaces.
@@ -109,7 +106,6 @@ pub(super) fn cluster(args: &ServeArgs) -> Result<ClusterConfig, ConfigError> {
         idle: idle(&args.idle_days)?,
         heartbeat_late: heartbeat_late(&args.heartbeat_late)?,
         quota: user_quota(&args.user_quota)?,
-        pip: pip_variables(|name| std::env::var(name).ok()),
         package_cache_class: storage_class(&args.package_cache_class)?,
         share_store_keys: switch("GANTRY_SHARE_STORE_KEYS", &args.share_store_keys)?,
         module_forward: switch("GANTRY_MODULE_FORWARD", &args.module_forward)?,

@@ -1,42 +1,20 @@
 //! What programs and modules depend on: whether it is installed, and from where.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use clap::Args;
 
 use super::{ConfigError, given, parse, switch, wrong};
-use crate::model::{PackageIndex, Packages, Place, Registry, SecretText, package_place};
+use crate::model::{PackageIndex, Packages, Place, Registry, package_place};
 
 /// Most seconds of an installation that an operator may allow: a slot is held for as long.
 const MOST_SECONDS: u64 = 1_800;
 
-/// pip's variables that mean the same in a pod: no file of this machine's is named by them.
-const PIP_VARIABLES: [&str; 5] = [
-    "PIP_INDEX_URL",
-    "PIP_EXTRA_INDEX_URL",
-    "PIP_TRUSTED_HOST",
-    "PIP_DEFAULT_TIMEOUT",
-    "PIP_RETRIES",
-];
-
-/// pip's own variables, with which modules' packages are installed in a cluster. Their values are pip's affair; an
-/// index's address may hold a password.
-pub(super) fn pip_variables(
-    variable: impl Fn(&str) -> Option<String>,
-) -> BTreeMap<String, SecretText> {
-    let set = PIP_VARIABLES.iter().filter_map(|name| {
-        let value = variable(name).filter(|text| !text.is_empty())?;
-        Some(((*name).to_owned(), SecretText::from(value)))
-    });
-    set.collect()
-}
-
 /// Arguments about packages.
 #[derive(Debug, Default, Args)]
 pub struct PackageArgs {
-    /// Install what a submission's own file names (requirements.txt, package.json, go.mod, Cargo.toml), from the index
-    /// that `PIP_INDEX_URL`, `npm_config_registry`, `GOPROXY` or `GANTRY_CARGO_INDEX` names, or else the usual one
+    /// Install what a submission's own file names (requirements.txt, package.json, go.mod, Cargo.toml) and the
+    /// packages that a module is created with, from the index that `PIP_INDEX_URL`, `npm_config_registry`, `GOPROXY` or `GANTRY_CARGO_INDEX` names, or else the usual one
     #[arg(long, env = "GANTRY_ALLOW_PACKAGES", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     allow_packages: Option<String>,
     /// Hosts beside the indexes' own that packages come from, as host or host:port separated by commas
@@ -54,14 +32,21 @@ impl PackageArgs {
         &self,
         variable: impl Fn(&str) -> Option<String>,
     ) -> Result<Packages, ConfigError> {
+        let hosts = self.hosts()?;
+        let own = Packages::python().and_then(|pip| {
+            let registry = pip.registry;
+            let mut index = index(registry, &variable(registry.variable)).ok()?;
+            index.places.extend(hosts.iter().cloned());
+            Some(index)
+        });
         let mut packages = Packages {
             wall: self.wall()?,
+            own,
             ..Packages::default()
         };
         if !switch("GANTRY_ALLOW_PACKAGES", &self.allow_packages)? {
             return Ok(packages);
         }
-        let hosts = self.hosts()?;
         for registry in Packages::registries() {
             let mut index = index(registry, &variable(registry.variable))?;
             index.places.extend(hosts.iter().cloned());
@@ -130,18 +115,10 @@ mod tests {
     fn nothing_is_installed_unless_the_operator_says_so() {
         let packages = args("", "", "").checked(|_| Some("no URL".to_owned()));
         assert_eq!(packages.unwrap(), Packages::default());
-    }
-
-    #[test]
-    fn pods_get_those_of_pips_variables_that_are_set_and_name_no_file() {
-        let set = |name: &str| match name {
-            "PIP_RETRIES" => Some(String::new()),
-            name => Some(format!("of {name}")),
-        };
-        let variables = pip_variables(set);
-        assert_eq!(variables["PIP_INDEX_URL"].expose(), "of PIP_INDEX_URL");
-        assert_eq!(variables.len(), PIP_VARIABLES.len() - 1);
-        assert!(!variables.contains_key("PIP_CERT"));
+        // What Gantry itself needs for modules it may fetch.
+        let packages = args("", "", "").checked(|_| None).unwrap();
+        assert!(packages.indexes.is_empty());
+        assert_eq!(packages.own.unwrap().url, "https://pypi.org/simple");
     }
 
     #[test]
@@ -169,6 +146,7 @@ mod tests {
         for (args, variable) in [
             (args("maybe", "", ""), "GANTRY_ALLOW_PACKAGES"),
             (args("true", "a b", ""), "GANTRY_PACKAGE_HOSTS"),
+            (args("false", "a b", ""), "GANTRY_PACKAGE_HOSTS"),
             (args("true", "", "0"), "GANTRY_INSTALL_SECONDS"),
             (args("true", "", "soon"), "GANTRY_INSTALL_SECONDS"),
         ] {

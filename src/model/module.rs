@@ -1,5 +1,6 @@
 //! Modules: a Python module served over gRPC from its own pod.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 
@@ -134,6 +135,35 @@ impl Package {
     /// As the installer takes it.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// With its name in the one form that indexes compare (PEP 503): `Flask_Login` and `flask-login` are one package.
+    pub fn normalised(&self) -> String {
+        let (name, version) = self.0.split_once("==").unwrap_or((&self.0, ""));
+        let words = name.split(['-', '_', '.']).filter(|word| !word.is_empty());
+        let words: Vec<String> = words.map(str::to_ascii_lowercase).collect();
+        format!("{}=={version}", words.join("-"))
+    }
+
+    /// These in the form and order that is the same for whatever installs the same.
+    pub fn set(packages: &[Package]) -> Vec<String> {
+        let set: BTreeSet<String> = packages.iter().map(Package::normalised).collect();
+        set.into_iter().collect()
+    }
+
+    /// A name for a set of them that no other set has, and `more`: what else decides what is installed.
+    pub fn set_name(set: &[String], more: &[&str]) -> String {
+        let mut digest = Sha256::new();
+        let parts = more.iter().copied().chain(set.iter().map(String::as_str));
+        for part in parts {
+            digest.update((part.len() as u64).to_le_bytes());
+            digest.update(part);
+        }
+        digest
+            .finalize()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
     }
 }
 
@@ -362,6 +392,32 @@ mod tests {
         ] {
             assert!(package(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn sets_are_named_by_what_they_are_and_not_by_how_they_are_written() {
+        let named = |packages: &[&str]| {
+            let packages: Result<Vec<Package>, String> = packages
+                .iter()
+                .map(|one| Package::try_from((*one).to_owned()))
+                .collect();
+            Package::set_name(&Package::set(&packages.unwrap()), &["python"])
+        };
+        let one = named(&["Flask_Login==1.0", "a.b==2"]);
+        assert_eq!(one, named(&["a-b==2", "flask--login==1.0", "A_B==2"]));
+        assert_eq!(one.len(), 64);
+        for other in [
+            &["flask-login==1.0"][..],
+            &["flask-login==1.0.0", "a-b==2"],
+            &["flask-login==1.0", "a-b==2", "c==1"],
+            &[],
+        ] {
+            assert_ne!(one, named(other));
+        }
+        assert_ne!(
+            Package::set_name(&[], &["a", "b"]),
+            Package::set_name(&[], &["ab"])
+        );
     }
 
     #[test]

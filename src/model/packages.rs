@@ -252,6 +252,9 @@ pub fn package_place(authority: &str, usual: u16) -> Option<Place> {
 pub struct Packages {
     /// By the variable that names each.
     pub indexes: BTreeMap<&'static str, PackageIndex>,
+    /// Where the packages come from that Gantry itself needs to serve modules: they are named by it and pinned, and
+    /// installed also where users may install none. `None`: the operator's variable names no index that can be used.
+    pub own: Option<PackageIndex>,
     /// Longest time of an installation.
     pub wall: Duration,
 }
@@ -260,6 +263,11 @@ impl Packages {
     /// Longest time of an installation, unless the operator says otherwise: some hundred megabytes over a
     /// slow line.
     pub const WALL: Duration = Duration::from_secs(180);
+
+    /// What Python packages come from, those of programs and of modules alike.
+    pub fn python() -> Option<&'static Install> {
+        Self::installs().find(|install| install.name == "pip")
+    }
 
     /// The index that this installer may use.
     pub fn index(&self, install: &Install) -> Option<&PackageIndex> {
@@ -284,6 +292,7 @@ impl Default for Packages {
     fn default() -> Self {
         Self {
             indexes: BTreeMap::new(),
+            own: None,
             wall: Self::WALL,
         }
     }

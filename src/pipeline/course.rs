@@ -341,6 +341,7 @@ impl Course {
             &self.submission.user_id,
             job.id,
             index.places.clone(),
+            &self.inner.meters,
         );
         let before = (Step::Install, StepState::Started);
         let taken_up = self.history.steps.contains(&before);

@@ -31,6 +31,7 @@ use crate::model::{
     Domain, DomainProof, Event, FieldError, LANGUAGES, Language, Limits, Packages, Problem,
     RelativePath, ReplChange, ReplId, ReplSettings, Submission, SubmissionId, UserId,
 };
+use crate::platform::tunnel::Meters;
 use crate::platform::{
     ConfigureError, Opened, Platform, PlatformError, RunningRelease, Sessions, WorkspaceSpec,
 };
@@ -164,6 +165,8 @@ struct Inner {
     names: Names,
     places: Places,
     packages: Packages,
+    /// What users move to and from package indexes.
+    meters: Arc<Meters>,
     saves: Saves,
     /// Told when a repl may have become an open workspace.
     opened: Notify,
@@ -193,6 +196,7 @@ impl Pipeline {
                 names: options.names.clone(),
                 places: Places::new(options.repls_per_user),
                 packages: options.packages.clone(),
+                meters: Arc::default(),
                 saves: Saves::default(),
                 opened: Notify::new(),
                 idle_stop: options.idle_stop,

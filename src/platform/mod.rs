@@ -10,6 +10,7 @@ pub mod local;
 mod modules;
 mod services;
 mod sessions;
+pub mod tunnel;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;

@@ -18,6 +18,16 @@ pub enum ModulesError {
     Platform(#[from] PlatformError),
 }
 
+/// Packages were asked for and may not be installed.
+pub(super) fn packages_not_allowed() -> Problem {
+    Problem::new(
+        "packages_not_allowed",
+        "The module's packages were not installed",
+        "this server is not set up to install packages",
+        "Do without, or ask the operator to start the server with GANTRY_ALLOW_PACKAGES=true, and PIP_INDEX_URL where the packages come from an index of their own.",
+    )
+}
+
 /// Modules of a backend.
 ///
 /// # Contract

@@ -48,6 +48,16 @@ const READY_TIMEOUT: Duration = Duration::from_secs(60);
 /// A call waits for a pod that is being started again this long.
 const BACK_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long a module that is being made is waited for: less than an answer to a request may take. An installation may
+/// take longer, and goes on.
+const MADE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long all of it may take, with the module's first answer; a request has 90 s.
+const CREATED_TIMEOUT: Duration = Duration::from_secs(75);
+
+/// Modules of one user that are being made or changed at one time.
+const MOST_MAKING: usize = 16;
+
 /// Pause before a pod that does not answer yet is tried again.
 const AGAIN: Duration = Duration::from_millis(25);
 
@@ -201,7 +211,42 @@ pub struct ModuleCalls {
     platform: Arc<dyn Backend>,
     kept: Arc<Mutex<HashMap<Key, Kept>>>,
     busy: Arc<Busy>,
+    making: Arc<Mutex<HashMap<UserId, usize>>>,
     options: ModuleOptions,
+}
+
+/// One module of a user's that is being made, until this is dropped.
+struct Making {
+    all: Arc<Mutex<HashMap<UserId, usize>>>,
+    user: UserId,
+}
+
+impl Making {
+    /// `None`: the user has as many as may be.
+    fn begin(all: &Arc<Mutex<HashMap<UserId, usize>>>, user: &UserId) -> Option<Self> {
+        let mut now = all.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = now.entry(user.clone()).or_default();
+        if *number >= MOST_MAKING {
+            return None;
+        }
+        *number += 1;
+        Some(Self {
+            all: Arc::clone(all),
+            user: user.clone(),
+        })
+    }
+}
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        let mut now = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(number) = now.get_mut(&self.user) {
+            *number -= 1;
+            if *number == 0 {
+                now.remove(&self.user);
+            }
+        }
+    }
 }
 
 impl ModuleCalls {
@@ -211,6 +256,7 @@ impl ModuleCalls {
             platform,
             kept: Arc::default(),
             busy: Busy::new(options.calls_per_user, options.idle.is_some()),
+            making: Arc::default(),
             options,
         }
     }
@@ -222,13 +268,12 @@ impl ModuleCalls {
         user: &UserId,
         spec: &ModuleSpec,
     ) -> Result<(bool, ModuleStatus), ModuleError> {
+        let until = Instant::now() + CREATED_TIMEOUT;
         let created = self.ensured(user, spec).await?;
         let key = (user.clone(), spec.name.clone());
         self.forget(&key);
-        match self
-            .described(&key, "", Instant::now() + READY_TIMEOUT)
-            .await
-        {
+        let until = until.min(Instant::now() + READY_TIMEOUT);
+        match self.described(&key, "", until).await {
             Ok(_) => {}
             Err(ModuleError::Failed(failure)) => {
                 if created {
@@ -250,9 +295,25 @@ impl ModuleCalls {
     /// Has the module be as it is wanted. It goes on when who asked is gone: an installation may take longer
     /// than an answer.
     async fn ensured(&self, user: &UserId, spec: &ModuleSpec) -> Result<bool, ModuleError> {
+        let making = Making::begin(&self.making, user).ok_or(ModuleError::TooMany(MOST_MAKING))?;
         let (platform, user, spec) = (Arc::clone(&self.platform), user.clone(), spec.clone());
-        let made = tokio::spawn(async move { platform.ensure(&user, &spec).await });
-        match made.await {
+        let name = spec.name.clone();
+        let made = tokio::spawn(async move {
+            let _making = making;
+            platform.ensure(&user, &spec).await
+        });
+        let Ok(made) = timeout(MADE_TIMEOUT, made).await else {
+            return Err(ModuleError::Unavailable(Problem::new(
+                "module_starting",
+                format!("The module {name} is not ready yet"),
+                format!(
+                    "making it takes longer than {} s, as its packages may; it goes on",
+                    MADE_TIMEOUT.as_secs()
+                ),
+                "Ask again in a moment.",
+            )));
+        };
+        match made {
             Ok(Ok(created)) => Ok(created),
             Ok(Err(ModulesError::Refused(problem))) => Err(ModuleError::Refused(problem)),
             Ok(Err(ModulesError::Platform(error))) => Err(error.into()),

@@ -24,8 +24,8 @@ use super::{
     ProgramEvent, ReleaseSpec, RunningRelease, WorkspaceSpec,
 };
 use crate::model::{
-    DiskBounds, Language, Limits, Problem, Release, ReplChange, ReplData, ReplId, ReplSettings,
-    ReplStatus, TicketKey, UserId,
+    DiskBounds, Language, Limits, Packages, Problem, Release, ReplChange, ReplData, ReplId,
+    ReplSettings, ReplStatus, TicketKey, UserId,
 };
 use crate::storage::DirectoryStore;
 use host::{Host, Lacking};
@@ -46,6 +46,8 @@ pub struct LocalConfig {
     pub maximum: Limits,
     /// Whether test runs may use the machine's network.
     pub network: bool,
+    /// Where modules' packages may be installed from.
+    pub packages: Packages,
     /// `http://{repl}.{this}/` is where a release is served.
     pub app_authority: String,
     /// `ws://{repl}.{this}/` is where a repl's terminal is.

@@ -2,10 +2,11 @@
 //! `runner-image/gantry_module` in it.
 
 mod install;
+mod store;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
@@ -104,7 +105,11 @@ impl LocalModules {
             modules.insert(key, module);
         }
         Ok(Arc::new(Self {
-            installer: Installer::new(folder.clone()),
+            installer: Installer::new(
+                folder.clone(),
+                Arc::clone(&sandboxes),
+                config.packages.clone(),
+            ),
             folder,
             config,
             sandboxes,
@@ -115,6 +120,7 @@ impl LocalModules {
 
     /// Starts every module that an earlier server served, one after the other.
     pub fn bring_back(self: &Arc<Self>) {
+        self.installer.tidy();
         let this = Arc::clone(self);
         tokio::spawn(async move {
             let keys: Vec<Key> = {
@@ -306,6 +312,17 @@ impl LocalModules {
         })
     }
 
+    /// The sets of packages that the user's modules have.
+    fn used_sets(&self, user: &UserId, python: &Path) -> BTreeSet<String> {
+        let modules = self.locked();
+        let records = modules.values().map(|module| &module.record);
+        let with_packages =
+            records.filter(|record| record.user_id == *user && !record.packages.is_empty());
+        with_packages
+            .map(|record| self.installer.set_name(python, &record.packages))
+            .collect()
+    }
+
     fn with<T>(&self, key: &Key, act: impl FnOnce(&mut Module) -> T) -> Option<T> {
         self.locked().get_mut(key).map(act)
     }
@@ -316,6 +333,8 @@ impl LocalModules {
 
     fn changing(&self, key: &Key) -> Arc<tokio::sync::Mutex<()>> {
         let mut changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whoever asks for modules that are not there leaves nothing behind.
+        changing.retain(|_, lock| Arc::strong_count(lock) > 1);
         Arc::clone(changing.entry(key.clone()).or_default())
     }
 }
@@ -367,6 +386,15 @@ fn status(module: &Module) -> ModuleStatus {
     }
 }
 
+fn no_python() -> ModulesError {
+    ModulesError::Refused(Problem::new(
+        "python_missing",
+        "There is no Python on this machine",
+        "the command python3 is not found, or does not run",
+        "Install Python 3.9 or newer, and start the server again.",
+    ))
+}
+
 fn no_autoscaling() -> Problem {
     Problem::new(
         "autoscaling_not_here",
@@ -399,10 +427,11 @@ impl Modules for LocalModules {
         let _one = changing.lock().await;
         let wanted = self.merged(user, spec).map_err(ModulesError::Refused)?;
         let interpreters = self.sandboxes.interpreters().await;
-        let python = interpreters.python.as_deref();
+        let python = interpreters.python.as_deref().ok_or_else(no_python)?;
+        let used = self.used_sets(user, python);
         let parts = self
             .installer
-            .parts(python, &wanted.module, &wanted.packages)
+            .parts(python, user, &wanted.module, &wanted.packages, &used)
             .await
             .map_err(ModulesError::Refused)?;
         for replica in self.take_out(&key, &wanted) {

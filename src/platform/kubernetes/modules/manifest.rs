@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::model::{Autoscale, Limits, ModuleName, ModuleSpec, Package, Scale, SecretText, UserId};
+use crate::model::{Autoscale, Limits, ModuleName, ModuleSpec, Package, Scale, UserId};
 use crate::platform::kubernetes::cluster::{Kind, Manifest};
 use crate::platform::kubernetes::labels::{
     APP, AUTHORITY, MODULE, MODULE_OF, PACKAGE_CACHE, PACKAGES, of_user,
@@ -31,14 +31,18 @@ const PACKAGES_ROOM: &str = "2Gi";
 /// Room for what pip has fetched for all of a user's modules.
 const CACHE_ROOM: &str = "5Gi";
 
+/// Hexadecimal digits of a set's name in a label, which has at most 63 characters.
+const LABEL_DIGITS: usize = 60;
+
 /// How long a call may go on after its pod was asked to end.
 const GRACE_SECONDS: u32 = 10;
 
 /// Where packages come from.
 #[derive(Debug, Clone, Default)]
 pub struct PipIndex {
-    /// pip's variables: which index, and how to get in.
-    pub variables: BTreeMap<String, SecretText>,
+    /// pip's variables: which index. No password is among them: a package may bring code that pip runs, which reads
+    /// what pip could. `None`: the operator does not allow packages.
+    pub variables: Option<BTreeMap<String, String>>,
     /// Where it is, for network policies; `None`: somewhere on the internet.
     pub addresses: Option<Vec<(IpAddr, u16)>>,
     /// The storage class of the volume that keeps what was fetched, one for each user; `None`: every pod
@@ -86,10 +90,10 @@ impl Stored {
 
     /// The label of pods with these packages; `None` without any.
     pub fn packages_label(&self) -> Option<String> {
-        let mut names: Vec<&str> = self.packages.iter().map(Package::as_str).collect();
-        names.sort_unstable();
-        let sum = crc32fast::hash(names.join("\n").as_bytes());
-        (!names.is_empty()).then(|| format!("{sum:08x}"))
+        let set = Package::set(&self.packages);
+        let mut name = Package::set_name(&set, &[]);
+        name.truncate(LABEL_DIGITS);
+        (!set.is_empty()).then_some(name)
     }
 
     /// Scaled by processor time.
@@ -121,8 +125,8 @@ pub fn name_of(module: &ModuleName) -> String {
     format!("module-{}", module.label())
 }
 
-/// The name of the Secret with pip's variables.
-fn index_name(module: &ModuleName) -> String {
+/// The name of the Secret with which earlier versions gave pip its variables.
+pub fn former_index_secret(module: &ModuleName) -> String {
     format!("{}-index", name_of(module))
 }
 
@@ -172,7 +176,6 @@ impl Making {
         let mut all = Vec::new();
         if !stored.packages.is_empty() {
             all.extend(self.cache(user));
-            all.push(self.index_secret(user, &stored.module));
         }
         all.push(service(user, &stored.module));
         all.push(self.ingress(user, &stored.module));
@@ -320,7 +323,8 @@ impl Making {
         })
     }
 
-    /// What installs packages before the server starts. Nothing of a package runs while it does.
+    /// What installs packages before the server starts. A package's metadata may name another by its URL, and pip
+    /// runs what that brings: the container has no credentials, no rights, and nothing that another user's has.
     fn installer(&self, stored: &Stored) -> Value {
         let mut command: Vec<String> = [
             "python3",
@@ -351,15 +355,18 @@ impl Making {
             }
             None => command.push("--no-cache-dir".to_owned()),
         }
-        command.extend(stored.packages.iter().map(|one| one.as_str().to_owned()));
+        command.extend(Package::set(&stored.packages));
+        let own = [("HOME", "/install"), ("TMPDIR", "/install")];
+        let own = own.map(|(name, value)| (name, value.to_owned()));
+        let index = self.index.variables.iter().flatten();
+        let index = index.map(|(name, value)| (name.as_str(), value.clone()));
         json!({
             "name": INSTALLER,
             "image": self.image,
             "imagePullPolicy": "IfNotPresent",
             "command": command,
             "workingDir": "/install",
-            "env": variables([("HOME", "/install".to_owned()), ("TMPDIR", "/install".to_owned())]),
-            "envFrom": [{ "secretRef": { "name": index_name(&stored.module) } }],
+            "env": variables(own.into_iter().chain(index)),
             // Its last words say why.
             "terminationMessagePolicy": "FallbackToLogsOnError",
             "resources": {
@@ -369,24 +376,6 @@ impl Making {
             "securityContext": container_security(),
             "volumeMounts": mounts,
         })
-    }
-
-    /// pip's variables: an index's address may hold a password.
-    fn index_secret(&self, user: &UserId, module: &ModuleName) -> Manifest {
-        let variables = self.index.variables.iter();
-        let data: BTreeMap<&str, &str> = variables
-            .map(|(name, value)| (name.as_str(), value.expose()))
-            .collect();
-        let body = json!({
-            "metadata": {
-                "name": index_name(module),
-                "namespace": user.namespace(),
-                "labels": labels(user, module),
-            },
-            "type": "Opaque",
-            "stringData": data,
-        });
-        Manifest::new(Kind::Secret, body)
     }
 
     /// The volume with what pip has fetched; it is all of a user's modules' and stays when one goes.
@@ -460,7 +449,7 @@ mod tests {
     use super::*;
     use k8s_openapi::api::apps::v1::Deployment;
     use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
-    use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Secret, Service};
+    use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Service};
     use k8s_openapi::api::networking::v1::Ingress;
 
     fn made(packages: &[&str], scale: Scale, cache: bool) -> Vec<Manifest> {
@@ -474,12 +463,12 @@ mod tests {
             since: Timestamp::UNIX_EPOCH,
             stopped: false,
         };
-        let index = "https://someone:secret@index.example/simple".to_owned();
+        let index = "https://index.example/simple".to_owned();
         let making = Making {
             image: "gantry-runner:1".to_owned(),
             maximum: Limits::MAXIMUM,
             index: PipIndex {
-                variables: [("PIP_INDEX_URL".to_owned(), SecretText::from(index))].into(),
+                variables: Some([("PIP_INDEX_URL".to_owned(), index)].into()),
                 addresses: None,
                 cache_class: cache.then(|| "shared".to_owned()),
             },
@@ -501,7 +490,6 @@ mod tests {
         match manifest.kind {
             Kind::Deployment => drop(serde_json::from_value::<Deployment>(body).unwrap()),
             Kind::Service => drop(serde_json::from_value::<Service>(body).unwrap()),
-            Kind::Secret => drop(serde_json::from_value::<Secret>(body).unwrap()),
             Kind::Ingress => drop(serde_json::from_value::<Ingress>(body).unwrap()),
             Kind::HorizontalPodAutoscaler => {
                 drop(serde_json::from_value::<HorizontalPodAutoscaler>(body).unwrap());
@@ -529,22 +517,20 @@ mod tests {
         let all = made(&["a==1"], Scale::Auto(auto), true);
         let expected = [
             Kind::PersistentVolumeClaim,
-            Kind::Secret,
             Kind::Service,
             Kind::Ingress,
             Kind::HorizontalPodAutoscaler,
             Kind::Deployment,
         ];
         assert_eq!(kinds(&all), expected);
-        assert_eq!(all[5].body["spec"]["replicas"], 2);
+        assert_eq!(all[4].body["spec"]["replicas"], 2);
         plain.iter().chain(&all).for_each(typed);
     }
 
     #[test]
-    fn a_modules_pod_has_no_token_and_no_rights_and_no_secret_in_the_open() {
+    fn a_modules_pod_has_no_token_and_no_rights_and_its_installer_no_secret() {
         let all = made(&["a==1"], Scale::Fixed { replicas: 1 }, false);
         let deployment = &all.last().unwrap().body;
-        assert!(!deployment.to_string().contains("secret@"), "{deployment}");
         let pod = &deployment["spec"]["template"]["spec"];
         assert_eq!(pod["automountServiceAccountToken"], false);
         assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
@@ -553,8 +539,26 @@ mod tests {
             assert_eq!(container["securityContext"], container_security());
             assert!(container["resources"]["limits"]["memory"].is_string());
         }
-        let only_the_installer = pod["containers"][0].get("envFrom");
-        assert!(only_the_installer.is_none());
+        let installer = &pod["initContainers"][0];
+        let env = installer["env"].as_array().unwrap();
+        assert!(
+            env.iter().all(|one| one.get("valueFrom").is_none()),
+            "{env:?}"
+        );
+        assert!(
+            env.iter().any(|one| one["name"] == "PIP_INDEX_URL"),
+            "{env:?}"
+        );
+        assert_eq!(installer.get("envFrom"), None);
+        let mounts = installer["volumeMounts"].as_array().unwrap();
+        let mounts: Vec<&str> = mounts
+            .iter()
+            .map(|one| one["name"].as_str().unwrap())
+            .collect();
+        assert_eq!(mounts, ["packages", "install"]);
+        for volume in pod["volumes"].as_array().unwrap() {
+            assert!(volume.get("emptyDir").is_some(), "{volume}");
+        }
         let command = pod["initContainers"][0]["command"].as_array().unwrap();
         assert_eq!(command.last().unwrap(), "a==1");
         assert!(command.contains(&json!("--no-cache-dir")));
@@ -601,6 +605,7 @@ mod tests {
         };
         assert_eq!(label(&[]), Value::Null);
         assert_eq!(label(&["a==1", "b==2"]), label(&["b==2", "a==1"]));
+        assert_eq!(label(&["A_b==1"]), label(&["a-b==1"]));
         assert_ne!(label(&["a==1"]), label(&["a==2"]));
     }
 

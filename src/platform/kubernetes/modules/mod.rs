@@ -25,9 +25,9 @@ use super::rollout::{is_ready, refused};
 use crate::model::{
     ModuleName, ModuleSpec, ModuleState, ModuleStatus, Problem, SecretText, UserId,
 };
-use crate::platform::modules::{Modules, ModulesError};
+use crate::platform::modules::{Modules, ModulesError, packages_not_allowed};
 use crate::platform::{ByteStream, PlatformError};
-use manifest::{INSTALLER, Stored, name_of};
+use manifest::{INSTALLER, Stored, former_index_secret, name_of};
 pub use manifest::{Making, PipIndex};
 pub use reach::Reach;
 
@@ -248,6 +248,9 @@ impl KubernetesModules {
         if stored.autoscale().is_none() {
             self.end_autoscaling(user, &stored.module).await?;
         }
+        let (namespace, former) = (user.namespace(), former_index_secret(&stored.module));
+        let deleted = self.cluster.delete(Kind::Secret, &namespace, &former, None);
+        deleted.await.map_err(not_made)?;
         self.seen(user, &stored.module, |now| now == Some(stored))
             .await;
         Ok(())
@@ -436,6 +439,9 @@ impl Modules for KubernetesModules {
         });
         let same = made_alike && known.as_ref() == Some(&wanted);
         if !same {
+            if !wanted.packages.is_empty() && self.making.index.variables.is_none() {
+                return Err(ModulesError::Refused(packages_not_allowed()));
+            }
             self.namespaces.ensure(user).await.map_err(not_made)?;
             self.apply(user, &wanted, now).await?;
         }
