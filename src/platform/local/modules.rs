@@ -425,7 +425,7 @@ impl Modules for LocalModules {
         let key = (user.clone(), spec.name.clone());
         let changing = self.changing(&key);
         let _one = changing.lock().await;
-        let wanted = self.merged(user, spec).map_err(ModulesError::Refused)?;
+        let mut wanted = self.merged(user, spec).map_err(ModulesError::Refused)?;
         let interpreters = self.sandboxes.interpreters().await;
         let python = interpreters.python.as_deref().ok_or_else(no_python)?;
         let used = self.used_sets(user, python);
@@ -436,6 +436,10 @@ impl Modules for LocalModules {
             .map_err(ModulesError::Refused)?;
         for replica in self.take_out(&key, &wanted) {
             replica.program.stop().await;
+        }
+        if self.with(&key, |_| ()).is_none() {
+            // Its installation may have taken longer than a module may be quiet.
+            wanted.since = Timestamp::now();
         }
         self.save(&key, &wanted)?;
         let running = {

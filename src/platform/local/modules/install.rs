@@ -109,6 +109,9 @@ const TARGET: &str = "packages";
 /// Compiled files then say what they were compiled from by its content: the archive keeps no times.
 const EPOCH: (&str, &str) = ("SOURCE_DATE_EPOCH", "315532800");
 
+/// pip unpacks beside the target: moved from another mount, everything would be there twice for a moment.
+const BESIDE: (&str, &str) = ("TMPDIR", "/workspace");
+
 /// The operator's variables for the certificates that an index is trusted by, and where sandboxes show such files.
 const CERTIFICATES: [&str; 3] = ["PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"];
 const SHOWN_CERTIFICATES: [&str; 2] = ["/etc/ssl/", "/usr/"];
@@ -418,7 +421,7 @@ impl Installer {
         let own = Packages::python().map(|pip| pip.variables(order.index));
         let own = own.into_iter().flatten();
         let mut env: Vec<(String, String)> = own
-            .chain([(EPOCH.0, EPOCH.1.to_owned())])
+            .chain([EPOCH, BESIDE].map(|(name, value)| (name, value.to_owned())))
             .map(|(name, value)| (name.to_owned(), value))
             .collect();
         env.extend(certificates().map(|file| ("PIP_CERT".to_owned(), file)));
