@@ -19,7 +19,7 @@ use crate::logs::{
 };
 use crate::model::Packages;
 use crate::pipeline::modules::{ModuleCalls, ModuleOptions};
-use crate::pipeline::{Bounds, Names, Pipeline, PipelineOptions, Revoked, Share};
+use crate::pipeline::{Bounds, NameRules, Names, Pipeline, PipelineOptions, Revoked, Share};
 use crate::platform::kubernetes::{
     BUILT_IN_TEMPLATE, CleanUp, KubernetesConfig, KubernetesPlatform, PipIndex, Template,
     WakeService,
@@ -87,6 +87,10 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         },
         maximum: config.maximum_limits,
         share: share(&config.platform, &peers),
+        name_rules: NameRules {
+            reserved: config.access.reserved_names.clone(),
+            per_user: config.access.names_per_user,
+        },
         repls_per_user: config.max_repls,
         idle_stop: config.idle_stop,
         names: Names::new(config.nameserver, &config.app_domain),
@@ -636,6 +640,12 @@ fn banner(
         let shown = key.text.expose_secret();
         text.push_str(&format!("  admin key {shown} (shown this once)\n"));
     }
+    if share_a_site(&config.domain, &config.app_domain) {
+        text.push_str(&format!(
+            "  warning   programs at *.{} share a site with {}: browsers take cookies for the API from them, and send the API's with requests from them. Set APP_DOMAIN to a domain that is used for nothing else\n",
+            config.app_domain, config.domain,
+        ));
+    }
     if config.api_key.is_none() {
         let token = sign_in_token(edge)?;
         let token = token.expose_secret();
@@ -649,6 +659,25 @@ fn banner(
         tracing::warn!(%error, "the start message could not be printed");
     }
     Ok(())
+}
+
+/// Whether browsers take both for parts of one site: one is below the other, or both are below one domain that
+/// somebody can own. On this machine alone nobody else's programs are.
+fn share_a_site(domain: &str, app_domain: &str) -> bool {
+    let local = |name: &str| name == "localhost" || name.ends_with(".localhost");
+    let below = |name: &str, above: &str| {
+        let above = name.strip_suffix(above);
+        above.is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+    };
+    let owned = |name: &str| {
+        let mut labels = name.rsplit('.');
+        Some((labels.next()?.to_owned(), labels.next()?.to_owned()))
+    };
+    if local(domain) && local(app_domain) {
+        return false;
+    }
+    let same_owner = owned(domain).is_some_and(|one| owned(app_domain) == Some(one));
+    below(app_domain, domain) || below(domain, app_domain) || same_owner
 }
 
 fn sign_in_token(edge: &Edge) -> anyhow::Result<SecretString> {
@@ -666,4 +695,20 @@ fn base_url(address: SocketAddr) -> String {
         ip => ip,
     };
     format!("http://{}", SocketAddr::new(ip, address.port()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_of_the_apis_site_are_seen() {
+        assert!(share_a_site("gantry.example", "apps.gantry.example"));
+        assert!(share_a_site("api.apps.example", "apps.example"));
+        assert!(share_a_site("gantry.example.com", "apps.example.com"));
+        assert!(!share_a_site("gantry.example", "programs.example"));
+        assert!(!share_a_site("gantry.example.com", "apps.example.net"));
+        assert!(!share_a_site("localhost", "apps.localhost"));
+        assert!(share_a_site("gantry.lan", "apps.gantry.lan"));
+    }
 }

@@ -23,6 +23,8 @@ pub enum ReplCommand {
     Scale(ScaleArgs),
     /// Show a repl's own domains, or change them; a new one has to be proved by a TXT record
     Domains(DomainsArgs),
+    /// Give a repl's name back: it is stopped, and its files, releases and data are removed
+    Release(ReleaseArgs),
     /// Show the variables, or change some of them; what runs is started anew with them
     Env(EnvArgs),
     /// Show how much a repl keeps beside its code, such as its database, or delete it for good
@@ -78,6 +80,17 @@ pub struct EnvArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct ReleaseArgs {
+    /// The repl
+    repl: ReplId,
+    /// Its files, releases and data may be removed
+    #[arg(long, required = true)]
+    yes: bool,
+    #[command(flatten)]
+    server: ServerArgs,
+}
+
+#[derive(Debug, Args)]
 pub struct DomainsArgs {
     /// The repl
     repl: ReplId,
@@ -108,6 +121,7 @@ pub(super) async fn run(command: ReplCommand) -> Result<Exit, Failure> {
         ReplCommand::Env(args) => env(args).await,
         ReplCommand::Domains(args) => domains(args).await,
         ReplCommand::Data(args) => data(args).await,
+        ReplCommand::Release(args) => release(args).await,
     }
 }
 
@@ -161,6 +175,14 @@ async fn scale(args: ScaleArgs) -> Result<Exit, Failure> {
         Some(replicas) => eprintln!("{} has {replicas} replicas", args.repl),
         None => eprintln!("{} has as many replicas as it needs", args.repl),
     }
+    Ok(Exit::Done)
+}
+
+async fn release(args: ReleaseArgs) -> Result<Exit, Failure> {
+    let api = args.server.api()?;
+    let path = format!("/repls/{}/name", args.repl);
+    let _: Value = api.delete(&path, &[]).await?;
+    eprintln!("{} is removed; anybody can have its name", args.repl);
     Ok(Exit::Done)
 }
 

@@ -99,7 +99,17 @@ impl UserId {
     /// The repl a submission goes to when it names none. `None` when the suffix makes the name
     /// longer than a repl's may be.
     pub fn default_repl(&self) -> Option<ReplId> {
-        format!("{}-prod", self.0).parse().ok()
+        format!("{}{DEFAULT_SUFFIX}", self.0).parse().ok()
+    }
+}
+
+/// What a user's default repl has behind its user's name.
+const DEFAULT_SUFFIX: &str = "-prod";
+
+impl ReplId {
+    /// The user whose default repl this is.
+    pub fn default_of(&self) -> Option<UserId> {
+        self.0.strip_suffix(DEFAULT_SUFFIX)?.parse().ok()
     }
 }
 
@@ -181,6 +191,10 @@ mod tests {
         let user: UserId = "x".repeat(46).parse().unwrap();
         assert!(user.default_repl().is_none());
         let user: UserId = "test".parse().unwrap();
-        assert_eq!(user.default_repl().unwrap().as_str(), "test-prod");
+        let repl = user.default_repl().unwrap();
+        assert_eq!(repl.as_str(), "test-prod");
+        assert_eq!(repl.default_of(), Some(user));
+        let other: ReplId = "prod".parse().unwrap();
+        assert_eq!(other.default_of(), None);
     }
 }

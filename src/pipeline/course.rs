@@ -520,9 +520,15 @@ impl Course {
 
     /// Publishes and releases what passed. Safe to do again: a release is found by its submission.
     async fn deploy(&mut self, outcome: &mut Outcome) -> Result<(), JournalError> {
-        let submission = &self.submission;
-        let (repl, id) = (submission.repl_id.clone(), submission.id);
+        let (repl, id) = (self.submission.repl_id.clone(), self.submission.id);
         self.step(Step::Publish, StepState::Started).await?;
+        // Before anything is stored under the name.
+        let user = &self.submission.user_id;
+        let claimed = self.inner.claim_name_patiently(user, &repl).await;
+        if let Err(not) = claimed {
+            self.step(Step::Publish, StepState::Failed).await?;
+            return self.deploy_failed(outcome, not.problem(&repl));
+        }
         if let Err(problem) = self.publish().await {
             self.step(Step::Publish, StepState::Failed).await?;
             return self.deploy_failed(outcome, problem);

@@ -1,5 +1,6 @@
 //! What happens next: admission → test → publish → release → reply.
 
+mod claims;
 mod control;
 mod course;
 mod fit;
@@ -36,6 +37,7 @@ use crate::platform::{
     ConfigureError, Opened, Platform, PlatformError, RunningRelease, Sessions, WorkspaceSpec,
 };
 use crate::storage::CodeStore;
+use claims::Claims;
 use control::Control;
 use course::{Course, History, JOURNAL_PAUSE};
 use idle::Waking;
@@ -44,6 +46,7 @@ use places::Places;
 use queue::FairQueue;
 use save::Saves;
 
+pub use claims::{NameRules, NotYours};
 pub use idle::Awake;
 pub use intake::Bounds;
 pub use names::Names;
@@ -95,6 +98,8 @@ pub struct PipelineOptions {
     pub packages: Packages,
     /// Where it is looked up whose a domain is.
     pub names: Names,
+    /// Whose a name may become.
+    pub name_rules: NameRules,
     /// Most repls of a user that run at one time; `None`: any number.
     pub repls_per_user: Option<usize>,
     /// A repl that nobody has used for so long is stopped; `None`: none is.
@@ -164,6 +169,7 @@ struct Inner {
     share: Share,
     names: Names,
     places: Places,
+    claims: Claims,
     packages: Packages,
     /// What users move to and from package indexes.
     meters: Arc<Meters>,
@@ -195,6 +201,7 @@ impl Pipeline {
                 share: options.share.clone(),
                 names: options.names.clone(),
                 places: Places::new(options.repls_per_user),
+                claims: Claims::new(options.name_rules.clone()),
                 packages: options.packages.clone(),
                 meters: Arc::default(),
                 saves: Saves::default(),
@@ -341,16 +348,17 @@ impl Pipeline {
         user: &UserId,
         repl: &ReplId,
         language: Option<&'static Language>,
-    ) -> Result<Opened, PlatformError> {
+    ) -> Result<Opened, NotYours> {
         let language = match language {
             Some(language) => language,
             None => self.language_of(repl).await?,
         };
         let platform = &self.inner.platform;
         if let Some(problem) = platform.lacks(language).await {
-            return Err(PlatformError::NotReady(problem));
+            return Err(PlatformError::NotReady(problem).into());
         }
         let _place = self.inner.places.take(&**platform, user, repl).await?;
+        let fresh = self.inner.claim_name(user, repl).await?;
         platform.used(user);
         let install = language.install.as_ref();
         let index = install.and_then(|install| self.inner.packages.index(install));
@@ -360,7 +368,11 @@ impl Pipeline {
             argv: language.start(index),
         };
         let was_idle = platform.is_idle(repl);
-        let opened = platform.open_workspace(&spec).await?;
+        let opened = platform.open_workspace(&spec).await;
+        if fresh && opened.is_err() {
+            self.give_back(repl).await;
+        }
+        let opened = opened?;
         self.inner.opened.notify_one();
         if opened.created {
             let message = match was_idle {
@@ -378,12 +390,10 @@ impl Pipeline {
         user: &UserId,
         repl: &ReplId,
         files: BTreeMap<RelativePath, String>,
-    ) -> Result<(), PlatformError> {
+    ) -> Result<(), NotYours> {
         let platform = &self.inner.platform;
         let _place = self.inner.places.take(&**platform, user, repl).await?;
-        if platform.claim(repl, user).await? != *user {
-            return Err(PlatformError::NotFound(format!("the repl {repl}")));
-        }
+        self.inner.claim_name(user, repl).await?;
         let store = &self.inner.store;
         for (path, text) in files {
             let has = store.has_current(repl, path.as_str()).await;
@@ -492,6 +502,27 @@ impl Pipeline {
         Ok(())
     }
 
+    /// Stops the user's repl, removes its files, releases and data, and lets anybody have its name.
+    pub async fn release_name(&self, user: &UserId, repl: &ReplId) -> Result<(), PlatformError> {
+        self.inner.platform.drop_repl(repl).await?;
+        self.inner.saves.forget(repl);
+        // Before the name is free: the next who has it must find nothing of this user's.
+        let removed = self.inner.store.remove_repl(repl).await;
+        removed.map_err(PlatformError::Unavailable)?;
+        self.inner.platform.forget(repl).await?;
+        let message = "Its name was released; its files, releases and data are removed".to_owned();
+        self.note(user, repl, "repl.name_released", message, None)
+            .await;
+        Ok(())
+    }
+
+    /// A name that nothing came of is free again.
+    async fn give_back(&self, repl: &ReplId) {
+        if let Err(error) = self.inner.platform.forget_unused(repl).await {
+            tracing::warn!(%repl, %error, "the name of a repl that did not start stays taken");
+        }
+    }
+
     /// The last save of a workspace before it goes.
     async fn save_or_gone(&self, repl: &ReplId) -> Result<(), PlatformError> {
         match self.save(repl).await {
@@ -557,47 +588,45 @@ impl Pipeline {
         }
     }
 
+    /// Nothing is claimed here: a submission whose tests fail takes no name.
     async fn check_repl(&self, submission: &Submission) -> Result<(), Refusal> {
         let (repl, user) = (&submission.repl_id, &submission.user_id);
         let platform = &self.inner.platform;
-        let owner = if submission.deploy {
-            platform.claim(repl, user).await.map(Some)
-        } else {
-            platform.owner(repl).await
-        };
-        match owner {
-            Ok(None) => Ok(()),
-            Ok(Some(owner)) if owner == *user && submission.deploy => {
-                // Said before anything is run; whether it holds then is seen again when it is deployed.
-                let place = self.inner.places.take(&**platform, user, repl).await;
-                place.map(drop).map_err(|error| match error {
-                    PlatformError::NotReady(full) => Refusal::Invalid(FieldError::new(
-                        "repl_id",
-                        format!("cannot run: {}", full.cause),
-                    )),
-                    other => Refusal::Unavailable(Problem::new(
-                        "platform_unavailable",
-                        "The repls that run could not be counted",
-                        other.to_string(),
-                        "Try again.",
-                    )),
-                })
+        let invalid = |reason| Refusal::Invalid(FieldError::new("repl_id", reason));
+        let unknown = |error| match error {
+            PlatformError::Unavailable(problem) | PlatformError::NotReady(problem) => {
+                Refusal::Unavailable(problem)
             }
-            Ok(Some(owner)) if owner == *user => Ok(()),
-            Ok(Some(_)) => Err(Refusal::Invalid(FieldError::new(
-                "repl_id",
-                "is not available; choose another",
-            ))),
-            Err(PlatformError::Unavailable(problem) | PlatformError::NotReady(problem)) => {
-                Err(Refusal::Unavailable(problem))
-            }
-            Err(error @ PlatformError::NotFound(_)) => Err(Refusal::Unavailable(Problem::new(
+            error @ PlatformError::NotFound(_) => Refusal::Unavailable(Problem::new(
                 "platform_unavailable",
-                "The repl's name could not be taken",
+                "The repl's owner could not be found out",
                 error.to_string(),
                 "Try again.",
-            ))),
+            )),
+        };
+        if !submission.deploy {
+            return match platform.owner(repl).await.map_err(unknown)? {
+                Some(owner) if owner != *user => {
+                    Err(invalid("is not available; choose another".to_owned()))
+                }
+                _ => Ok(()),
+            };
         }
+        let checked = self.inner.check_name(user, repl).await;
+        if let Err(not) = checked {
+            return Err(not.reason().map_or_else(unknown, invalid));
+        }
+        // Said before anything is run; whether it holds then is seen again when it is deployed.
+        let place = self.inner.places.take(&**platform, user, repl).await;
+        place.map(drop).map_err(|error| match error {
+            PlatformError::NotReady(full) => invalid(format!("cannot run: {}", full.cause)),
+            other => Refusal::Unavailable(Problem::new(
+                "platform_unavailable",
+                "The repls that run could not be counted",
+                other.to_string(),
+                "Try again.",
+            )),
+        })
     }
 
     fn launch(&self, submission: Submission, control: Control) {

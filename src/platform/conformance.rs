@@ -170,6 +170,9 @@ pub async fn all(subject: &Subject) -> anyhow::Result<()> {
     what_is_idle_comes_back_as_it_was(subject)
         .await
         .with_context(context("what is idle comes back as it was"))?;
+    a_name_is_counted_and_given_back(subject)
+        .await
+        .with_context(context("a name is counted for its user, and given back"))?;
     dropping_what_is_absent_is_no_error(subject)
         .await
         .with_context(context("dropping what is absent is no error"))
@@ -699,6 +702,50 @@ async fn ended_page(
         }
         sleep(LOOK_AGAIN).await;
     }
+}
+
+async fn a_name_is_counted_and_given_back(subject: &Subject) -> anyhow::Result<()> {
+    let repl: ReplId = "conform-name".parse().map_err(anyhow::Error::msg)?;
+    let platform = &subject.platform;
+    let (one, other) = (user("conform-n"), user("conform-m"));
+    platform.forget(&repl).await?;
+    ensure!(platform.claim(&repl, &one).await? == one);
+    ensure!(platform.claim(&repl, &other).await? == one);
+    ensure!((platform.names(&one).await?, platform.names(&other).await?) == (1, 0));
+    platform.forget_unused(&repl).await?;
+    ensure!(platform.owner(&repl).await?.is_none() && platform.names(&one).await? == 0);
+    ensure!(platform.claim(&repl, &other).await? == other);
+    let theirs = ReleaseSpec {
+        user_id: one.clone(),
+        repl_id: repl.clone(),
+        submission_id: SubmissionId::new(),
+        tested: Tested::of(&BTreeMap::new(), &Tests::ExitCode),
+        argv: vec!["python3".to_owned(), "main.py".to_owned()],
+        env: BTreeMap::new(),
+        database: false,
+    };
+    ensure!(
+        platform.ensure_release(&theirs).await.is_err(),
+        "released under another's name"
+    );
+    let path = RelativePath::try_from("main.py".to_owned()).map_err(anyhow::Error::msg)?;
+    let files = BTreeMap::from([(path, "print('secret')".to_owned())]);
+    let store = &subject.store;
+    store.publish(&repl, SubmissionId::new(), &files).await?;
+    let own = WorkspaceSpec {
+        user_id: other.clone(),
+        repl_id: repl.clone(),
+        argv: vec!["python3".to_owned(), "main.py".to_owned()],
+    };
+    platform.open_workspace(&own).await?;
+    platform.forget_unused(&repl).await?;
+    ensure!(platform.owner(&repl).await? == Some(other));
+    platform.drop_repl(&repl).await?;
+    store.remove_repl(&repl).await?;
+    ensure!(!store.has_current(&repl, "main.py").await?);
+    platform.forget(&repl).await?;
+    ensure!(platform.owner(&repl).await?.is_none() && platform.releases(&repl).await.is_err());
+    Ok(())
 }
 
 async fn dropping_what_is_absent_is_no_error(subject: &Subject) -> anyhow::Result<()> {

@@ -254,6 +254,16 @@ pub trait Platform: Send + Sync + fmt::Debug {
     /// Claims the repl's name for the user: `Ok` with the owner, who may be another.
     async fn claim(&self, repl: &ReplId, user: &UserId) -> Result<UserId, PlatformError>;
 
+    /// How many names the user has.
+    async fn names(&self, user: &UserId) -> Result<usize, PlatformError>;
+
+    /// Forgets the repl of this name and removes what it keeps here beside its program, which was dropped
+    /// before: anybody can have the name then. Absent is fine.
+    async fn forget(&self, repl: &ReplId) -> Result<(), PlatformError>;
+
+    /// The same for a name that nothing was ever deployed or started under; any other stays.
+    async fn forget_unused(&self, repl: &ReplId) -> Result<(), PlatformError>;
+
     /// The most replicas that a repl can have here.
     fn most_replicas(&self) -> u32 {
         1

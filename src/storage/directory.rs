@@ -128,6 +128,16 @@ impl CodeStore for DirectoryStore {
         .await
     }
 
+    async fn remove_repl(&self, repl: &ReplId) -> Result<(), Problem> {
+        let code = DirectoryStore::current(self, repl);
+        let releases = self.root.join("releases").join(repl.as_str());
+        self.alone(repl, move || {
+            remove(&code)?;
+            remove(&releases)
+        })
+        .await
+    }
+
     async fn has_current(&self, repl: &ReplId, path: &str) -> Result<bool, Problem> {
         let path = DirectoryStore::current(self, repl).join(path);
         // Not what a link leads to: that may be anywhere.

@@ -57,6 +57,9 @@ pub trait CodeStore: Send + Sync + fmt::Debug {
     /// Removes one of the repl's current files; absent is fine.
     async fn remove_current(&self, repl: &ReplId, path: &RelativePath) -> Result<(), Problem>;
 
+    /// Removes all that is stored of the repl, its releases too; absent is fine.
+    async fn remove_repl(&self, repl: &ReplId) -> Result<(), Problem>;
+
     /// Whether this file is among the repl's current files.
     async fn has_current(&self, repl: &ReplId, path: &str) -> Result<bool, Problem>;
 

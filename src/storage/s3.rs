@@ -536,6 +536,18 @@ impl CodeStore for S3Store {
         self.remove(format!("code/{repl}/{path}")).await
     }
 
+    async fn remove_repl(&self, repl: &ReplId) -> Result<(), Problem> {
+        let _alone = self.lanes[lane(repl)].lock().await;
+        self.remove_others(&format!("code/{repl}/"), &BTreeSet::new())
+            .await?;
+        // Release by release: its manifest goes first, so that none is seen without some of its files.
+        let all = format!("releases/{repl}/");
+        for release in self.folders(&all).await? {
+            self.remove_all(&release).await?;
+        }
+        self.remove_others(&all, &BTreeSet::new()).await
+    }
+
     async fn has_current(&self, repl: &ReplId, path: &str) -> Result<bool, Problem> {
         let key = format!("code/{repl}/{path}");
         let request = self.client.head_object().bucket(&self.bucket).key(&key);

@@ -383,6 +383,7 @@ pub fn router(edge: Arc<Edge>) -> Router {
         .routes(routes!(repls::one))
         .routes(routes!(repls::releases))
         .routes(routes!(repls::rollback))
+        .routes(routes!(repls::release_name))
         .routes(routes!(settings::scale))
         .routes(routes!(settings::variables, settings::set_variables))
         .routes(routes!(settings::domains, settings::set_domains))

@@ -131,6 +131,22 @@ pub async fn rollback(
     }))
 }
 
+/// Give a repl's name back: it is stopped, its files, releases and data are removed, and anybody can have the name
+#[utoipa::path(delete, path = "/repls/{id}/name", tag = "repls", params(("id" = String, Path)),
+    responses((status = 200, body = Stopped), (status = 404, body = ProblemBody),
+              (status = 503, body = ProblemBody)))]
+pub async fn release_name(
+    State(edge): State<Arc<Edge>>,
+    Authenticated(caller): Authenticated,
+    Path(id): Path<String>,
+) -> Result<axum::Json<Stopped>, HttpProblem> {
+    let (repl, user) = owned(&edge, &caller, &id).await?;
+    let released = edge.pipeline.release_name(&user, &repl).await;
+    released.map_err(platform_problem)?;
+    tracing::info!(%repl, %user, key = %caller.key_id, "a repl's name was released");
+    Ok(axum::Json(Stopped { success: true }))
+}
+
 /// What `POST /stop` answers.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Stopped {

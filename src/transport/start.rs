@@ -27,7 +27,7 @@ pub struct Start {
     #[serde(rename = "replId")]
     repl_id: Option<ReplIdText>,
     /// Whose it is. Left out: the key's own user; with an admin's key the repl's owner, or, for a new
-    /// repl, a user of the repl's name.
+    /// repl, a user of the repl's name (without `-prod` at its end).
     #[serde(rename = "userId")]
     user_id: Option<String>,
     /// What it is written in. Left out: the language whose entrypoint is among its files.
@@ -97,15 +97,18 @@ pub async fn start(
             repl_id: repl.into(),
             url: opened.url,
         })),
-        // Another's: as if the name were reserved.
-        Err(PlatformError::NotFound(_)) => {
-            let error = FieldError::new("replId", "is not available; choose another");
-            Err(refused(error))
-        }
-        Err(PlatformError::Unavailable(problem) | PlatformError::NotReady(problem)) => {
-            tracing::error!(repl_id = %repl, error = %problem, "a repl could not be started");
-            Err(failed(problem))
-        }
+        Err(not) => match not.reason() {
+            Ok(reason) => Err(refused(FieldError::new("replId", reason))),
+            // Another was faster.
+            Err(PlatformError::NotFound(_)) => {
+                let error = FieldError::new("replId", "is not available; choose another");
+                Err(refused(error))
+            }
+            Err(PlatformError::Unavailable(problem) | PlatformError::NotReady(problem)) => {
+                tracing::error!(repl_id = %repl, error = %problem, "a repl could not be started");
+                Err(failed(problem))
+            }
+        },
     }
 }
 
@@ -160,9 +163,11 @@ async fn user_of(edge: &Edge, caller: &Caller, repl: &ReplId) -> Result<UserId, 
     if let Role::User(user) = &caller.role {
         return Ok(user.clone());
     }
+    let kept_for = repl.default_of();
     let owner = edge.platform.owner(repl).await;
-    match owner.map_err(|error| failed(platform_problem(error).problem().clone()))? {
-        Some(owner) => Ok(owner),
+    let owner = owner.map_err(|error| failed(platform_problem(error).problem().clone()))?;
+    match owner.or(kept_for) {
+        Some(user) => Ok(user),
         None => repl
             .as_str()
             .parse()

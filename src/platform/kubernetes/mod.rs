@@ -513,6 +513,18 @@ impl Platform for KubernetesPlatform {
         claimed.map_err(|f| f.unavailable("The repl's name could not be taken"))
     }
 
+    async fn names(&self, user: &UserId) -> Result<usize, PlatformError> {
+        Ok(self.releases.records.of(user))
+    }
+
+    async fn forget(&self, repl: &ReplId) -> Result<(), PlatformError> {
+        self.releases.forget(repl, true).await
+    }
+
+    async fn forget_unused(&self, repl: &ReplId) -> Result<(), PlatformError> {
+        self.releases.forget(repl, false).await
+    }
+
     fn most_replicas(&self) -> u32 {
         MAX_REPL_REPLICAS
     }

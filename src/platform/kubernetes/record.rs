@@ -396,6 +396,42 @@ impl Records {
         Ok(object.and_then(|object| read(&object.try_parse::<ConfigMap>().ok()?)))
     }
 
+    /// How many names are the user's, as the watch last saw them.
+    pub fn of(&self, user: &UserId) -> usize {
+        let objects: Vec<Arc<ConfigMap>> = self.cache.all();
+        let owner =
+            |object: &Arc<ConfigMap>| super::cache::label(object.as_ref(), USER).map(str::to_owned);
+        let own = objects
+            .iter()
+            .filter(|object| owner(object).as_deref() == Some(user.as_str()));
+        own.count()
+    }
+
+    /// Removes the record, and waits until the watch shows that it is gone: one that was `used`, too. What it
+    /// was; `None`: it is not there, or stays.
+    pub async fn forget(&self, repl: &ReplId, used: bool) -> Result<Option<Record>, Failure> {
+        let Some(object) = self.read(repl).await? else {
+            return Ok(None);
+        };
+        let text = object.data["data"]["record"].as_str().unwrap_or_default();
+        let record: Record = serde_json::from_str(text).map_err(|e| broken(repl, e))?;
+        if !used && (record.is_used() || !record.releases.is_empty()) {
+            return Ok(None);
+        }
+        let (name, uid) = (name(repl), object.metadata.uid.unwrap_or_default());
+        self.cluster
+            .delete_life(Kind::ConfigMap, &self.namespace, &name, &uid)
+            .await?;
+        let mut now = self.cache.follow(&self.namespace, &name);
+        if timeout(WATCH_LAG, now.wait_for(Option::is_none))
+            .await
+            .is_err()
+        {
+            tracing::warn!(%repl, "the watch still shows a record that was removed");
+        }
+        Ok(Some(record))
+    }
+
     /// Takes the name for the user unless it is taken; says whose it is now.
     pub async fn claim(&self, repl: &ReplId, user: &UserId) -> Result<UserId, Failure> {
         if let Some(known) = self.known(repl) {

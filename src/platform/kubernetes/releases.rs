@@ -193,6 +193,24 @@ impl Releases {
         self.prune(&owner).await.map_err(failed)
     }
 
+    /// Forgets the repl: one that was `used`, too. Its database's volume is in its user's namespace, where the next
+    /// who has the name does not get to, and stays for the operator to decide about.
+    pub async fn forget(&self, repl: &ReplId, used: bool) -> Result<(), PlatformError> {
+        let changing = self.changing(repl);
+        let _one = changing.lock().await;
+        let failed =
+            |failure: Failure| failure.unavailable("The repl's name could not be released");
+        let forgotten = self.records.forget(repl, used).await.map_err(failed)?;
+        if let Some(record) = forgotten {
+            let owner = Owner {
+                user: record.user_id,
+                repl: repl.clone(),
+            };
+            self.unclaim(&owner, &record.domains, &[]).await;
+        }
+        Ok(())
+    }
+
     /// Whose it is, as far as the watch knows; a name taken this very moment is refused by `claim`.
     pub fn owner(&self, repl: &ReplId) -> Option<UserId> {
         self.records.known(repl).map(|record| record.user_id)

@@ -216,6 +216,18 @@ impl Platform for LocalPlatform {
         self.releases.claim(repl, user).await
     }
 
+    async fn names(&self, user: &UserId) -> Result<usize, PlatformError> {
+        Ok(self.releases.names(user))
+    }
+
+    async fn forget(&self, repl: &ReplId) -> Result<(), PlatformError> {
+        self.releases.forget(repl, true).await
+    }
+
+    async fn forget_unused(&self, repl: &ReplId) -> Result<(), PlatformError> {
+        self.releases.forget(repl, false).await
+    }
+
     async fn settings(&self, repl: &ReplId) -> Result<ReplSettings, PlatformError> {
         self.releases.settings(repl)
     }

@@ -7,7 +7,7 @@ mod workspace;
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -159,7 +159,12 @@ impl Releases {
     pub async fn ensure(&self, spec: &ReleaseSpec) -> Result<RunningRelease, PlatformError> {
         let changing = self.changing(&spec.repl_id);
         let _one = changing.lock().await;
-        self.claim(&spec.repl_id, &spec.user_id).await?;
+        if self.claim(&spec.repl_id, &spec.user_id).await? != spec.user_id {
+            return Err(PlatformError::NotFound(format!(
+                "the repl {}",
+                spec.repl_id
+            )));
+        }
         let known = self.with(&spec.repl_id, |repl| {
             let known = repl.record.of(spec.submission_id)?.clone();
             Some((known, repl.program.is_some()))
@@ -260,8 +265,55 @@ impl Releases {
             repls.insert(repl.clone(), Repl::new(record));
             user.clone()
         };
-        self.save(repl)?;
+        if let Err(error) = self.save(repl) {
+            // What is not stored would be gone after a restart, and count until then.
+            self.locked().remove(repl);
+            return Err(error);
+        }
         Ok(owner)
+    }
+
+    /// How many names are the user's.
+    pub fn names(&self, user: &UserId) -> usize {
+        let repls = self.locked();
+        let own = repls.values().filter(|repl| repl.record.user_id == *user);
+        own.count()
+    }
+
+    /// Forgets the repl, with its database: one that was `used`, too.
+    pub async fn forget(&self, repl: &ReplId, used: bool) -> Result<(), PlatformError> {
+        let changing = self.changing(repl);
+        let _one = changing.lock().await;
+        let program = {
+            let mut repls = self.locked();
+            match repls.get(repl) {
+                Some(known) if used || !known.record.is_used() => {}
+                _ => return Ok(()),
+            }
+            repls.remove(repl).and_then(|known| known.program)
+        };
+        if let Some(program) = program {
+            program.stop().await;
+        }
+        let (this, name) = (self.clone(), repl.clone());
+        let removed = tokio::task::spawn_blocking(move || this.remove(&name)).await;
+        let removed = removed.unwrap_or_else(|error| Err(error.into()));
+        removed.map_err(|error| {
+            unavailable(
+                "What the repl kept could not be removed",
+                &error,
+                "Look at the data folder's local/repls and local/databases, then try again.",
+            )
+        })
+    }
+
+    /// The database first: without its record nobody would look for it.
+    fn remove(&self, repl: &ReplId) -> anyhow::Result<()> {
+        let data = &self.inner.config.data;
+        let databases = Folder::open_or_make(&data.join("databases"), 0o700)?;
+        if_there(databases.remove(repl.as_str()))?;
+        let records = Folder::open(&data.join("repls"))?;
+        Ok(if_there(records.remove(format!("{repl}.json").as_str()))?)
     }
 
     /// Every repl that has or had a release, or was started.
@@ -609,6 +661,14 @@ impl Releases {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         Arc::clone(changing.entry(repl.clone()).or_default())
+    }
+}
+
+/// What was not there need not be removed.
+fn if_there(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
     }
 }
 
