@@ -92,6 +92,15 @@ impl AuthError {
     }
 }
 
+/// Random bytes of a session's cookie and of a one-time secret.
+const CREDENTIAL_BYTES: usize = 24;
+
+/// Whether a text has the shape of a session's cookie or a one-time secret.
+pub fn is_credential(text: &str) -> bool {
+    let digit = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+    text.len() == 2 * CREDENTIAL_BYTES && text.bytes().all(digit)
+}
+
 /// Fresh random bytes as lower-case hexadecimal text.
 fn random_hex<const BYTES: usize>() -> Result<String, AuthError> {
     let mut bytes = [0_u8; BYTES];

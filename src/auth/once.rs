@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use secrecy::SecretString;
 
-use super::{AuthError, random_hex, sha256};
+use super::{AuthError, CREDENTIAL_BYTES, random_hex, sha256};
 
 /// Secrets that each work once and for a while, in memory only: a restart ends them all.
 #[derive(Debug)]
@@ -49,7 +49,7 @@ impl OneTime {
     /// Makes one that stands for the key. Where too many wait, the oldest of this key ends, or of the key
     /// that has the most.
     pub fn issue(&self, key_id: &str) -> Result<SecretString, AuthError> {
-        let text = random_hex::<24>()?;
+        let text = random_hex::<CREDENTIAL_BYTES>()?;
         let hash = sha256(&text);
         let mut state = self.locked();
         if state.of(key_id) >= self.per_key {
@@ -134,6 +134,7 @@ mod tests {
         let tickets = OneTime::new(Duration::from_secs(30), 10, 5);
         let ticket = tickets.issue("k1").unwrap();
         assert_eq!(tickets.redeem("something else"), None);
+        assert!(super::super::is_credential(ticket.expose_secret()));
         assert_eq!(
             tickets.redeem(ticket.expose_secret()).as_deref(),
             Some("k1")

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 
-use super::{AuthError, hex, random_hex, replace_file, sha256};
+use super::{AuthError, CREDENTIAL_BYTES, hex, random_hex, replace_file, sha256};
 
 /// How long a browser stays signed in: a working day.
 pub const SESSION_LIFETIME: Duration = Duration::from_secs(12 * 60 * 60);
@@ -60,7 +60,7 @@ impl Sessions {
     /// Signs a browser in with what the key allows; writes to disk. Where there are too many sessions, the
     /// oldest of this key ends, or of the key that has the most.
     pub fn create(&self, key_id: &str) -> Result<SecretString, AuthError> {
-        let text = random_hex::<24>()?;
+        let text = random_hex::<CREDENTIAL_BYTES>()?;
         let now = Timestamp::now();
         let session = Session {
             sha256: hex(&sha256(&text)),

@@ -1,11 +1,13 @@
 //! Whether the server lives, whether it can work, and its numbers.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::State;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use tokio::time::timeout;
 use utoipa::ToSchema;
 
 use super::Edge;
@@ -14,6 +16,9 @@ use super::caller::Authenticated;
 use super::problem::HttpProblem;
 use crate::auth::Role;
 use crate::model::Problem;
+
+/// Longest wait for the platform: less than a probe waits.
+const PLATFORM_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// That all is well.
 #[derive(Debug, Serialize, ToSchema)]
@@ -43,11 +48,14 @@ pub async fn ready(State(edge): State<Arc<Edge>>) -> Result<axum::Json<Health>, 
     if !edge.peers.acquainted() {
         causes.push("another replica has not answered yet".to_owned());
     }
-    if let Err(error) = edge.platform.repls().await {
-        causes.push(format!(
-            "the {} platform does not answer: {error}",
-            edge.platform.name()
-        ));
+    let name = edge.platform.name();
+    match timeout(PLATFORM_TIMEOUT, edge.platform.repls()).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => causes.push(format!("the {name} platform does not answer: {error}")),
+        Err(_) => causes.push(format!(
+            "the {name} platform did not answer within {} s",
+            PLATFORM_TIMEOUT.as_secs()
+        )),
     }
     if causes.is_empty() {
         Ok(axum::Json(Health { status: "ok" }))

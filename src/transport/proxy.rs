@@ -89,9 +89,7 @@ pub async fn forward(
         );
     };
     let visit = is_visit(&request);
-    if let Some(answered) = rouse(edge, &repl, door, visit).await {
-        return answered;
-    }
+    // Before anything is waited for: who waits for an idle repl holds a connection, too.
     let Some(share) = edge.proxied.take(&repl) else {
         let cause = format!(
             "{} requests to {repl} are under way, as many as there may be at one time.",
@@ -99,6 +97,9 @@ pub async fn forward(
         );
         return later("The program is busy", &cause, visit);
     };
+    if let Some(answered) = rouse(edge, &repl, door, visit).await {
+        return answered;
+    }
     let dialled = async {
         match door {
             Door::Program => edge.platform.dial(&repl).await,

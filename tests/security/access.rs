@@ -1,1 +1,455 @@
 //! One user against all through keys, sessions, names, cookies and connections.
+
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use axum::http::header::{COOKIE, HOST, SET_COOKIE};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::{sleep, timeout};
+
+use crate::server::{PATIENCE, Server, Socket, client};
+
+/// Health is answered within this, on a machine that is busy with other tests too.
+const SOON: Duration = Duration::from_secs(3);
+
+/// A connection from 127.0.0.`last`, as one of several clients has it.
+async fn connect_from(last: u8, port: u16) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind(([127, 0, 0, last], 0).into()).unwrap();
+    let connected = socket.connect(([127, 0, 0, 1], port).into());
+    timeout(PATIENCE, connected).await.unwrap().unwrap()
+}
+
+/// What one raw request is answered with, until the server closes or is silent for a while.
+async fn raw(mut stream: TcpStream, request: &str) -> String {
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let (mut answer, mut buffer) = (Vec::new(), [0; 4_096]);
+    while let Ok(Ok(read @ 1..)) = timeout(SOON, stream.read(&mut buffer)).await {
+        answer.extend_from_slice(&buffer[..read]);
+        if answer.windows(4).any(|end| end == b"\r\n\r\n") {
+            break;
+        }
+    }
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+async fn status(stream: TcpStream, path: &str) -> u16 {
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    let answer = raw(stream, &request).await;
+    let status = answer.split(' ').nth(1).unwrap_or_default();
+    status.parse().unwrap_or_default()
+}
+
+async fn is_closed(stream: &mut TcpStream) -> bool {
+    let read = timeout(Duration::from_millis(500), stream.read(&mut [0; 1])).await;
+    matches!(read, Ok(Ok(0) | Err(_)))
+}
+
+async fn post(server: &Server, key: &str, path: &str, body: Value) -> (u16, Value) {
+    let request = server.post(path).header("x-api-key", key).json(&body);
+    let answer = request.send().await.unwrap();
+    let status = answer.status().as_u16();
+    (status, answer.json().await.unwrap_or_default())
+}
+
+/// The session cookie of a sign-in with the key, as `Set-Cookie` has it.
+async fn sign_in(server: &Server, key: &str) -> Result<String, u16> {
+    let request = server.post("/session").json(&json!({ "key": key }));
+    let answer = request.send().await.unwrap();
+    match answer.status().as_u16() {
+        204 => Ok(answer.headers()[SET_COOKIE].to_str().unwrap().to_owned()),
+        status => Err(status),
+    }
+}
+
+fn pair(set_cookie: &str) -> &str {
+    set_cookie.split(';').next().unwrap()
+}
+
+async fn with_cookie(server: &Server, cookie: &str) -> u16 {
+    let request = server.get("/session").header(COOKIE, cookie);
+    request.send().await.unwrap().status().as_u16()
+}
+
+#[tokio::test]
+async fn a_thousand_sign_ins_sign_nobody_else_out() {
+    let server = Server::start();
+    let (_, ann) = server.user("ann").await;
+    let admin = sign_in(&server, &server.admin).await.unwrap();
+    let first = sign_in(&server, &ann).await.unwrap();
+    let mut refused = None;
+    for _ in 0..1_010 {
+        if let Err(status) = sign_in(&server, &ann).await {
+            refused = Some(status);
+            break;
+        }
+    }
+    assert_eq!(with_cookie(&server, pair(&admin)).await, 200);
+    assert_eq!(refused, Some(429), "sign-ins with one key have a rate");
+    assert_eq!(with_cookie(&server, pair(&first)).await, 401);
+    assert!(sign_in(&server, &server.admin).await.is_ok());
+}
+
+#[tokio::test]
+async fn wrong_cookies_are_limited_as_wrong_keys_are() {
+    let server = Server::start();
+    let mut last = 0;
+    for number in 0..150 {
+        last = with_cookie(&server, &format!("gantry_session={number:048x}")).await;
+    }
+    assert_eq!(last, 429);
+    let own = server.get("/session").header("x-api-key", &server.admin);
+    assert_eq!(own.send().await.unwrap().status(), 200);
+}
+
+#[tokio::test]
+async fn the_last_valid_cookie_counts() {
+    let server = Server::start();
+    let set = sign_in(&server, &server.admin).await.unwrap();
+    let own = pair(&set);
+    for cookie in [
+        format!("gantry_session=planted; {own}"),
+        format!("{own}; gantry_session=planted"),
+        format!("gantry_session=; {own}; gantry_session=x; other=1"),
+    ] {
+        assert_eq!(with_cookie(&server, &cookie).await, 200, "{cookie}");
+    }
+}
+
+#[tokio::test]
+async fn behind_tls_the_cookie_is_this_hosts_alone() {
+    let server = Server::start_as(0, &[("PUBLIC_URL", "https://localhost")]);
+    let set = sign_in(&server, &server.admin).await.unwrap();
+    assert!(set.starts_with("__Host-gantry_session="), "{set}");
+    for attribute in ["; Secure", "; HttpOnly", "; SameSite=Strict", "; Path=/"] {
+        assert!(set.contains(attribute), "{attribute}: {set}");
+    }
+    assert!(!set.to_ascii_lowercase().contains("domain"), "{set}");
+    assert_eq!(with_cookie(&server, pair(&set)).await, 200);
+    // A neighbour can set the plain name.
+    let plain = pair(&set).trim_start_matches("__Host-");
+    assert_eq!(with_cookie(&server, plain).await, 401);
+}
+
+#[tokio::test]
+async fn an_absolute_url_cannot_name_another_host() {
+    let server = Server::start();
+    let port = server.address.port();
+    let ask = async |url: &str, host: &str| {
+        let request = format!("GET {url} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+        let answer = raw(connect_from(1, port).await, &request).await;
+        answer.split(' ').nth(1).unwrap_or_default().to_owned()
+    };
+    let own = format!("http://localhost:{port}/healthz");
+    assert_eq!(ask(&own, &format!("localhost:{port}")).await, "200");
+    for host in ["evil.example", "ann-prod.apps.localhost"] {
+        assert_eq!(ask(&own, host).await, "403", "{host}");
+    }
+    let foreign = "http://evil.example/healthz";
+    assert_eq!(ask(foreign, &format!("localhost:{port}")).await, "403");
+}
+
+#[tokio::test]
+async fn a_name_is_its_users_and_a_failed_run_takes_none() {
+    let server = Server::start_as(0, &[("GANTRY_MAX_NAMES", "2")]);
+    let (_, ann) = server.user("ann").await;
+    let (_, bob) = server.user("bob").await;
+    let start = async |key: &str, repl: &str, code: &str| {
+        let files = json!({ "main.py": code });
+        let body = json!({ "replId": repl, "language": "python", "files": files });
+        post(&server, key, "/start", body).await
+    };
+    let submit = async |key: &str, user: &str, repl: &str, code: &str| {
+        let mut socket = server.connect(key).await;
+        let message = json!({ "user_id": user, "repl_id": repl, "code": code });
+        socket.ask(message.to_string()).await
+    };
+    // Another's, and nobody's.
+    for repl in ["bob-prod", "kibana", "api", "www", "localhost"] {
+        let reply = submit(&ann, "ann", repl, "print(1)").await;
+        assert_eq!(reply["status"], "invalid", "{repl}: {reply}");
+        assert_eq!(start(&ann, repl, "").await.0, 400, "{repl}");
+    }
+    let sleep = "import time; time.sleep(600)";
+    assert_eq!(start(&bob, "bob-prod", sleep).await.0, 200);
+
+    // A run that fails, and one whose program cannot start, take nothing.
+    for number in 0..4 {
+        let name = format!("taken-{number}");
+        let reply = submit(&ann, "ann", &name, "raise SystemExit(1)").await;
+        assert_eq!(reply["status"], "tests_failed", "{reply}");
+    }
+    assert_eq!(start(&bob, "taken-0", "print('of bob')").await.0, 200);
+
+    // Two names, and no third.
+    assert_eq!(start(&ann, "one", "print('of ann')").await.0, 200);
+    assert_eq!(start(&ann, "two", "").await.0, 200);
+    let (status, told) = start(&ann, "three", "").await;
+    assert_eq!(status, 400, "{told}");
+    assert!(told.to_string().contains("GANTRY_MAX_NAMES"), "{told}");
+    assert_eq!(start(&ann, "one", "").await.0, 200);
+
+    // A name that was released is the next one's, who finds nothing in it.
+    let release = async |key: &str, repl: &str| {
+        let url = server.url(&format!("/repls/{repl}/name"));
+        let request = client().delete(url).header("x-api-key", key);
+        request.send().await.unwrap().status().as_u16()
+    };
+    assert_eq!(release(&bob, "one").await, 404);
+    assert_eq!(release(&server.admin, "taken-0").await, 200);
+    assert_eq!(release(&server.admin, "one").await, 200);
+    assert!(!server.data.path().join("store/code/one").exists());
+    assert_eq!(start(&bob, "one", "print('of bob')").await.0, 200);
+    let file = server.data.path().join("store/code/one/main.py");
+    assert_eq!(std::fs::read_to_string(file).unwrap(), "print('of bob')");
+    assert_eq!(start(&ann, "three", "").await.0, 200);
+}
+
+#[tokio::test]
+async fn idle_connections_of_one_address_give_way() {
+    let server = Server::start_as(0, &[("GANTRY_MAX_CONNECTIONS_PER_ADDRESS", "20")]);
+    let port = server.address.port();
+    let began = Instant::now();
+    let mut idle = Vec::new();
+    for _ in 0..60 {
+        idle.push(connect_from(2, port).await);
+    }
+    assert_eq!(status(connect_from(2, port).await, "/healthz").await, 200);
+    assert_eq!(status(connect_from(3, port).await, "/healthz").await, 200);
+    assert!(is_closed(&mut idle[0]).await, "the oldest is closed first");
+    assert!(began.elapsed() < Duration::from_secs(9), "by no time limit");
+
+    // Busy ones are not closed, and take the share of their own address only.
+    let mut busy = Vec::new();
+    for _ in 0..20 {
+        let mut stream = connect_from(4, port).await;
+        let body = "POST /session HTTP/1.1\r\nHost: localhost\r\ncontent-length: 9\r\n\r\n";
+        stream.write_all(body.as_bytes()).await.unwrap();
+        busy.push(stream);
+    }
+    sleep(Duration::from_millis(500)).await;
+    assert_eq!(status(connect_from(4, port).await, "/").await, 503);
+    assert_eq!(status(connect_from(4, port).await, "/healthz").await, 200);
+    assert_eq!(status(connect_from(4, port).await, "/readyz").await, 200);
+    assert_eq!(status(connect_from(5, port).await, "/").await, 200);
+    assert!(!is_closed(&mut busy[0]).await);
+}
+
+#[tokio::test]
+async fn one_key_has_its_share_of_connections() {
+    let server = Server::start_as(0, &[("GANTRY_MAX_CONNECTIONS_PER_KEY", "8")]);
+    let (_, ann) = server.user("ann").await;
+    let (_, bob) = server.user("bob").await;
+    let open = |key: String| {
+        let server = &server;
+        async move { Socket::open(server, "/ws/code", &[("x-api-key", &key)]).await }
+    };
+    let mut sockets = Vec::new();
+    let mut refused = None;
+    for _ in 0..64 {
+        match open(ann.clone()).await {
+            Ok(socket) => sockets.push(socket),
+            Err(status) => refused = Some(status),
+        }
+    }
+    assert_eq!(refused, Some(429));
+    assert!(sockets.len() <= 8, "{}", sockets.len());
+    assert!(open(bob).await.is_ok());
+    assert!(open(server.admin.clone()).await.is_ok());
+    drop(sockets);
+    let began = Instant::now();
+    while open(ann.clone()).await.is_err() {
+        assert!(began.elapsed() < PATIENCE, "places are never given back");
+        sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// The server with few files, as a machine with the usual limits gives it.
+struct Small {
+    child: std::process::Child,
+    port: u16,
+    _data: tempfile::TempDir,
+}
+
+impl Small {
+    fn start(health: u16) -> Self {
+        use std::io::{BufRead, BufReader};
+        let data = tempfile::tempdir().unwrap();
+        let mut child = Command::new("sh")
+            .args(["-c", "ulimit -n 900; exec \"$0\" serve --port 0"])
+            .arg(env!("CARGO_BIN_EXE_gantry"))
+            .env_remove("API_KEY")
+            .env_remove("HOST")
+            .env_remove("PORT")
+            .env("GANTRY_DATA_DIR", data.path())
+            .env("GANTRY_LOG", "error")
+            .env("GANTRY_HEALTH_LISTEN", format!("127.0.0.1:{health}"))
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let port = lines.map(Result::unwrap).find_map(|line| {
+            let (_, rest) = line.split_once(" is at http://127.0.0.1:")?;
+            rest.trim_end_matches('/').parse().ok()
+        });
+        Self {
+            child,
+            port: port.expect("no address"),
+            _data: data,
+        }
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let id = i32::try_from(self.child.id()).unwrap();
+        let pid = rustix::process::Pid::from_raw(id).unwrap();
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        let _ = self.child.wait();
+    }
+}
+
+#[tokio::test]
+async fn health_is_answered_while_every_connection_is_taken() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let health = free.local_addr().unwrap().port();
+    drop(free);
+    let server = Small::start(health);
+    let mut idle = Vec::new();
+    for last in 10..16 {
+        for _ in 0..100 {
+            idle.push(connect_from(last, server.port).await);
+        }
+    }
+    for path in ["/healthz", "/readyz"] {
+        let began = Instant::now();
+        assert_eq!(status(connect_from(2, server.port).await, path).await, 200);
+        assert!(began.elapsed() < SOON, "{path}: {:?}", began.elapsed());
+    }
+    // The address for health has as many as it wants, too, and answers nothing else.
+    let mut stalled = Vec::new();
+    for _ in 0..100 {
+        let mut stream = connect_from(3, health).await;
+        stream
+            .write_all(b"GET /healthz HTTP/1.1\r\n")
+            .await
+            .unwrap();
+        stalled.push(stream);
+    }
+    for path in ["/healthz", "/readyz"] {
+        let began = Instant::now();
+        assert_eq!(status(connect_from(2, health).await, path).await, 200);
+        assert!(began.elapsed() < SOON, "{path}: {:?}", began.elapsed());
+    }
+    assert_eq!(status(connect_from(2, health).await, "/docs").await, 503);
+}
+
+/// Answers each request by what it asks for; `/slow` keeps the connection.
+const PROGRAM: &str = "
+import http.server, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == '/slow':
+            time.sleep(30)
+        body = repr(sorted((k.lower(), v) for k, v in self.headers.items())).encode()
+        self.send_response(200)
+        self.send_header('Set-Cookie', '=gantry_session=planted')
+        self.send_header('Set-Cookie', 'gantry_session')
+        self.send_header('Set-Cookie', '__Host-gantry_session=planted; Secure; Path=/')
+        self.send_header('Set-Cookie', 'mine=1')
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+http.server.ThreadingHTTPServer(('127.0.0.1', 3000), Handler).serve_forever()
+";
+
+#[tokio::test]
+async fn a_program_sets_no_cookie_of_gantrys_and_holds_its_own_connections_only() {
+    let server = Server::start_as(0, &[("GANTRY_MAX_CONNECTIONS_PER_REPL", "4")]);
+    let (_, ann) = server.user("ann").await;
+    let body = json!({ "replId": "echo", "language": "python", "files": { "main.py": PROGRAM } });
+    assert_eq!(post(&server, &ann, "/start", body).await.0, 200);
+    let port = server.address.port();
+    let host = format!("echo.apps.localhost:{port}");
+    let began = Instant::now();
+    let answer = loop {
+        let asked = server.get("/").header(HOST, &host);
+        let answer = asked.send().await.unwrap();
+        if answer.status() == 200 {
+            break answer;
+        }
+        assert!(began.elapsed() < PATIENCE, "{}", answer.status());
+        sleep(Duration::from_millis(100)).await;
+    };
+    let set: Vec<_> = answer.headers().get_all(SET_COOKIE).iter().collect();
+    assert_eq!(set, ["mine=1"]);
+
+    let listed = format!(
+        "GET / HTTP/1.1\r\nHost: {host}\r\nCookie: own=1\r\nConnection: close, host, cookie, x-forwarded-for, x-mine\r\nX-Mine: 1\r\n\r\n"
+    );
+    let mut stream = connect_from(1, port).await;
+    stream.write_all(listed.as_bytes()).await.unwrap();
+    let mut seen = String::new();
+    timeout(PATIENCE, stream.read_to_string(&mut seen))
+        .await
+        .unwrap()
+        .unwrap();
+    let forwarded = format!("('x-forwarded-host', '{host}')");
+    for kept in [
+        &format!("('host', '{host}')"),
+        "('cookie', 'own=1')",
+        "('x-forwarded-for', '127.0.0.1')",
+        &forwarded,
+    ] {
+        assert!(seen.contains(kept), "{kept}: {seen}");
+    }
+    assert!(!seen.contains("x-mine"), "{seen}");
+
+    let slow = format!("GET /slow HTTP/1.1\r\nHost: {host}\r\n\r\n");
+    let mut held = Vec::new();
+    for _ in 0..4 {
+        let mut stream = connect_from(1, port).await;
+        stream.write_all(slow.as_bytes()).await.unwrap();
+        held.push(stream);
+    }
+    sleep(Duration::from_millis(500)).await;
+    let asked = server.get("/").header(HOST, &host).send().await.unwrap();
+    assert_eq!(asked.status(), 503);
+    drop(held);
+    let began = Instant::now();
+    loop {
+        let asked = server.get("/").header(HOST, &host).send().await.unwrap();
+        if asked.status() == 200 {
+            break;
+        }
+        assert!(began.elapsed() < PATIENCE, "a share is never given back");
+        sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[test]
+fn a_short_key_is_refused_unless_it_is_allowed() {
+    let data = tempfile::tempdir().unwrap();
+    let serve = |more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_gantry"));
+        command
+            .args(["serve", "--port", "0"])
+            .args(more)
+            .env("API_KEY", "short-and-weak!")
+            .env("GANTRY_DATA_DIR", data.path())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    };
+    // One that is allowed would serve: it is told to listen where it cannot.
+    let refused = serve(&["--host", "203.0.113.1"]).output().unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success());
+    assert!(said.contains("API_KEY") && said.contains("--allow-weak-key"));
+    assert!(!said.contains("short-and-weak!"), "{said}");
+    let allowed = serve(&["--host", "203.0.113.1", "--allow-weak-key"]);
+    let said = { allowed }.output().unwrap().stderr;
+    assert!(String::from_utf8_lossy(&said).contains("cannot listen"));
+}

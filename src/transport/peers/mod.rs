@@ -27,7 +27,7 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_util::sync::CancellationToken;
 
-use crate::auth::Keys;
+use crate::auth::{Keys, is_credential};
 use crate::config::PeersConfig;
 use crate::model::{Problem, ReplId, SubmissionId};
 pub use claims::Claim;
@@ -351,6 +351,10 @@ impl Peers {
 
     /// The key that a credential stands for which another replica gave out.
     pub async fn redeem(&self, kind: Kind, text: &str) -> Option<String> {
+        // What no replica can have given out is asked of none.
+        if !is_credential(text) {
+            return None;
+        }
         let credential = Credential {
             kind,
             text: text.to_owned(),
