@@ -22,6 +22,7 @@ use super::program::{Owner, Program};
 use super::record::{Record, Stored};
 use super::sandboxes::{Sandboxes, Tenant};
 use super::{DEPLOY_PATIENCE, LocalConfig, unavailable};
+use crate::beneath::Folder;
 use crate::model::{
     Limits, Problem, Release, ReleaseState, ReplId, ReplState, ReplStatus, TicketKey, UserId,
     idle_cause,
@@ -310,8 +311,7 @@ impl Releases {
     /// The database first: without its record nobody would look for it.
     fn remove(&self, repl: &ReplId) -> anyhow::Result<()> {
         let data = &self.inner.config.data;
-        let databases = Folder::open_or_make(&data.join("databases"), 0o700)?;
-        if_there(databases.remove(repl.as_str()))?;
+        self.inner.disk.delete(repl)?;
         let records = Folder::open(&data.join("repls"))?;
         Ok(if_there(records.remove(format!("{repl}.json").as_str()))?)
     }

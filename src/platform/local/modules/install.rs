@@ -439,7 +439,7 @@ impl Installer {
                 wall_ms: u64::try_from(self.allowed.wall.as_millis()).unwrap_or(u64::MAX),
                 ..Limits::COMPILE
             },
-            report: None,
+            report: false,
             output: vec![TARGET.to_owned()],
             build: None,
             online: true,
