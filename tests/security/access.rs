@@ -199,7 +199,13 @@ async fn a_name_is_its_users_and_a_failed_run_takes_none() {
     };
     assert_eq!(release(&bob, "one").await, 404);
     assert_eq!(release(&server.admin, "taken-0").await, 200);
-    assert_eq!(release(&server.admin, "one").await, 200);
+    let by_command = Command::new(env!("CARGO_BIN_EXE_gantry"))
+        .args(["repl", "release", "one", "--yes"])
+        .env("API_KEY", &server.admin)
+        .env("GANTRY_SERVER", server.url(""))
+        .output()
+        .unwrap();
+    assert!(by_command.status.success(), "{by_command:?}");
     assert!(!server.data.path().join("store/code/one").exists());
     assert_eq!(start(&bob, "one", "print('of bob')").await.0, 200);
     let file = server.data.path().join("store/code/one/main.py");
