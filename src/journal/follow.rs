@@ -9,14 +9,16 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::front::Shared;
+use super::pieces::Item;
 use super::store::{self, lock};
 use super::{JournalError, blocking};
-use crate::model::{Event, Record, SubmissionId};
+use crate::model::{Record, SubmissionId};
 
 /// Records taken from memory at once: they are shared, so this bounds what a slow reader keeps alive.
 const MEMORY_CHUNK: usize = 64;
-/// Bytes read from disk at once.
-const DISK_CHUNK: usize = 256 << 10;
+/// Bytes taken from memory or read from disk at once: what each submission holds that a client follows
+/// and does not read, a thousand on one connection.
+const CHUNK_BYTES: usize = 64 << 10;
 
 /// A second look after this long. A commit takes milliseconds; this is for the disk that hangs.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
@@ -25,7 +27,7 @@ pub(super) fn follow(
     shared: Arc<Shared>,
     id: SubmissionId,
     after_seq: u64,
-) -> impl Stream<Item = Result<Record, JournalError>> + Send + 'static {
+) -> impl Stream<Item = Result<Item, JournalError>> + Send + 'static {
     let news = {
         let mut store = lock(&shared.store);
         (!store.closed).then(|| store.tail.subscribe(id))
@@ -35,6 +37,7 @@ pub(super) fn follow(
         shared,
         id,
         last: after_seq,
+        position: 0,
         waiting: VecDeque::new(),
         done: false,
     };
@@ -48,9 +51,11 @@ struct Follower {
     shared: Arc<Shared>,
     id: SubmissionId,
     last: u64,
+    /// Of the last record given out.
+    position: u64,
     /// `None` when the journal was closed before.
     news: Option<watch::Receiver<u64>>,
-    waiting: VecDeque<Arc<Record>>,
+    waiting: VecDeque<Waiting>,
     done: bool,
 }
 
@@ -59,6 +64,12 @@ impl Drop for Follower {
         self.news = None;
         lock(&self.shared.store).tail.unsubscribe(self.id);
     }
+}
+
+/// A record that was not given out yet.
+enum Waiting {
+    Shared(Arc<Record>),
+    Own(Item),
 }
 
 /// Where the next records are.
@@ -71,12 +82,17 @@ enum Next {
 }
 
 impl Follower {
-    async fn next(&mut self) -> Option<Result<Record, JournalError>> {
+    async fn next(&mut self) -> Option<Result<Item, JournalError>> {
         loop {
             if let Some(record) = self.waiting.pop_front() {
-                self.last = record.seq.unwrap_or(self.last);
-                self.done = matches!(record.event, Event::Reply(_));
-                return Some(Ok(Arc::unwrap_or_clone(record)));
+                let item = match record {
+                    Waiting::Shared(record) => Item::Record(Box::new(Arc::unwrap_or_clone(record))),
+                    Waiting::Own(item) => item,
+                };
+                self.last = item.seq().unwrap_or(self.last);
+                self.position = item.position();
+                self.done = item.ends();
+                return Some(Ok(item));
             }
             if self.done {
                 return None;
@@ -101,7 +117,10 @@ impl Follower {
         // Looked at before the store: a submission leaves this list only after it is in the store.
         let live = lock(&self.shared.front).live.contains_key(&self.id);
         match self.look() {
-            Next::Here(records) => self.waiting.extend(records),
+            Next::Here(records) => {
+                let shared = records.into_iter().map(Waiting::Shared);
+                self.waiting.extend(shared);
+            }
             Next::OnDisk => self.read().await?,
             // Received a moment ago: not durable yet, and not worth asking the disk for.
             Next::Past if live => self.wait_a_while().await?,
@@ -138,7 +157,11 @@ impl Follower {
 
     fn look(&self) -> Next {
         let store = lock(&self.shared.store);
-        if let Some(records) = store.tail.stream_after(self.id, self.last, MEMORY_CHUNK) {
+        if let Some(records) =
+            store
+                .tail
+                .stream_after(self.id, self.last, MEMORY_CHUNK, CHUNK_BYTES)
+        {
             return Next::Here(records);
         }
         match store.unfinished.get(&self.id) {
@@ -155,15 +178,19 @@ impl Follower {
     }
 
     async fn read(&mut self) -> Result<(), JournalError> {
-        let (shared, id, last) = (Arc::clone(&self.shared), self.id, self.last);
-        let read = move || store::read_submission(&shared.store, id, Some(last), DISK_CHUNK);
+        let (shared, id) = (Arc::clone(&self.shared), self.id);
+        let after = store::After {
+            seq: Some(self.last),
+            position: self.position,
+        };
+        let read = move || store::read_page(&shared.store, id, after, CHUNK_BYTES);
         let records = match blocking(read).await {
             // Deleted in the meantime.
             Err(JournalError::Unknown) => return Err(self.missing().await),
             Ok(records) if records.is_empty() => return Err(self.missing().await),
             records => records?,
         };
-        self.waiting.extend(records.into_iter().map(Arc::new));
+        self.waiting.extend(records.into_iter().map(Waiting::Own));
         Ok(())
     }
 }

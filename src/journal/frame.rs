@@ -38,10 +38,9 @@ const WINDOW: usize = 256 << 10;
 /// How the JSON of a reply begins.
 pub(super) const REPLY_TAG: &[u8] = b"{\"kind\":\"reply\",";
 
-/// The members of an event's JSON behind its tag.
-pub(super) fn inner<'a>(json: &'a [u8], tag: &[u8]) -> &'a [u8] {
-    let members = json.strip_prefix(tag).unwrap_or(json);
-    members.strip_suffix(b"}").unwrap_or(members)
+/// The JSON of an event behind its tag.
+pub(super) fn without_tag<'a>(json: &'a [u8], tag: &[u8]) -> &'a [u8] {
+    json.strip_prefix(tag).unwrap_or(json)
 }
 
 /// A segment's header.
@@ -127,7 +126,26 @@ pub(super) struct Raw<'a> {
     pub(super) reply: bool,
     pub(super) user: &'a str,
     pub(super) repl: &'a str,
+    /// Empty in an outline.
     pub(super) json: &'a [u8],
+    /// Set in an outline: where the JSON lies in the file, and the sum of the frame.
+    pub(super) outline: Option<Outline>,
+}
+
+/// A record of which only the head was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Outline {
+    pub(super) json: std::ops::Range<u64>,
+    head: Vec<u8>,
+    crc: u32,
+}
+
+impl Outline {
+    /// Whether this is the sum of the whole frame; `json`: what was summed of the event.
+    pub(super) fn is_whole(&self, mut json: crc32fast::Hasher) -> bool {
+        json.update(&self.head);
+        json.finalize() == self.crc
+    }
 }
 
 impl Raw<'_> {
@@ -173,6 +191,8 @@ pub(super) struct Scan<'f> {
     end: u64,
     window: Vec<u8>,
     window_at: u64,
+    /// Of longer frames only the head is read.
+    whole_up_to: usize,
 }
 
 impl<'f> Scan<'f> {
@@ -184,6 +204,15 @@ impl<'f> Scan<'f> {
             end,
             window: Vec::new(),
             window_at: at,
+            whole_up_to: MAX_FRAME,
+        }
+    }
+
+    /// The same; of frames longer than this only the head is read.
+    pub(super) fn outlined(file: &'f File, at: u64, end: u64, whole_up_to: usize) -> Self {
+        Self {
+            whole_up_to,
+            ..Self::new(file, at, end)
         }
     }
 
@@ -206,6 +235,26 @@ impl<'f> Scan<'f> {
             return Err(damage("a frame has an impossible length"));
         }
         let total = PREFIX + len;
+        if len > self.whole_up_to {
+            let end = self.end;
+            let most = len.min(RECORD_HEAD + 2 * usize::from(u8::MAX));
+            let Some(bytes) = self.bytes(PREFIX + most)? else {
+                return Err(damage("a frame is cut short"));
+            };
+            if end - offset < total as u64 {
+                return Err(damage("a frame is cut short"));
+            }
+            let body = &bytes[PREFIX..];
+            let head_end = head_end(body, len).map_err(damage)?;
+            let mut raw = head(body, head_end).map_err(damage)?;
+            let json = offset + (PREFIX + head_end) as u64;
+            raw.outline = Some(Outline {
+                json: json..offset + total as u64,
+                head: body[..head_end].to_vec(),
+                crc,
+            });
+            return Ok(Some((offset, total as u64, Frame::Record(raw))));
+        }
         let Some(bytes) = self.bytes(total)? else {
             return Err(damage("a frame is cut short"));
         };
@@ -262,26 +311,38 @@ fn parse(body: &[u8], crc: u32, offset: u64) -> Result<Frame<'_>, &'static str> 
             Err(WRONG_SUM)
         };
     }
-    if body.len() < RECORD_HEAD {
-        return Err("a frame is neither a mark nor a record");
-    }
-    let user_end = RECORD_HEAD + usize::from(body[2]);
-    let head_end = user_end + usize::from(body[3]);
-    if body.len() < head_end {
-        return Err("a frame is shorter than its head says");
-    }
+    let head_end = head_end(body, body.len())?;
     let mut sum = crc32fast::Hasher::new();
     sum.update(&body[head_end..]);
     sum.update(&body[..head_end]);
     if sum.finalize() != crc {
         return Err(WRONG_SUM);
     }
+    let mut raw = head(body, head_end)?;
+    raw.json = &body[head_end..];
+    Ok(Frame::Record(raw))
+}
+
+/// Where the head of a record ends whose body has this length.
+fn head_end(body: &[u8], len: usize) -> Result<usize, &'static str> {
+    if body.len() < RECORD_HEAD {
+        return Err("a frame is neither a mark nor a record");
+    }
+    let end = RECORD_HEAD + usize::from(body[2]) + usize::from(body[3]);
+    if len < end || body.len() < end {
+        return Err("a frame is shorter than its head says");
+    }
+    Ok(end)
+}
+
+fn head(body: &[u8], head_end: usize) -> Result<Raw<'_>, &'static str> {
     if body[0] != RECORD_KIND {
         return Err("a frame is of a kind this version does not know");
     }
+    let user_end = RECORD_HEAD + usize::from(body[2]);
     let flags = body[1];
     let text = |from, to| std::str::from_utf8(&body[from..to]).map_err(|_| "a name is not UTF-8");
-    Ok(Frame::Record(Raw {
+    Ok(Raw {
         position: u64::from_le_bytes(fixed(body, 4)),
         time: Timestamp::from_microsecond(i64::from_le_bytes(fixed(body, 12)))
             .map_err(|_| "a time is out of range")?,
@@ -292,8 +353,9 @@ fn parse(body: &[u8], crc: u32, offset: u64) -> Result<Frame<'_>, &'static str> 
         reply: flags & REPLY != 0,
         user: text(RECORD_HEAD, user_end)?,
         repl: text(user_end, head_end)?,
-        json: &body[head_end..],
-    }))
+        json: &[],
+        outline: None,
+    })
 }
 
 /// The first whole mark at or after `from`, if there is one.

@@ -294,7 +294,7 @@ impl Pass<'_> {
                 entries.insert(entry.id, entry);
             }
             let mut kept = 0;
-            segment::visit(
+            let seen = segment::visit(
                 &segment.file,
                 &segment.path,
                 HEADER,
@@ -304,7 +304,12 @@ impl Pass<'_> {
                     kept += if stays { len } else { 0 };
                     Ok(true)
                 },
-            )?;
+            );
+            if let Err(error) = seen {
+                tracing::error!("{error}; it is left as it is");
+                self.finish(open.take())?;
+                continue;
+            }
             let most = self.shared.options.segment_bytes;
             if open
                 .as_ref()
@@ -332,11 +337,8 @@ impl Pass<'_> {
     fn stays(&self, raw: &Raw<'_>, entries: &HashMap<SubmissionId, Entry>) -> bool {
         match raw.submission {
             None => {
-                let floor = self
-                    .floors
-                    .iter()
-                    .find(|(user, _)| user.as_str() == raw.user);
-                floor.is_none_or(|(_, floor)| raw.position >= *floor)
+                let user: Option<UserId> = raw.user.parse().ok();
+                user.is_none_or(|user| raw.position >= self.floor(&user))
             }
             Some(id) => match (entries.get(&id), self.deleted.get(&id)) {
                 (_, Some(deleted)) => raw.position < deleted.start,
@@ -501,9 +503,9 @@ fn half(digest: &[u8]) -> [u8; DIGEST] {
 /// Of the reply as a client got it: without the tag of the event, with its place in the stream.
 fn reply_digest(raw: &Raw<'_>) -> [u8; DIGEST] {
     let mut digest = Sha256::new();
-    let sent = frame::inner(raw.json, frame::REPLY_TAG);
+    let members = frame::without_tag(raw.json, frame::REPLY_TAG);
     digest.update(b"{");
-    digest.update(sent);
+    digest.update(members.strip_suffix(b"}").unwrap_or(members));
     if let Some(seq) = raw.seq {
         digest.update(format!(",\"seq\":{seq}"));
     }

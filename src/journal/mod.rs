@@ -14,6 +14,7 @@ mod identity;
 mod index;
 mod keeper;
 mod memory;
+mod pieces;
 mod segment;
 mod store;
 mod tail;
@@ -34,6 +35,7 @@ use jiff::Timestamp;
 use tokio::sync::{Notify, watch};
 
 pub use error::JournalError;
+pub use pieces::{Item, LargeReply};
 pub use segment::TornTail;
 
 use crate::model::{Event, Record, ReplId, SubmissionId, UserId};
@@ -50,6 +52,9 @@ use tail::Tail;
 const POSITION_GAP: u64 = 1 << 24;
 /// Largest segment: offsets in the index have 32 bits.
 const MAX_SEGMENT: u64 = 1 << 30;
+
+/// Bytes of one page of a submission's records.
+const PAGE_BYTES: usize = 128 << 10;
 
 /// Sizes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -370,7 +375,7 @@ impl Journal {
     pub async fn read_submission(&self, id: SubmissionId) -> Result<Vec<Record>, JournalError> {
         let fresh = lock(&self.0.shared.front).live.contains_key(&id);
         let shared = Arc::clone(&self.0.shared);
-        let read = move || store::read_submission(&shared.store, id, None, usize::MAX);
+        let read = move || store::read_submission(&shared.store, id);
         match blocking(read).await {
             Err(JournalError::Unknown) if fresh => Ok(Vec::new()),
             Err(JournalError::Unknown) => {
@@ -381,6 +386,29 @@ impl Journal {
         }
     }
 
+    /// A submission's next durable records behind this position, about a hundred KiB of them: who reads
+    /// page by page holds no more. A large reply is left on the disk. Empty at the end.
+    pub async fn page_of_submission(
+        &self,
+        id: SubmissionId,
+        position: u64,
+    ) -> Result<Vec<Item>, JournalError> {
+        let fresh = lock(&self.0.shared.front).live.contains_key(&id);
+        let shared = Arc::clone(&self.0.shared);
+        let read = move || {
+            let after = store::After {
+                seq: None,
+                position,
+            };
+            match store::read_page(&shared.store, id, after, PAGE_BYTES) {
+                Err(JournalError::Unknown) if fresh => Ok(Vec::new()),
+                Err(JournalError::Unknown) => Err(shared.missing(id)),
+                page => page,
+            }
+        };
+        blocking(read).await
+    }
+
     /// The submission's streamed records after `after_seq` as they become durable: those that are
     /// there, then live, ending with the reply. Never skips, never doubles; a slow reader holds a
     /// bounded number of records.
@@ -388,7 +416,7 @@ impl Journal {
         &self,
         id: SubmissionId,
         after_seq: u64,
-    ) -> impl Stream<Item = Result<Record, JournalError>> + Send + 'static {
+    ) -> impl Stream<Item = Result<Item, JournalError>> + Send + 'static {
         follow::follow(Arc::clone(&self.0.shared), id, after_seq)
     }
 

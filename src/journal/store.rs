@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::JournalError;
-use super::frame::HEADER;
+use super::frame::{Frame, HEADER, Scan, ScanError};
 use super::index::{Entry, Extent, Indexed, Unfinished, fingerprint};
+use super::pieces::{Item, LARGE, LargeReply};
 use super::segment::{self, Active, Sealed};
 use super::tail::Tail;
 use crate::model::{Event, Record, SubmissionId, UserId};
@@ -34,6 +35,8 @@ struct Part {
     file: Arc<File>,
     path: PathBuf,
     entry: Entry,
+    /// Where to begin.
+    from: u64,
 }
 
 impl Store {
@@ -136,12 +139,12 @@ pub(super) fn lookup(
     }
 }
 
-/// Every part of a submission, oldest first. Reads index files.
-fn parts(store: &Mutex<Store>, id: SubmissionId) -> Result<Vec<Part>, JournalError> {
+/// Every part of a submission, oldest first. Reads index files. Nothing up to `position` is wanted.
+fn parts(store: &Mutex<Store>, id: SubmissionId, position: u64) -> Result<Vec<Part>, JournalError> {
     let Some(newest) = lookup(store, id)? else {
         return Err(JournalError::Unknown);
     };
-    let (recent, sealed, file, path) = {
+    let (recent, sealed, file, path, from) = {
         let store = lock(store);
         let (recent, sealed) = store.candidates(id);
         (
@@ -149,11 +152,17 @@ fn parts(store: &Mutex<Store>, id: SubmissionId) -> Result<Vec<Part>, JournalErr
             sealed,
             Arc::clone(&store.active.file),
             store.active.path.clone(),
+            store.active.index.seek(position, HEADER),
         )
     };
     let mut parts = Vec::new();
     if let Some(entry) = recent {
-        parts.push(Part { file, path, entry });
+        parts.push(Part {
+            file,
+            path,
+            entry,
+            from,
+        });
     }
     for segment in sealed {
         // The same id of an earlier life, whose first records were deleted, is not this one.
@@ -164,6 +173,7 @@ fn parts(store: &Mutex<Store>, id: SubmissionId) -> Result<Vec<Part>, JournalErr
                 file: Arc::clone(&segment.file),
                 path: segment.path.clone(),
                 entry,
+                from: segment.index.seek(position, HEADER),
             });
         }
     }
@@ -171,41 +181,116 @@ fn parts(store: &Mutex<Store>, id: SubmissionId) -> Result<Vec<Part>, JournalErr
     Ok(parts)
 }
 
-/// A submission's durable records with a sequence number after `after_seq` (all, streamed or not,
-/// when `None`), until `max_bytes` are passed. Blocks.
+/// What of a submission a page begins behind.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct After {
+    /// Streamed records behind this number; without it all of them.
+    pub(super) seq: Option<u64>,
+    /// Nothing up to there is wanted.
+    pub(super) position: u64,
+}
+
+/// A submission's next durable records, until `max_bytes` are passed; a large reply is left on the
+/// disk. Empty when there are none. Blocks.
+pub(super) fn read_page(
+    store: &Mutex<Store>,
+    id: SubmissionId,
+    after: After,
+    max_bytes: usize,
+) -> Result<Vec<Item>, JournalError> {
+    let mut out = Vec::new();
+    let mut bytes = 0;
+    for part in parts(store, id, after.position)? {
+        if after
+            .seq
+            .is_some_and(|seq| part.entry.known.last_seq <= seq)
+            || part.entry.last <= after.position
+        {
+            continue;
+        }
+        for extent in &part.entry.extents {
+            let (from, to) = (u64::from(extent.from).max(part.from), u64::from(extent.to));
+            let mut frames = Scan::outlined(&part.file, from, to, LARGE);
+            loop {
+                let damaged =
+                    |offset, cause| JournalError::damaged_segment(&part.path, offset, cause);
+                let failed = |e| match e {
+                    ScanError::Damage { offset, cause } => damaged(offset, cause),
+                    ScanError::Io(e) => JournalError::io("read", &part.path, e),
+                };
+                let (length, item) = match frames.next().map_err(failed)? {
+                    None => break,
+                    Some((_, length, Frame::Mark)) => (length, None),
+                    Some((offset, length, Frame::Record(raw))) => {
+                        let wanted = raw.submission == Some(id)
+                            && raw.position >= part.entry.known.start
+                            && raw.position > after.position
+                            && after
+                                .seq
+                                .is_none_or(|after| raw.seq.is_some_and(|s| s > after));
+                        let item = match raw.outline.clone() {
+                            _ if !wanted => None,
+                            Some(outline) if raw.reply => Some(Item::Large(LargeReply {
+                                file: Arc::clone(&part.file),
+                                path: part.path.clone(),
+                                seq: raw.seq,
+                                position: raw.position,
+                                outline,
+                            })),
+                            Some(_) => {
+                                let mut whole = Scan::new(&part.file, offset, offset + length);
+                                match whole.next().map_err(failed)? {
+                                    Some((_, _, Frame::Record(raw))) => {
+                                        let record =
+                                            raw.record().map_err(|c| damaged(offset, c))?;
+                                        Some(Item::Record(Box::new(record)))
+                                    }
+                                    _ => None,
+                                }
+                            }
+                            None => {
+                                let record = raw.record().map_err(|c| damaged(offset, c))?;
+                                Some(Item::Record(Box::new(record)))
+                            }
+                        };
+                        (length, item)
+                    }
+                };
+                frames.advance(length);
+                if let Some(item) = item {
+                    bytes += length as usize;
+                    out.push(item);
+                    if bytes >= max_bytes {
+                        return Ok(out);
+                    }
+                }
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// All of a submission's durable records. Blocks.
 pub(super) fn read_submission(
     store: &Mutex<Store>,
     id: SubmissionId,
-    after_seq: Option<u64>,
-    max_bytes: usize,
 ) -> Result<Vec<Record>, JournalError> {
     let mut out = Vec::new();
-    let mut bytes = 0;
-    for part in parts(store, id)? {
-        let extents = &part.entry.extents;
-        if after_seq.is_some_and(|after| part.entry.known.last_seq <= after) {
-            continue;
-        }
-        for (index, Extent { from, to, .. }) in extents.iter().enumerate() {
-            let later = extents.get(index + 1).map(|next| next.seq_before);
-            if after_seq.is_some_and(|after| later.is_some_and(|seq| seq <= after)) {
-                continue;
-            }
-            let visit = |raw: &super::frame::Raw<'_>, len: u64| {
-                let wanted = match after_seq {
-                    None => true,
-                    Some(after) => raw.seq.is_some_and(|seq| seq > after),
-                };
-                if raw.submission == Some(id) && raw.position >= part.entry.known.start && wanted {
+    for part in parts(store, id, 0)? {
+        for Extent { from, to, .. } in &part.entry.extents {
+            let visit = |raw: &super::frame::Raw<'_>, _| {
+                if raw.submission == Some(id) && raw.position >= part.entry.known.start {
                     out.push(raw.record()?);
-                    bytes += len as usize;
                 }
-                Ok(bytes < max_bytes)
+                Ok(true)
             };
-            let (from, to) = (u64::from(*from), u64::from(*to));
-            if !segment::visit(&part.file, &part.path, from, to, visit)? {
-                return Ok(out);
-            }
+            segment::visit(
+                &part.file,
+                &part.path,
+                u64::from(*from),
+                u64::from(*to),
+                visit,
+            )?;
         }
     }
     Ok(out)

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+use super::pieces::LARGE;
 use crate::model::{Record, SubmissionId};
 
 /// Bytes of records kept. A live follower needs only what came since it last looked, fractions of a
@@ -19,7 +20,7 @@ pub(super) struct Tail {
     all: VecDeque<(Arc<Record>, usize)>,
     bytes: usize,
     /// The streamed ones among them, by submission.
-    streams: HashMap<SubmissionId, VecDeque<Arc<Record>>>,
+    streams: HashMap<SubmissionId, VecDeque<(Arc<Record>, usize)>>,
     /// Who waits for a submission's next record; told its sequence number.
     followers: HashMap<SubmissionId, watch::Sender<u64>>,
 }
@@ -31,7 +32,7 @@ impl Tail {
             self.streams
                 .entry(id)
                 .or_default()
-                .push_back(Arc::clone(&record));
+                .push_back((Arc::clone(&record), bytes));
             if let Some(follower) = self.followers.get(&id) {
                 follower.send_replace(seq);
             }
@@ -67,19 +68,29 @@ impl Tail {
         }
     }
 
-    /// The submission's records after `after_seq`, up to `max` of them; `None` when the next one is
-    /// not in memory.
+    /// The submission's records after `after_seq`, up to `max` of them and about `max_bytes`; `None`
+    /// when the next one is not in memory, or so large that it is read from disk in pieces.
     pub(super) fn stream_after(
         &self,
         id: SubmissionId,
         after_seq: u64,
         max: usize,
+        max_bytes: usize,
     ) -> Option<Vec<Arc<Record>>> {
         let stream = self.streams.get(&id)?;
-        let first = stream.front()?.seq?;
+        let first = stream.front()?.0.seq?;
         // Sequence numbers have no gaps: the place follows from the number.
         let skip = usize::try_from(after_seq.saturating_add(1).checked_sub(first)?).ok()?;
-        (skip < stream.len()).then(|| stream.iter().skip(skip).take(max).cloned().collect())
+        let mut room = max_bytes;
+        let mut out = Vec::new();
+        for (record, bytes) in stream.iter().skip(skip).take(max) {
+            if *bytes > LARGE || (*bytes > room && !out.is_empty()) {
+                break;
+            }
+            room = room.saturating_sub(*bytes);
+            out.push(Arc::clone(record));
+        }
+        (!out.is_empty()).then_some(out)
     }
 
     /// Records from this position on, up to `max_bytes` but at least one; `None` when the tail

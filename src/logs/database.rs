@@ -17,12 +17,24 @@ use super::record::ecs;
 use crate::model::{Event, Outcome, Record};
 
 /// Another number rebuilds the file from the journal.
-const SCHEMA_VERSION: i64 = 2;
+const SCHEMA_VERSION: i64 = 3;
+/// The version before had no count of what each user has.
+const COUNTED: &str = "
+BEGIN;
+CREATE TABLE users (user TEXT PRIMARY KEY, bytes INTEGER NOT NULL) STRICT;
+INSERT INTO users SELECT user, sum(octet_length(fields)) FROM records GROUP BY user;
+PRAGMA user_version = 3;
+COMMIT;
+";
 /// Wait for another connection's lock. Readers never wait in WAL mode; this covers recovery of the
 /// file after a crash.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Records deleted at once, so that the index is never held up for long.
 const DELETE_CHUNK: i64 = 20_000;
+/// Bytes of records on a page of an answer, which is built in memory; one that has more ends earlier.
+const PAGE_BYTES: usize = 4 << 20;
+/// Bytes of records deleted at once: several times what is taken in at once.
+const DELETE_BYTES: i64 = 8 << 20;
 /// How far a machine's clock may be set back without `until` missing records.
 const CLOCK_SLACK_US: i64 = 3_600 * 1_000_000;
 
@@ -56,6 +68,7 @@ CREATE TABLE submissions (
 ) STRICT;
 CREATE INDEX submissions_by_user ON submissions (user);
 CREATE INDEX submissions_by_repl ON submissions (repl);
+CREATE TABLE users (user TEXT PRIMARY KEY, bytes INTEGER NOT NULL) STRICT;
 CREATE TABLE state (only INTEGER PRIMARY KEY CHECK (only = 0), position INTEGER, clock INTEGER) STRICT;
 INSERT INTO state VALUES (0, 0, 0);
 ";
@@ -100,7 +113,9 @@ fn try_open(path: &Path) -> Result<Option<Writer>, rusqlite::Error> {
     }
     let connection = connect(path)?;
     let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-    if version != SCHEMA_VERSION {
+    if version == SCHEMA_VERSION - 1 {
+        connection.execute_batch(COUNTED)?;
+    } else if version != SCHEMA_VERSION {
         return Ok(None);
     }
     let (position, clock) =
@@ -179,21 +194,27 @@ impl Writer {
         };
         let used = (pragma("page_count")? - pragma("freelist_count")?) * pragma("page_size")?;
         let transaction = self.connection.transaction()?;
-        let bound: Option<i64> = if used > max_bytes {
-            transaction
-                .query_row(
-                    "SELECT max(position) FROM (SELECT position FROM records ORDER BY position LIMIT ?1)",
-                    [DELETE_CHUNK],
-                    |row| row.get(0),
-                )?
-        } else {
+        let too_large = used > max_bytes;
+        if too_large {
+            delete_of_largest(&transaction)?;
+        }
+        let bound: Option<i64> = {
             transaction.query_row(
                 "SELECT max(position) FROM (SELECT position FROM records WHERE clock < ?1 ORDER BY clock LIMIT ?2)",
                 [oldest.as_microsecond(), DELETE_CHUNK],
                 |row| row.get(0),
             )?
         };
-        let Some(bound) = bound else { return Ok(false) };
+        let Some(bound) = bound else {
+            transaction.commit()?;
+            return Ok(too_large);
+        };
+        transaction.execute(
+            "UPDATE users SET bytes = users.bytes - gone.bytes FROM
+             (SELECT user, sum(octet_length(fields)) AS bytes FROM records WHERE position <= ?1 GROUP BY user) AS gone
+             WHERE users.user = gone.user",
+            [bound],
+        )?;
         // Row by row: a range is not something the full-text table can delete by.
         transaction.execute(
             "DELETE FROM words WHERE rowid IN (SELECT position FROM records WHERE position <= ?1)",
@@ -202,8 +223,45 @@ impl Writer {
         let deleted = transaction.execute("DELETE FROM records WHERE position <= ?1", [bound])?;
         transaction.execute("DELETE FROM submissions WHERE position <= ?1", [bound])?;
         transaction.commit()?;
-        Ok(deleted as i64 == DELETE_CHUNK)
+        Ok(too_large || deleted as i64 == DELETE_CHUNK)
     }
+}
+
+/// Deletes the oldest records of the user with the most: who has less keeps what is there.
+fn delete_of_largest(transaction: &Transaction<'_>) -> rusqlite::Result<()> {
+    let largest = "SELECT user FROM users ORDER BY bytes DESC LIMIT 1";
+    let user: Option<String> = transaction
+        .query_row(largest, [], |row| row.get(0))
+        .optional()?;
+    let Some(user) = user else { return Ok(()) };
+    let (mut last, mut bytes) = (None, 0);
+    {
+        let mut oldest = transaction.prepare_cached(
+            "SELECT position, octet_length(fields) FROM records WHERE user = ?1 ORDER BY position LIMIT ?2",
+        )?;
+        let mut rows = oldest.query(params![user, DELETE_CHUNK])?;
+        while let Some(row) = rows.next()?
+            && bytes < DELETE_BYTES
+        {
+            last = Some(row.get::<_, i64>(0)?);
+            bytes += row.get::<_, i64>(1)?;
+        }
+    }
+    // Nothing: the count is of records that are gone.
+    let last = last.unwrap_or(0);
+    for delete in [
+        "DELETE FROM words WHERE rowid IN (SELECT position FROM records WHERE user = ?1 AND position <= ?2)",
+        "DELETE FROM records WHERE user = ?1 AND position <= ?2",
+        "DELETE FROM submissions WHERE user = ?1 AND position <= ?2",
+    ] {
+        transaction.execute(delete, params![user, last])?;
+    }
+    let left = match bytes {
+        0 => "UPDATE users SET bytes = 0 * ?2 WHERE user = ?1",
+        _ => "UPDATE users SET bytes = bytes - ?2 WHERE user = ?1",
+    };
+    transaction.execute(left, params![user, bytes])?;
+    Ok(())
 }
 
 fn store_state(transaction: &Transaction<'_>, position: u64, clock: i64) -> rusqlite::Result<()> {
@@ -221,6 +279,7 @@ fn insert_record(
     let fields = ecs(record);
     let text = |name| fields.get(name).and_then(Value::as_str);
     let position = record.position as i64;
+    let written = json(&fields)?;
     let mut statement = transaction
         .prepare_cached("INSERT INTO records VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)")?;
     statement.execute(params![
@@ -235,8 +294,13 @@ fn insert_record(
             .map(|id| id.as_bytes().as_slice()),
         text("gantry.step"),
         text("log.level"),
-        json(&fields)?,
+        &written,
     ])?;
+    transaction
+        .prepare_cached(
+            "INSERT INTO users VALUES (?1, ?2) ON CONFLICT (user) DO UPDATE SET bytes = bytes + ?2",
+        )?
+        .execute(params![record.user_id.as_str(), written.len() as i64])?;
     transaction
         .prepare_cached("INSERT INTO words (rowid, text) VALUES (?1, ?2)")?
         .execute(params![position, searchable(&fields)])?;
@@ -372,16 +436,27 @@ pub(super) fn find(
     ))?;
     let rows = statement.query_map(params_from_iter(conditions.values), |row| {
         let position: i64 = row.get(0)?;
-        let fields: Map<String, Value> = parse(1, row.get_ref(1)?.as_str()?)?;
-        Ok((position as u64, fields))
+        let text = row.get_ref(1)?.as_str()?;
+        let fields: Map<String, Value> = parse(1, text)?;
+        Ok((position as u64, fields, text.len()))
     })?;
-    let mut rows = rows.collect::<Result<Vec<_>, _>>()?;
+    let (mut found, mut bytes) = (Vec::new(), 0);
+    for row in rows {
+        let (position, fields, length) = row?;
+        found.push((position, fields));
+        bytes += length;
+        if bytes >= PAGE_BYTES {
+            break;
+        }
+    }
+    let mut rows = found;
+    let full = rows.len() == filter.limit || bytes >= PAGE_BYTES;
     if filter.after.is_none() {
         rows.reverse();
     }
     // When the page is not full, everything up to `indexed` was looked through.
     let next = match rows.last() {
-        Some((last, _)) if filter.after.is_some() && rows.len() == filter.limit => *last,
+        Some((last, _)) if filter.after.is_some() && full => *last,
         _ => indexed.max(filter.after.unwrap_or(0)),
     };
     let record = |(position, fields): (u64, _)| LogRecord {

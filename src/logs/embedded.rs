@@ -20,8 +20,9 @@ use super::query::{
     SubmissionQuery,
 };
 use super::search::LogSearch;
+use super::turns::{Turn, Turns};
 use crate::journal::{Journal, JournalError};
-use crate::model::FieldError;
+use crate::model::{FieldError, UserId};
 
 /// How long an answer waits for the index to reach what was durable when it was asked. Usually a few
 /// milliseconds; an index that is being rebuilt must not hold up every page.
@@ -78,6 +79,7 @@ struct Inner {
     wanted: Notify,
     readers: Mutex<Vec<Connection>>,
     permits: Arc<Semaphore>,
+    turns: Turns,
 }
 
 impl EmbeddedSearch {
@@ -102,6 +104,7 @@ impl EmbeddedSearch {
             wanted: Notify::new(),
             readers: Mutex::new(Vec::new()),
             permits: Arc::new(Semaphore::new(CONNECTIONS)),
+            turns: Turns::new(QUERY_TIMEOUT),
         })))
     }
 
@@ -207,6 +210,7 @@ impl EmbeddedSearch {
     /// Runs a search on a connection of its own, off the async threads.
     async fn read<T: Send + 'static>(
         &self,
+        turn: Turn,
         work: impl FnOnce(&mut Connection) -> Result<T, SearchError> + Send + 'static,
     ) -> Result<T, SearchError> {
         let permits = Arc::clone(&self.0.permits);
@@ -235,6 +239,7 @@ impl EmbeddedSearch {
                 .push(connection);
             // Held by the task, not by the caller, who may have gone.
             drop(permit);
+            drop(turn);
             result
         });
         match tokio::time::timeout(QUERY_TIMEOUT, &mut task).await {
@@ -264,26 +269,34 @@ impl LogSearch for EmbeddedSearch {
     }
 
     async fn query(&self, query: LogQuery) -> Result<LogPage, SearchError> {
+        let asker = query.asker.clone();
         let filter = Filter::try_from(query)?;
         self.wait_for_index().await;
-        self.read(move |connection| database::find(connection, &filter, None))
-            .await
+        let turn = self.0.turns.enter(asker.as_ref()).await?;
+        self.read(turn, move |connection| {
+            database::find(connection, &filter, None)
+        })
+        .await
     }
 
     async fn submissions(&self, query: SubmissionQuery) -> Result<SubmissionPage, SearchError> {
+        let asker = query.asker.clone();
         let filter = SubmissionFilter::try_from(query)?;
         self.wait_for_index().await;
-        self.read(move |connection| database::list(connection, &filter))
+        let turn = self.0.turns.enter(asker.as_ref()).await?;
+        self.read(turn, move |connection| database::list(connection, &filter))
             .await
     }
 
     fn follow(&self, query: LogQuery) -> BoxStream<'static, Result<LogRecord, SearchError>> {
+        let asker = query.asker.clone();
         let filter = match Filter::try_from(query) {
             Ok(filter) => filter,
             Err(error) => return stream::once(async { Err(error.into()) }).boxed(),
         };
         let follower = Follower {
             search: self.clone(),
+            asker,
             filter,
             place: Place::Before,
             waiting: VecDeque::new(),
@@ -315,6 +328,7 @@ enum Place {
 
 struct Follower {
     search: EmbeddedSearch,
+    asker: Option<UserId>,
     filter: Filter,
     place: Place,
     waiting: VecDeque<LogRecord>,
@@ -361,7 +375,8 @@ impl Follower {
         let filter = self.filter.clone();
         let find =
             move |connection: &mut Connection| database::find(connection, &filter, Some(up_to));
-        let page = self.search.read(find).await?;
+        let turn = self.search.0.turns.wait(self.asker.as_ref()).await?;
+        let page = self.search.read(turn, find).await?;
         let next = page
             .next
             .and_then(|next| next.parse().ok())

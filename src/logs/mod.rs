@@ -15,6 +15,7 @@ mod search;
 mod shipper;
 #[cfg(test)]
 mod tests;
+mod turns;
 
 pub use elasticsearch::{
     Elasticsearch, ElasticsearchError, ElasticsearchSearch, ElasticsearchSettings,
@@ -27,3 +28,4 @@ pub use query::{
 pub use record::ecs;
 pub use search::LogSearch;
 pub use shipper::{Shipper, ShipperOptions};
+pub use turns::{Place, Places};

@@ -60,6 +60,9 @@ pub struct LogQuery {
     pub limit: usize,
     /// After this place; without it the newest ones.
     pub after: Option<String>,
+    /// Who asks, and waits for their own searches only; `None`: an admin.
+    #[serde(default)]
+    pub asker: Option<UserId>,
 }
 
 impl Default for LogQuery {
@@ -75,6 +78,7 @@ impl Default for LogQuery {
             until: None,
             limit: DEFAULT_LIMIT,
             after: None,
+            asker: None,
         }
     }
 }
@@ -110,6 +114,8 @@ pub struct SubmissionQuery {
     pub limit: usize,
     /// Older than this place.
     pub before: Option<String>,
+    /// Who asks; `None`: an admin.
+    pub asker: Option<UserId>,
 }
 
 /// One line of the list of submissions.
@@ -165,6 +171,9 @@ pub enum SearchError {
         /// The bound.
         seconds: u64,
     },
+    /// Too many searches of the same user wait.
+    #[error("too many of your searches are under way already")]
+    Busy,
     /// The index file failed.
     #[error(
         "the search index failed: {0}; restart the server, or delete search.sqlite: it is rebuilt from the journal"

@@ -408,6 +408,7 @@ async fn a_wrong_field_is_named(house: &House) {
         status: Some("lost".into()),
         limit: 1,
         before: None,
+        asker: None,
     };
     let Err(SearchError::Field(error)) = house.search.submissions(query).await else {
         panic!()
@@ -496,6 +497,7 @@ async fn submissions_are_listed_newest_first_with_their_state(house: &House) {
         status: None,
         limit: 50,
         before: None,
+        asker: None,
     };
     let list = async |query: SubmissionQuery| {
         let page = house.search.submissions(query).await.unwrap();
@@ -512,6 +514,7 @@ async fn submissions_are_listed_newest_first_with_their_state(house: &House) {
     let (second, end) = list(SubmissionQuery {
         limit: 4,
         before: page.next,
+        asker: None,
         ..base()
     })
     .await;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::State;
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::sse::{Event, KeepAlive, KeepAliveStream, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
@@ -19,11 +19,14 @@ use super::body::{ProblemBody, Query, field_refused};
 use super::caller::Authenticated;
 use super::problem::HttpProblem;
 use crate::auth::{Caller, Role};
-use crate::logs::{LogQuery, LogRecord, SearchError};
+use crate::logs::{LogQuery, LogRecord, Place, SearchError};
 use crate::model::{FieldError, Problem, UserId};
 
 /// Between comments on a stream on which nothing happens: half of what proxies commonly allow.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// Requests of one user that follow the logs at a time: more windows than a person looks at.
+pub const MAX_FOLLOWERS: usize = 16;
 
 /// Records of a page unless asked otherwise, and at most.
 const DEFAULT_LIMIT: usize = 100;
@@ -95,7 +98,13 @@ pub async fn search(
             .and_then(|value| value.to_str().ok());
         query.after = last.map(str::to_owned).or(query.after);
         check(&edge, &query)?;
-        return Ok(follow(&edge, &caller, query).into_response());
+        let place = edge.followers.take(query.asker.as_ref());
+        let place = place.ok_or_else(|| {
+            too_many(&format!(
+                "{MAX_FOLLOWERS} requests of yours follow the logs already"
+            ))
+        })?;
+        return Ok(follow(&edge, &caller, query, place).into_response());
     }
     let page = edge.search.query(query).await.map_err(search_problem)?;
     let found = LogsFound {
@@ -113,12 +122,17 @@ fn follow(
     edge: &Arc<Edge>,
     caller: &Caller,
     query: LogQuery,
+    place: Place,
 ) -> Sse<KeepAliveStream<BoxStream<'static, Result<Event, Infallible>>>> {
     let ended = ended(Arc::clone(edge), caller.key_id.clone());
     let events = edge
         .search
         .follow(query)
-        .map(|record| Ok(stream_event(record)))
+        .map(move |record| {
+            // Given back with the stream.
+            let _held = &place;
+            Ok(stream_event(record))
+        })
         .take_until(Box::pin(ended));
     Sse::new(events.boxed()).keep_alive(KeepAlive::new().interval(KEEP_ALIVE))
 }
@@ -174,6 +188,7 @@ fn log_query(
         until: parse::<Timestamp>("until", params.until, "a time such as 2026-01-31T12:00:00Z")?,
         limit,
         after: given(params.after),
+        asker: asker(caller),
     };
     check(edge, &query)?;
     Ok(Some(query))
@@ -190,6 +205,14 @@ pub fn visible_user(caller: &Caller, named: Option<UserId>) -> Option<Option<Use
         (Role::Admin, named) => Some(named),
         (Role::User(own), None) => Some(Some(own.clone())),
         (Role::User(own), Some(named)) => (*own == named).then_some(Some(named)),
+    }
+}
+
+/// Whose searches a search of this caller's waits for: admins' together, a user's their own.
+pub fn asker(caller: &Caller) -> Option<UserId> {
+    match &caller.role {
+        Role::Admin => None,
+        Role::User(user) => Some(user.clone()),
     }
 }
 
@@ -234,10 +257,26 @@ fn failed(error: &SearchError) -> Problem {
     )
 }
 
+fn too_many(cause: &str) -> HttpProblem {
+    HttpProblem::new(
+        StatusCode::TOO_MANY_REQUESTS,
+        Problem::new(
+            "too_many_searches",
+            "Too many searches at a time",
+            cause,
+            "Wait for the answers of those under way, or close a page that follows the logs",
+        ),
+    )
+    .retry_after(1)
+}
+
 /// How a search that failed is told.
 pub fn search_problem(error: SearchError) -> HttpProblem {
     if let SearchError::Field(error) = &error {
         return wrong(&error.field, &error.reason);
+    }
+    if let SearchError::Busy = &error {
+        return too_many(&error.to_string());
     }
     tracing::error!(%error, "a search failed");
     HttpProblem::unavailable(failed(&error))

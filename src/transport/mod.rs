@@ -48,7 +48,7 @@ use utoipa_axum::routes;
 use crate::auth::{Keys, OneTime, RateLimits, Sessions};
 use crate::config::Config;
 use crate::journal::Journal;
-use crate::logs::LogSearch;
+use crate::logs::{LogSearch, Places};
 use crate::model::ReplId;
 use crate::pipeline::Pipeline;
 use crate::pipeline::modules::ModuleCalls;
@@ -111,6 +111,8 @@ pub struct Edge {
     pub journal: Journal,
     /// What happened, to be searched.
     pub search: Arc<dyn LogSearch>,
+    /// Who follows the logs.
+    pub followers: Places,
     /// What happens next.
     pub pipeline: Pipeline,
     /// Who owns sandboxes and releases.
@@ -184,6 +186,7 @@ impl Edge {
             guard,
             journal: parts.journal,
             search: parts.search,
+            followers: Places::new(logs::MAX_FOLLOWERS),
             pipeline: parts.pipeline,
             modules: parts.modules,
             platform: parts.platform,

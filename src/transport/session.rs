@@ -18,7 +18,8 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, timeout};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::error::{CapacityError, Error as WsError};
-use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::protocol::frame::Frame as WsFrame;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::{CloseCode, Data, OpCode};
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Message, Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Bytes, Utf8Bytes};
 
@@ -26,9 +27,9 @@ use super::Edge;
 use super::peers::{Found, Peer, Settled};
 use super::wire::{self, Frame};
 use crate::auth::Caller;
-use crate::journal::JournalError;
+use crate::journal::{Item, JournalError};
 use crate::model::{
-    Event, FieldError, MAX_MESSAGE_BYTES, Outcome, Problem, Record, SubmissionId, SubmissionRequest,
+    Event, FieldError, MAX_MESSAGE_BYTES, Outcome, Problem, SubmissionId, SubmissionRequest,
 };
 use crate::pipeline::{Admission, Refusal};
 
@@ -63,7 +64,15 @@ const COMMANDS: usize = 8;
 
 type Io = TokioIo<hyper::upgrade::Upgraded>;
 type Socket = WebSocketStream<Io>;
-type Frames = BoxStream<'static, Utf8Bytes>;
+type Frames = BoxStream<'static, Outgoing>;
+type Pieces = BoxStream<'static, Result<Vec<u8>, JournalError>>;
+
+/// A message to the client.
+enum Outgoing {
+    Text(Utf8Bytes),
+    /// One too large to be held whole: each piece becomes a fragment.
+    Pieces(Pieces),
+}
 
 /// What the reading side asks of the writing side.
 enum Command {
@@ -214,7 +223,13 @@ async fn write(
     ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let message = tokio::select! {
-            Some(frame) = followed.next(), if !followed.is_empty() => Message::Text(frame),
+            Some(frame) = followed.next(), if !followed.is_empty() => match frame {
+                Outgoing::Text(text) => Message::Text(text),
+                Outgoing::Pieces(pieces) => match send_pieces(sink, pieces).await {
+                    Ok(()) => continue,
+                    Err(end) => return end,
+                },
+            },
             command = inbox.recv() => match command {
                 Some(Command::Send(frame)) => Message::Text(frame),
                 Some(Command::Follow(frames)) => {
@@ -230,14 +245,38 @@ async fn write(
                 Message::Ping(Bytes::new())
             }
         };
-        let length = message.len();
-        let allowed = WRITE_STALL + Duration::from_secs((length / SLOWEST_BYTES_PER_SECOND) as u64);
-        match timeout(allowed, sink.send(message)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(_)) => return End::Gone,
-            Err(_) => return End::Dead("it did not take what was sent"),
+        if let Err(end) = send(sink, message).await {
+            return end;
         }
     }
+}
+
+async fn send(sink: &mut SplitSink<Socket, Message>, message: Message) -> Result<(), End> {
+    let length = message.len();
+    let allowed = WRITE_STALL + Duration::from_secs((length / SLOWEST_BYTES_PER_SECOND) as u64);
+    match timeout(allowed, sink.send(message)).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(_)) => Err(End::Gone),
+        Err(_) => Err(End::Dead("it did not take what was sent")),
+    }
+}
+
+/// Sends one text message in fragments: the next piece is read when the client has taken the one
+/// before.
+async fn send_pieces(sink: &mut SplitSink<Socket, Message>, mut pieces: Pieces) -> Result<(), End> {
+    let mut kind = Data::Text;
+    let mut next = pieces.next().await;
+    while let Some(piece) = next {
+        let piece = piece.map_err(|error| {
+            tracing::error!(%error, "a reply breaks off");
+            End::Close(CloseCode::Error, "the reply cannot be read")
+        })?;
+        next = pieces.next().await;
+        let fragment = WsFrame::message(piece, OpCode::Data(kind), next.is_none());
+        send(sink, Message::Frame(fragment)).await?;
+        kind = Data::Continue;
+    }
+    Ok(())
 }
 
 struct Reader<'a> {
@@ -504,7 +543,7 @@ struct Gone;
 fn relayed(source: SplitStream<WebSocketStream<TcpStream>>, shared: Arc<Shared>) -> Frames {
     let texts = source.filter_map(|message| {
         future::ready(match message {
-            Ok(Message::Text(text)) => Some(text),
+            Ok(Message::Text(text)) => Some(Outgoing::Text(text)),
             _ => None,
         })
     });
@@ -515,17 +554,19 @@ fn relayed(source: SplitStream<WebSocketStream<TcpStream>>, shared: Arc<Shared>)
 }
 
 /// The frame a record becomes, if the client wants it.
-fn outgoing(
-    id: SubmissionId,
-    record: Result<Record, JournalError>,
-    events: bool,
-) -> Option<Utf8Bytes> {
-    match record {
-        Ok(record) if matches!(record.event, Event::Reply(_)) => {
-            wire::reply(record).map(|outcome| wire::text(&outcome).into())
+fn outgoing(id: SubmissionId, item: Result<Item, JournalError>, events: bool) -> Option<Outgoing> {
+    let text = |text: String| Some(Outgoing::Text(text.into()));
+    match item {
+        Ok(Item::Large(reply)) => Some(Outgoing::Pieces(reply.pieces().boxed())),
+        Ok(Item::Record(record)) if matches!(record.event, Event::Reply(_)) => {
+            text(wire::text(&wire::reply(*record)?))
         }
-        Ok(record) if events => wire::event_frame(&record).map(|frame| wire::text(&frame).into()),
-        Ok(_) => None,
+        Ok(Item::Record(record)) if events => text(wire::text(&wire::event_frame(&record)?)),
+        Ok(Item::Record(_)) => None,
+        Err(gone @ JournalError::Gone { .. }) => {
+            let problem = wire::gone_problem(id, &gone);
+            text(wire::text(&wire::unavailable(Some(id), None, problem)))
+        }
         // The server is stopping: the socket says so, and the client resumes.
         Err(JournalError::Closed) => None,
         Err(error) => {
@@ -536,7 +577,7 @@ fn outgoing(
                 error.to_string(),
                 "Send {\"resume\": submission_id} again; the submission itself is not affected",
             );
-            Some(wire::text(&wire::unavailable(Some(id), None, problem)).into())
+            text(wire::text(&wire::unavailable(Some(id), None, problem)))
         }
     }
 }

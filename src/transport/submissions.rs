@@ -1,23 +1,28 @@
 //! Submissions over HTTP: the list, and the whole record of one.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use futures_util::{StreamExt, stream};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
 use utoipa::{IntoParams, ToSchema};
 
 use super::Edge;
 use super::body::{ProblemBody, Query};
 use super::caller::{Authenticated, Passed};
-use super::logs::{given, parse, search_problem, visible_user, wrong};
+use super::logs::{asker, given, parse, search_problem, visible_user, wrong};
 use super::peers::Found;
 use super::problem::HttpProblem;
 use super::wire;
 use crate::auth::Caller;
-use crate::journal::JournalError;
+use crate::journal::{Item, Journal, JournalError};
 use crate::logs::{SubmissionQuery, SubmissionSummary};
 use crate::model::{Event, Outcome, Problem, Record, ReplId, Submission, SubmissionId, UserId};
 
@@ -79,6 +84,7 @@ pub async fn list(
         status: given(params.status),
         limit,
         before: given(params.before),
+        asker: asker(&caller),
     };
     let page = edge
         .search
@@ -91,8 +97,12 @@ pub async fn list(
     }))
 }
 
-/// Everything about one submission.
-#[derive(Debug, Serialize, ToSchema)]
+/// Everything about one submission, as [`Writing`] writes it.
+#[derive(Debug, ToSchema)]
+#[expect(
+    dead_code,
+    reason = "it describes the answer, which is written piece by piece"
+)]
 pub struct WholeSubmission {
     /// Its id.
     #[schema(value_type = String)]
@@ -110,7 +120,6 @@ pub struct WholeSubmission {
     #[schema(value_type = Object)]
     submission: Option<Box<Submission>>,
     /// Its reply; absent while it is under way.
-    #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     reply: Option<Outcome>,
     /// Its event frames as they were streamed.
@@ -121,7 +130,7 @@ pub struct WholeSubmission {
 /// The whole record of a submission
 #[utoipa::path(get, path = "/submissions/{id}", tag = "submissions", params(("id" = String, Path)),
     responses((status = 200, body = WholeSubmission), (status = 401, body = ProblemBody),
-              (status = 404, body = ProblemBody)))]
+              (status = 404, body = ProblemBody), (status = 410, body = ProblemBody)))]
 pub async fn one(
     State(edge): State<Arc<Edge>>,
     Authenticated(caller): Authenticated,
@@ -139,32 +148,208 @@ pub async fn one(
     if !caller.sees(&known.user_id) {
         return Err(not_found());
     }
-    let records = match edge.journal.read_submission(id).await {
-        Ok(records) => records,
-        Err(JournalError::Unknown) => return Err(not_found()),
-        Err(error) => {
-            tracing::error!(submission_id = %id, %error, "a submission cannot be read");
-            return Err(HttpProblem::unavailable(Problem::new(
-                "journal_failed",
-                "The submission's record cannot be read",
-                error.to_string(),
-                "Try again; the server's log says more",
-            )));
-        }
-    };
-    let mut whole = WholeSubmission {
+    // The first page also says whether it can be read at all: after it, the status is sent.
+    let first = edge.journal.page_of_submission(id, 0).await;
+    let first = first.map_err(|error| unreadable(id, error))?;
+    let head = Head {
         submission_id: id,
         user_id: known.user_id,
         repl_id: known.repl_id,
         time: known.time,
-        submission: None,
-        reply: None,
-        events: Vec::new(),
     };
-    for record in records {
-        whole.add(record);
+    let (pieces, body) = mpsc::channel(1);
+    let journal = edge.journal.clone();
+    tokio::spawn(async move {
+        let writing = Writing {
+            pieces,
+            position: 0,
+            place: Place::Head,
+        };
+        writing.run(&journal, id, &head, first).await;
+    });
+    let body = stream::unfold(body, |mut body| async move {
+        let piece: Option<Result<Vec<u8>, JournalError>> = body.recv().await;
+        Some((piece?, body))
+    });
+    let json = [(header::CONTENT_TYPE, "application/json")];
+    Ok((json, Body::from_stream(body)).into_response())
+}
+
+/// How it is told that a submission's record cannot be read.
+fn unreadable(id: SubmissionId, error: JournalError) -> HttpProblem {
+    match error {
+        JournalError::Unknown => HttpProblem::not_found("submission"),
+        gone @ JournalError::Gone { .. } => {
+            HttpProblem::new(StatusCode::GONE, wire::gone_problem(id, &gone))
+        }
+        error => {
+            tracing::error!(submission_id = %id, %error, "a submission cannot be read");
+            HttpProblem::unavailable(Problem::new(
+                "journal_failed",
+                "The submission's record cannot be read",
+                error.to_string(),
+                "Try again; the server's log says more",
+            ))
+        }
     }
-    Ok(axum::Json(whole).into_response())
+}
+
+/// A client that takes nothing for this long has its answer ended.
+const STALL: Duration = Duration::from_secs(60);
+
+/// The first members of the answer.
+#[derive(Serialize)]
+struct Head {
+    submission_id: SubmissionId,
+    user_id: UserId,
+    repl_id: ReplId,
+    time: jiff::Timestamp,
+}
+
+/// Writes a [`WholeSubmission`] as it is read: one page of records is in memory, and the next is read
+/// when the client has taken it.
+struct Writing {
+    pieces: mpsc::Sender<Result<Vec<u8>, JournalError>>,
+    /// Of the last record written.
+    position: u64,
+    place: Place,
+}
+
+/// How much of the answer is written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// Its first members.
+    Head,
+    /// The submission as well.
+    Submission,
+    /// At least one event as well; the list is open.
+    Events,
+    /// All of it.
+    Ended,
+}
+
+/// The client has gone, or does not read.
+struct Gone;
+
+impl Writing {
+    async fn run(mut self, journal: &Journal, id: SubmissionId, head: &Head, first: Vec<Item>) {
+        let written = self.all(journal, id, head, first).await;
+        if let Ok(Err(error)) = written {
+            tracing::error!(submission_id = %id, %error, "an answer breaks off");
+            // The client sees that it is not whole.
+            let _ = timeout(STALL, self.pieces.send(Err(error))).await;
+        }
+    }
+
+    async fn all(
+        &mut self,
+        journal: &Journal,
+        id: SubmissionId,
+        head: &Head,
+        first: Vec<Item>,
+    ) -> Result<Result<(), JournalError>, Gone> {
+        let mut text = wire::text(head);
+        text.pop();
+        let mut page = first;
+        loop {
+            for item in page {
+                self.position = item.position();
+                match item {
+                    Item::Record(record) => self.record(&mut text, *record),
+                    Item::Large(reply) => {
+                        self.close_events(&mut text);
+                        text.push_str(",\"reply\":");
+                        self.send(std::mem::take(&mut text).into_bytes()).await?;
+                        let mut pieces = Box::pin(reply.pieces());
+                        while let Some(piece) = pieces.next().await {
+                            match piece {
+                                Ok(piece) => self.send(piece).await?,
+                                Err(error) => return Ok(Err(error)),
+                            }
+                        }
+                        self.send(b"}".to_vec()).await?;
+                        return Ok(Ok(()));
+                    }
+                }
+            }
+            if self.place == Place::Ended {
+                self.send(text.into_bytes()).await?;
+                return Ok(Ok(()));
+            }
+            if !text.is_empty() {
+                self.send(std::mem::take(&mut text).into_bytes()).await?;
+            }
+            page = match journal.page_of_submission(id, self.position).await {
+                Ok(page) if page.is_empty() => {
+                    self.close_events(&mut text);
+                    text.push('}');
+                    self.send(text.into_bytes()).await?;
+                    return Ok(Ok(()));
+                }
+                Ok(page) => page,
+                Err(error) => return Ok(Err(error)),
+            };
+        }
+    }
+
+    fn record(&mut self, text: &mut String, record: Record) {
+        if let Some(frame) = wire::event_frame(&record) {
+            self.open_events(text);
+            text.push_str(&wire::text(&frame));
+            return;
+        }
+        match record.event {
+            Event::Received { submission, .. } => {
+                self.place = Place::Submission;
+                text.push_str(",\"submission\":");
+                text.push_str(&wire::text(&submission));
+            }
+            Event::Reply(_) => {
+                self.close_events(text);
+                if let Some(reply) = wire::reply(record) {
+                    text.push_str(",\"reply\":");
+                    text.push_str(&wire::text(&reply));
+                }
+                text.push('}');
+                self.place = Place::Ended;
+            }
+            Event::Queued
+            | Event::Step { .. }
+            | Event::Output { .. }
+            | Event::TakenUp
+            | Event::PutDown
+            | Event::RunEnded { .. }
+            | Event::Test(_)
+            | Event::ProgramOutput { .. }
+            | Event::Repl { .. } => {}
+        }
+    }
+
+    /// Begins another event.
+    fn open_events(&mut self, text: &mut String) {
+        text.push_str(match self.place {
+            Place::Head => ",\"submission\":null,\"events\":[",
+            Place::Submission => ",\"events\":[",
+            Place::Events | Place::Ended => ",",
+        });
+        self.place = Place::Events;
+    }
+
+    fn close_events(&mut self, text: &mut String) {
+        text.push_str(match self.place {
+            Place::Head => ",\"submission\":null,\"events\":[]",
+            Place::Submission => ",\"events\":[]",
+            Place::Events => "]",
+            Place::Ended => "",
+        });
+    }
+
+    async fn send(&self, piece: Vec<u8>) -> Result<(), Gone> {
+        match timeout(STALL, self.pieces.send(Ok(piece))).await {
+            Ok(Ok(())) => Ok(()),
+            _ => Err(Gone),
+        }
+    }
 }
 
 /// Another replica's submission, as that one answers.
@@ -187,33 +372,16 @@ async fn elsewhere(
             match StatusCode::from_u16(status) {
                 Ok(StatusCode::OK) => {
                     let json = (header::CONTENT_TYPE, "application/json");
-                    Ok(([json], body).into_response())
+                    Ok(([json], Body::from_stream(body)).into_response())
                 }
                 Ok(StatusCode::NOT_FOUND) => Err(HttpProblem::not_found("submission")),
+                Ok(StatusCode::GONE) => {
+                    let problem = [(header::CONTENT_TYPE, super::problem::CONTENT_TYPE)];
+                    let body = Body::from_stream(body);
+                    Ok((StatusCode::GONE, problem, body).into_response())
+                }
                 _ => Err(HttpProblem::unavailable(peers.unknown())),
             }
-        }
-    }
-}
-
-impl WholeSubmission {
-    fn add(&mut self, record: Record) {
-        if let Some(frame) = wire::event_frame(&record) {
-            self.events.extend(serde_json::to_value(frame).ok());
-            return;
-        }
-        match record.event {
-            Event::Received { submission, .. } => self.submission = Some(submission),
-            Event::Reply(_) => self.reply = wire::reply(record),
-            Event::Queued
-            | Event::Step { .. }
-            | Event::Output { .. }
-            | Event::TakenUp
-            | Event::PutDown
-            | Event::RunEnded { .. }
-            | Event::Test(_)
-            | Event::ProgramOutput { .. }
-            | Event::Repl { .. } => {}
         }
     }
 }

@@ -3,6 +3,7 @@
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use crate::journal::JournalError;
 use crate::model::{
     Event, FieldError, Outcome, OutputStream, Problem, Record, Status, Step, StepState,
     SubmissionId, SubmissionRequest, TestResult, UserId,
@@ -436,6 +437,17 @@ pub fn unavailable(id: Option<SubmissionId>, user: Option<&UserId>, problem: Pro
         error: Some(problem),
         ..Outcome::new(Status::Unavailable)
     }
+}
+
+/// What is said of a submission that ended so long ago that its record is deleted.
+pub fn gone_problem(id: SubmissionId, cause: &JournalError) -> Problem {
+    Problem::new(
+        "gone",
+        format!("The record of submission {id} is no longer kept"),
+        cause.to_string(),
+        "To run it again send it under another submission_id; the operator can keep more with \
+         GANTRY_JOURNAL_BYTES",
+    )
 }
 
 /// What a frame about a submission gets that the caller cannot see, whether or not it exists.

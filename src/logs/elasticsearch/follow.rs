@@ -156,6 +156,7 @@ impl Follower {
     }
 
     async fn look_in_index(&mut self, bounds: &Cursor) -> Result<(), SearchError> {
+        let _turn = self.search.turn(self.query.asker.as_ref()).await?;
         let found = self
             .search
             .find(&self.filter, self.after.as_ref(), bounds)
@@ -239,6 +240,9 @@ impl Follower {
 
     /// Takes in what other servers shipped and did not tell themselves.
     async fn look_for_others(&mut self, shipped: Cursor) {
+        let Ok(_turn) = self.search.turn(self.query.asker.as_ref()).await else {
+            return;
+        };
         let after = self.after.get_or_insert_default();
         let found = self.search.find(&self.filter, Some(after), &shipped).await;
         // While the index is away they are seen later; this server's own go on.

@@ -22,7 +22,8 @@ use crate::logs::query::{
 };
 use crate::logs::search::LogSearch;
 use crate::logs::shipper::Shipper;
-use crate::model::FieldError;
+use crate::logs::turns::{Turn, Turns};
+use crate::model::{FieldError, UserId};
 
 /// How long an answer waits for what was durable when it was asked to be in the index. Usually some
 /// tens of milliseconds; a backlog must not hold up every page.
@@ -49,6 +50,7 @@ struct Inner {
     shipper: Shipper,
     neighbours: Option<Arc<dyn Neighbours>>,
     seen: Mutex<Seen>,
+    turns: Turns,
 }
 
 /// What can be found for certain.
@@ -82,11 +84,17 @@ impl ElasticsearchSearch {
             shipper,
             neighbours,
             seen: Mutex::default(),
+            turns: Turns::new(QUERY_TIMEOUT),
         }))
     }
 
     pub(super) fn neighbours(&self) -> Option<&Arc<dyn Neighbours>> {
         self.0.neighbours.as_ref()
+    }
+
+    /// Waits for the turn of a follower's user.
+    pub(super) async fn turn(&self, asker: Option<&UserId>) -> Result<Turn, SearchError> {
+        self.0.turns.wait(asker).await
     }
 
     pub(super) fn journal(&self) -> &Journal {
@@ -155,7 +163,8 @@ impl ElasticsearchSearch {
         let answer = self
             .call(&path, &[("timeout", limit.as_str())], Payload::Json(body))
             .await?;
-        match answer["timed_out"] == true {
+        // Half of what there is would be no answer.
+        match answer["timed_out"] == true || answer["terminated_early"] == true {
             true => Err(slow()),
             false => Ok(answer),
         }
@@ -309,8 +318,10 @@ impl LogSearch for ElasticsearchSearch {
     }
 
     async fn query(&self, query: LogQuery) -> Result<LogPage, SearchError> {
+        let asker = query.asker.clone();
         let (filter, after) = split(query)?;
         self.wait_for_index().await;
+        let _turn = self.0.turns.enter(asker.as_ref()).await?;
         let bounds = self.bounds().await?;
         let found = self.find(&filter, after.as_ref(), &bounds).await?;
         Ok(LogPage {
@@ -321,8 +332,10 @@ impl LogSearch for ElasticsearchSearch {
 
     async fn submissions(&self, mut query: SubmissionQuery) -> Result<SubmissionPage, SearchError> {
         let mut before = Before::parse(query.before.take())?;
+        let asker = query.asker.clone();
         let filter = SubmissionFilter::try_from(query)?;
         self.wait_for_index().await;
+        let _turn = self.0.turns.enter(asker.as_ref()).await?;
         let bounds = self.bounds().await?;
         let mut page = SubmissionPage {
             submissions: Vec::new(),

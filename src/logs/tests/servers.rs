@@ -57,6 +57,7 @@ async fn each_server_finds_and_follows_the_others_records() {
         status: None,
         limit: 10,
         before: None,
+        asker: None,
     };
     let list = one.search.submissions(query).await.unwrap();
     assert_eq!(list.submissions.len(), 2);

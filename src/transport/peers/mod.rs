@@ -15,7 +15,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use axum::http::{HeaderMap, header};
+use futures_util::StreamExt;
 use futures_util::future::join_all;
+use futures_util::stream::BoxStream;
 use jiff::{SignedDuration, Timestamp};
 use secrecy::{ExposeSecret, SecretString};
 use serde::de::DeserializeOwned;
@@ -329,24 +331,24 @@ impl Peers {
         }
     }
 
-    /// What the other replica answers to a GET of this caller's: status and JSON.
+    /// What the other replica answers to a GET of this caller's: status and JSON, which may be long.
     pub async fn get(
         &self,
         peer: &Peer,
         path: &str,
         key_id: &str,
-    ) -> Result<(u16, bytes::Bytes), String> {
+    ) -> Result<(u16, BoxStream<'static, reqwest::Result<bytes::Bytes>>), String> {
         let request = self
             .http
             .get(format!("http://{}{path}", peer.address))
             .header(header::HOST.as_str(), OWN_HOST)
             .header(PEER_KEY, self.secret())
-            .header(CALLER, key_id)
-            .timeout(ANSWER);
-        let answer = request.send().await.map_err(|error| error.to_string())?;
-        let status = answer.status().as_u16();
-        let body = answer.bytes().await.map_err(|error| error.to_string())?;
-        Ok((status, body))
+            .header(CALLER, key_id);
+        let answer = match tokio::time::timeout(ANSWER, request.send()).await {
+            Ok(answer) => answer.map_err(|error| error.to_string())?,
+            Err(_) => return Err(format!("no answer within {} s", ANSWER.as_secs())),
+        };
+        Ok((answer.status().as_u16(), answer.bytes_stream().boxed()))
     }
 
     /// The key that a credential stands for which another replica gave out.
