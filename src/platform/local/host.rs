@@ -416,7 +416,9 @@ impl Private {
         });
         self.is_in(&folder)
             || of_home
-            || folder == Path::new("/root")
+            || ["/root", "/home"]
+                .iter()
+                .any(|name| folder == Path::new(name))
             || folder
                 .parent()
                 .is_none_or(|above| above == Path::new("/home"))
