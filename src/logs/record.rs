@@ -286,6 +286,12 @@ fn run_parts(report: &RunReport) -> Parts<'_> {
             Some(reason.as_str()),
         ),
         Ending::Cancelled => ("Cancelled".to_owned(), Level::Warn, UNKNOWN, None),
+        Ending::Starved { waited_ms } => (
+            format!("Stopped: it waited {waited_ms} ms for a processor"),
+            Level::Error,
+            UNKNOWN,
+            None,
+        ),
         Ending::NotStarted(cause) => (
             format!("Could not be started: {cause}"),
             Level::Error,

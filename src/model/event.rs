@@ -246,6 +246,11 @@ pub enum Ending {
     Cancelled,
     /// Never started: the sandbox's side failed. Not the user's failure.
     NotStarted(String),
+    /// Stopped since the machine was too busy to let it run. Not the user's failure.
+    Starved {
+        /// Milliseconds for which it could have run and had no processor.
+        waited_ms: u64,
+    },
 }
 
 /// One journal record: an event, what it belongs to, and when.

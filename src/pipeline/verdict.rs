@@ -113,6 +113,19 @@ fn not_decided(run: &FinishedRun) -> Option<(Status, Option<Problem>)> {
     };
     match &report.ending {
         Ending::Cancelled => Some((Status::Cancelled, None)),
+        Ending::Starved { waited_ms } => {
+            let problem = Problem::new(
+                "machine_busy",
+                "The machine was too busy to run the program",
+                format!(
+                    "it took {} ms, for {waited_ms} of which it waited for a processor",
+                    report.duration_ms
+                ),
+                "Submit it again under a new submission_id; if this happens often, ask the operator for \
+                 more processors or fewer runs at one time (GANTRY_MAX_RUNS).",
+            );
+            Some((Status::Unavailable, Some(problem)))
+        }
         Ending::NotStarted(why) => {
             let problem = Problem::new(
                 "run_not_started",
@@ -239,7 +252,9 @@ fn is_absent(module: &str, run: &FinishedRun) -> bool {
 
 fn reason_of(ending: &Ending) -> Option<Reason> {
     match ending {
-        Ending::Exited(0) | Ending::Cancelled | Ending::NotStarted(_) => None,
+        Ending::Exited(0) | Ending::Cancelled | Ending::NotStarted(_) | Ending::Starved { .. } => {
+            None
+        }
         Ending::Exited(_) => Some(Reason::ExitCode),
         Ending::Signalled(_) => Some(Reason::Signal),
         Ending::Limit(reason) => Some(*reason),
@@ -342,6 +357,7 @@ fn in_words(ending: &Ending) -> String {
         Ending::Limit(reason) => format!("was stopped at its {} limit", reason.as_str()),
         Ending::Cancelled => "was cancelled".to_owned(),
         Ending::NotStarted(why) => format!("could not be started: {why}"),
+        Ending::Starved { .. } => "was stopped, since the machine was too busy for it".to_owned(),
     }
 }
 
@@ -504,6 +520,10 @@ mod tests {
         assert_eq!(decided(Ending::Cancelled), (Status::Cancelled, None));
         assert_eq!(
             decided(Ending::NotStarted(String::new())),
+            (Status::Unavailable, None)
+        );
+        assert_eq!(
+            decided(Ending::Starved { waited_ms: 1 }),
             (Status::Unavailable, None)
         );
         assert_eq!(

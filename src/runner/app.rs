@@ -886,6 +886,7 @@ pub fn describe(ending: &Ending) -> String {
         Ending::Limit(reason) => format!("was stopped at its {} limit", reason.as_str()),
         Ending::Cancelled => "was stopped".to_owned(),
         Ending::NotStarted(why) => format!("could not be started: {why}"),
+        Ending::Starved { .. } => "was stopped, since the machine was too busy for it".to_owned(),
     }
 }
 

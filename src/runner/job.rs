@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 
 use super::agent::Orphans;
-use super::process::{Exit, Tree};
+use super::process::{Exit, Pressure, Tree};
 use super::slot::Slot;
 use super::warm::Program;
 use super::wire::{Job, JobEvent, JobId};
@@ -22,6 +22,17 @@ use crate::model::{Ending, Limits, OutputStream, Reason, RunReport, Usage};
 /// How often a running job is measured. Memory can grow by some 40 MB in this time, which the
 /// sandbox's own bound has room for; a run that ends sooner is not measured at all.
 const MEASURE_EVERY: Duration = Duration::from_millis(20);
+
+/// Every so many measurements it is looked at how long the run has waited for a processor: it takes a file
+/// for each thread.
+const MEASURES_OF_PRESSURE: u32 = 5;
+
+/// The most time that a run gets beyond its wall-clock limit on a machine that keeps it from running. One
+/// that has lost more is not judged. The server waits for a minute longer than the limit.
+fn most_more(wall: Duration) -> Duration {
+    const MOST: Duration = Duration::from_secs(30);
+    (2 * wall).min(MOST)
+}
 
 /// Bytes taken from a pipe at once: what a pipe holds.
 const READ_BYTES: usize = 64 << 10;
@@ -150,6 +161,12 @@ pub struct Supervisor<'a> {
     output_bytes: u64,
     truncated: bool,
     peak: u64,
+    /// What the machine kept from it.
+    pressure: Pressure,
+    measured: u32,
+    /// It has used as much of the processors as one of them has in its time: whatever it waited for,
+    /// it has had its chance.
+    had_its_time: bool,
     /// A look at the memory that its processes share, under way.
     closer_look: Option<JoinHandle<u64>>,
     stopped: Option<Ending>,
@@ -184,6 +201,9 @@ impl<'a> Supervisor<'a> {
             log,
             given,
             started: Instant::now(),
+            pressure: Pressure::since(std::time::Instant::now()),
+            measured: 0,
+            had_its_time: false,
             output_bytes: 0,
             truncated: false,
             peak: 0,
@@ -246,7 +266,10 @@ impl<'a> Supervisor<'a> {
                 Happening::Looked(resident) => self.resident(resident).await,
                 // Killed long ago, and its end was never told: the reason is known all the same.
                 Happening::OutOfTime if self.stopped.is_some() => break None,
-                Happening::OutOfTime => self.stop(Ending::Limit(Reason::Timeout)).await,
+                Happening::OutOfTime => match self.more_time() {
+                    Some(until) => deadline.as_mut().reset(until),
+                    None => self.stop(self.too_late()).await,
+                },
                 Happening::Told(Some(Command::Stdin(piece))) => input.add(piece),
                 Happening::Told(Some(Command::Cancel)) => self.stop(Ending::Cancelled).await,
                 Happening::Told(None) => told = false,
@@ -296,9 +319,38 @@ impl<'a> Supervisor<'a> {
         }
     }
 
+    /// Until when it may run on, once its time is over: for as long as the machine kept it from running,
+    /// within bounds.
+    fn more_time(&mut self) -> Option<Instant> {
+        let cpu = self.tree.usage().cpu + self.orphans.cpu();
+        self.pressure.look(&self.tree, cpu);
+        let wall = self.job.limits.wall();
+        self.had_its_time = self.pressure.used() >= wall;
+        if self.had_its_time {
+            return None;
+        }
+        let allowed = wall + self.pressure.lost().min(most_more(wall));
+        let left = allowed.saturating_sub(self.started.elapsed());
+        (!left.is_zero()).then(|| Instant::now() + left.max(MEASURE_EVERY))
+    }
+
+    /// Why it is stopped when its time is over.
+    fn too_late(&self) -> Ending {
+        let lost = self.pressure.lost();
+        if !self.had_its_time && lost > most_more(self.job.limits.wall()) {
+            let waited_ms = millis(lost);
+            return Ending::Starved { waited_ms };
+        }
+        Ending::Limit(Reason::Timeout)
+    }
+
     async fn measure(&mut self) {
         let mut usage = self.tree.usage();
         usage.cpu += self.orphans.cpu();
+        self.measured += 1;
+        if self.measured.is_multiple_of(MEASURES_OF_PRESSURE) {
+            self.pressure.look(&self.tree, usage.cpu);
+        }
         self.gone_since = match usage.processes {
             0 => self.gone_since.or_else(|| Some(Instant::now())),
             _ => None,

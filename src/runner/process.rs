@@ -1,10 +1,13 @@
 //! Processes as the kernel shows them: who belongs to a job, what it uses, and how to end it whole.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use crate::model::Limits;
 
 /// What a set of processes uses.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -229,6 +232,111 @@ pub fn processor_time(pid: i32) -> Option<Duration> {
     ))
 }
 
+/// How long a process's threads have run and how long they have waited for a processor, until now, in all.
+fn schedule(pid: i32) -> (Duration, Duration) {
+    let threads = fs::read_dir(format!("/proc/{pid}/task"));
+    let times = threads.into_iter().flatten().filter_map(|thread| {
+        let schedule = fs::read_to_string(thread.ok()?.path().join("schedstat")).ok()?;
+        let mut times = schedule.split(' ').map(|nanos| nanos.parse::<u64>().ok());
+        Some((times.next()??, times.next()??))
+    });
+    let (ran, waited) = times.fold((0, 0), |all, one| (all.0 + one.0, all.1 + one.1));
+    (Duration::from_nanos(ran), Duration::from_nanos(waited))
+}
+
+/// Processor time that the machine's own host has taken from it until now, of each of its processors.
+fn stolen() -> Duration {
+    let Ok(text) = fs::read_to_string("/proc/stat") else {
+        return Duration::ZERO;
+    };
+    let processors = text.lines().filter(|line| line.starts_with("cpu")).count();
+    let ticks = |line: &str| line.split_whitespace().nth(8)?.parse::<u64>().ok();
+    let ticks = text.lines().next().and_then(ticks).unwrap_or(0);
+    // The first of these lines is the sum.
+    let each = ticks
+        / u64::try_from(processors)
+            .unwrap_or(1)
+            .saturating_sub(1)
+            .max(1);
+    Duration::from_millis(each.saturating_mul(1_000) / clock_ticks())
+}
+
+/// For how long a set of processes could have run and had no processor: the machine was busy with
+/// others. What its processes take from each other does not count.
+#[derive(Debug)]
+pub struct Pressure {
+    looked: Instant,
+    cpu: Duration,
+    stolen: Duration,
+    /// By process, how long it has run and how long it has waited.
+    times: HashMap<i32, (Duration, Duration)>,
+    used: Duration,
+    lost: Duration,
+}
+
+impl Pressure {
+    /// Nothing lost from here on.
+    pub fn since(started: Instant) -> Self {
+        Self {
+            looked: started,
+            cpu: Duration::ZERO,
+            stolen: stolen(),
+            times: HashMap::new(),
+            used: Duration::ZERO,
+            lost: Duration::ZERO,
+        }
+    }
+
+    /// What was lost until the last look.
+    pub fn lost(&self) -> Duration {
+        self.lost
+    }
+
+    /// What was used until the last look.
+    pub fn used(&self) -> Duration {
+        self.used
+    }
+
+    /// Looks again. `cpu` is what the processes have used by now.
+    pub fn look(&mut self, tree: &Tree, cpu: Duration) {
+        let passed = self.looked.elapsed();
+        self.looked += passed;
+        let taken = stolen();
+        let stolen = taken.saturating_sub(self.stolen);
+        self.stolen = taken;
+        let before = std::mem::take(&mut self.times);
+        let (mut ran, mut longest) = (Duration::ZERO, Duration::ZERO);
+        for pid in tree.pids().into_iter().take(MAX_LOOKED_AT) {
+            let now = schedule(pid);
+            let known = before.get(&pid).copied().unwrap_or_default();
+            ran += now.0.saturating_sub(known.0);
+            longest = longest.max(now.1.saturating_sub(known.1));
+            self.times.insert(pid, now);
+        }
+        // The one is exact and misses those that have ended, the other counts them, in ticks.
+        let used = ran.max(cpu.saturating_sub(self.cpu));
+        self.cpu = cpu;
+        self.used += used;
+        self.lost += lost(passed, used, longest, stolen);
+    }
+}
+
+/// What of this time was lost by processes that used so much of it, the longest of whose waits in it was
+/// this one, on a machine that was itself away for so long.
+fn lost(passed: Duration, used: Duration, wait: Duration, stolen: Duration) -> Duration {
+    if passed.is_zero() {
+        return Duration::ZERO;
+    }
+    // Who sleeps loses nothing when the machine is away.
+    let busy = (used + wait).as_secs_f64() / passed.as_secs_f64();
+    let missed = wait + stolen.mul_f64(busy.min(1.0));
+    // Who had a whole processor's time has waited for itself alone.
+    missed.min(passed.saturating_sub(used))
+}
+
+/// Most processes looked at: as many as a run may have.
+const MAX_LOOKED_AT: usize = Limits::MAXIMUM.processes as usize;
+
 fn proportional_set(pid: i32) -> Option<u64> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
     let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;
@@ -379,4 +487,25 @@ pub fn reap() -> Option<(i32, u32, Exit)> {
         };
         (pid, uid, exit)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_lost_is_what_others_took() {
+        let ms = Duration::from_millis;
+        let lost = |used, wait, stolen| lost(ms(100), ms(used), ms(wait), ms(stolen));
+        assert_eq!(lost(0, 0, 90), ms(0), "it slept");
+        assert_eq!(lost(30, 70, 0), ms(70), "it wanted to run all the time");
+        assert_eq!(lost(30, 20, 0), ms(20), "it slept for half of the time");
+        assert_eq!(
+            lost(100, 90, 0),
+            ms(0),
+            "its own processes waited for each other"
+        );
+        assert_eq!(lost(60, 0, 40), ms(24), "the machine was away");
+        assert_eq!(lost(200, 50, 0), ms(0), "it had two processors");
+    }
 }

@@ -181,7 +181,7 @@ fn probe_landlock() -> Check {
 fn probe_cgroups(isolation: Isolation, checks: &mut Vec<Check>) -> bool {
     let made = if matches!(isolation, Isolation::Full { .. }) {
         let name = format!("trial-{}", std::process::id());
-        Cgroup::create(&name, 64 << 20, 16).map(|_| Cgroup::remove(&name))
+        Cgroup::create(&name, &name, 64 << 20, 16).map(|_| Cgroup::remove(&name))
     } else {
         Err(std::io::Error::other(
             "only root can make control groups here",

@@ -57,6 +57,8 @@ pub struct Sandbox {
 pub struct Tenant {
     /// A name for its files.
     pub name: String,
+    /// Whose it is: all sandboxes of a user have one share of the processor.
+    pub user: UserId,
     /// Folders shown to it.
     pub placed: Vec<Placed>,
     /// Slots in it.
@@ -159,6 +161,7 @@ impl Sandboxes {
         };
         let tenant = Tenant {
             name: name.clone(),
+            user: user.clone(),
             placed: Vec::new(),
             slots,
             network: self.config.network,
@@ -238,7 +241,8 @@ impl Sandboxes {
         let cgroups = if self.host.cgroups {
             let memory = tenant.memory + RUNNER_MEMORY;
             let processes = tenant.slots as u64 * Limits::MAXIMUM.processes + 64;
-            Cgroup::create(&self.group(&tenant.name), memory, processes)?.procs()
+            let owner = self.group(&format!("owner-{}", tenant.user));
+            Cgroup::create(&owner, &self.group(&tenant.name), memory, processes)?.procs()
         } else {
             Vec::new()
         };
