@@ -62,6 +62,9 @@ pub struct ServeArgs {
     /// Let test runs use the network
     #[arg(long, env = "GANTRY_ALLOW_NETWORK", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     allow_network: Option<String>,
+    /// Let the kernel log each system call that user code is refused
+    #[arg(long, env = "GANTRY_LOG_REFUSED_CALLS", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    log_refused_calls: Option<String>,
     #[command(flatten)]
     packages: PackageArgs,
     /// Runs at one time, all users together [default: twice the cores, at least 4]
@@ -206,6 +209,8 @@ pub struct Config {
     pub require_sandbox: bool,
     /// Test runs may use the network.
     pub allow_network: bool,
+    /// The kernel logs each system call that user code is refused.
+    pub log_refused: bool,
     /// Where what programs depend on may be installed from.
     pub packages: Packages,
     /// Runs at one time.
@@ -425,6 +430,7 @@ impl Config {
             nameserver: nameserver(&args.nameserver)?,
             require_sandbox: switch("GANTRY_REQUIRE_SANDBOX", &args.require_sandbox)?,
             allow_network: switch("GANTRY_ALLOW_NETWORK", &args.allow_network)?,
+            log_refused: switch("GANTRY_LOG_REFUSED_CALLS", &args.log_refused_calls)?,
             packages: args.packages.checked(|name| std::env::var(name).ok())?,
             max_runs: max_runs(&args.max_runs)?,
             max_waiting: max_waiting(&args.max_waiting)?,

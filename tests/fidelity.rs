@@ -407,6 +407,7 @@ async fn sandbox() -> (tempfile::TempDir, Arc<LocalPlatform>, Session) {
         maximum: Limits::MAXIMUM,
         network: false,
         packages: Default::default(),
+        log_refused: false,
         app_authority: "apps.localhost:8000".to_owned(),
         authority: "localhost:8000".to_owned(),
         disk: DiskBounds::USUAL,

@@ -118,6 +118,7 @@ async fn start(data: &Path) -> LocalPlatform {
         maximum: Limits::MAXIMUM,
         network: false,
         packages: Default::default(),
+        log_refused: false,
         app_authority: "apps.localhost:8000".to_owned(),
         authority: "localhost:8000".to_owned(),
         disk: DiskBounds::USUAL,

@@ -43,6 +43,7 @@ async fn platform(data: &Path) -> (Arc<LocalPlatform>, DirectoryStore) {
         maximum: Limits::MAXIMUM,
         network: false,
         packages: Default::default(),
+        log_refused: false,
         app_authority: "apps.localhost:8000".to_owned(),
         authority: "localhost:8000".to_owned(),
         disk: DiskBounds::USUAL,

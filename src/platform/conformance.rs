@@ -2,6 +2,7 @@
 //! backend's test calls [`all`] with a platform of its own.
 
 mod built;
+mod poison;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use crate::model::{
     RunReport, SubmissionId, Tested, Tests, UserId,
 };
 use crate::runner::client::{Run, RunEvent};
+use crate::runner::confine::{SIGNALS_VERSION, landlock_version};
 use crate::runner::wire::{Job, JobEvent, JobId};
 use crate::storage::CodeStore;
 
@@ -123,6 +125,19 @@ pub async fn all(subject: &Subject) -> anyhow::Result<()> {
         .with_context(context(
             "a sandbox is kept, and made anew when it was dropped",
         ))?;
+    poison::a_run_finds_its_folders_as_new(subject)
+        .await
+        .with_context(context("a run finds its folders as new"))?;
+    if has("isolation") || landlock_version() >= Some(SIGNALS_VERSION) {
+        poison::a_run_cannot_stop_the_next(subject)
+            .await
+            .with_context(context("a run cannot stop the next"))?;
+    }
+    if has("isolation") && subject.platform.name() == "local" {
+        poison::a_run_leaves_no_ports(subject)
+            .await
+            .with_context(context("a run leaves no ports taken"))?;
+    }
     if has("isolation") {
         users_cannot_see_each_other(subject)
             .await

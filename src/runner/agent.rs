@@ -23,9 +23,10 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, timeout};
 
 use super::build::{Builds, pack, unpack};
-use super::confine::{Confinement, Identity, Reach};
+use super::confine::{Calls, Confinement, Identity, Reach, SIGNALS_VERSION, landlock_version};
 use super::job::{Command, Input, JobLog, KILL_PATIENCE, Supervisor};
 use super::line::{Lines, Proxy};
+use super::network::Network;
 use super::process::{Exit, MemoryGroup, die_first, reap};
 use super::report::{Report, with_folder};
 use super::slot::{Ground, Slot};
@@ -73,6 +74,10 @@ pub struct AgentConfig {
     pub reach: Vec<Reach>,
     /// Whether internet sockets may be made.
     pub network: bool,
+    /// Whether each slot has a network of its own.
+    pub networks: bool,
+    /// Whether the kernel logs the system calls that user code is refused.
+    pub log_refused: bool,
     /// The Python to start ahead of time.
     pub python: Option<PathBuf>,
     /// `PATH` of user code.
@@ -93,6 +98,23 @@ impl AgentConfig {
             ("LANG".to_owned(), "C.UTF-8".to_owned()),
             ("TMPDIR".to_owned(), text(slot.temporary())),
         ]
+    }
+
+    /// How system calls are filtered.
+    pub fn calls(&self, shared_user: bool) -> Calls {
+        Calls {
+            network: self.network,
+            shared_user,
+            logged: self.log_refused,
+        }
+    }
+
+    /// The Python to start ahead of time. Where it has no user id of its own, a run could stop it for all
+    /// that follow, unless the kernel keeps a run's signals to itself.
+    pub fn waiting_python(&self) -> Option<&PathBuf> {
+        let kept_apart = || landlock_version().is_some_and(|version| version >= SIGNALS_VERSION);
+        let python = self.python.as_ref()?;
+        (self.first_uid.is_some() || kept_apart()).then_some(python)
     }
 
     /// The folder with the waiting interpreter's hook, as user code's world sees it.
@@ -271,7 +293,7 @@ pub async fn run(
     listener: UnixListener,
     memory: MemoryGroup,
 ) -> anyhow::Result<()> {
-    let confinement = Confinement::new(&config.reach, config.network)?;
+    let confinement = Confinement::new(&config.reach, config.calls(config.first_uid.is_none()))?;
     let agent = Rc::new(Agent {
         memory,
         confinement,
@@ -361,7 +383,11 @@ impl Agent {
         if index >= self.config.slots {
             return None;
         }
-        match Slot::create(&self.config, index) {
+        let made = Slot::create(&self.config, index).and_then(|slot| match self.config.networks {
+            true => Ok(slot.with_network(Network::new()?)),
+            false => Ok(slot),
+        });
+        match made {
             Ok(slot) => {
                 self.slots_made.set(index + 1);
                 Some(Arc::new(slot))
@@ -407,7 +433,7 @@ impl Agent {
     }
 
     async fn park(&self, slot: &Slot, start: Start) -> anyhow::Result<Option<Parked>> {
-        let Some(python) = &self.config.python else {
+        let Some(python) = self.config.waiting_python() else {
             return Ok(None);
         };
         let mut interpreter = self.interpreter.lock().await;
@@ -760,14 +786,18 @@ impl Agent {
         }
         let own = rustix::process::getuid().as_raw();
         let proxy = match lines {
-            Some(lines) => Some(Proxy::start(lines, slot.uid.unwrap_or(own)).await?),
+            Some(lines) => {
+                Some(Proxy::start(lines, slot.uid.unwrap_or(own), slot.network()).await?)
+            }
             None => None,
         };
         env.extend(proxy.iter().flat_map(Proxy::environment));
         let port = proxy.as_ref().map(|proxy| proxy.port);
         // With a network of its own it may reach what is there, which is this.
         let confinement = match port.filter(|_| !self.config.network) {
-            Some(port) => Confinement::with_line(&self.config.reach, port)?,
+            Some(port) => {
+                Confinement::with_line(&self.config.reach, self.config.calls(false), port)?
+            }
             None => self.confinement.clone(),
         };
         let (program, report) = self.spawn(job, slot, env, &confinement)?;
@@ -801,6 +831,9 @@ impl Agent {
             true => Some(Report::of(&mut command)?),
             false => None,
         };
+        if let Some(network) = slot.network() {
+            network.apply(&mut command);
+        }
         let identity = slot.uid.map_or(Identity::Own, Identity::User);
         confinement.apply(
             &mut command,

@@ -265,7 +265,7 @@ impl App {
         let exits = Exits::default();
         tokio::task::spawn_local(collect_children(exits.clone())?);
         Ok(Rc::new(App {
-            confinement: Confinement::new(&config.sandbox.reach, config.sandbox.network)?
+            confinement: Confinement::new(&config.sandbox.reach, config.sandbox.calls(false))?
                 .on_shared_disk()?,
             slot,
             exits,
@@ -499,7 +499,7 @@ impl App {
     async fn open_proxy(&self) -> io::Result<()> {
         let own = rustix::process::getuid().as_raw();
         let uid = self.slot.uid.unwrap_or(own);
-        let proxy = || Proxy::start(Rc::clone(&self.lines), uid);
+        let proxy = || Proxy::start(Rc::clone(&self.lines), uid, None);
         self.proxy.get_or_try_init(proxy).await.map(drop)
     }
 

@@ -16,6 +16,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use super::client::ByteStream;
+use super::network::Network;
 use super::wire::{FromRunner, frames, raw};
 use crate::model::PROXY_VARIABLES;
 
@@ -78,10 +79,20 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// One that uses these lines, for programs of this user only: other runs of the sandbox have the same
-    /// loopback, and may not go out.
-    pub async fn start(lines: Rc<Lines>, uid: u32) -> std::io::Result<Self> {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
+    /// One that uses these lines, for programs of this user only: others with the same loopback may not go
+    /// out. In a slot's own network there are no others.
+    pub async fn start(
+        lines: Rc<Lines>,
+        uid: u32,
+        network: Option<&Network>,
+    ) -> std::io::Result<Self> {
+        let listen = || std::net::TcpListener::bind(("127.0.0.1", 0));
+        let (listener, uid) = match network {
+            Some(network) => (network.within(listen)?, None),
+            None => (listen()?, Some(uid)),
+        };
+        listener.set_nonblocking(true)?;
+        let listener = TcpListener::from_std(listener)?;
         let port = listener.local_addr()?.port();
         let mut tasks = JoinSet::new();
         tasks.spawn_local(serve(listener, lines, uid));
@@ -105,11 +116,12 @@ impl Proxy {
     }
 }
 
-async fn serve(listener: TcpListener, lines: Rc<Lines>, uid: u32) {
+/// Takes the connections of this user; `None`: of everybody.
+async fn serve(listener: TcpListener, lines: Rc<Lines>, uid: Option<u32>) {
     let mut callers = JoinSet::new();
     loop {
         match listener.accept().await {
-            Ok((caller, from)) if owner(from) == Some(uid) => {
+            Ok((caller, from)) if uid.is_none() || owner(from) == uid => {
                 callers.spawn_local(pass_on(caller, Rc::clone(&lines)));
             }
             Ok(_) => {}

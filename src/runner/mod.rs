@@ -11,6 +11,7 @@ pub mod confine;
 mod fetch;
 mod job;
 mod line;
+mod network;
 mod pod;
 mod process;
 mod report;

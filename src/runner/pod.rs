@@ -225,11 +225,18 @@ fn agent_config() -> anyhow::Result<AgentConfig> {
         },
         reach: reach(),
         network,
+        networks: false,
+        log_refused: log_refused()?,
         python: python.is_file().then_some(python),
         path: variable("GANTRY_PATH").unwrap_or(DEFAULT_PATH.to_owned()),
         peer: Some(0),
         idle_seconds: None,
     })
+}
+
+/// Whether the node's kernel logs the system calls that user code is refused.
+fn log_refused() -> anyhow::Result<bool> {
+    Ok(parsed("GANTRY_LOG_REFUSED_CALLS", "true or false")?.unwrap_or(false))
 }
 
 /// The user id for the slot. Where the pod's ids are the node's it is another one in each pod: the

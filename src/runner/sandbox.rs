@@ -21,10 +21,12 @@ use serde::{Deserialize, Serialize};
 
 use super::agent::{self, AgentConfig};
 use super::app::{self, AppConfig};
+use super::network::{loopback_up, settle};
 use super::process::MemoryGroup;
 use super::report::REPORTERS;
-use super::slot::{bind, set_plain, set_read_only};
-use super::warm::{HOOK_FOLDER, PYTHON_HOOK};
+use super::slot::{FOLDER_SLOTS, bind, set_plain, set_read_only};
+pub use super::warm::HOOK_FOLDER;
+use super::warm::PYTHON_HOOK;
 
 /// User ids in a sandbox: 0 is the runner, slots have 1000 and up.
 pub const IDS: u32 = 2_048;
@@ -149,8 +151,9 @@ fn make(spec: &SandboxSpec) -> anyhow::Result<Fork> {
             })
         }
         Isolation::None => {
-            let hook = spec.folder.join("scratch").join(HOOK_FOLDER);
-            write_hook(&hook)?;
+            let scratch = spec.folder.join("scratch");
+            write_hook(&scratch.join(HOOK_FOLDER))?;
+            fs::create_dir_all(scratch.join(FOLDER_SLOTS))?;
             fork_into(0, &host_proc, &null, &Maps::none(), || Ok(()))
         }
     }
@@ -328,6 +331,7 @@ fn furnish(spec: &SandboxSpec) -> anyhow::Result<()> {
     // User code sees its own processes only.
     rustix::mount::mount("proc", "/base/proc", "proc", flags, c"hidepid=2")
         .context("mounting /proc for user code")?;
+    hide_machine(Path::new("/base/proc")).context("covering what /proc says of the machine")?;
     if has_terminals(spec) {
         let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
         let options = c"newinstance,ptmxmode=0666,mode=0620";
@@ -335,26 +339,51 @@ fn furnish(spec: &SandboxSpec) -> anyhow::Result<()> {
             .context("mounting terminals")?;
     }
     rustix::system::sethostname(b"sandbox").context("the host name")?;
-    loopback_up().context("the loopback device")?;
+    let network = match spec.role {
+        // One run follows the other, where slots have no networks of their own.
+        Role::Agent(_) if !spec.network => settle(),
+        _ => loopback_up(),
+    };
+    network.context("the loopback device")?;
     Ok(())
 }
 
-fn loopback_up() -> io::Result<()> {
-    let socket = rustix::net::socket(
-        rustix::net::AddressFamily::INET,
-        rustix::net::SocketType::DGRAM,
-        None,
-    )?;
-    // SAFETY: ifreq is plain old data, for which all zeroes is a value.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
-        *to = from.cast_signed();
-    }
-    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-    // SAFETY: the request is a live ifreq, which is what this ioctl reads.
-    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request) };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
+/// What of `/proc`, beside processes, programs need: they ask how many processors and how much memory
+/// there is, and how busy they are. Links lead into a process's own folder. `sys` is read-only in a slot.
+const PROC_SHOWN: [&str; 8] = [
+    "cpuinfo",
+    "filesystems",
+    "loadavg",
+    "meminfo",
+    "stat",
+    "sys",
+    "uptime",
+    "version",
+];
+
+/// A folder and a file that nobody may open, in the runner's root.
+const COVERS: [&str; 2] = ["/covers/folder", "/covers/file"];
+
+/// Covers everything else in `/proc` that is not a process: the machine's memory, devices, interrupts,
+/// timers, keys, locks and settings are nothing of user code's, nor what newer kernels add.
+fn hide_machine(proc: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(proc)? {
+        let (entry, name) = entry.map(|entry| (entry.path(), entry.file_name()))?;
+        let shown = name.to_str().is_none_or(|name| {
+            PROC_SHOWN.contains(&name) || name.bytes().all(|byte| byte.is_ascii_digit())
+        });
+        if shown {
+            continue;
+        }
+        let about = fs::symlink_metadata(&entry)?;
+        if about.is_symlink() {
+            continue;
+        }
+        let cover = match about.is_dir() {
+            true => COVERS[0],
+            false => COVERS[1],
+        };
+        rustix::mount::mount_bind(cover, &entry)?;
     }
     Ok(())
 }
@@ -405,6 +434,13 @@ fn build_root(spec: &SandboxSpec, owner: Option<u32>) -> anyhow::Result<()> {
     }
     describe_users(&base.join("etc"))?;
     write_hook(&base.join(HOOK_FOLDER))?;
+    let [folder, file] = COVERS.map(|cover| root.join(cover.trim_start_matches('/')));
+    fs::create_dir_all(&folder)?;
+    fs::write(&file, "")?;
+    for cover in [folder, file] {
+        fs::set_permissions(&cover, fs::Permissions::from_mode(0o000))?;
+        std::os::unix::fs::chown(&cover, owner, owner)?;
+    }
     for folder in ["proc", "slots", "scratch", "tmp"] {
         let folder = root.join(folder);
         fs::create_dir_all(&folder)?;

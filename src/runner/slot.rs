@@ -7,11 +7,12 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags};
-use rustix::mount::{MountFlags, MountPropagationFlags};
+use rustix::fs::{IFlags, Mode, OFlags};
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use serde::{Deserialize, Serialize};
 
 use super::agent::AgentConfig;
+use super::network::Network;
 use super::process::Tree;
 use crate::beneath::{self, Folder};
 
@@ -21,6 +22,12 @@ const SCRATCH: [(&str, &str); 3] = [
     ("tmp", "tmp"),
     ("shm", "dev/shm"),
 ];
+
+/// Most bytes of all names of a file's extended attributes (XATTR_LIST_MAX).
+const MAX_ATTRIBUTE_NAMES: usize = 65_536;
+
+/// Below [`Ground::Folder`]: the slots' folders.
+pub const FOLDER_SLOTS: &str = "slots";
 
 /// Most folder entries looked at when measuring; scratch space has fewer inodes than this.
 const MAX_SCAN_ENTRIES: u64 = 40_000;
@@ -62,14 +69,37 @@ pub struct Slot {
     pub uid: Option<u32>,
     /// The folder that is `/` for its jobs; `None`: the runner's own root.
     root: Option<OwnedFd>,
+    /// Its own network; `None`: the sandbox's.
+    network: Option<Network>,
     /// Its folders, in the order of [`SCRATCH`].
     folders: [PathBuf; 3],
+    /// How its folders are made new for each job.
+    space: Space,
     /// The workspace and the folder for temporary files, as its jobs see them.
     seen: [PathBuf; 2],
     /// File systems that are its alone, so that their being full is its job's doing.
     own_disks: Vec<PathBuf>,
     /// Files and folders in one of them.
     max_files: u64,
+}
+
+/// How a slot's folders are made new for each job.
+#[derive(Debug)]
+enum Space {
+    /// A file system in memory of its own, mounted for each job.
+    Mounted {
+        /// Where it is mounted.
+        at: PathBuf,
+        /// The slot's root, which shows its folders.
+        root: PathBuf,
+        /// Its bounds.
+        bytes: u64,
+        files: u64,
+    },
+    /// Folders that are removed with this one, which holds nothing else, and made again.
+    Removed(PathBuf),
+    /// Others have mounted the folders, which can only be emptied: a container may not mount.
+    Emptied,
 }
 
 /// What a job's files look like.
@@ -89,7 +119,8 @@ impl Slot {
         Ok(slot)
     }
 
-    /// The slot with whatever is in its folders.
+    /// The slot with what is in its folders; those that are made for each job are not there before
+    /// the first [`Slot::wipe`].
     pub fn as_it_is(config: &AgentConfig, index: usize) -> io::Result<Slot> {
         let offset = u32::try_from(index).unwrap_or(0);
         let uid = config.first_uid.map(|first| first + offset);
@@ -103,40 +134,42 @@ impl Slot {
             } => {
                 let scratch = scratch.join(index.to_string());
                 fs::create_dir_all(&scratch)?;
-                mount_scratch(&scratch, *bytes, *files)?;
-                let folders = SCRATCH.map(|(name, _)| scratch.join(name));
-                make_folders(&folders)?;
                 let root = slots.join(index.to_string());
                 fs::create_dir_all(&root)?;
                 bind(base, &root, true)?;
-                for (folder, (_, place)) in folders.iter().zip(SCRATCH) {
-                    bind(folder, &root.join(place), false)?;
-                }
                 let fd = rustix::fs::open(&root, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
                 Ok(Slot {
                     index,
                     uid,
                     root: Some(fd),
-                    folders,
+                    network: None,
+                    folders: SCRATCH.map(|(name, _)| scratch.join(name)),
                     seen: ["/workspace", "/tmp"].map(PathBuf::from),
-                    own_disks: vec![scratch],
+                    own_disks: vec![scratch.clone()],
                     max_files: *files,
+                    space: Space::Mounted {
+                        at: scratch,
+                        root,
+                        bytes: *bytes,
+                        files: *files,
+                    },
                 })
             }
             Ground::Folder(folder) => {
-                let scratch = folder.join(index.to_string());
+                let scratch = folder.join(FOLDER_SLOTS).join(index.to_string());
                 let folders = SCRATCH.map(|(name, _)| scratch.join(name));
-                make_folders(&folders)?;
                 let [workspace, temporary, _] = folders.clone();
                 Ok(Slot {
                     index,
                     uid,
                     root: None,
+                    network: None,
                     folders,
                     seen: [workspace, temporary],
                     // Its use of the machine's disk cannot be told from others'.
                     own_disks: Vec::new(),
                     max_files: u64::MAX,
+                    space: Space::Removed(scratch),
                 })
             }
             Ground::Container { files, hook: _ } => {
@@ -151,13 +184,28 @@ impl Slot {
                     index,
                     uid,
                     root: None,
+                    network: None,
                     own_disks: folders.iter().filter(|at| is_memory(at)).cloned().collect(),
                     folders,
                     seen: [workspace, temporary],
                     max_files: *files,
+                    space: Space::Emptied,
                 })
             }
         }
+    }
+
+    /// The same slot in a network of its own.
+    pub fn with_network(self, network: Network) -> Slot {
+        Slot {
+            network: Some(network),
+            ..self
+        }
+    }
+
+    /// The network of its jobs; `None`: the sandbox's.
+    pub fn network(&self) -> Option<&Network> {
+        self.network.as_ref()
     }
 
     /// The folder that is `/` for its jobs.
@@ -232,21 +280,118 @@ impl Slot {
         }
     }
 
-    /// Empties the scratch space. No process of the slot may be alive.
+    /// Makes the scratch space new. No process of the slot may be alive.
+    ///
+    /// Where it can be, everything is made again, the folders themselves too: access control lists,
+    /// extended attributes, flags and counters of inodes belong to folders and file systems, and would
+    /// keep the next job out or carry word to it.
     pub fn wipe(&self) -> io::Result<()> {
-        for path in &self.folders {
-            let folder = Folder::open(path)?;
-            folder.give(self.uid)?;
-            folder.set_mode(0o700)?;
-            folder.empty()?;
+        match &self.space {
+            Space::Mounted {
+                at,
+                root,
+                bytes,
+                files,
+            } => {
+                let places = SCRATCH.map(|(_, place)| root.join(place));
+                for mounted in places.iter().chain([at]) {
+                    match rustix::mount::unmount(mounted, UnmountFlags::DETACH) {
+                        // Nothing is mounted there before the first job.
+                        Ok(()) | Err(rustix::io::Errno::INVAL) => {}
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+                mount_scratch(at, *bytes, *files)?;
+                self.make_folders()?;
+                for (folder, place) in self.folders.iter().zip(places) {
+                    bind(folder, &place, false)?;
+                }
+                Ok(())
+            }
+            Space::Removed(scratch) => {
+                remove(scratch)?;
+                fs::create_dir_all(scratch)?;
+                self.make_folders()
+            }
+            Space::Emptied => self.folders.iter().try_for_each(|path| {
+                let folder = Folder::open(path)?;
+                self.take_back(&folder)?;
+                folder.empty()?;
+                forget_attributes(&folder)?;
+                // With a list of who may enter, the group's part of the mode was the list's.
+                self.take_back(&folder)
+            }),
         }
-        Ok(())
+    }
+
+    fn make_folders(&self) -> io::Result<()> {
+        self.folders.iter().try_for_each(|path| {
+            fs::create_dir(path)?;
+            self.take_back(&Folder::open(path)?)
+        })
+    }
+
+    /// The folder belongs to the slot's user, and to nobody else.
+    fn take_back(&self, folder: &Folder) -> io::Result<()> {
+        folder.give(self.uid)?;
+        folder.set_mode(0o700)
     }
 }
 
-fn make_folders(folders: &[PathBuf]) -> io::Result<()> {
-    folders.iter().try_for_each(fs::create_dir_all)
+/// Removes a folder and everything in it, if it is there.
+fn remove(path: &Path) -> io::Result<()> {
+    match Folder::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        folder => folder?.empty()?,
+    }
+    fs::remove_dir(path)
 }
+
+/// Takes what a job may have attached to a folder itself: access control lists, extended attributes,
+/// flags, times.
+fn forget_attributes(folder: &Folder) -> io::Result<()> {
+    use rustix::io::Errno;
+    let mut names = vec![0; MAX_ATTRIBUTE_NAMES];
+    let length = match rustix::fs::flistxattr(folder, &mut names[..]) {
+        // The file system has none.
+        Err(Errno::OPNOTSUPP) => 0,
+        listed => listed?,
+    };
+    for name in names[..length].split(|byte| *byte == 0) {
+        // What only the system may set it keeps; no job has set it.
+        if !name.is_empty() && !name.starts_with(b"security.") {
+            rustix::fs::fremovexattr(folder, name)?;
+        }
+    }
+    if let Ok(flags) = rustix::fs::ioctl_getflags(folder)
+        && flags.intersects(OWNER_FLAGS)
+        && let Err(error) = rustix::fs::ioctl_setflags(folder, flags.difference(OWNER_FLAGS))
+    {
+        // None of them keeps the next job from anything.
+        tracing::warn!(%error, "a folder keeps the flags that a job gave it");
+    }
+    let now = rustix::fs::Timespec {
+        tv_sec: 0,
+        tv_nsec: rustix::fs::UTIME_NOW,
+    };
+    let times = rustix::fs::Timestamps {
+        last_access: now,
+        last_modification: now,
+    };
+    Ok(rustix::fs::futimens(folder, &times)?)
+}
+
+/// Flags that a folder's owner may set (FS_FL_USER_MODIFIABLE), as far as they say nothing of how the
+/// file system stores it.
+const OWNER_FLAGS: IFlags = IFlags::COMPRESSED
+    .union(IFlags::DIRSYNC)
+    .union(IFlags::NOATIME)
+    .union(IFlags::NODUMP)
+    .union(IFlags::NOTAIL)
+    .union(IFlags::SECURE_REMOVAL)
+    .union(IFlags::SYNC)
+    .union(IFlags::TOPDIR)
+    .union(IFlags::UNRM);
 
 /// A container's folders for its one slot, in the order of [`SCRATCH`].
 pub fn container_folders() -> [PathBuf; 3] {
@@ -337,4 +482,44 @@ fn set_attributes(at: &Path, set: u64) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_folder_keeps_nothing_that_a_job_attached_to_it() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let folder = Folder::open(dir.path()).unwrap();
+        let fresh = fs::metadata(dir.path()).unwrap().mode();
+        // Version 2; the owner, user 12345 and the group may read, others nothing.
+        let mut list = 2u32.to_le_bytes().to_vec();
+        for (tag, permissions, id) in [
+            (1u16, 7u16, u32::MAX),
+            (2, 7, 12_345),
+            (4, 5, u32::MAX),
+            (16, 7, u32::MAX),
+            (32, 0, u32::MAX),
+        ] {
+            list.extend(tag.to_le_bytes());
+            list.extend(permissions.to_le_bytes());
+            list.extend(id.to_le_bytes());
+        }
+        let flags = rustix::fs::XattrFlags::empty();
+        for name in ["system.posix_acl_access", "system.posix_acl_default"] {
+            rustix::fs::fsetxattr(&folder, name, &list, flags).unwrap();
+        }
+        rustix::fs::fsetxattr(&folder, "user.word", b"for the next", flags).unwrap();
+        rustix::fs::ioctl_setflags(&folder, IFlags::NODUMP).unwrap();
+        forget_attributes(&folder).unwrap();
+        let mut names = [0; 1_024];
+        assert_eq!(rustix::fs::flistxattr(&folder, &mut names[..]), Ok(0));
+        let flags = rustix::fs::ioctl_getflags(&folder).unwrap();
+        assert!(!flags.intersects(OWNER_FLAGS), "{flags:?}");
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
+        assert_eq!(fs::metadata(dir.path()).unwrap().mode(), fresh);
+    }
 }

@@ -197,7 +197,12 @@ impl Interpreter {
         // With user ids to give away it waits in the common root and its children enter their slots.
         let base = config.open_base()?;
         let (identity, root) = match slot.uid {
-            Some(_) => (Identity::Launcher, base.as_ref().map(AsRawFd::as_raw_fd)),
+            Some(_) => (
+                Identity::Launcher {
+                    networks: slot.network().is_some(),
+                },
+                base.as_ref().map(AsRawFd::as_raw_fd),
+            ),
             None => (Identity::Own, slot.root()),
         };
         confinement.apply(
@@ -241,18 +246,21 @@ impl Interpreter {
         let theirs = theirs.into_std()?;
         theirs.set_nonblocking(false)?;
         let uid = slot.uid.map_or(-1, i64::from);
-        let message = format!("fork {uid} {}", u8::from(ahead));
-        let mut fds = Vec::with_capacity(5);
-        if let (Some(root), Some(_)) = (slot.root(), slot.uid) {
-            // SAFETY: the slot's descriptor is open for as long as the slot lives.
-            fds.push(unsafe { BorrowedFd::borrow_raw(root) });
-        }
-        fds.extend([
+        // Where all have one user id the interpreter is in the slot's root itself.
+        let root = slot.root().filter(|_| slot.uid.is_some());
+        let network = slot.network().map(AsRawFd::as_raw_fd);
+        let [ahead, has_root, has_network] =
+            [ahead, root.is_some(), network.is_some()].map(u8::from);
+        let message = format!("fork {uid} {ahead} {has_root} {has_network}");
+        let mut fds = vec![
             child.stdin.as_fd(),
             child.stdout.as_fd(),
             child.stderr.as_fd(),
             theirs.as_fd(),
-        ]);
+        ];
+        // SAFETY: the slot's descriptors are open for as long as the slot lives.
+        let own = |fd| unsafe { BorrowedFd::borrow_raw(fd) };
+        fds.extend([root, network].into_iter().flatten().map(own));
         self.send(message.as_bytes(), &fds).await?;
         let pid = timeout(FORK_PATIENCE, self.forked.recv())
             .await?
@@ -280,7 +288,7 @@ impl Interpreter {
         loop {
             let mut guard = self.control.writable().await?;
             let result = guard.try_io(|socket| {
-                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(5))];
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(6))];
                 let mut ancillary = SendAncillaryBuffer::new(&mut space);
                 ancillary.push(SendAncillaryMessage::ScmRights(fds));
                 rustix::net::sendmsg(
@@ -450,7 +458,7 @@ mod tests {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         ancillary.push(SendAncillaryMessage::ScmRights(&fds));
-        let message = [IoSlice::new(b"fork -1 0")];
+        let message = [IoSlice::new(b"fork -1 0 0 0")];
         rustix::net::sendmsg(&ours, &message, &mut ancillary, SendFlags::empty()).unwrap();
         let said = || {
             let mut buffer = [0; 128];

@@ -7,8 +7,9 @@ natively: it opens `main.py`, sets `sys.path[0]`, runs it, prints tracebacks, ca
 all by its own code, as if it had been started just then.
 
 One datagram socket, named by GANTRY_WARM_FD, joins this process to the runner:
-  from the runner: `fork UID AHEAD`, with the slot's root folder, stdin, stdout, stderr and the run's
-                   control stream as file descriptors
+  from the runner: `fork UID AHEAD ROOT NETWORK`, with stdin, stdout, stderr and the run's control
+                   stream as file descriptors, then the slot's root folder where ROOT is 1, and its
+                   network namespace where NETWORK is 1
   to the runner:   `forked PID`, `exit PID STATUS CPU_MICROSECONDS PEAK_KIB`
 A run comes as one message on its control stream: a length (4 bytes, little-endian), then NUL-ended
 texts: its limits as `RESOURCE=VALUE` with spaces between, the number of arguments, the arguments, and
@@ -37,12 +38,16 @@ def _serve():
     control = _socket.socket(fileno=int(os.environ["GANTRY_WARM_FD"]))
 
     try:
-        # Before 3.9 no one operation merges dictionaries; see forget_known.
-        if sys.version_info < (3, 9):
-            raise ImportError
         import ctypes
 
         library = ctypes.CDLL(None)
+    except (ImportError, OSError):
+        # Where a child would need it, no run is taken; see be_parked.
+        library = None
+    try:
+        # Before 3.9 no one operation merges dictionaries; see forget_known.
+        if library is None or sys.version_info < (3, 9):
+            raise ImportError
         prctl, madvise = library.prctl, library.madvise
         prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
         madvise.argtypes = [ctypes.c_ulong] * 2 + [ctypes.c_int]
@@ -181,14 +186,34 @@ def _serve():
             cpu = int((usage.ru_utime + usage.ru_stime) * 1000000)
             control.send(b"exit %d %d %d %d" % (pid, status, cpu, usage.ru_maxrss))
 
-    def be_parked(uid, ahead, fds):
+    def must(result):
+        if result < 0:
+            raise OSError("a system call failed")
+        return result
+
+    def keep_to_itself():
+        """In the child: a Landlock domain of its own, which signals and abstract sockets do not leave.
+        Where all have one user id, a run could stop the process that forks the next ones."""
+        attributes = (ctypes.c_uint64 * 3)(0, 0, SCOPE_ABSTRACT_SOCKETS | SCOPE_SIGNALS)
+        call = library.syscall
+        domain = must(call(LANDLOCK_CREATE_RULESET, attributes, ctypes.sizeof(attributes), 0))
+        must(call(LANDLOCK_RESTRICT_SELF, domain, 0))
+        posix.close(domain)
+
+    def be_parked(uid, ahead, has_root, has_network, fds):
         """In the child: wait, and when a run has come become the slot's user in the slot's root. Not
         before: until then the slot may be another run's."""
-        root, stdin, stdout, stderr, run = fds
+        stdin, stdout, stderr, run, *fds = fds
+        root = fds.pop(0) if has_root else -1
         for source, target in ((stdin, 0), (stdout, 1), (stderr, 2)):
             posix.dup2(source, target)
             posix.close(source)
         posix.setsid()
+        if has_network:
+            must(library.setns(fds[0], CLONE_NEWNET))
+            posix.close(fds[0])
+        if uid < 0:
+            keep_to_itself()
         if ahead:
             own_memory()
         posix.write(run, b"R")
@@ -298,6 +323,10 @@ def _serve():
     import time
 
     PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
+    CLONE_NEWNET = 0x40000000
+    # The same numbers on every machine, and bits of `struct landlock_ruleset_attr`.
+    LANDLOCK_CREATE_RULESET, LANDLOCK_RESTRICT_SELF = 444, 446
+    SCOPE_ABSTRACT_SOCKETS, SCOPE_SIGNALS = 1, 2
     MADV_POPULATE_WRITE = 23
     # In /proc/PID/pagemap: a page that is there, and is in no other process's memory.
     OWN_PAGE = 1 << 63 | 1 << 56
@@ -340,6 +369,8 @@ def _serve():
     # What the rehearsal made would count towards a run's first collection.
     gc.collect()
     gc.freeze()
+    # The workspace goes with each run; this process would keep one that is gone.
+    posix.chdir("/")
     while True:
         ready = [fd for fd, _ in waiting.poll()]
         if woken in ready:
@@ -347,7 +378,7 @@ def _serve():
             collect()
         if control.fileno() not in ready:
             continue
-        message, ancillary, _, _ = control.recvmsg(64, _socket.CMSG_SPACE(5 * 4))
+        message, ancillary, _, _ = control.recvmsg(64, _socket.CMSG_SPACE(6 * 4))
         if not message:
             # The runner has a new interpreter. This one stays until its last child has ended.
             _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
@@ -356,8 +387,6 @@ def _serve():
         fds = []
         for _, _, data in ancillary:
             fds += [int.from_bytes(data[i : i + 4], sys.byteorder) for i in range(0, len(data), 4)]
-        if len(fds) == 4:
-            fds.insert(0, -1)
         # What waiting for a child brings in, here only.
         ours = {name: sys.modules.pop(name) for name in set(sys.modules) - before}
         pid = posix.fork()
@@ -378,8 +407,7 @@ def _serve():
             return leave()
         sys.modules.update(ours)
         for fd in fds:
-            if fd >= 0:
-                posix.close(fd)
+            posix.close(fd)
         control.send(b"forked %d" % pid)
 
 

@@ -85,6 +85,7 @@ impl Bed {
             root_services: false,
             maximum: Limits::MAXIMUM,
             network: false,
+            log_refused: false,
             heartbeat_late: Duration::from_secs(5),
             quota: BTreeMap::new(),
             packages: PipIndex::default(),

@@ -1,1 +1,337 @@
 //! Runs that try to poison the next one, or to take what others need.
+#![allow(clippy::print_stdout)]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use gantry::model::{Ending, Limits, Reason, SubmissionId, Tested, Tests, UserId};
+use gantry::platform::conformance::{Ended, finish, python};
+use gantry::platform::local::{LocalConfig, LocalPlatform};
+use gantry::platform::{Platform, ReleaseSpec, Sessions};
+use gantry::runner::wire::Job;
+use gantry::storage::{CodeStore, DirectoryStore};
+
+/// Tests that measure take turns.
+static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+struct Machine {
+    platform: Arc<LocalPlatform>,
+    sessions: Sessions,
+    store: DirectoryStore,
+    data: tempfile::TempDir,
+}
+
+impl Machine {
+    async fn start() -> Self {
+        let data = tempfile::tempdir().unwrap();
+        let store = DirectoryStore::open(data.path().join("store")).unwrap();
+        let config = LocalConfig {
+            data: data.path().to_owned(),
+            runner: env!("CARGO_BIN_EXE_gantry-runner").into(),
+            runs_per_user: 2,
+            maximum: Limits::MAXIMUM,
+            network: false,
+            packages: Default::default(),
+            log_refused: false,
+            app_authority: "apps.localhost:8000".to_owned(),
+            authority: "localhost:8000".to_owned(),
+        };
+        let platform = LocalPlatform::start(config, store.clone()).await.unwrap();
+        let platform = Arc::new(platform);
+        Self {
+            sessions: Sessions::new(Arc::clone(&platform) as Arc<dyn Platform>),
+            platform,
+            store,
+            data,
+        }
+    }
+
+    async fn run(&self, user: &str, job: Job) -> Ended {
+        let user: UserId = user.parse().unwrap();
+        finish(&mut self.sessions.of(&user).start(job))
+            .await
+            .unwrap()
+    }
+
+    /// What this program writes, which ends well.
+    async fn says(&self, user: &str, code: &str) -> String {
+        let ended = self.run(user, python(code)).await;
+        assert_eq!(ended.report.ending, Ending::Exited(0), "{}", words(&ended));
+        String::from_utf8(ended.stdout).unwrap()
+    }
+
+    async fn release(&self, user: &str, repl: &str, code: &str) {
+        let files = [("main.py".to_owned().try_into().unwrap(), code.to_owned())].into();
+        let spec = ReleaseSpec {
+            user_id: user.parse().unwrap(),
+            repl_id: repl.parse().unwrap(),
+            submission_id: SubmissionId::new(),
+            tested: Tested::of(&files, &Tests::ExitCode),
+            argv: vec!["python3".to_owned(), "main.py".to_owned()],
+            env: BTreeMap::new(),
+            database: false,
+        };
+        let published = self
+            .store
+            .publish(&spec.repl_id, spec.submission_id, &files);
+        published.await.unwrap();
+        self.platform.ensure_release(&spec).await.unwrap();
+    }
+
+    /// The control group of a user's sandbox for test runs, as far as the processor is concerned.
+    fn processor_group(&self, user: &str) -> Option<PathBuf> {
+        let server = crc32fast::hash(self.data.path().as_os_str().as_encoded_bytes());
+        let name = format!("{server:08x}-owner-{user}/{server:08x}-user-{user}");
+        ["cpu/gantry", "gantry"]
+            .map(|parent| Path::new("/sys/fs/cgroup").join(parent).join(&name))
+            .into_iter()
+            .find(|folder| folder.is_dir())
+    }
+}
+
+fn words(ended: &Ended) -> String {
+    format!(
+        "{:?} {:?} {:?}",
+        ended.report,
+        String::from_utf8_lossy(&ended.stdout),
+        String::from_utf8_lossy(&ended.stderr)
+    )
+}
+
+fn is_root() -> bool {
+    let root = rustix::process::getuid().is_root();
+    if !root {
+        println!("SKIPPED, NOT TESTED: it takes root");
+    }
+    root
+}
+
+/// Some 500 ms of work; writes how long it took.
+const WORK: &str = "
+import time
+n, started = 0, time.monotonic()
+while time.process_time() < 0.5:
+    n += 1
+print(time.monotonic() - started)
+";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_busy_programs_of_one_user_have_one_share_of_the_processor() {
+    if !is_root() {
+        return;
+    }
+    let _alone = ALONE.lock().await;
+    let machine = Machine::start().await;
+    machine.says("neighbour", "print(1)").await;
+    let Some(group) = machine.processor_group("neighbour") else {
+        panic!("the neighbour has no group of its own");
+    };
+    const BUSY: &str = "
+import os
+os.fork()
+while True: pass
+";
+    for number in 0..8 {
+        let repl = format!("busy-{number}");
+        machine.release("greedy", &repl, BUSY).await;
+    }
+    let beside = group.parent().unwrap().with_file_name(
+        group
+            .parent()
+            .unwrap()
+            .file_name()
+            .unwrap()
+            .to_string_lossy()
+            .replace("neighbour", "greedy"),
+    );
+    let groups = std::fs::read_dir(&beside).unwrap().flatten();
+    let groups = groups.filter(|entry| entry.path().is_dir()).count();
+    assert_eq!(groups, 8, "{}", beside.display());
+    let mut took: Vec<f64> = Vec::new();
+    for _ in 0..3 {
+        took.push(
+            machine
+                .says("neighbour", WORK)
+                .await
+                .trim()
+                .parse()
+                .unwrap(),
+        );
+    }
+    took.sort_by(f64::total_cmp);
+    println!("0.5 s of work beside 16 busy processes took {took:.2?} s");
+    // Half of two processors is one; a ninth of them, as one of nine equal sandboxes, makes it 2.2 s.
+    assert!(took[0] < 1.4, "{took:?}");
+    machine.platform.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_the_machine_kept_from_running_does_not_fail() {
+    if !is_root() {
+        return;
+    }
+    let _alone = ALONE.lock().await;
+    let machine = Machine::start().await;
+    machine.says("slowed", "print(1)").await;
+    let group = machine.processor_group("slowed").expect("no group");
+    let slow = |percent: u64| {
+        let old = group.join("cpu.cfs_quota_us");
+        match old.exists() {
+            true => std::fs::write(old, (percent * 1_000).to_string()).unwrap(),
+            false => std::fs::write(group.join("cpu.max"), format!("{} 100000", percent * 1_000))
+                .unwrap(),
+        }
+    };
+    let work = |cpu: f64| {
+        let mut job = python(&format!(
+            "import time\nwhile time.process_time() < {cpu}: pass\nprint('done')"
+        ));
+        job.limits.wall_ms = 800;
+        job
+    };
+    // It takes longer than its limit, and as long as it should.
+    slow(40);
+    let ended = machine.run("slowed", work(0.5)).await;
+    assert_eq!(ended.report.ending, Ending::Exited(0), "{}", words(&ended));
+    assert!(ended.report.duration_ms > 800, "{}", words(&ended));
+    // A program that waits has had all of its time.
+    let mut sleeps = python("import time\ntime.sleep(20)");
+    sleeps.limits.wall_ms = 800;
+    let ended = machine.run("slowed", sleeps).await;
+    let timeout = Ending::Limit(Reason::Timeout);
+    assert_eq!(ended.report.ending, timeout, "{}", words(&ended));
+    assert!(ended.report.duration_ms < 2_000, "{}", words(&ended));
+    // There is an end to it, which is not the program's failure.
+    slow(5);
+    let ended = machine.run("slowed", work(10.0)).await;
+    let starved = matches!(ended.report.ending, Ending::Starved { .. });
+    assert!(starved, "{}", words(&ended));
+    slow(100);
+    let own_doing = "import os\nos.fork(), os.fork(), os.fork()\nwhile True: pass";
+    let mut busy = python(own_doing);
+    busy.limits.wall_ms = 800;
+    busy.limits.cpu_ms = 30_000;
+    let ended = machine.run("slowed", busy).await;
+    assert_eq!(ended.report.ending, timeout, "{}", words(&ended));
+    machine.platform.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn runs_at_one_time_share_neither_loopback_nor_abstract_sockets() {
+    if !is_root() {
+        return;
+    }
+    let machine = Machine::start().await;
+    const SERVES: &str = "
+import socket, time
+sockets = [socket.socket(), socket.socket(socket.AF_UNIX)]
+sockets[0].bind(('127.0.0.1', 4000))
+sockets[1].bind('\\0gantry-test')
+for server in sockets:
+    server.listen()
+own = socket.create_connection(('127.0.0.1', 4000))
+print('serves', flush=True)
+time.sleep(3)
+";
+    const CALLS: &str = "
+import socket, time
+began = time.time()
+reached = 0
+while time.time() < began + 1.5:
+    for family, address in ((socket.AF_INET, ('127.0.0.1', 4000)), (socket.AF_UNIX, '\\0gantry-test')):
+        try:
+            socket.socket(family).connect(address)
+            reached += 1
+        except OSError:
+            pass
+    time.sleep(0.05)
+print('reached', reached)
+";
+    let (served, called) = tokio::join!(machine.says("pair", SERVES), async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        machine.says("pair", CALLS).await
+    });
+    assert_eq!(
+        (served.as_str(), called.as_str()),
+        ("serves\n", "reached 0\n")
+    );
+    machine.platform.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn proc_tells_nothing_of_the_machine_beyond_its_size() {
+    if !is_root() {
+        return;
+    }
+    let machine = Machine::start().await;
+    const LOOKS: &str = "
+import os
+told = []
+for name in os.listdir('/proc'):
+    path = '/proc/' + name
+    if name.isdigit() or os.path.islink(path):
+        continue
+    try:
+        full = bool(os.listdir(path)) if os.path.isdir(path) else bool(open(path, 'rb').read(1))
+    except OSError:
+        continue
+    if full:
+        told.append(name)
+print(' '.join(sorted(told)))
+for path in ('/proc/sys/kernel/hostname', '/proc/sys/vm/overcommit_memory', '/proc/sysrq-trigger'):
+    try:
+        open(path, 'w').write('1')
+        print('wrote', path)
+    except OSError:
+        pass
+print(os.cpu_count() > 0, 'MemTotal' in open('/proc/meminfo').read(), os.path.exists('/sys/firmware'))
+";
+    let said = machine.says("looks", LOOKS).await;
+    assert_eq!(
+        said,
+        "cpuinfo filesystems loadavg meminfo stat sys uptime version\nTrue True False\n"
+    );
+    machine.platform.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_system_calls_that_programs_need_are_there() {
+    let machine = Machine::start().await;
+    // Numbers of x86-64 where they differ from others'.
+    const CALLS: &str = "
+import ctypes, errno, platform
+call = ctypes.CDLL(None, use_errno=True).syscall
+def answer(number, *arguments):
+    ctypes.set_errno(0)
+    result = call(ctypes.c_long(number), *map(ctypes.c_long, arguments))
+    return errno.errorcode.get(ctypes.get_errno(), result)
+absent = {'clone3': 435, 'open_tree_attr': 467, 'statmount': 457, 'listmount': 458, 'lsm_list_modules': 461, 'none': 999}
+denied = {'io_uring_setup': 425, 'pidfd_getfd': 438, 'process_madvise': 440, 'mount_setattr': 442, 'quotactl_fd': 443}
+if platform.machine() == 'x86_64':
+    absent |= {'memfd_create': 319, 'io_setup': 206, 'remap_file_pages': 216, 'modify_ldt': 154, 'iopl': 172, 'vmsplice': 278, 'mbind': 237, 'sync': 162, 'x32 read': 0x40000000}
+    denied |= {'ptrace': 101, 'mount': 165, 'unshare': 272, 'bpf': 321, 'userfaultfd': 323, 'keyctl': 250, 'syslog': 103}
+print('absent', {name for name, number in absent.items() if answer(number, -1, 0, 0, 0) != 'ENOSYS'} or 'all')
+print('denied', {name for name, number in denied.items() if answer(number, -1, 0, 0, 0) != 'EPERM'} or 'all')
+import os, socket, threading, subprocess
+print(subprocess.run(['true']).returncode)
+";
+    let said = machine.says("calls", CALLS).await;
+    assert_eq!(said, "absent all\ndenied all\n0\n");
+    machine.platform.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn runs_are_not_late_after_one_that_attacked_the_waiting_interpreter() {
+    let machine = Machine::start().await;
+    machine.says("late", "print(1)").await;
+    for _ in 0..4 {
+        let attack = "import os, signal\nfor pid in (1, os.getppid()):\n    try:\n        os.kill(pid, signal.SIGSTOP)\n        print('stopped')\n    except OSError:\n        pass";
+        assert_eq!(machine.says("late", attack).await, "");
+        let started = Instant::now();
+        machine.says("late", "print(1)").await;
+        assert!(started.elapsed() < Duration::from_millis(1_900));
+    }
+    machine.platform.shutdown().await;
+}

@@ -116,6 +116,8 @@ pub struct KubernetesConfig {
     pub maximum: Limits,
     /// Whether test runs may use the network.
     pub network: bool,
+    /// Whether the kernel logs the system calls that test runs are refused.
+    pub log_refused: bool,
     /// A node counts as failed when its heartbeat is this late.
     pub heartbeat_late: Duration,
     /// What each user's namespace may have, where it is another than the usual.
@@ -207,6 +209,7 @@ impl KubernetesPlatform {
             image: config.runner_image.clone(),
             maximum: config.maximum,
             network: config.network,
+            log_refused: config.log_refused,
         };
         let making = Making {
             image: config.runner_image.clone(),
@@ -405,6 +408,7 @@ fn release_config(config: KubernetesConfig) -> ReleaseConfig {
         store_addresses: _,
         maximum: _,
         network: _,
+        log_refused: _,
         heartbeat_late: _,
         quota: _,
         packages: _,

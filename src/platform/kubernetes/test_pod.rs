@@ -47,6 +47,8 @@ pub struct TestPodConfig {
     pub maximum: Limits,
     /// Whether test runs may use the network.
     pub network: bool,
+    /// Whether the node's kernel logs the system calls that user code is refused.
+    pub log_refused: bool,
 }
 
 /// The pod's name.
@@ -72,7 +74,10 @@ pub fn manifest(user: &UserId, config: &TestPodConfig) -> Manifest {
         "image": config.image,
         "imagePullPolicy": "IfNotPresent",
         "command": ["gantry-runner", "agent"],
-        "env": [{ "name": "GANTRY_ALLOW_NETWORK", "value": config.network.to_string() }],
+        "env": [
+            { "name": "GANTRY_ALLOW_NETWORK", "value": config.network.to_string() },
+            { "name": "GANTRY_LOG_REFUSED_CALLS", "value": config.log_refused.to_string() },
+        ],
         "resources": {
             "requests": { "cpu": "100m", "memory": "128Mi" },
             "limits": { "cpu": "2", "memory": memory.to_string() },
@@ -372,6 +377,7 @@ mod tests {
             image: "gantry-runner:latest".to_owned(),
             maximum: Limits::MAXIMUM,
             network: false,
+            log_refused: false,
         }
     }
 

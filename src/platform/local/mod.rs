@@ -48,6 +48,8 @@ pub struct LocalConfig {
     pub network: bool,
     /// Where modules' packages may be installed from.
     pub packages: Packages,
+    /// Whether the kernel logs the system calls that user code is refused.
+    pub log_refused: bool,
     /// `http://{repl}.{this}/` is where a release is served.
     pub app_authority: String,
     /// `ws://{repl}.{this}/` is where a repl's terminal is.

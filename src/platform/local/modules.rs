@@ -221,7 +221,7 @@ impl LocalModules {
         };
         let tenant = Tenant {
             name: name.clone(),
-            user: record.user_id.clone(),
+            user: Some(record.user_id.clone()),
             placed: vec![Placed {
                 from: self.folder.join("empty"),
                 name: "release".to_owned(),

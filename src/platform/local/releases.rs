@@ -520,7 +520,7 @@ impl Releases {
         let (argv, stays) = (stored.argv.clone(), stored.is_workspace());
         let tenant = Tenant {
             name: name.clone(),
-            user: user_id.clone(),
+            user: Some(user_id.clone()),
             placed,
             slots: 1,
             network: false,

@@ -21,8 +21,10 @@ use crate::beneath::Folder;
 use crate::model::{Limits, UserId};
 use crate::runner::agent::AgentConfig;
 use crate::runner::confine::Reach;
-use crate::runner::sandbox::{FIRST_SLOT_UID, IDS, Isolation, Placed, Role, SandboxSpec};
-use crate::runner::slot::Ground;
+use crate::runner::sandbox::{
+    FIRST_SLOT_UID, HOOK_FOLDER, IDS, Isolation, Placed, Role, SandboxSpec,
+};
+use crate::runner::slot::{FOLDER_SLOTS, Ground};
 
 /// Files and folders in one slot's scratch space: enough for test runners and their caches.
 const SCRATCH_FILES: u64 = 16_384;
@@ -57,8 +59,8 @@ pub struct Sandbox {
 pub struct Tenant {
     /// A name for its files.
     pub name: String,
-    /// Whose it is: all sandboxes of a user have one share of the processor.
-    pub user: UserId,
+    /// Whose it is: all sandboxes of a user have one share of the processor. `None`: Gantry's own.
+    pub user: Option<UserId>,
     /// Folders shown to it.
     pub placed: Vec<Placed>,
     /// Slots in it.
@@ -161,7 +163,7 @@ impl Sandboxes {
         };
         let tenant = Tenant {
             name: name.clone(),
-            user: user.clone(),
+            user: Some(user.clone()),
             placed: Vec::new(),
             slots,
             network: self.config.network,
@@ -172,7 +174,10 @@ impl Sandboxes {
                     .memory_bytes
                     .max(Limits::COMPILE.memory_bytes),
         };
-        *sandbox = Some(self.make(tenant, Role::Agent).await?);
+        let networks =
+            matches!(self.host.isolation, Isolation::Full { .. }) && !self.config.network;
+        let agent = |config| Role::Agent(AgentConfig { networks, ..config });
+        *sandbox = Some(self.make(tenant, agent).await?);
         self.dial(&name)
             .await
             .context("the new sandbox does not answer")
@@ -241,7 +246,10 @@ impl Sandboxes {
         let cgroups = if self.host.cgroups {
             let memory = tenant.memory + RUNNER_MEMORY;
             let processes = tenant.slots as u64 * Limits::MAXIMUM.processes + 64;
-            let owner = self.group(&format!("owner-{}", tenant.user));
+            let owner = self.group(&match &tenant.user {
+                Some(user) => format!("owner-{user}"),
+                None => "own".to_owned(),
+            });
             Cgroup::create(&owner, &self.group(&tenant.name), memory, processes)?.procs()
         } else {
             Vec::new()
@@ -343,10 +351,9 @@ impl Sandboxes {
         } else {
             let shown = interpreters.shown.iter().filter(|path| path.exists());
             let mut reach: Vec<Reach> = shown.map(|path| reach(path, false)).collect();
-            reach.push(Reach {
-                path: scratch.clone(),
-                writable: true,
-            });
+            // What one run writes below the hook's folder, the interpreter of the next would read.
+            reach.push(self::reach(&scratch.join(FOLDER_SLOTS), true));
+            reach.push(self::reach(&scratch.join(HOOK_FOLDER), false));
             reach.extend(["/dev", "/proc"].map(reach_of));
             let placed = tenant.placed.iter();
             reach.extend(placed.map(|placed| self::reach(&placed.from, placed.writable)));
@@ -370,6 +377,8 @@ impl Sandboxes {
             reach,
             // With a network namespace of its own, internet sockets lead nowhere and may be made.
             network: tenant.network || mounts,
+            networks: false,
+            log_refused: self.config.log_refused,
             python: interpreters.python.clone(),
             path: interpreters.path.clone(),
             // The socket is in a folder of the server's.

@@ -28,7 +28,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{DEFAULT_PATH, Termination, hide, variable};
+use super::{DEFAULT_PATH, Termination, hide, log_refused, variable};
 use crate::beneath::Folder;
 use crate::model::{BUILD_ARCHIVE, Ending};
 use crate::runner::agent::AgentConfig;
@@ -148,6 +148,8 @@ fn config() -> anyhow::Result<ProgramConfig> {
             },
             reach: vec![everything],
             network: true,
+            networks: false,
+            log_refused: log_refused()?,
             python: None,
             path: variable("PATH").unwrap_or(DEFAULT_PATH.to_owned()),
             peer: None,

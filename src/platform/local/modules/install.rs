@@ -341,6 +341,10 @@ impl Installer {
         let name = format!("install-{}", SubmissionId::new());
         let tenant = Tenant {
             name: name.clone(),
+            user: match order.whose {
+                Whose::Own => None,
+                Whose::User(user) => Some(user.clone()),
+            },
             placed: Vec::new(),
             slots: 1,
             network: false,
