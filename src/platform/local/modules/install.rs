@@ -547,6 +547,9 @@ fn why_not(ending: &Ending, said: &[u8], trouble: &Trouble, packages: &str) -> P
         Ending::Limit(limit) => format!("pip was stopped at its {} limit", limit.as_str()),
         Ending::Cancelled => "it was cancelled".to_owned(),
         Ending::NotStarted(why) => why.clone(),
+        Ending::Starved { waited_ms } => {
+            format!("the machine was too busy: pip waited {waited_ms} ms for a processor")
+        }
     };
     not_installed(packages, &how)
 }
