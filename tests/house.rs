@@ -226,7 +226,12 @@ const TO_OWN_FILES: &[(&str, &[&str], &str)] = &[
     (
         "src/platform/local/modules/install.rs",
         &["*"],
-        "installed packages, shown read-only",
+        "the module server's own files, shown read-only",
+    ),
+    (
+        "src/platform/local/modules/store.rs",
+        &["*"],
+        "packages that the server unpacked, shown read-only",
     ),
     (
         "src/platform/local/releases.rs",

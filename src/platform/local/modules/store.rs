@@ -5,15 +5,14 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File, FileTimes};
 use std::io::{self, Read};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 use std::time::SystemTime;
 
 use flate2::read::GzDecoder;
-use rustix::fs::{Mode, OFlags, ResolveFlags};
 use tar::{Archive, EntryType};
 
+use crate::beneath::{Folder, set_mode};
 use crate::model::UserId;
 
 /// Most sets that are kept for one user. A set has at most 192 MiB, as what a program depends on.
@@ -189,14 +188,10 @@ fn remove(path: &Path) {
     }
 }
 
-/// Beneath one folder, through no link.
-const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS);
-
 /// Writes the folders and files below `top` in the archive into a new folder: its bytes. Wheels have nothing else, and
 /// nothing else is written: what was packed was a user's to make.
 fn unpack(archive: &[u8], top: &str, folder: &Path) -> io::Result<u64> {
-    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let at = rustix::fs::open(folder, flags, Mode::empty())?;
+    let at = Folder::open(folder)?;
     let mut archive = Archive::new(GzDecoder::new(archive).take(MOST_SET_BYTES + HEADERS));
     let mut bytes = 0;
     for (number, entry) in archive.entries()?.enumerate() {
@@ -218,10 +213,10 @@ fn unpack(archive: &[u8], top: &str, folder: &Path) -> io::Result<u64> {
         match kind {
             EntryType::Directory if inside.as_os_str().is_empty() => {}
             EntryType::Directory => {
-                rustix::fs::mkdirat(&at, inside, Mode::from_raw_mode(0o755))?;
-                let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
-                let made = rustix::fs::openat2(&at, inside, flags, Mode::empty(), BENEATH)?;
-                rustix::fs::fchmod(&made, Mode::from_raw_mode(0o755))?;
+                let name = inside.to_str();
+                let name =
+                    name.ok_or_else(|| refused("a folder's name is not UTF-8".to_owned()))?;
+                at.make(name, None)?.set_mode(0o755)?;
             }
             EntryType::Regular => {
                 bytes += write(&at, inside, &mut entry)?;
@@ -240,15 +235,12 @@ fn unpack(archive: &[u8], top: &str, folder: &Path) -> io::Result<u64> {
     Ok(bytes)
 }
 
-fn write(at: &OwnedFd, path: &Path, entry: &mut tar::Entry<'_, impl Read>) -> io::Result<u64> {
+fn write(at: &Folder, path: &Path, entry: &mut tar::Entry<'_, impl Read>) -> io::Result<u64> {
     let executable = entry.header().mode()? & 0o111 != 0;
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let file = rustix::fs::openat2(at, path, flags, Mode::from_raw_mode(0o600), BENEATH)?;
-    let mut file = File::from(file);
+    let mut file = at.create(path, 0o600)?;
     let bytes = io::copy(entry, &mut file)?;
     // Whatever the server's umask is: user code reads it, under another user id.
-    let mode = if executable { 0o755 } else { 0o644 };
-    rustix::fs::fchmod(&file, Mode::from_raw_mode(mode))?;
+    set_mode(&file, if executable { 0o755 } else { 0o644 })?;
     Ok(bytes)
 }
 
