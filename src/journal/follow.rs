@@ -167,7 +167,11 @@ impl Follower {
         match store.unfinished.get(&self.id) {
             Some(known) if known.last_seq <= self.last => Next::NotYet,
             Some(_) => Next::OnDisk,
-            None => Next::Past,
+            // Ended a moment ago, with a reply that is too large for memory.
+            None => match store.active.index.entry(self.id) {
+                Some(entry) if entry.known.last_seq > self.last => Next::OnDisk,
+                _ => Next::Past,
+            },
         }
     }
 
