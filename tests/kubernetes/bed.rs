@@ -15,7 +15,8 @@ use gantry::platform::kubernetes::{
 use gantry::platform::{Platform, Recorded, ReleaseSpec};
 use gantry::storage::{CodeStore, S3Config, S3Store};
 use k8s_openapi::api::core::v1::Namespace;
-use kube::api::DeleteParams;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use kube::api::{DeleteParams, PostParams};
 use kube::{Api, Client};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -163,6 +164,28 @@ impl Bed {
             .unwrap()
             .unwrap();
         String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    /// Lets everything in and out of these namespaces, beside the policies that are there, or no longer.
+    pub async fn overrule(&self, namespaces: &[String], on: bool) {
+        for namespace in namespaces {
+            let policies: Api<NetworkPolicy> = Api::namespaced(self.client.clone(), namespace);
+            if !on {
+                policies
+                    .delete("test-open", &DeleteParams::default())
+                    .await
+                    .unwrap();
+                continue;
+            }
+            let policy = serde_json::from_value(serde_json::json!({
+                "metadata": { "name": "test-open" },
+                "spec": { "podSelector": {}, "policyTypes": ["Ingress", "Egress"], "ingress": [{}], "egress": [{}] },
+            }));
+            policies
+                .create(&PostParams::default(), &policy.unwrap())
+                .await
+                .unwrap();
+        }
     }
 
     /// Removes everything of a user's.

@@ -36,7 +36,7 @@ use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use kube::api::{ListParams, LogParams};
 use kube::{Api, ResourceExt};
 
-use crate::bed::{Bed, SERVER};
+use crate::bed::{Bed, SERVER, eventually};
 use cases::Case;
 use judge::{KILLED_WITHIN_IN_COMPANY, check, hello, tell};
 use programs::Surroundings;
@@ -328,21 +328,27 @@ for name, address in json.loads({:?}).items():
     let ended = ended.unwrap();
     assert_eq!(ended.report.ending, Ending::Exited(0), "{ended:?}");
     assert_eq!(String::from_utf8_lossy(&ended.stdout), "");
-    // Positive control: the same program where the operator allows the network reaches all of it.
+    // Positive control: the same program where the operator allows the network, and no policy closes it, reaches
+    // all of it.
     let open = Bed::start_with(|config| config.network = true).await;
     let other = open.user("open");
     let sessions = Sessions::new(open.shared());
-    let ended = finish(&mut sessions.of(&other).start(python(&program))).await;
-    let ended = ended.unwrap();
+    let first = finish(&mut sessions.of(&other).start(python("print(1)"))).await;
+    assert_eq!(first.unwrap().stdout, b"1\n");
+    bed.overrule(&[neighbour.namespace(), other.namespace()], true)
+        .await;
     let expected: String = targets
         .keys()
         .map(|name| format!("connected {name}\n"))
         .collect();
-    assert_eq!(
-        String::from_utf8_lossy(&ended.stdout),
-        expected,
-        "{targets:?}"
-    );
+    // A policy is in force a moment after it was made.
+    eventually("everything is reached", || async {
+        let ended = finish(&mut sessions.of(&other).start(python(&program))).await;
+        let reached = String::from_utf8_lossy(&ended.unwrap().stdout).into_owned();
+        println!("reached: {reached:?}");
+        reached == expected
+    })
+    .await;
     bed.platform.drop_repl(&repl).await.unwrap();
     for user in [&neighbour, &user, &other] {
         bed.forget(user.as_str()).await;

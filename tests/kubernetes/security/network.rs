@@ -10,7 +10,6 @@ use gantry::model::{ContainerSpec, ModuleSpec, Package, ServiceSpec, UserId};
 use gantry::platform::conformance::{finish, python};
 use gantry::platform::{Platform, Sessions, WorkspaceSpec};
 use k8s_openapi::api::core::v1::{Namespace, Pod};
-use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::Api;
 use kube::api::{DeleteParams, ListParams, PostParams};
 use serde_json::json;
@@ -265,28 +264,6 @@ async fn stranger(bed: &Bed, namespace: &str) -> String {
     one(bed, namespace, "app=stranger").await
 }
 
-/// Lets everything in and out of these namespaces, beside the policies that are there, or no longer.
-async fn overrule(bed: &Bed, namespaces: &[String], on: bool) {
-    for namespace in namespaces {
-        let policies: Api<NetworkPolicy> = Api::namespaced(bed.client.clone(), namespace);
-        if !on {
-            policies
-                .delete("test-open", &DeleteParams::default())
-                .await
-                .unwrap();
-            continue;
-        }
-        let policy = serde_json::from_value(json!({
-            "metadata": { "name": "test-open" },
-            "spec": { "podSelector": {}, "policyTypes": ["Ingress", "Egress"], "ingress": [{}], "egress": [{}] },
-        }));
-        policies
-            .create(&PostParams::default(), &policy.unwrap())
-            .await
-            .unwrap();
-    }
-}
-
 /// Resolves when who asks reaches what is expected, and nothing else.
 async fn expect(
     what: &str,
@@ -482,12 +459,12 @@ async fn everybody_reaches_whom_they_may_and_nobody_else() {
         neighbour.user.namespace(),
         neighbour.services(),
     ];
-    overrule(&bed, &closed, true).await;
+    bed.overrule(&closed, true).await;
     tokio::join!(
         expect("control", &from, &to, |_, _| true),
         expect("control, from the machine", &machine, &pods, |_, _| true),
     );
-    overrule(&bed, &closed, false).await;
+    bed.overrule(&closed, false).await;
     tokio::join!(
         expect("as promised", &from, &to, promised),
         expect("as promised, from the machine", &machine, &pods, promised),
