@@ -336,8 +336,9 @@ async fn everybody_reaches_whom_they_may_and_nobody_else() {
     std::thread::spawn(move || index.incoming().for_each(drop));
     let bed = Bed::start_with(|config| {
         config.packages.addresses = Some(vec![(host.parse().unwrap(), index_port)]);
-        let url = format!("http://{host}:{index_port}/simple").into();
-        config.packages.variables = BTreeMap::from([("PIP_INDEX_URL".to_owned(), url)]);
+        let url = format!("http://{host}:{index_port}/simple");
+        let variables = BTreeMap::from([("PIP_INDEX_URL".to_owned(), url)]);
+        config.packages.variables = Some(variables);
     })
     .await;
     let open = bed.user("open").namespace();
