@@ -517,15 +517,12 @@ async fn check(session: &Session, case: &Case) -> anyhow::Result<()> {
             .map(|line| format!("{line}\n"))
             .collect::<String>()
             .into_bytes(),
-        _ => ended.stdout,
+        _ => ended.stdout.clone(),
     };
     if let Some(output) = case.output {
         output(&stdout, &ended.stderr).map_err(|why| anyhow::anyhow!("{why}; stderr: {said}"))?;
     }
-    if let Some(expected) = case.report {
-        let report = ended.report.test_report.as_deref();
-        ensure!(report == expected, "the report read is {report:?}");
-    }
+    judge::check_report(case, &ended)?;
     if let Control::Limits(limits) = &case.control {
         let ended = judge::run(session, case, *limits).await?;
         ensure!(
