@@ -494,6 +494,9 @@ mod tests {
     fn a_folder_keeps_nothing_that_a_job_attached_to_it() {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let folder = Folder::open(dir.path()).unwrap();
+        // Another test changes the process's umask.
+        let closed = fs::Permissions::from_mode(0o700);
+        fs::set_permissions(dir.path(), closed.clone()).unwrap();
         let fresh = fs::metadata(dir.path()).unwrap().mode();
         // Version 2; the owner, user 12345 and the group may read, others nothing.
         let mut list = 2u32.to_le_bytes().to_vec();
@@ -519,7 +522,7 @@ mod tests {
         assert_eq!(rustix::fs::flistxattr(&folder, &mut names[..]), Ok(0));
         let flags = rustix::fs::ioctl_getflags(&folder).unwrap();
         assert!(!flags.intersects(OWNER_FLAGS), "{flags:?}");
-        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
+        fs::set_permissions(dir.path(), closed).unwrap();
         assert_eq!(fs::metadata(dir.path()).unwrap().mode(), fresh);
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use gantry::model::{Ending, Limits, Reason, SubmissionId, Tested, Tests, UserId};
+use gantry::model::{DiskBounds, Ending, Limits, Reason, SubmissionId, Tested, Tests, UserId};
 use gantry::platform::conformance::{Ended, finish, python};
 use gantry::platform::local::{LocalConfig, LocalPlatform};
 use gantry::platform::{Platform, ReleaseSpec, Sessions};
@@ -35,6 +35,7 @@ impl Machine {
             network: false,
             packages: Default::default(),
             log_refused: false,
+            disk: DiskBounds::USUAL,
             app_authority: "apps.localhost:8000".to_owned(),
             authority: "localhost:8000".to_owned(),
         };
