@@ -201,6 +201,18 @@ const BY_PATH: &[&str] = &[
     "libc::lchown",
 ];
 
+/// Calls of `rustix::fs` that take a descriptor alone.
+const BY_DESCRIPTOR: &[&str] = &[
+    "fchown",
+    "fchmod",
+    "fstat",
+    "futimens",
+    "flistxattr",
+    "fremovexattr",
+    "ioctl_getflags",
+    "ioctl_setflags",
+];
+
 /// Calls by path that may be there: to what no user can write to, or put a link above.
 const TO_OWN_FILES: &[(&str, &[&str], &str)] = &[
     (
@@ -271,9 +283,17 @@ const TO_OWN_FILES: &[(&str, &[&str], &str)] = &[
     ),
     (
         "src/runner/slot.rs",
-        &["create_dir_all", "open", "statfs", "metadata"],
-        "where a slot's folders are mounted",
+        &[
+            "create_dir_all",
+            "create_dir",
+            "remove_dir",
+            "open",
+            "statfs",
+            "metadata",
+        ],
+        "where a slot's folders are mounted or made, while none of its processes is alive",
     ),
+    ("src/runner/network.rs", &["open", "write"], "/proc"),
     ("src/runner/process.rs", &["*"], "/proc and control groups"),
     (
         "src/runner/pod.rs",
@@ -311,7 +331,7 @@ fn by_path(text: &str) -> Vec<String> {
                     .collect();
                 let call = word.starts_with(|c: char| c.is_lowercase())
                     && !line.trim_start().starts_with("use ")
-                    && !["fchown", "fchmod", "fstat"].contains(&word.as_str());
+                    && !BY_DESCRIPTOR.contains(&word.as_str());
                 // A function that is imported by its name would not be seen where it is called.
                 let import = line.trim_start().starts_with("use ")
                     && rest
