@@ -70,7 +70,7 @@ pub struct ServeArgs {
     /// Runs at one time, all users together [default: twice the cores, at least 4]
     #[arg(long, env = "GANTRY_MAX_RUNS", value_name = "NUMBER")]
     max_runs: Option<String>,
-    /// Submissions of one user that are under way at one time: waiting, running or being deployed [default: 128]
+    /// Submissions of one user that are under way at one time: waiting, running or being deployed [default: 1000]
     #[arg(long, env = "GANTRY_MAX_WAITING", value_name = "NUMBER")]
     max_waiting: Option<String>,
     /// Bytes of code and input that these keep in memory [default: 33554432]
@@ -612,8 +612,8 @@ fn max_runs(value: &Option<String>) -> Result<usize, ConfigError> {
     }
 }
 
-/// A class of thirty that shares one key, or a batch of a hundred, waits at the same time.
-const WAITING: usize = 128;
+/// A batch of some hundreds, or a class that shares one key, waits at the same time; ten such users fit.
+const WAITING: usize = 1_000;
 
 /// The input of one submission, 16 MiB at most, and as much again.
 const WAITING_BYTES: usize = 32 << 20;

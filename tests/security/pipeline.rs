@@ -118,8 +118,10 @@ async fn a_forged_report_neither_crashes_nor_holds_the_server_nor_passes() {
         message["user_id"] = json!("forger");
         let asked = Instant::now();
         let reply = socket.ask(message.to_string()).await;
-        assert_eq!(reply["status"], "tests_failed", "{text}: {reply}");
-        assert!(!reply["error"]["code"].is_null(), "{text}: {reply}");
+        let (status, reason, code) = (&reply["status"], &reply["reason"], &reply["error"]["code"]);
+        assert_eq!(status, "tests_failed", "{text}");
+        // The text also goes to the copy of the standard output that pytest keeps.
+        assert!(!code.is_null() || reason == "output", "{text}: {reason}");
         assert!(asked.elapsed() < Duration::from_secs(15), "{text}");
     }
     others_work(&server).await;
@@ -193,7 +195,7 @@ async fn a_test_run_in_which_no_test_ran_does_not_pass() {
             let message = json!({
                 "user_id": "early", "language": language, "deploy": false,
                 "files": { entry: code }, "tests": { test: text },
-                "limits": { "wall_ms": 60_000, "cpu_ms": 60_000, "memory_bytes": 512 << 20 },
+                "limits": { "wall_ms": 60_000, "cpu_ms": 30_000, "memory_bytes": 512 << 20 },
             });
             let reply = socket.ask(message.to_string()).await;
             assert_eq!(reply["status"], status, "{language} {code:?}: {reply}");
@@ -284,7 +286,8 @@ async fn what_is_under_way_at_two_crashes_is_given_up_and_what_waits_is_not() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_users_waiting_submissions_are_bounded_and_nobody_elses() {
     const MOST: usize = 128;
-    let mut server = Server::start_as(0, &[("GANTRY_MAX_RUNS", "2")]);
+    let variables = [("GANTRY_MAX_RUNS", "2"), ("GANTRY_MAX_WAITING", "128")];
+    let mut server = Server::start_as(0, &variables);
     let mut socket = server.connect(&server.admin).await;
     let text = "#".repeat(1_000_000);
     let code = format!("import time; time.sleep(9) {text}");
