@@ -512,7 +512,8 @@ async fn an_installer_reaches_the_index_and_nothing_else() {
     assert_eq!(reply["error"]["code"], "packages_not_installed", "{reply}");
 }
 
-/// While an installer runs its proxy listens on the loopback of the user's sandbox, and so do the user's runs.
+/// While an installer runs, its proxy listens on the loopback device of its own slot, which the user's other
+/// runs do not have.
 #[tokio::test]
 async fn another_run_has_no_part_in_an_installers_way_out() {
     if !pip()
@@ -538,7 +539,7 @@ import socket, time
 def listening():
     lines = open('/proc/net/tcp').read().splitlines()[1:]
     return [int(line.split()[1].split(':')[1], 16) for line in lines if line.split()[3] == '0A']
-deadline = time.monotonic() + 8
+deadline = time.monotonic() + 3
 while not listening() and time.monotonic() < deadline:
     time.sleep(0.05)
 for port in listening():
@@ -551,8 +552,7 @@ for port in listening():
 ";
     let code = code.replace("INDEX", &index.port.to_string());
     let reply = client.ask(message("two", &code)).await;
-    let said = reply["stdout"].as_str().unwrap();
-    assert!(["answer b''\n", "hung up\n"].contains(&said), "{reply}");
+    assert_eq!(reply["stdout"], "", "{reply}");
     client.tell(json!({ "cancel": slow })).await;
     assert_eq!(client.reply(&slow).await["status"], "cancelled");
 }
