@@ -827,10 +827,6 @@ impl Agent {
         let mut command = Process::new(name);
         command.args(arguments).env_clear().envs(env);
         child.attach(&mut command);
-        let report = match job.report {
-            true => Some(Report::of(&mut command)?),
-            false => None,
-        };
         if let Some(network) = slot.network() {
             network.apply(&mut command);
         }
@@ -842,6 +838,11 @@ impl Agent {
             slot.workspace(),
             &job.limits,
         )?;
+        // Last: what is done before needs descriptors, and one of them may have the report's number.
+        let report = match job.report {
+            true => Some(Report::of(&mut command)?),
+            false => None,
+        };
         let started = command
             .spawn()
             .map_err(|error| anyhow::anyhow!("{name} could not be started: {error}"))?;

@@ -366,14 +366,16 @@ fn understand(text: &str, forked: &mpsc::UnboundedSender<i32>, exits: &Exits) ->
 const ARCHIVE_END: &str = "PK\u{5}\u{6}";
 
 /// Whether the job brings something that an interpreter reads when it starts: variables, packages
-/// of its user's (`~/.local`, which is in the workspace), or an archive or folder in place of its program.
+/// of its user's (`~/.local`, which is in the workspace), or an archive or folder in place of its program; or
+/// has to be given a descriptor, which an interpreter that waits does not have.
 pub fn needs_cold_start(job: &Job) -> bool {
     const NAMES: [&str; 5] = ["HOME", "LANG", "LANGUAGE", "PATH", "TZ"];
     const PREFIXES: [&str; 5] = ["PYTHON", "LC_", "LD_", "MALLOC_", "GLIBC_"];
     let read_at_start = |name: &str| {
         NAMES.contains(&name) || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
     };
-    job.build.is_some()
+    job.report
+        || job.build.is_some()
         || job.env.iter().any(|(name, _)| read_at_start(name))
         || job.files.iter().any(|(path, content)| {
             [".local/", "main.py/"]
