@@ -160,6 +160,7 @@ fn only_the_house_stands_at_the_top() {
         "infrastructure",
         "scripts",
         "compose.yaml",
+        "docs",
         "tests",
         "README.md",
         "LICENSE",
