@@ -24,6 +24,9 @@ const MAX_BYTES: u64 = 192 << 20;
 /// Most files and folders in an archive, as many as a slot's scratch space has.
 const MAX_ENTRIES: usize = 16_384;
 
+/// Bytes of all their paths, which the archive repeats: 256 for each.
+const MAX_PATH_BYTES: usize = 256 * MAX_ENTRIES;
+
 /// Bytes of archives that are kept for jobs that follow. A server says when one is not needed any more;
 /// what a server that died has left goes when there is no room.
 const MAX_KEPT_BYTES: usize = 192 << 20;
@@ -91,7 +94,7 @@ pub fn pack(workspace: &Path, folders: &[String]) -> io::Result<Vec<u8>> {
         most: MAX_BUILD_BYTES,
     };
     let mut archive = Builder::new(GzEncoder::new(bounded, Compression::fast()));
-    let (mut bytes, mut entries) = (0, 0);
+    let (mut bytes, mut entries, mut path_bytes) = (0, 0, 0);
     let top = Rc::new(Folder::open(workspace)?);
     // Each with the folder it is in, which stays open as long as anything of it waits.
     let mut waiting: Vec<(Rc<Folder>, PathBuf)> = Vec::new();
@@ -108,6 +111,12 @@ pub fn pack(workspace: &Path, folders: &[String]) -> io::Result<Vec<u8>> {
         entries += 1;
         if entries > MAX_ENTRIES {
             return Err(too_large(&format!("it is more than {MAX_ENTRIES} files")));
+        }
+        path_bytes += path.as_os_str().len();
+        if path_bytes > MAX_PATH_BYTES {
+            return Err(too_large(
+                "its folders are too deep, and their names too long",
+            ));
         }
         let mut header = Header::new_gnu();
         // Neither whose it was nor when it was made: the same input gives the same archive.

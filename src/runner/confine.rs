@@ -271,10 +271,15 @@ pub fn landlock_version() -> Option<u32> {
     u32::try_from(version).ok().filter(|version| *version > 0)
 }
 
+/// Signals and timers that a user's processes may have pending. All sandboxes share the number that the
+/// server's user has, some 10,000 for each gigabyte of memory.
+const PENDING_SIGNALS: u64 = 1_024;
+
 /// The kernel's own limits of a process. They are the hard stop behind the supervisor, which gives
 /// the reason: so the processor limit here is a second later.
-pub fn kernel_limits(limits: &Limits) -> [(libc::__rlimit_resource_t, u64); 4] {
+pub fn kernel_limits(limits: &Limits) -> [(libc::__rlimit_resource_t, u64); 5] {
     [
+        (libc::RLIMIT_SIGPENDING, PENDING_SIGNALS),
         (libc::RLIMIT_NPROC, limits.processes),
         (libc::RLIMIT_CPU, limits.cpu_ms.div_ceil(1_000) + 1),
         (libc::RLIMIT_NOFILE, OPEN_FILES),
@@ -393,11 +398,18 @@ fn denied(calls: Calls, streams_only: bool) -> anyhow::Result<BpfProgram> {
     let other_namespace = rule(&[(1, SeccompCmpOp::Ne, network)])?;
     rules.insert(libc::SYS_setns, vec![other_namespace]);
     if calls.shared_user {
+        // A kind other than "process", the first one, stands for all processes of a group or a user.
+        let of_many = |one: u64| rule(&[(0, SeccompCmpOp::Ne, one)]);
         for call in OF_OTHERS {
             rules.insert(*call, vec![rule(&[(0, SeccompCmpOp::Ne, 0)])?]);
         }
-        for call in [libc::SYS_setpriority, libc::SYS_ioprio_set] {
-            rules.insert(call, vec![rule(&[(1, SeccompCmpOp::Ne, 0)])?]);
+        let kinds = [
+            (libc::SYS_setpriority, u64::from(libc::PRIO_PROCESS)),
+            (libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS),
+        ];
+        for (call, process) in kinds {
+            let of_another = rule(&[(1, SeccompCmpOp::Ne, 0)])?;
+            rules.insert(call, vec![of_another, of_many(process)?]);
         }
         let sets = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Ne, 0)?;
         let of_another = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, 0)?;
@@ -427,6 +439,9 @@ fn denied(calls: Calls, streams_only: bool) -> anyhow::Result<BpfProgram> {
     compile(rules, eperm)
 }
 
+/// From the kernel's linux/ioprio.h; `libc` does not have it.
+const IOPRIO_WHO_PROCESS: u64 = 1;
+
 /// Calls that change how another process of the same user, their first argument, gets its turn.
 const OF_OTHERS: &[libc::c_long] = &[
     libc::SYS_sched_setaffinity,
@@ -435,10 +450,21 @@ const OF_OTHERS: &[libc::c_long] = &[
     libc::SYS_sched_setscheduler,
 ];
 
+/// The older ways to say `fallocate`, from the kernel's linux/falloc.h: FS_IOC_RESVSP, FS_IOC_RESVSP64 and
+/// FS_IOC_ZERO_RANGE.
+const RESERVATIONS: [u64; 3] = [0x4030_5828, 0x4030_582a, 0x4030_5839];
+
 /// The filter that answers "not supported" to a call which takes room on a disk without writing: it would
 /// take all there is before anybody sees it. Programs and libraries write zeroes instead.
 fn no_reservations() -> anyhow::Result<BpfProgram> {
-    let rules = Rules::from([(libc::SYS_fallocate, Vec::new())]);
+    let requests = RESERVATIONS
+        .into_iter()
+        .map(|request| rule(&[(1, SeccompCmpOp::Eq, request)]))
+        .collect::<anyhow::Result<_>>()?;
+    let rules = Rules::from([
+        (libc::SYS_fallocate, Vec::new()),
+        (libc::SYS_ioctl, requests),
+    ]);
     compile(
         rules,
         SeccompAction::Errno(u32::try_from(libc::EOPNOTSUPP)?),

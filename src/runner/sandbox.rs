@@ -332,6 +332,12 @@ fn furnish(spec: &SandboxSpec) -> anyhow::Result<()> {
     rustix::mount::mount("proc", "/base/proc", "proc", flags, c"hidepid=2")
         .context("mounting /proc for user code")?;
     hide_machine(Path::new("/base/proc")).context("covering what /proc says of the machine")?;
+    for (bound, value) in BOUNDS {
+        // A kernel without it counts for the whole machine only.
+        if let Err(error) = fs::write(bound, value) {
+            tracing::debug!(bound, %error, "a bound of the user namespace is not set");
+        }
+    }
     if has_terminals(spec) {
         let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
         let options = c"newinstance,ptmxmode=0666,mode=0620";
@@ -347,6 +353,13 @@ fn furnish(spec: &SandboxSpec) -> anyhow::Result<()> {
     network.context("the loopback device")?;
     Ok(())
 }
+
+/// What each user id in here may have of things that all sandboxes share the number of, which is by default
+/// 128 instances and, with 16 GiB of memory, some 130,000 watches.
+const BOUNDS: [(&str, &str); 2] = [
+    ("/proc/sys/user/max_inotify_instances", "8"),
+    ("/proc/sys/user/max_inotify_watches", "16384"),
+];
 
 /// What of `/proc`, beside processes, programs need: they ask how many processors and how much memory
 /// there is, and how busy they are. Links lead into a process's own folder. `sys` is read-only in a slot.

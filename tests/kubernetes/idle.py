@@ -252,7 +252,7 @@ class OnTheBed(unittest.TestCase):
                 began = time.monotonic()
                 asked = pool.submit(start, self.one, self.repl)
                 time.sleep(AWAY_SECONDS)
-                self.assertFalse(asked.done(), "it did not wait")
+                self.assertFalse(asked.done(), asked.done() and asked.result())
             finally:
                 self.way.moves.set()
             status, answer = asked.result(PATIENCE)
@@ -374,8 +374,8 @@ class OnTheBed(unittest.TestCase):
             self.assertTrue(found.get("ok"), found)
 
         ask({"id": 1, "op": "files.write", "path": "saved.txt", "text": "saved"})
-        call(self.one, f"/repls/{self.repl}/save", {})
-        self.assertEqual(stored(self.repl, "saved.txt"), "saved")
+        answered = call(self.one, f"/repls/{self.repl}/save", {})
+        self.assertEqual(stored(self.repl, "saved.txt"), "saved", answered)
         for server in self.servers:
             server.process.kill()
             server.process.wait()

@@ -336,3 +336,80 @@ async fn runs_are_not_late_after_one_that_attacked_the_waiting_interpreter() {
     }
     machine.platform.shutdown().await;
 }
+
+/// What the kernel counts for all sandboxes together, in the end for the server's own user.
+const TAKE_ALL: &str = "
+import ctypes, os, signal, time
+libc = ctypes.CDLL(None)
+watchers = 0
+while libc.inotify_init1(0) >= 0: watchers += 1
+signal.pthread_sigmask(signal.SIG_BLOCK, {40})
+signals = 0
+while signals < 200000 and libc.sigqueue(os.getpid(), 40, 0) == 0: signals += 1
+print(watchers, signals, flush=True)
+time.sleep(3)
+";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_run_takes_all_watchers_and_signals_of_the_machine() {
+    if !is_root() {
+        return;
+    }
+    let machine = Machine::start().await;
+    let code = "
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+timer = ctypes.c_void_p()
+assert libc.inotify_init1(0) >= 0, ctypes.get_errno()
+assert libc.timer_create(1, None, ctypes.byref(timer)) == 0, ctypes.get_errno()
+print('fine')
+";
+    let greedy = machine.says("greedy", TAKE_ALL);
+    let neighbour = async {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        machine.says("neighbour", code).await
+    };
+    let (taken, said) = tokio::join!(greedy, neighbour);
+    assert_eq!(said, "fine\n");
+    let taken: Vec<u64> = taken
+        .split_whitespace()
+        .map(|number| number.parse().unwrap())
+        .collect();
+    assert!((1..=8).contains(&taken[0]), "{taken:?}");
+    assert!((1..=1_024).contains(&taken[1]), "{taken:?}");
+    machine.platform.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_hold_no_more_memory_than_their_bound() {
+    if !is_root() {
+        return;
+    }
+    let machine = Machine::start().await;
+    let code = "
+import socket
+listener = socket.socket()
+listener.bind(('127.0.0.1', 0))
+listener.listen(200)
+held, pairs = 0, []
+for _ in range(100):
+    sender = socket.create_connection(listener.getsockname())
+    sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+    sender.setblocking(False)
+    pairs.append((sender, listener.accept()[0]))
+    try:
+        for _ in range(64): held += sender.send(b'x' * (1 << 20))
+    except BlockingIOError: pass
+print(held)
+";
+    let mut job = python(code);
+    job.limits.memory_bytes = 128 << 20;
+    let ended = machine.run("holder", job).await;
+    assert_eq!(ended.report.ending, Ending::Exited(0), "{}", words(&ended));
+    let held: u64 = String::from_utf8_lossy(&ended.stdout)
+        .trim()
+        .parse()
+        .unwrap();
+    assert!(held > 0 && held < 128 << 20, "{held} bytes are held");
+    machine.platform.shutdown().await;
+}
