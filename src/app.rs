@@ -100,6 +100,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     pipeline.recover();
     let options = ModuleOptions {
         calls_per_user: config.max_calls,
+        pods_per_user: config.max_module_pods,
         idle: config.module_idle,
     };
     let modules = ModuleCalls::new(platform.modules(), options);

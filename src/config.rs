@@ -82,6 +82,9 @@ pub struct ServeArgs {
     /// Calls of module functions of one user at one time [default: 64]
     #[arg(long, env = "GANTRY_MAX_CALLS", value_name = "NUMBER")]
     max_calls: Option<String>,
+    /// Pods of all modules of one user [default: 24]
+    #[arg(long, env = "GANTRY_MAX_MODULE_PODS", value_name = "NUMBER")]
+    max_module_pods: Option<String>,
     /// Stop modules that nobody has called for so long, such as 30m; the next call starts them again [default: off]
     #[arg(long, env = "GANTRY_MODULE_IDLE", value_name = "TIME")]
     module_idle: Option<String>,
@@ -223,6 +226,8 @@ pub struct Config {
     pub max_repls: Option<usize>,
     /// Most calls of module functions of one user at one time.
     pub max_calls: usize,
+    /// Most pods of all modules of one user.
+    pub max_module_pods: u32,
     /// How long nobody may call a module before it is stopped.
     pub module_idle: Option<Duration>,
     /// A repl that nobody has used for so long is stopped until the next request.
@@ -437,6 +442,7 @@ impl Config {
             max_waiting_bytes: max_waiting_bytes(&args.max_waiting_bytes)?,
             max_repls: max_repls(&args.max_repls)?,
             max_calls: max_calls(&args.max_calls)?,
+            max_module_pods: max_module_pods(&args.max_module_pods)?,
             journal_bytes: journal_bytes(&args.journal_bytes)?,
             remember: remember(&args.remember_days)?,
             module_idle: unused("GANTRY_MODULE_IDLE", &args.module_idle, LEAST_MODULE_IDLE)?,
@@ -680,6 +686,19 @@ fn max_calls(value: &Option<String>) -> Result<usize, ConfigError> {
     }
 }
 
+/// Each is a process of some 40 MB that takes a processor while it starts: ninety of them kept everybody
+/// else waiting for seconds.
+const MODULE_PODS: u32 = 24;
+
+fn max_module_pods(value: &Option<String>) -> Result<u32, ConfigError> {
+    let expected = "a number from 1 to 10000";
+    match parse("GANTRY_MAX_MODULE_PODS", value, expected)? {
+        None => Ok(MODULE_PODS),
+        Some(pods @ 1..=10_000) => Ok(pods),
+        Some(pods) => Err(wrong("GANTRY_MAX_MODULE_PODS", &pods.to_string(), expected)),
+    }
+}
+
 /// Less, and a module would be started and stopped more than it is called.
 const LEAST_MODULE_IDLE: Duration = Duration::from_secs(10);
 
@@ -903,7 +922,7 @@ mod tests {
     #[test]
     fn a_bad_value_is_refused_by_its_variables_name() {
         type Set = fn(&mut ServeArgs, Option<String>);
-        let cases: [(&str, Set, &str); 17] = [
+        let cases: [(&str, Set, &str); 18] = [
             ("GANTRY_MAX_WAITING", |a, v| a.max_waiting = v, "0"),
             (
                 "GANTRY_MAX_WAITING_BYTES",
@@ -924,6 +943,7 @@ mod tests {
             ("GANTRY_MAX_RUNS", |a, v| a.max_runs = v, "0"),
             ("GANTRY_MAX_REPLS", |a, v| a.max_repls = v, "0"),
             ("GANTRY_MAX_CALLS", |a, v| a.max_calls = v, "0"),
+            ("GANTRY_MAX_MODULE_PODS", |a, v| a.max_module_pods = v, "0"),
             ("GANTRY_MODULE_IDLE", |a, v| a.module_idle = v, "9s"),
             ("GANTRY_NAMESERVER", |a, v| a.nameserver = v, "dns.example"),
             ("GANTRY_IDLE_STOP", |a, v| a.idle_stop = v, "30"),

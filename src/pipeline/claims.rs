@@ -24,7 +24,10 @@ pub struct NameRules {
 const LANES: usize = 64;
 
 /// How long a submission that passed waits for a platform that cannot be asked, as its release does.
-const AWAY_PATIENCE: Duration = Duration::from_secs(12 * 60);
+pub(super) const AWAY_PATIENCE: Duration = Duration::from_secs(12 * 60);
+
+/// How long a request waits for it: an answer may take 90 s.
+pub(super) const CLAIM_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Between two tries.
 const AWAY_PAUSE: Duration = Duration::from_secs(2);
@@ -135,12 +138,13 @@ impl Inner {
         &self,
         user: &UserId,
         repl: &ReplId,
+        patience: Duration,
     ) -> Result<bool, NotYours> {
         let began = Instant::now();
         loop {
             match self.claim_name(user, repl).await {
                 Err(NotYours::Failed(PlatformError::Unavailable(problem)))
-                    if problem.code == AWAY && began.elapsed() < AWAY_PATIENCE =>
+                    if problem.code == AWAY && began.elapsed() < patience =>
                 {
                     tracing::warn!(%repl, %problem, "a name waits for the platform");
                     sleep(AWAY_PAUSE).await;

@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use tokio::time::{sleep, timeout};
 
 use super::Inner;
+use super::claims::AWAY_PATIENCE;
 use super::control::Control;
 use super::line::{self, Lent};
 use super::plan::{self, Plan};
@@ -524,7 +525,10 @@ impl Course {
         self.step(Step::Publish, StepState::Started).await?;
         // Before anything is stored under the name.
         let user = &self.submission.user_id;
-        let claimed = self.inner.claim_name_patiently(user, &repl).await;
+        let claimed = self
+            .inner
+            .claim_name_patiently(user, &repl, AWAY_PATIENCE)
+            .await;
         if let Err(not) = claimed {
             self.step(Step::Publish, StepState::Failed).await?;
             return self.deploy_failed(outcome, not.problem(&repl));

@@ -37,7 +37,7 @@ use crate::platform::{
     ConfigureError, Opened, Platform, PlatformError, RunningRelease, Sessions, WorkspaceSpec,
 };
 use crate::storage::CodeStore;
-use claims::Claims;
+use claims::{CLAIM_PATIENCE, Claims};
 use control::Control;
 use course::{Course, History, JOURNAL_PAUSE};
 use idle::Waking;
@@ -358,7 +358,8 @@ impl Pipeline {
             return Err(PlatformError::NotReady(problem).into());
         }
         let _place = self.inner.places.take(&**platform, user, repl).await?;
-        let fresh = self.inner.claim_name(user, repl).await?;
+        let claimed = self.inner.claim_name_patiently(user, repl, CLAIM_PATIENCE);
+        let fresh = claimed.await?;
         platform.used(user);
         let install = language.install.as_ref();
         let index = install.and_then(|install| self.inner.packages.index(install));
@@ -393,15 +394,44 @@ impl Pipeline {
     ) -> Result<(), NotYours> {
         let platform = &self.inner.platform;
         let _place = self.inner.places.take(&**platform, user, repl).await?;
-        self.inner.claim_name(user, repl).await?;
+        let claimed = self.inner.claim_name_patiently(user, repl, CLAIM_PATIENCE);
+        let fresh = claimed.await?;
+        let mut put = Vec::new();
+        let brought = self.put_new(user, repl, files, &mut put).await;
+        if fresh && brought.is_err() {
+            let mut removed = Ok(());
+            for path in &put {
+                let one = self.inner.store.remove_current(repl, path).await;
+                removed = removed.and(one);
+            }
+            match removed {
+                // The next who has the name finds nothing of this user's.
+                Ok(()) => self.give_back(repl).await,
+                Err(problem) => {
+                    tracing::warn!(%repl, %problem, "a name stays taken, with its files")
+                }
+            }
+        }
+        Ok(brought?)
+    }
+
+    /// Puts the files that are not there yet, and says which those were.
+    async fn put_new(
+        &self,
+        user: &UserId,
+        repl: &ReplId,
+        files: BTreeMap<RelativePath, String>,
+        new: &mut Vec<RelativePath>,
+    ) -> Result<(), PlatformError> {
         let store = &self.inner.store;
         for (path, text) in files {
             let has = store.has_current(repl, path.as_str()).await;
             if !has.map_err(PlatformError::Unavailable)? {
-                let admitted = platform.admit(user, repl, text.len() as u64).await;
-                admitted.map_err(PlatformError::NotReady)?;
+                let admitted = self.inner.platform.admit(user, repl, text.len() as u64);
+                admitted.await.map_err(PlatformError::NotReady)?;
                 let put = store.put_current(repl, &path, text.into_bytes()).await;
                 put.map_err(PlatformError::Unavailable)?;
+                new.push(path);
             }
         }
         Ok(())

@@ -73,6 +73,8 @@ const LOOK_MOST: Duration = Duration::from_secs(60);
 pub struct ModuleOptions {
     /// Most calls of one user at a time.
     pub calls_per_user: usize,
+    /// Most pods of all modules of one user.
+    pub pods_per_user: u32,
     /// How long nobody may call a module before its pods are ended; `None`: any time.
     pub idle: Option<Duration>,
 }
@@ -211,28 +213,55 @@ pub struct ModuleCalls {
     platform: Arc<dyn Backend>,
     kept: Arc<Mutex<HashMap<Key, Kept>>>,
     busy: Arc<Busy>,
-    making: Arc<Mutex<HashMap<UserId, usize>>>,
+    making: Arc<Mutex<HashMap<UserId, Made>>>,
     options: ModuleOptions,
+}
+
+/// What of a user's modules is being made: how many, with how many pods.
+#[derive(Debug, Default, Clone, Copy)]
+struct Made {
+    modules: usize,
+    pods: u32,
 }
 
 /// One module of a user's that is being made, until this is dropped.
 struct Making {
-    all: Arc<Mutex<HashMap<UserId, usize>>>,
+    all: Arc<Mutex<HashMap<UserId, Made>>>,
     user: UserId,
+    pods: u32,
 }
 
 impl Making {
-    /// `None`: the user has as many as may be.
-    fn begin(all: &Arc<Mutex<HashMap<UserId, usize>>>, user: &UserId) -> Option<Self> {
+    /// With so many pods more than the user has, of which there is room for `room`.
+    fn begin(
+        all: &Arc<Mutex<HashMap<UserId, Made>>>,
+        user: &UserId,
+        pods: u32,
+        room: u32,
+    ) -> Result<Self, ModuleError> {
         let mut now = all.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = now.entry(user.clone()).or_default();
-        if *number >= MOST_MAKING {
-            return None;
+        let made = now.get(user).copied().unwrap_or_default();
+        if made.modules >= MOST_MAKING {
+            return Err(ModuleError::TooMany(MOST_MAKING));
         }
-        *number += 1;
-        Some(Self {
+        if pods > 0 && made.pods + pods > room {
+            return Err(ModuleError::Refused(Problem::new(
+                "quota_exceeded",
+                "The user's modules would have too many pods",
+                format!(
+                    "{pods} more are asked for, and {} may be added",
+                    room.saturating_sub(made.pods)
+                ),
+                "Remove a module that is not needed, or ask for fewer pods; the operator can raise GANTRY_MAX_MODULE_PODS.",
+            )));
+        }
+        let made = now.entry(user.clone()).or_default();
+        made.modules += 1;
+        made.pods += pods;
+        Ok(Self {
             all: Arc::clone(all),
             user: user.clone(),
+            pods,
         })
     }
 }
@@ -240,9 +269,10 @@ impl Making {
 impl Drop for Making {
     fn drop(&mut self) {
         let mut now = self.all.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(number) = now.get_mut(&self.user) {
-            *number -= 1;
-            if *number == 0 {
+        if let Some(made) = now.get_mut(&self.user) {
+            made.modules -= 1;
+            made.pods -= self.pods;
+            if made.modules == 0 {
                 now.remove(&self.user);
             }
         }
@@ -295,7 +325,8 @@ impl ModuleCalls {
     /// Has the module be as it is wanted. It goes on when who asked is gone: an installation may take longer
     /// than an answer.
     async fn ensured(&self, user: &UserId, spec: &ModuleSpec) -> Result<bool, ModuleError> {
-        let making = Making::begin(&self.making, user).ok_or(ModuleError::TooMany(MOST_MAKING))?;
+        let (more, room) = self.pods(user, spec).await?;
+        let making = Making::begin(&self.making, user, more, room)?;
         let (platform, user, spec) = (Arc::clone(&self.platform), user.clone(), spec.clone());
         let name = spec.name.clone();
         let made = tokio::spawn(async move {
@@ -324,6 +355,22 @@ impl ModuleCalls {
                 "This is a fault of the server's; look at its log.",
             ))),
         }
+    }
+
+    /// How many pods the module is to have more than now, and how many more the user may have.
+    async fn pods(&self, user: &UserId, spec: &ModuleSpec) -> Result<(u32, u32), ModuleError> {
+        let modules = self.platform.list().await?;
+        let most =
+            |module: &ModuleStatus| module.autoscale.map_or(module.replicas, |auto| auto.max);
+        let own = modules.iter().filter(|module| module.user_id == *user);
+        let have: u32 = own.clone().map(most).sum();
+        let now = own
+            .clone()
+            .find(|module| module.module == spec.name)
+            .map(most);
+        let wanted = spec.scale.map_or(now.unwrap_or(1), Scale::most);
+        let more = wanted.saturating_sub(now.unwrap_or(0));
+        Ok((more, self.options.pods_per_user.saturating_sub(have)))
     }
 
     /// Starts the module again, if it was stopped because nobody called it.

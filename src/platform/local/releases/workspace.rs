@@ -42,9 +42,11 @@ impl Releases {
 
     /// Recorded first: a server that is killed in between brings it up at its next start.
     pub(super) async fn begin(&self, repl: &ReplId, stored: Stored) -> Result<(), PlatformError> {
-        self.with(repl, |repl| {
+        let first = self.with(repl, |repl| {
+            let first = repl.record.workspace.is_none();
             repl.record.opens(stored.clone());
             repl.lost = None;
+            first
         });
         self.save(repl)?;
         match self.start(repl, &stored).await {
@@ -53,7 +55,13 @@ impl Releases {
                 Ok(())
             }
             Err(error) => {
-                self.with(repl, |repl| repl.record.stopped());
+                self.with(repl, |repl| {
+                    repl.record.stopped();
+                    // One that never ran does not keep its name.
+                    if first == Some(true) {
+                        repl.record.workspace = None;
+                    }
+                });
                 self.save(repl)?;
                 Err(PlatformError::NotReady(Problem::new(
                     "start_failed",
