@@ -459,3 +459,25 @@ fn a_short_key_is_refused_unless_it_is_allowed() {
     let said = { allowed }.output().unwrap().stderr;
     assert!(String::from_utf8_lossy(&said).contains("cannot listen"));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_that_fails_takes_no_name() {
+    let server = Server::start();
+    let (_, one) = server.user("one").await;
+    let (_, two) = server.user("two").await;
+    let start =
+        |repl: &str, files: Value| json!({ "replId": repl, "language": "python", "files": files });
+    // A file cannot stand where a folder has to.
+    let wrong = json!({ "a": "x", "a/b": "y" });
+    let (status, answer) = post(&server, &one, "/start", start("left", wrong)).await;
+    assert!(status >= 400, "{status} {answer}");
+    let fine = json!({ "main.py": "print('mine')" });
+    let (status, answer) = post(&server, &two, "/start", start("left", fine.clone())).await;
+    assert_eq!(status, 200, "{answer}");
+    // Nothing of the first one's is there.
+    let tree = server.data.path().join("store/code/left");
+    assert!(!tree.join("a").exists());
+    // The control: a start that succeeds takes it.
+    let (status, answer) = post(&server, &one, "/start", start("left", fine)).await;
+    assert_eq!(status, 400, "{answer}");
+}

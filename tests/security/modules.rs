@@ -381,3 +381,27 @@ async fn the_way_to_packages_carries_tls_or_reads_and_nothing_else() {
     }
     assert_eq!(seen["tunnel"], json!(["200", ""]), "{seen}");
 }
+
+#[tokio::test]
+async fn a_users_modules_have_so_many_pods_in_all() {
+    let server = Server::start_as(0, &[("GANTRY_MAX_MODULE_PODS", "2")]);
+    let (_, one) = server.user("one").await;
+    let (_, two) = server.user("two").await;
+    let (status, told) = create(&server, &one, "json", &[]).await;
+    assert_eq!(status, 200, "{told}");
+    let scaled = |module: &str, replicas: u32| {
+        let path = format!("/modules/{module}/scale");
+        server.post(&path).json(&json!({ "replicas": replicas }))
+    };
+    let (status, told) = ask(&one, scaled("json", 3)).await;
+    assert_eq!(told["code"], "quota_exceeded", "{status} {told}");
+    let (status, told) = create(&server, &one, "string", &[]).await;
+    assert_eq!(status, 200, "{told}");
+    // As many as may be; what is there already is asked for again.
+    let (status, told) = create(&server, &one, "json", &[]).await;
+    assert_eq!(status, 200, "{told}");
+    let (status, told) = create(&server, &one, "random", &[]).await;
+    assert_eq!(told["code"], "quota_exceeded", "{status} {told}");
+    let (status, told) = create(&server, &two, "random", &[]).await;
+    assert_eq!(status, 200, "{told}");
+}
