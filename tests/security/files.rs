@@ -279,6 +279,149 @@ async fn a_full_disk_stops_who_fills_it_and_nobody_else() {
     assert_eq!(run["status"], "deployed", "{run}");
 }
 
+/// Waits until a release is stopped, which may be before it counts as deployed, and returns why.
+async fn why_stopped(server: &Server, key: &str, repl: &str, reply: &Value) -> String {
+    if reply["status"] != "deployed" {
+        return reply["error"]["cause"].as_str().unwrap().to_owned();
+    }
+    let mut why = String::new();
+    wait_until("it was not stopped", async || {
+        let state = state_of(server, key, repl).await;
+        why = state["last_error"].as_str().unwrap_or_default().to_owned();
+        state["state"] == "stopped"
+    })
+    .await;
+    why
+}
+
+async fn state_of(server: &Server, key: &str, repl: &str) -> Value {
+    let asked = server.get(&format!("/repls/{repl}"));
+    let answer = asked.header("x-api-key", key).send().await.unwrap();
+    answer.json().await.unwrap()
+}
+
+/// Keeps the room of closed files by one mapped page of each.
+const MAPS: &str = r"
+import mmap, os, time
+if not os.path.isdir('/data'):
+    raise SystemExit
+kept = []
+for _ in range(20):
+    file = os.open('/data', os.O_TMPFILE | os.O_RDWR, 0o600)
+    os.write(file, os.urandom(8 << 20))
+    kept.append(mmap.mmap(file, 4096))
+    os.close(file)
+print('kept', flush=True)
+time.sleep(1000)
+";
+
+/// Keeps files open in a thread that has a descriptor table of its own, after the first thread has ended.
+const OWN_TABLE: &str = r"
+import ctypes, os, threading, time
+if not os.path.isdir('/data'):
+    raise SystemExit
+libc = ctypes.CDLL(None, use_errno=True)
+def hide():
+    # CLOSE_RANGE_UNSHARE, and nothing to close.
+    if libc.syscall(436, 100000, 200000, 2) != 0:
+        os._exit(100 + ctypes.get_errno())
+    for _ in range(20):
+        file = os.open('/data', os.O_TMPFILE | os.O_RDWR, 0o600)
+        os.write(file, os.urandom(8 << 20))
+    print('kept', flush=True)
+    time.sleep(1000)
+threading.Thread(target=hide).start()
+@THEN@
+";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn data_without_a_name_or_a_descriptor_of_the_process_are_counted() {
+    let most = (64 << 20).to_string();
+    let server = Server::start_as(0, &[("GANTRY_MAX_REPL_DATA_BYTES", &most)]);
+    let (_, key) = server.user("mallory").await;
+    let stopped = async |repl: &str, code: &str| {
+        let reply = submit(&server, &key, release("mallory", repl, code)).await;
+        let why = why_stopped(&server, &key, repl, &reply).await;
+        assert!(why.contains("a repl may have"), "{repl}: {why} {reply}");
+    };
+    let sleeps = OWN_TABLE.replace("@THEN@", "time.sleep(1000)");
+    // The first thread ends alone, and the process goes on without it.
+    let ends = OWN_TABLE.replace("@THEN@", "libc.syscall(60, 0)");
+    tokio::join!(
+        stopped("maps", MAPS),
+        stopped("table", &sleeps),
+        stopped("headless", &ends),
+    );
+}
+
+/// Fills the disk up to its reserve, keeps the files in messages that nobody receives, and then is still.
+const IN_FLIGHT: &str = r"
+import os, socket, time
+if not os.path.isdir('/data'):
+    raise SystemExit
+ours, theirs = socket.socketpair()
+def free():
+    about = os.statvfs('/data')
+    return about.f_bavail * about.f_frsize
+while free() > @LEAVES@:
+    file = os.open('/data', os.O_TMPFILE | os.O_RDWR, 0o600)
+    os.write(file, os.urandom(8 << 20))
+    socket.send_fds(ours, [b'x'], [file])
+    os.close(file)
+open('/data/done', 'w').close()
+time.sleep(1000)
+";
+
+/// Rewrites one file, from when its repl is asked to.
+const REWRITES: &str = r"
+import os, time
+if not os.path.isdir('/data'):
+    raise SystemExit
+print('ready', flush=True)
+while not os.path.exists('/data/go'):
+    time.sleep(0.05)
+while True:
+    with open('/data/file', 'r+b' if os.path.exists('/data/file') else 'wb') as file:
+        for _ in range(48):
+            file.write(os.urandom(1 << 20))
+";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_stops_who_holds_it_and_not_who_writes_now() {
+    const DISK: u64 = 512 << 20;
+    const RESERVE: u64 = 256 << 20;
+    let disk = SmallDisk::mount(DISK);
+    let reserve = RESERVE.to_string();
+    let server = Server::start_as(
+        0,
+        &[
+            ("GANTRY_DATA_DIR", disk.0.path().to_str().unwrap()),
+            ("GANTRY_DISK_RESERVE_BYTES", &reserve),
+        ],
+    );
+    let key = server.admin.clone();
+    let ann = submit(&server, &key, release("ann", "rewrites", REWRITES)).await;
+    assert_eq!(ann["status"], "deployed", "{ann}");
+    let leaves = (RESERVE + (32 << 20)).to_string();
+    let code = IN_FLIGHT.replace("@LEAVES@", &leaves);
+    let mallory = submit(&server, &key, release("mallory", "flies", &code)).await;
+    assert_eq!(mallory["status"], "deployed", "{mallory}");
+    let databases = disk.0.path().join("local/databases");
+    wait_until("the disk was not filled", async || {
+        databases.join("flies/done").exists()
+    })
+    .await;
+    assert_eq!(state_of(&server, &key, "flies").await["state"], "running");
+    std::fs::write(databases.join("rewrites/go"), "").unwrap();
+    let why = why_stopped(&server, &key, "flies", &mallory).await;
+    assert!(why.contains("disk is full"), "{why}");
+    wait_until("the room did not come back", async || disk.free() > RESERVE).await;
+    // It writes on, much more than the disk has, and takes no more room by that.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let rewrites = state_of(&server, &key, "rewrites").await;
+    assert_eq!(rewrites["state"], "running", "{rewrites}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn no_room_is_taken_without_writing() {
     let server = Server::start();

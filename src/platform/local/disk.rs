@@ -10,6 +10,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::beneath::{Folder, Usage};
 use crate::model::{DiskBounds, Problem, ReplId, UserId};
+use crate::platform::local::hidden::Hidden;
 use crate::storage::DirectoryStore;
 
 /// Files and folders that a repl's data may have. Counting more than these takes too long, and a file
@@ -62,7 +63,7 @@ impl Disk {
     pub fn ready(&self, repl: &ReplId) -> anyhow::Result<PathBuf> {
         let all = self.all()?;
         let folder = all.make(repl.as_str(), None)?;
-        if let Some(why) = self.count(repl, 0)? {
+        if let Some(why) = self.count(repl, Hidden::default())? {
             return Err(TooMuch(why).into());
         }
         folder.set_mode(0o777)?;
@@ -86,8 +87,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Counts a repl's data, with `hidden` bytes beside, and says what is wrong with them.
-    pub fn count(&self, repl: &ReplId, hidden: u64) -> io::Result<Option<String>> {
+    /// Counts a repl's data, with what its program hides, and says what is wrong with them.
+    pub fn count(&self, repl: &ReplId, hidden: Hidden) -> io::Result<Option<String>> {
         let usage = match self.all()?.folder(repl.as_str()) {
             Ok(folder) => folder.usage(MOST_ENTRIES),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Usage {
@@ -96,14 +97,15 @@ impl Disk {
             },
             Err(error) => return Err(error),
         };
-        let bytes = usage.bytes + hidden;
+        let bytes = usage.bytes + hidden.bytes;
+        let complete = usage.complete && !hidden.incomplete;
         let incomplete = self.with(repl, |known| {
-            known.incomplete = match usage.complete {
+            known.incomplete = match complete {
                 true => 0,
                 false => known.incomplete + 1,
             };
             // What was seen before may only have been missed this time.
-            known.data = match (usage.complete, known.data) {
+            known.data = match (complete, known.data) {
                 (false, Some(before)) => Some(before.max(bytes)),
                 _ => Some(bytes),
             };
@@ -118,6 +120,11 @@ impl Disk {
             Some(format!(
                 "its data are more than {MOST_ENTRIES} files and folders"
             ))
+        } else if incomplete >= MOST_INCOMPLETE && hidden.incomplete {
+            Some(
+                "its data cannot be counted: it has too many threads, open files and mappings"
+                    .to_owned(),
+            )
         } else if incomplete >= MOST_INCOMPLETE {
             Some("its data cannot be counted: folders are moved or closed all the time".to_owned())
         } else {
@@ -130,7 +137,7 @@ impl Disk {
         if let Some(known) = self.with(repl, |known| known.data) {
             return Ok(known);
         }
-        self.count(repl, 0)?;
+        self.count(repl, Hidden::default())?;
         Ok(self.with(repl, |known| known.data).unwrap_or(0))
     }
 

@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -33,9 +32,10 @@ impl FirstProcess {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         let (_, rest) = stat.rsplit_once(") ")?;
         // proc_pid_stat(5): the parent is field 4 and starttime field 22; `rest` starts at field 3.
-        // A zombie is no process.
+        // A zombie is no process, unless only its first thread ended: num_threads is field 20.
         let fields: Vec<&str> = rest.split(' ').collect();
-        if fields.first() == Some(&"Z") {
+        let threads: u32 = fields.get(20 - 3)?.parse().ok()?;
+        if fields.first() == Some(&"Z") && threads <= 1 {
             return None;
         }
         let started = fields.get(22 - 3)?.parse().ok()?;
@@ -88,39 +88,31 @@ impl FirstProcess {
         found.split_off(1)
     }
 
-    /// Bytes that it and all below it have had written to disks, or have written to files in memory.
-    pub fn written(self) -> u64 {
-        let of = |process: &Self| {
-            let text = std::fs::read_to_string(format!("/proc/{}/io", process.pid)).ok()?;
-            let number = |name: &str| {
-                let mut lines = text.lines();
-                lines.find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok())
-            };
-            // What is written to a mapping is in the one, what goes to a disk in memory in the other.
-            number("write_bytes:")?.checked_add(number("wchar:")?)
-        };
+    /// It and all processes below it.
+    pub(super) fn with_descendants(self) -> Vec<Self> {
         let mut all = self.descendants();
         all.push(self);
-        all.iter().filter_map(of).sum()
+        all
     }
 
-    /// Bytes of files of this file system that have no name any more and that it, or what is below it, holds
-    /// open.
-    pub fn hidden(self, device: u64) -> u64 {
-        let mut files = std::collections::BTreeMap::new();
-        for process in self.descendants() {
-            let open = std::fs::read_dir(format!("/proc/{}/fd", process.pid));
-            for file in open.into_iter().flatten().flatten() {
-                // Looked at and not opened: it may be anything.
-                if let Ok(about) = std::fs::metadata(file.path())
-                    && about.nlink() == 0
-                    && about.dev() == device
-                {
-                    files.insert(about.ino(), about.blocks() * 512);
-                }
-            }
+    /// What it and all below it have written. A child's figures go to its parent when the parent waits
+    /// for it, and an orphan's to the first process, so they last as long as the sandbox. Only those of a
+    /// child for which nobody waits, because its parent ignores SIGCHLD, are lost.
+    pub fn written(self) -> Written {
+        let mut sum = Written::default();
+        for process in self.with_descendants() {
+            let text = std::fs::read_to_string(format!("/proc/{}/io", process.pid));
+            let text = text.unwrap_or_default();
+            let number = |name: &str| {
+                let mut lines = text.lines();
+                let found = lines.find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+                found.unwrap_or(0_u64)
+            };
+            sum.to_disks += number("write_bytes:");
+            sum.by_calls += number("wchar:");
+            sum.cancelled += number("cancelled_write_bytes:");
         }
-        files.values().sum()
+        sum
     }
 
     /// Ends it, and with it its sandbox.
@@ -136,6 +128,40 @@ impl FirstProcess {
         unsafe {
             libc::waitpid(self.pid, std::ptr::null_mut(), libc::WNOHANG);
         }
+    }
+}
+
+/// Bytes that processes have written since they began.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Written {
+    /// To file systems on disks, also by mappings.
+    to_disks: u64,
+    /// By system calls, to anything: the only figure for a disk in memory.
+    by_calls: u64,
+    /// Of those to disks, what was removed before it got there.
+    cancelled: u64,
+}
+
+impl Written {
+    /// The larger figure of each kind.
+    pub fn max(self, other: Self) -> Self {
+        Self {
+            to_disks: self.to_disks.max(other.to_disks),
+            by_calls: self.by_calls.max(other.by_calls),
+            cancelled: self.cancelled.max(other.cancelled),
+        }
+    }
+
+    /// Bytes that may have been written since `before`.
+    pub fn since(self, before: Self) -> u64 {
+        let calls = self.by_calls.saturating_sub(before.by_calls);
+        self.to_disks.saturating_sub(before.to_disks) + calls
+    }
+
+    /// The most room that all this can take.
+    pub fn most_room(self) -> u64 {
+        let written = self.to_disks.max(self.by_calls);
+        written.saturating_sub(self.cancelled)
     }
 }
 

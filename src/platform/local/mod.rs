@@ -2,6 +2,7 @@
 
 mod cgroup;
 mod disk;
+mod hidden;
 mod host;
 mod launch;
 mod modules;

@@ -1,13 +1,26 @@
 //! The disk that repls' data share: who takes more than its part is stopped, before there is no room for
 //! anybody. A program cannot take room faster than it writes, because the kernel reserves none for user code.
+//!
+//! When less than the reserve is free, one program at a time is stopped, and only one whose end helps: it
+//! writes just now, or it holds files without a name, whose room comes back when it ends. Of these it is the
+//! one that may take most room: its repl's data and code, what it may hide, and what it will have written
+//! by the next look. Who wrote most just now is no measure alone, because a program may fill the disk, keep
+//! still, and leave it to a neighbour's next bytes to be stopped.
+//!
+//! What a program hides is counted where the kernel shows it. It does not show a file whose descriptor waits
+//! in a socket, so a program seen with such a descriptor may hide all that it ever wrote, except what its
+//! data grew by. For other programs the sum of what they wrote says nothing: a database that rewrites
+//! one file for a year takes no room by that.
 
+use std::collections::HashMap;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use super::{Releases, ReplId, UserId};
 use crate::model::{Problem, ReplData, repl_runs};
 use crate::platform::PlatformError;
-use crate::platform::local::launch::FirstProcess;
+use crate::platform::local::hidden::Hidden;
+use crate::platform::local::launch::{FirstProcess, Written};
 use crate::platform::local::program::Program;
 use crate::platform::local::unavailable;
 
@@ -25,6 +38,16 @@ const REST: u32 = 4;
 /// How long is looked at who is writing, when there is no room left, and the fewest bytes that count.
 const WATCHED: Duration = Duration::from_millis(150);
 const LEAST_WRITTEN: u64 = 1 << 20;
+
+/// The fewest bytes in files without a name for which a program is stopped when there is no room left.
+/// Temporary files of an ordinary program are smaller.
+const LEAST_HELD: u64 = 16 << 20;
+
+/// The next look is about so many times `WATCHED` away.
+const AHEAD: u64 = 2;
+
+/// How long a stopped program may take to end, and to give its room back, before the next one is stopped.
+const ENDS_WITHIN: Duration = Duration::from_secs(1);
 
 /// How long it is remembered why a program was stopped.
 const REMEMBERED: Duration = Duration::from_secs(600);
@@ -126,40 +149,79 @@ impl Releases {
             .map_or(COUNT_EVERY, |counted| counted.elapsed());
         if since >= COUNT_EVERY || (shrunk && since >= state.pause) {
             let began = Instant::now();
-            over = self.count_all(&writers)?;
+            over = self.count_all(&writers, state)?;
             state.pause = began.elapsed() * REST;
             state.counted = Some(Instant::now());
             state.free = free;
         }
-        if over.is_empty() && free < reserve {
-            let before: Vec<u64> = writers.iter().map(|one| one.process.written()).collect();
-            std::thread::sleep(WATCHED);
-            let written = writers.iter().zip(before);
-            let written =
-                written.map(|(one, before)| (one.process.written().saturating_sub(before), one));
-            if let Some((bytes, most)) = written.max_by_key(|(bytes, _)| *bytes)
-                && bytes >= LEAST_WRITTEN
-            {
-                let why = format!(
-                    "the machine's disk is full, and it was writing most: {bytes} bytes within {} ms",
-                    WATCHED.as_millis()
-                );
-                over.push((most.clone(), why));
-            }
+        if over.is_empty() && free < reserve && !state.still_ends() {
+            over.extend(self.takes_most(&writers, state)?);
+            let ends = over.first();
+            state.ends = ends.map(|(writer, _)| (Instant::now(), writer.process));
         }
         Ok(over)
     }
 
-    fn count_all(&self, writers: &[Writer]) -> std::io::Result<Vec<(Writer, String)>> {
+    /// Whose end gives most room back, or keeps most of it, and why.
+    fn takes_most(
+        &self,
+        writers: &[Writer],
+        state: &mut Watch,
+    ) -> std::io::Result<Option<(Writer, String)>> {
+        let disk = &self.inner.disk;
+        let before: Vec<Written> = writers.iter().map(|one| one.process.written()).collect();
+        std::thread::sleep(WATCHED);
+        let mut most: Option<(u64, &Writer, String)> = None;
+        for (writer, before) in writers.iter().zip(before) {
+            let after = writer.process.written();
+            let written = after.since(before);
+            let data = disk.data(&writer.repl)?;
+            let (seen, unseen) = match state.held.get_mut(&writer.name) {
+                Some(held) => {
+                    held.written = held.written.max(after);
+                    (held.seen, held.unseen(data))
+                }
+                None => (0, 0),
+            };
+            if written < LEAST_WRITTEN && seen + unseen < LEAST_HELD {
+                continue;
+            }
+            // What is seen without a name is among the data.
+            let taken = disk.of_user(std::slice::from_ref(&writer.repl))?;
+            let room = taken + unseen + AHEAD * written;
+            if most.as_ref().is_none_or(|(largest, ..)| room > *largest) {
+                let why = format!(
+                    "the machine's disk is full, and of the programs that write or hold removed files it may take most: data and code are {taken} bytes, {unseen} more may be hidden, and {written} were written within {} ms",
+                    WATCHED.as_millis()
+                );
+                most = Some((room, writer, why));
+            }
+        }
+        Ok(most.map(|(_, writer, why)| (writer.clone(), why)))
+    }
+
+    fn count_all(
+        &self,
+        writers: &[Writer],
+        state: &mut Watch,
+    ) -> std::io::Result<Vec<(Writer, String)>> {
         let disk = &self.inner.disk;
         let device = disk.device()?;
         let mut over: Vec<(Writer, String)> = Vec::new();
+        state
+            .held
+            .retain(|name, _| writers.iter().any(|one| one.name == *name));
         for writer in writers {
-            // Also what it has removed and holds open.
+            // Also what it has removed and holds open or mapped.
             let hidden = writer.process.hidden(device);
+            let written = writer.process.written();
             if let Some(why) = disk.count(&writer.repl, hidden)? {
                 over.push((writer.clone(), why));
             }
+            let data = disk.data(&writer.repl)?;
+            let held = state.held.entry(writer.name.clone());
+            held.or_insert_with(|| Held::of(data))
+                .add(hidden, written, data);
         }
         for writer in writers {
             let user = &writer.user;
@@ -244,7 +306,7 @@ impl Releases {
         let (this, repl) = (self.clone(), repl.clone());
         let counted = tokio::task::spawn_blocking(move || {
             let disk = &this.inner.disk;
-            disk.count(&repl, 0)?;
+            disk.count(&repl, Hidden::default())?;
             let bounds = disk.bounds();
             Ok(ReplData {
                 bytes: Some(disk.data(&repl)?),
@@ -291,6 +353,58 @@ struct Watch {
     pause: Duration,
     /// The most room there was since.
     free: u64,
+    /// What living programs hold, by the names of their sandboxes.
+    held: HashMap<String, Held>,
+    /// Which program was stopped last because the disk was full, and when.
+    ends: Option<(Instant, FirstProcess)>,
+}
+
+impl Watch {
+    fn still_ends(&self) -> bool {
+        let ends = self.ends.as_ref();
+        ends.is_some_and(|(since, process)| since.elapsed() < ENDS_WITHIN && process.is_alive())
+    }
+}
+
+/// What a program holds beside the files that its data folder shows.
+#[derive(Debug)]
+struct Held {
+    /// Bytes of files without a name, as they were counted last.
+    seen: u64,
+    /// Whether a descriptor was ever seen on its way through a socket. One that moves all the time is not
+    /// seen at every look.
+    in_flight: bool,
+    /// The largest figures: those of a process may go with it.
+    written: Written,
+    /// The least that the repl's data were. What was there before the program is nothing that it wrote.
+    least: u64,
+}
+
+impl Held {
+    fn of(data: u64) -> Self {
+        Self {
+            seen: 0,
+            in_flight: false,
+            written: Written::default(),
+            least: data,
+        }
+    }
+
+    fn add(&mut self, hidden: Hidden, written: Written, data: u64) {
+        self.seen = hidden.bytes;
+        self.in_flight |= hidden.in_flight;
+        self.written = self.written.max(written);
+        self.least = self.least.min(data);
+    }
+
+    /// The most that it may hide where nobody sees it.
+    fn unseen(&self, data: u64) -> u64 {
+        if !self.in_flight {
+            return 0;
+        }
+        let grown = data.saturating_sub(self.least);
+        self.written.most_room().saturating_sub(grown)
+    }
 }
 
 fn not_counted(error: &std::io::Error) -> Problem {
