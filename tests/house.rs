@@ -227,6 +227,11 @@ const TO_OWN_FILES: &[(&str, &[&str], &str)] = &[
         "/proc, and the folder a sandbox is made in",
     ),
     (
+        "src/platform/local/hidden.rs",
+        &["*"],
+        "/proc, whose links to users' files are followed only to ask about them",
+    ),
+    (
         "src/platform/local/host.rs",
         &["*"],
         "the machine's programs",
