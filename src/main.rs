@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use comfy_table::{Table, presets};
 use gantry::auth::{Keys, Role};
 use gantry::client;
-use gantry::config::{Config, DataArgs, Secrets, ServeArgs};
+use gantry::config::{Config, DataArgs, PlatformConfig, Secrets, ServeArgs};
 use gantry::model::UserId;
 use secrecy::ExposeSecret;
 
@@ -135,6 +135,10 @@ fn with_default_command(mut args: Vec<OsString>) -> Vec<OsString> {
 
 fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let config = Config::new(args, Secrets::from_environment())?;
+    if matches!(config.platform, PlatformConfig::Local) {
+        // Before the first thread: each takes it over from the one that starts it.
+        gantry::platform::local::prefer_server();
+    }
     let _log = gantry::telemetry::start(&config.data_dir.join("log"), &config.log)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .max_blocking_threads(MAX_BLOCKING_THREADS)

@@ -212,11 +212,23 @@ pub fn launch(
     }
 }
 
+/// What goes before user code.
+const NICE: i32 = -10;
+
+/// Gives the server's threads, those that are started from here on, their turn before user code: health and
+/// other users are answered while every sandbox is busy. Only root may; without it they have the same turn.
+pub fn prefer_server() {
+    let preferred = rustix::process::setpriority_process(None, NICE).map_err(std::io::Error::from);
+    let session = std::fs::write("/proc/self/autogroup", NICE.to_string());
+    if let Err(error) = preferred.and(session) {
+        tracing::debug!(%error, "the server has the same turn as user code");
+    }
+}
+
 /// Gives a sandbox's first process its turn before what runs in it: it ends runs at their limits, also
 /// while as many processes as there may be do nothing but ask for the processor. Its children do
 /// not inherit it.
 fn prefer(pid: i32) {
-    const NICE: i32 = -10;
     let priority = libc::sched_param { sched_priority: 0 };
     // SAFETY: a pointer to a live sched_param, and integer arguments. Only root may; without it the
     // process has the same turn as all others.

@@ -30,6 +30,7 @@ use crate::model::{
 };
 use crate::storage::DirectoryStore;
 use host::{Host, Lacking};
+pub use launch::prefer_server;
 use modules::LocalModules;
 use releases::Releases;
 use sandboxes::Sandboxes;
