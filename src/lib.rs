@@ -37,3 +37,4 @@ pub mod shutdown;
 pub mod storage;
 pub mod telemetry;
 pub mod transport;
+pub mod websocket;

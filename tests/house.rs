@@ -9,11 +9,12 @@ use std::path::{Path, PathBuf};
 const ALLOWED: &[(&str, &[&str])] = &[
     ("model", &[]),
     ("beneath", &[]),
+    ("websocket", &[]),
     ("journal", &["model"]),
     ("logs", &["model", "journal"]),
     ("storage", &["model", "beneath"]),
     // `gantry-runner fetch` copies a release out of the store.
-    ("runner", &["model", "beneath", "storage"]),
+    ("runner", &["model", "beneath", "storage", "websocket"]),
     ("platform", &["model", "beneath", "runner", "storage"]),
     (
         "pipeline",
@@ -26,7 +27,15 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "transport",
         &[
-            "model", "pipeline", "platform", "journal", "logs", "auth", "config", "shutdown",
+            "model",
+            "pipeline",
+            "platform",
+            "journal",
+            "logs",
+            "auth",
+            "config",
+            "shutdown",
+            "websocket",
         ],
     ),
     ("client", &["model"]),

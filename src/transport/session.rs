@@ -20,7 +20,7 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::error::{CapacityError, Error as WsError};
 use tokio_tungstenite::tungstenite::protocol::frame::Frame as WsFrame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::{CloseCode, Data, OpCode};
-use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Message, Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Message, Role};
 use tokio_tungstenite::tungstenite::{Bytes, Utf8Bytes};
 
 use super::Edge;
@@ -32,6 +32,7 @@ use crate::model::{
     Event, FieldError, MAX_MESSAGE_BYTES, Outcome, Problem, SubmissionId, SubmissionRequest,
 };
 use crate::pipeline::{Admission, Refusal};
+use crate::websocket;
 
 /// Between pings: shorter than the 60 s after which common proxies drop an idle connection.
 const PING_EVERY: Duration = Duration::from_secs(30);
@@ -93,12 +94,7 @@ enum End {
 
 /// Speaks the protocol until one side ends it. `passed`: another replica passes its client's frames on.
 pub async fn run(edge: Arc<Edge>, caller: Caller, passed: bool, io: hyper::upgrade::Upgraded) {
-    let config = WebSocketConfig::default()
-        .read_buffer_size(READ_BUFFER)
-        // Every frame is written at once.
-        .write_buffer_size(0)
-        .max_message_size(Some(MAX_MESSAGE_BYTES))
-        .max_frame_size(Some(MAX_MESSAGE_BYTES));
+    let config = websocket::config(MAX_MESSAGE_BYTES).read_buffer_size(READ_BUFFER);
     let socket =
         WebSocketStream::from_raw_socket(TokioIo::new(io), Role::Server, Some(config)).await;
     let (mut sink, mut source) = socket.split();
@@ -252,13 +248,19 @@ async fn write(
 }
 
 async fn send(sink: &mut SplitSink<Socket, Message>, message: Message) -> Result<(), End> {
-    let length = message.len();
-    let allowed = WRITE_STALL + Duration::from_secs((length / SLOWEST_BYTES_PER_SECOND) as u64);
-    match timeout(allowed, sink.send(message)).await {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(_)) => Err(End::Gone),
-        Err(_) => Err(End::Dead("it did not take what was sent")),
+    for frame in websocket::frames(message) {
+        let length = frame.len();
+        let allowed = WRITE_STALL + Duration::from_secs((length / SLOWEST_BYTES_PER_SECOND) as u64);
+        match timeout(allowed, sink.send(frame)).await {
+            Ok(Ok(())) => {}
+            // The answers to its pings fill what may wait.
+            Ok(Err(WsError::WriteBufferFull(_))) | Err(_) => {
+                return Err(End::Dead("it did not take what was sent"));
+            }
+            Ok(Err(_)) => return Err(End::Gone),
+        }
     }
+    Ok(())
 }
 
 /// Sends one text message in fragments: the next piece is read when the client has taken the one

@@ -47,6 +47,13 @@ async fn is_closed(stream: &mut TcpStream) -> bool {
     matches!(read, Ok(Ok(0) | Err(_)))
 }
 
+fn resident_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+    let number = line.and_then(|line| line.split_whitespace().nth(1));
+    number.unwrap().parse().unwrap()
+}
+
 async fn post(server: &Server, key: &str, path: &str, body: Value) -> (u16, Value) {
     let request = server.post(path).header("x-api-key", key).json(&body);
     let answer = request.send().await.unwrap();
@@ -269,6 +276,36 @@ async fn one_key_has_its_share_of_connections() {
     while open(ann.clone()).await.is_err() {
         assert!(began.elapsed() < PATIENCE, "places are never given back");
         sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pings_whose_answers_are_not_read_cost_no_memory() {
+    const FLOOD: usize = 64 << 20;
+    let server = Server::start();
+    let (_, key) = server.user("ann").await;
+    let mut socket = server.connect(&key).await;
+    let before = resident_kib(server.pid());
+    // A ping of the longest kind, masked with zeros.
+    let mut ping = vec![0x89, 0x80 | 125, 0, 0, 0, 0];
+    ping.resize(6 + 125, b'x');
+    let pings = ping.repeat(500);
+    let stream = socket.0.get_mut();
+    let flood = async {
+        for _ in 0..FLOOD / pings.len() {
+            stream.write_all(&pings).await?;
+        }
+        std::io::Result::Ok(())
+    };
+    // The server may end the connection before.
+    let _ = timeout(PATIENCE, flood).await.unwrap();
+    let grown = resident_kib(server.pid()).saturating_sub(before);
+    assert!(grown < 24 << 10, "{grown} KiB for one client");
+    // Longer than a frame may wait to be taken, counted from the server's next ping.
+    let began = Instant::now();
+    while stream.write_all(&ping).await.is_ok() {
+        assert!(began.elapsed() < Duration::from_secs(70), "it stays open");
+        sleep(Duration::from_millis(200)).await;
     }
 }
 

@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{broadcast, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role};
 use tokio_tungstenite::tungstenite::{self, Message};
 
 use super::Workspace;
@@ -24,6 +24,7 @@ use super::terminal::{Listener, Said};
 use crate::model::{Ending, MAX_MESSAGE_BYTES, Problem};
 use crate::runner::app::{State, describe};
 use crate::runner::wire::FromApp;
+use crate::websocket;
 
 /// Pieces of output on their way to a client: with the longest piece a quarter of a MiB.
 const QUEUE: usize = 16;
@@ -68,9 +69,7 @@ struct Session<'a> {
 
 /// Serves one client until it goes.
 pub async fn run<S: AsyncRead + AsyncWrite + Unpin>(workspace: &Rc<Workspace>, number: u64, io: S) {
-    let config = WebSocketConfig::default()
-        .max_message_size(Some(MAX_MESSAGE_BYTES))
-        .max_frame_size(Some(MAX_MESSAGE_BYTES));
+    let config = websocket::config(MAX_MESSAGE_BYTES);
     let socket = WebSocketStream::from_raw_socket(io, Role::Server, Some(config)).await;
     let (mut client, mut heard) = socket.split();
     let (listener, mut said) = mpsc::channel(QUEUE);
@@ -137,8 +136,8 @@ async fn send_all<S: AsyncRead + AsyncWrite + Unpin>(
     client: &mut Client<S>,
     messages: Vec<Message>,
 ) -> bool {
-    for message in messages {
-        if !matches!(timeout(SLOWEST, client.send(message)).await, Ok(Ok(()))) {
+    for frame in messages.into_iter().flat_map(websocket::frames) {
+        if !matches!(timeout(SLOWEST, client.send(frame)).await, Ok(Ok(()))) {
             return false;
         }
     }
