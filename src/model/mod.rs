@@ -52,6 +52,6 @@ pub use settings::{
     Autoscale, MAX_REPL_REPLICAS, ReplChange, ReplSettings, Scale, ScaleRequest, SecretText,
     Variables, VariablesChange, workspace_not_scaled,
 };
-pub use submission::{Case, FieldError, RelativePath, Submission, SubmissionRequest, Tests};
+pub use submission::{Case, FieldError, RelativePath, Submission, SubmissionRequest, Tests, cut};
 pub use tested::Tested;
 pub use ticket::TicketKey;

@@ -23,6 +23,16 @@ const MAX_ARG_BYTES: usize = 96 << 10;
 /// Longest name of a test case.
 const MAX_NAME_BYTES: usize = 200;
 
+/// The beginning of a text, so that an error repeats only a little of what a client sent.
+pub fn cut(mut text: String, most: usize) -> String {
+    if let Some((end, _)) = text.char_indices().nth(most) {
+        text.truncate(end);
+        text.push('…');
+        text.shrink_to_fit();
+    }
+    text
+}
+
 /// Which field of a message is wrong, and why.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {reason}")]
@@ -34,11 +44,15 @@ pub struct FieldError {
 }
 
 impl FieldError {
+    /// Longest path and reason: both may repeat what a client sent.
+    const MAX_FIELD_CHARS: usize = 80;
+    const MAX_REASON_CHARS: usize = 600;
+
     /// A field and why it was refused.
     pub fn new(field: impl Into<String>, reason: impl Into<String>) -> Self {
         Self {
-            field: field.into(),
-            reason: reason.into(),
+            field: cut(field.into(), Self::MAX_FIELD_CHARS),
+            reason: cut(reason.into(), Self::MAX_REASON_CHARS),
         }
     }
 }

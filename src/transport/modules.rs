@@ -32,6 +32,9 @@ use failure::told;
 /// Largest body of a call: its arguments.
 pub const MAX_CALL_BYTES: usize = 8 << 20;
 
+/// Longest name of a function: errors repeat it.
+const MAX_METHOD_BYTES: usize = 200;
+
 /// Deepest nesting of arguments: Python's own reader goes no deeper than about 1,000.
 const MAX_DEPTH: usize = 200;
 
@@ -253,6 +256,10 @@ pub async fn run(
     let user = user(&caller, which.user_id)?;
     let name = named("module_name", &required("module_name", which.module_name)?)?;
     let method = required("method_name", which.method_name)?;
+    if method.len() > MAX_METHOD_BYTES {
+        let reason = format!("is longer than {MAX_METHOD_BYTES} bytes");
+        return Err(field_refused(&FieldError::new("method_name", reason)));
+    }
     let call = checked(arguments, method).map_err(|error| field_refused(&error))?;
     let streams = headers
         .get_all(header::ACCEPT)

@@ -5,7 +5,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
 
-use crate::model::Problem;
+use crate::model::{Problem, cut};
 
 /// The media type of every error.
 pub const CONTENT_TYPE: &str = "application/problem+json";
@@ -109,6 +109,9 @@ impl HttpProblem {
         )
     }
 
+    /// Longest cause of a wrong request, which may repeat what a client sent.
+    const MAX_CAUSE_CHARS: usize = 600;
+
     /// The request is wrong.
     pub fn bad_request(message: impl Into<String>, cause: impl Into<String>) -> Self {
         Self::new(
@@ -116,7 +119,7 @@ impl HttpProblem {
             Problem::new(
                 "bad_request",
                 message,
-                cause,
+                cut(cause.into(), Self::MAX_CAUSE_CHARS),
                 "Correct the request; /docs shows what each route takes",
             ),
         )

@@ -120,7 +120,7 @@ fn field_error(path: String, message: &str) -> FieldError {
             continue;
         };
         let (name, rest) = rest.split_once('`').unwrap_or((rest, ""));
-        let name: String = name.chars().take(80).collect();
+        let name = name.to_owned();
         let known = rest
             .strip_prefix(", expected ")
             .map_or_else(String::new, |known| {
@@ -144,7 +144,7 @@ fn field_error(path: String, message: &str) -> FieldError {
         );
     }
     let reason = wrong_type(message).unwrap_or_else(|| message.to_owned());
-    FieldError::new(path, reason.chars().take(400).collect::<String>())
+    FieldError::new(path, reason)
 }
 
 /// Says in a user's words what serde says in Rust's.

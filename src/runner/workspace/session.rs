@@ -21,7 +21,7 @@ use super::Workspace;
 use super::files::{Entry, PIECE};
 use super::protocol::{Ask, Numbered, Request, frame, is_name, unframe};
 use super::terminal::{Listener, Said};
-use crate::model::{Ending, MAX_MESSAGE_BYTES, Problem};
+use crate::model::{Ending, MAX_MESSAGE_BYTES, Problem, cut};
 use crate::runner::app::{State, describe};
 use crate::runner::wire::FromApp;
 use crate::websocket;
@@ -174,11 +174,14 @@ fn state_of(state: &State) -> Value {
     }
 }
 
+/// Longest reason, which may repeat what a client sent.
+const MAX_REASON_CHARS: usize = 600;
+
 fn refused(why: impl ToString) -> Problem {
     Problem::new(
         "refused",
         "It was not done",
-        why.to_string(),
+        cut(why.to_string(), MAX_REASON_CHARS),
         "Ask for something else, or mend what stands in the way.",
     )
 }
