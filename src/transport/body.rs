@@ -1,5 +1,7 @@
 //! Bodies and queries: read whole, bounded, and refused by the field's name.
 
+use std::sync::Arc;
+
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{FromRequest, FromRequestParts, Request};
@@ -9,6 +11,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use utoipa::ToSchema;
 
+use super::Edge;
+use super::caller::OpenedBy;
 use super::problem::HttpProblem;
 use super::wire;
 use crate::model::{FieldError, Problem};
@@ -38,13 +42,17 @@ pub struct ProblemBody {
 /// A JSON body.
 pub struct Json<T>(pub T);
 
-impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
+impl<T: DeserializeOwned> FromRequest<Arc<Edge>> for Json<T> {
     type Rejection = HttpProblem;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, HttpProblem> {
-        let bytes = Bytes::from_request(request, state)
+    async fn from_request(request: Request, edge: &Arc<Edge>) -> Result<Self, HttpProblem> {
+        let opened_by = request.extensions().get::<OpenedBy>().cloned();
+        let bytes = Bytes::from_request(request, edge)
             .await
             .map_err(body_refused)?;
+        if let Some(key) = opened_by {
+            key.still_counts(edge)?;
+        }
         // An empty body is an object without fields: most fields have defaults.
         let bytes = if bytes.is_empty() {
             Bytes::from_static(b"{}")

@@ -62,12 +62,11 @@ impl FromRequestParts<Arc<Edge>> for Authenticated {
     type Rejection = HttpProblem;
 
     async fn from_request_parts(parts: &mut Parts, edge: &Arc<Edge>) -> Result<Self, HttpProblem> {
-        if let Some(caller) = by_peer(edge, parts) {
-            // The replica that was asked has counted it.
-            return Ok(Self(caller));
-        }
         let Uncounted(caller) = Uncounted::from_request_parts(parts, edge).await?;
-        edge.rates.request(&caller.key_id).map_err(too_many)?;
+        // The replica that was asked has counted its client's request.
+        if !edge.peers.is_peer(&parts.headers) {
+            edge.rates.request(&caller.key_id).map_err(too_many)?;
+        }
         Ok(Self(caller))
     }
 }
@@ -79,16 +78,39 @@ impl FromRequestParts<Arc<Edge>> for Uncounted {
     type Rejection = HttpProblem;
 
     async fn from_request_parts(parts: &mut Parts, edge: &Arc<Edge>) -> Result<Self, HttpProblem> {
-        if let Some(caller) = by_peer(edge, parts) {
-            return Ok(Self(caller));
-        }
-        let caller = match by_key(edge, parts)? {
+        let caller = match by_peer(edge, parts) {
             Some(caller) => caller,
-            None => by_cookie(edge, parts).await?,
+            None => {
+                let caller = match by_key(edge, parts)? {
+                    Some(caller) => caller,
+                    None => by_cookie(edge, parts).await?,
+                };
+                holds(parts, &caller)?;
+                caller
+            }
         };
-        holds(parts, &caller)?;
+        parts.extensions.insert(OpenedBy(caller.key_id.clone()));
         Ok(Self(caller))
     }
+}
+
+/// The id of the key that a request or a connection came with, and with which it ends.
+#[derive(Debug, Clone)]
+pub struct OpenedBy(pub String);
+
+impl OpenedBy {
+    /// An error when the key was revoked since: reading a body can take a client as long as it likes.
+    pub fn still_counts(&self, edge: &Edge) -> Result<(), HttpProblem> {
+        match edge.keys.caller(&self.0) {
+            Some(_) => Ok(()),
+            None => Err(key_revoked()),
+        }
+    }
+}
+
+/// The answer to a request whose key was revoked while it was under way.
+pub fn key_revoked() -> HttpProblem {
+    HttpProblem::unauthorized("the key was revoked while the request was under way")
 }
 
 /// Counts the request's connection for its caller.

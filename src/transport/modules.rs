@@ -11,7 +11,7 @@ use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use futures_util::{Stream, StreamExt};
+use futures_util::{Stream, StreamExt, future, stream};
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::json;
 use serde_json::value::RawValue;
@@ -19,8 +19,9 @@ use utoipa::ToSchema;
 
 use super::Edge;
 use super::body::{Json, ProblemBody, Query, field_refused};
-use super::caller::{Authenticated, Uncounted, user_of};
+use super::caller::{Authenticated, Uncounted, key_revoked, user_of};
 use super::problem::HttpProblem;
+use super::session::revoked;
 use crate::auth::Caller;
 use crate::model::{
     FieldError, ModuleName, ModuleRequest, ModuleStatus, Problem, ScaleRequest, SecretText, UserId,
@@ -267,21 +268,45 @@ pub async fn run(
         .filter_map(|value| value.to_str().ok())
         .any(|value| value.contains("text/event-stream"));
     if streams {
-        let events = modules.stream(&user, &name, &call).await;
+        let events = tokio::select! {
+            events = modules.stream(&user, &name, &call) => events,
+            () = revoked(&edge, &caller.key_id) => return Err(key_revoked()),
+        };
         let events = events.map_err(|error| told(error, &name, Some(&call.method)))?;
         let (name, method) = (name.clone(), call.method.clone());
         let shown = events.map(move |event| match event {
             Ok(happening) => shown(happening),
             Err(error) => failed(told(error, &name, Some(&method))),
         });
-        return Ok(stream(shown));
+        return Ok(sse(until_revoked(&edge, caller.key_id, shown)));
     }
-    let returned = modules.call(&user, &name, &call).await;
+    let returned = tokio::select! {
+        returned = modules.call(&user, &name, &call) => returned,
+        () = revoked(&edge, &caller.key_id) => return Err(key_revoked()),
+    };
     let returned = returned.map_err(|error| told(error, &name, Some(&call.method)))?;
     Ok(result(&returned))
 }
 
-fn stream(events: impl Stream<Item = Event> + Send + 'static) -> Response {
+/// The events until the key is revoked; an error is the last one then.
+fn until_revoked(
+    edge: &Arc<Edge>,
+    key_id: String,
+    events: impl Stream<Item = Event> + Send + 'static,
+) -> impl Stream<Item = Event> + Send + 'static {
+    let edge = Arc::clone(edge);
+    let ended = stream::once(async move {
+        revoked(&edge, &key_id).await;
+        Some(failed(key_revoked()))
+    });
+    // `None` ends both.
+    let end = || stream::once(future::ready(None));
+    stream::select(events.map(Some).chain(end()), ended.chain(end()))
+        .take_while(|event| future::ready(event.is_some()))
+        .filter_map(future::ready)
+}
+
+fn sse(events: impl Stream<Item = Event> + Send + 'static) -> Response {
     let keep_alive = KeepAlive::new().interval(KEEP_ALIVE);
     Sse::new(events.map(Ok::<_, Infallible>))
         .keep_alive(keep_alive)

@@ -15,7 +15,7 @@ use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 
 use super::Edge;
-use super::caller::Cookie;
+use super::caller::{Cookie, OpenedBy};
 use super::connections::Taken;
 use super::server::Peer;
 use super::session::revoked;
@@ -69,10 +69,6 @@ pub enum Door {
     /// The runner's.
     Runner,
 }
-
-/// The id of the key that opened a connection, which ends with it.
-#[derive(Debug, Clone)]
-pub struct OpenedBy(pub String);
 
 /// Passes a request on to the repl's program, or to its runner, and the answer back.
 pub async fn forward(

@@ -11,9 +11,9 @@ use utoipa::ToSchema;
 
 use super::Edge;
 use super::body::{ProblemBody, Query};
-use super::caller::Authenticated;
+use super::caller::{Authenticated, OpenedBy};
 use super::problem::HttpProblem;
-use super::proxy::{self, Door, HELD, OpenedBy};
+use super::proxy::{self, Door, HELD};
 use super::repls::{owned, platform_problem};
 use super::ws::{CodeQuery, caller_of};
 use crate::model::ReplId;

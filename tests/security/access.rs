@@ -309,6 +309,66 @@ async fn pings_whose_answers_are_not_read_cost_no_memory() {
     }
 }
 
+#[tokio::test]
+async fn an_error_repeats_little_of_what_was_sent() {
+    const MOST: usize = 4 << 10;
+    let server = Server::start();
+    let (_, key) = server.user("ann").await;
+    let mut socket = server.connect(&key).await;
+    let long = "x".repeat(1_000_000);
+    for message in [
+        format!(r#"{{"user_id":"ann","{long}":1}}"#),
+        format!(r#"{{"user_id":"ann","limits":{{"{long}":1}}}}"#),
+        format!(r#"{{"user_id":"ann","files":{{"{long}":"","{long}":""}}}}"#)
+            .replace(&long, &long[..400_000]),
+        format!(r#"{{"user_id":"ann","files":{{"{long}":1}}}}"#),
+        format!(r#"{{"user_id":"{long}","code":""}}"#),
+        format!(r#"{{"user_id":"ann","code":"","language":"{long}"}}"#),
+        format!(r#"{{"user_id":"ann","code":"","args":"{long}"}}"#),
+        format!(r#"{{"resume":"{long}"}}"#),
+    ] {
+        let reply = socket.ask(message.as_str()).await;
+        assert_eq!(reply["status"], "invalid", "{}", &message[..30]);
+        let length = reply.to_string().len();
+        assert!(length < MOST, "{length} bytes for {}", &message[..30]);
+    }
+    let short = &long[..60_000];
+    for body in [json!({ short: 1 }), json!({ "replId": short })] {
+        let (status, answer) = post(&server, &key, "/start", body).await;
+        assert_eq!(status, 400);
+        let length = answer.to_string().len();
+        assert!(length < MOST, "{length} bytes");
+    }
+}
+
+#[tokio::test]
+async fn a_request_ends_with_its_key() {
+    let server = Server::start();
+    let (id, key) = server.user("ann").await;
+    let body = r#"{"replId":"nothing-here"}"#;
+    let (head, rest) = body.split_at(5);
+    let mut stream = connect_from(1, server.address.port()).await;
+    let begun = format!(
+        "POST /stop HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {key}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{head}",
+        body.len()
+    );
+    stream.write_all(begun.as_bytes()).await.unwrap();
+    sleep(Duration::from_millis(300)).await;
+    let revoked = server.key_command(&["revoke", &id]);
+    assert!(revoked.status.success(), "{revoked:?}");
+    let began = Instant::now();
+    loop {
+        let asked = server.get("/session").header("x-api-key", &key);
+        if asked.send().await.unwrap().status() == 401 {
+            break;
+        }
+        assert!(began.elapsed() < PATIENCE, "the key still works");
+        sleep(Duration::from_millis(100)).await;
+    }
+    let answer = raw(stream, rest).await;
+    assert!(answer.starts_with("HTTP/1.1 401 "), "{answer}");
+}
+
 /// The server with few files, as a machine with the usual limits gives it.
 struct Small {
     child: std::process::Child,
