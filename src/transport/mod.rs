@@ -98,7 +98,7 @@ pub struct Edge {
     /// Held while the session store is written.
     signing: tokio::sync::Mutex<()>,
     /// Requests to repls that the proxy has under way.
-    proxied: Shares<ReplId>,
+    proxied: Shares<(ReplId, proxy::Entrance)>,
     /// Tickets for WebSockets.
     pub tickets: OneTime,
     /// Tokens of sign-in links.

@@ -70,6 +70,20 @@ pub enum Door {
     Runner,
 }
 
+/// Who comes in, each with a share of its own: strangers at the program must not keep the owner out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Entrance {
+    /// Anybody, to the program.
+    Program,
+    /// Anybody, to the runner, which asks for a ticket.
+    Runner,
+    /// A caller that may use the repl, to the runner.
+    Owner,
+}
+
+/// One of the requests that may be under way to a repl through one entrance.
+type Share = Taken<(ReplId, Entrance)>;
+
 /// Passes a request on to the repl's program, or to its runner, and the answer back.
 pub async fn forward(
     edge: &Arc<Edge>,
@@ -86,7 +100,12 @@ pub async fn forward(
     };
     let visit = is_visit(&request);
     // Before anything is waited for: who waits for an idle repl holds a connection, too.
-    let Some(share) = edge.proxied.take(&repl) else {
+    let entrance = match door {
+        Door::Program => Entrance::Program,
+        Door::Runner if request.extensions().get::<OpenedBy>().is_some() => Entrance::Owner,
+        Door::Runner => Entrance::Runner,
+    };
+    let Some(share) = edge.proxied.take(&(repl.clone(), entrance)) else {
         let cause = format!(
             "{} requests to {repl} are under way, as many as there may be at one time.",
             edge.proxied.most()
@@ -226,7 +245,7 @@ async fn exchange(
     edge: &Arc<Edge>,
     mut request: Request,
     stream: Box<dyn ByteStream>,
-    share: Taken<ReplId>,
+    share: Share,
 ) -> Result<Response, Failure> {
     let peer = request.extensions().get::<Peer>().cloned();
     let opened_by = request.extensions().get::<OpenedBy>().cloned();
@@ -280,7 +299,7 @@ fn join(
     edge: &Edge,
     client: OnUpgrade,
     program: OnUpgrade,
-    held: (Option<Peer>, Arc<Taken<ReplId>>),
+    held: (Option<Peer>, Arc<Share>),
 ) -> impl Future<Output = ()> + Send + 'static {
     let stop = edge.shutdown.token.clone();
     async move {
