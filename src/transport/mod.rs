@@ -49,7 +49,7 @@ use crate::auth::{Keys, OneTime, RateLimits, Sessions};
 use crate::config::Config;
 use crate::journal::Journal;
 use crate::logs::{LogSearch, Places};
-use crate::model::ReplId;
+use crate::model::{ReplId, UserId};
 use crate::pipeline::Pipeline;
 use crate::pipeline::modules::ModuleCalls;
 use crate::platform::Platform;
@@ -98,6 +98,8 @@ pub struct Edge {
     /// Held while the session store is written.
     signing: tokio::sync::Mutex<()>,
     /// Requests to repls that the proxy has under way.
+    /// Submissions that are followed over WebSockets, by whose they are.
+    followed: Shares<UserId>,
     proxied: Shares<(ReplId, proxy::Entrance)>,
     /// Tickets for WebSockets.
     pub tickets: OneTime,
@@ -181,6 +183,7 @@ impl Edge {
                 false => Cookie::Plain,
             },
             signing: tokio::sync::Mutex::default(),
+            followed: Shares::new(session::MAX_FOLLOWED_PER_USER),
             proxied: Shares::new(config.access.connections_per_repl),
             rates: RateLimits::default(),
             guard,

@@ -24,12 +24,13 @@ use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Message, Role};
 use tokio_tungstenite::tungstenite::{Bytes, Utf8Bytes};
 
 use super::Edge;
+use super::connections::Taken;
 use super::peers::{Found, Peer, Settled};
 use super::wire::{self, Frame};
 use crate::auth::Caller;
 use crate::journal::{Item, JournalError};
 use crate::model::{
-    Event, FieldError, MAX_MESSAGE_BYTES, Outcome, Problem, SubmissionId, SubmissionRequest,
+    Event, FieldError, MAX_MESSAGE_BYTES, Outcome, Problem, SubmissionId, SubmissionRequest, UserId,
 };
 use crate::pipeline::{Admission, Refusal};
 use crate::websocket;
@@ -59,6 +60,10 @@ const READ_BUFFER: usize = 4 << 10;
 
 /// Submissions one connection may follow at a time.
 const MAX_IN_FLIGHT: usize = 1_000;
+
+/// Submissions of one user that all connections together may follow at a time: each is woken by every
+/// record, so many of one user's would delay everybody's.
+pub const MAX_FOLLOWED_PER_USER: usize = 1_000;
 
 /// What may wait between reading and writing; a full one pauses reading.
 const COMMANDS: usize = 8;
@@ -180,19 +185,15 @@ struct Shared {
     relay_ended: Notify,
 }
 
-/// The place of one followed submission on its connection, until it is dropped.
-struct Place(Arc<AtomicUsize>);
-
-impl Place {
-    fn take(in_flight: &Arc<AtomicUsize>) -> Self {
-        in_flight.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(in_flight))
-    }
+/// The place of one followed submission on its connection and among its user's, until it is dropped.
+struct Place {
+    in_flight: Arc<AtomicUsize>,
+    _of_user: Taken<UserId>,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -339,7 +340,11 @@ impl Reader<'_> {
                     } else {
                         known.last_seq
                     };
-                    self.follow(resume.id, resume.after.min(last), true).await
+                    let after = resume.after.min(last);
+                    match self.place(&known.user_id) {
+                        Ok(place) => self.follow(resume.id, place, after, true).await,
+                        Err(full) => self.reply(&full.told(Some(resume.id))).await,
+                    }
                 }
             },
             Ok(Frame::Cancel(cancel)) => match self.visible(cancel.id) {
@@ -373,9 +378,10 @@ impl Reader<'_> {
             let outcome = refuse("user_id", "is not one this key may act for");
             return self.reply(&outcome).await;
         }
-        if self.full() {
-            return self.reply(&too_many(id)).await;
-        }
+        let place = match self.place(&user) {
+            Ok(place) => place,
+            Err(full) => return self.reply(&full.told(id)).await,
+        };
         if let Some(known) = id.and_then(|id| self.edge.journal.submission(id))
             && known.user_id != user
         {
@@ -413,7 +419,9 @@ impl Reader<'_> {
             .submit(submission, &self.caller.key_id)
             .await
         {
-            Ok(Admission::Accepted(id) | Admission::Known(id)) => self.follow(id, 0, stream).await,
+            Ok(Admission::Accepted(id) | Admission::Known(id)) => {
+                self.follow(id, place, 0, stream).await
+            }
             Err(Refusal::Invalid(error)) => {
                 let outcome = refuse(&error.field, &error.reason);
                 self.reply(&outcome).await
@@ -502,15 +510,27 @@ impl Reader<'_> {
         self.caller.sees(&known.user_id).then_some(known)
     }
 
-    fn full(&self) -> bool {
-        self.shared.in_flight.load(Ordering::Relaxed) >= MAX_IN_FLIGHT
+    /// A place to follow one more submission of this user's.
+    fn place(&self, user: &UserId) -> Result<Place, Full> {
+        let in_flight = &self.shared.in_flight;
+        if in_flight.load(Ordering::Relaxed) >= MAX_IN_FLIGHT {
+            return Err(Full::Connection);
+        }
+        let of_user = self.edge.followed.take(user).ok_or(Full::User)?;
+        in_flight.fetch_add(1, Ordering::Relaxed);
+        Ok(Place {
+            in_flight: Arc::clone(in_flight),
+            _of_user: of_user,
+        })
     }
 
-    async fn follow(&mut self, id: SubmissionId, after: u64, events: bool) -> Result<(), Gone> {
-        if self.full() {
-            return self.reply(&too_many(Some(id))).await;
-        }
-        let place = Place::take(&self.shared.in_flight);
+    async fn follow(
+        &mut self,
+        id: SubmissionId,
+        place: Place,
+        after: u64,
+        events: bool,
+    ) -> Result<(), Gone> {
         let records = self.edge.journal.follow_submission(id, after);
         let frames = records
             .filter_map(move |record| {
@@ -584,14 +604,32 @@ fn outgoing(id: SubmissionId, item: Result<Item, JournalError>, events: bool) ->
     }
 }
 
-fn too_many(id: Option<SubmissionId>) -> Outcome {
-    let problem = Problem::new(
-        "too_many_in_flight",
-        "Too many submissions are in flight on this connection",
-        format!("one connection follows at most {MAX_IN_FLIGHT} at a time"),
-        "Wait for replies, or open another connection; this one did not run",
-    );
-    wire::unavailable(id, None, problem)
+/// Why no more submissions can be followed.
+enum Full {
+    Connection,
+    User,
+}
+
+impl Full {
+    fn told(&self, id: Option<SubmissionId>) -> Outcome {
+        let problem = match self {
+            Self::Connection => Problem::new(
+                "too_many_in_flight",
+                "Too many submissions are in flight on this connection",
+                format!("one connection follows at most {MAX_IN_FLIGHT} at a time"),
+                "Wait for replies, or open another connection; the server did nothing with this message",
+            ),
+            Self::User => Problem::new(
+                "too_many_in_flight",
+                "Too many submissions of this user are in flight",
+                format!(
+                    "all connections together follow at most {MAX_FOLLOWED_PER_USER} of one user at a time"
+                ),
+                "Wait for replies, then send it again; the server did nothing with this message",
+            ),
+        };
+        wire::unavailable(id, None, problem)
+    }
 }
 
 fn end_of(error: &WsError) -> End {
