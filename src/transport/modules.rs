@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
-use axum::extract::{Path, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::extract::{FromRequest, Path, Request, State};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::{Stream, StreamExt, future, stream};
@@ -249,11 +249,9 @@ pub async fn run(
     // Bounded by how many are under way, not by how many there were.
     Uncounted(caller): Uncounted,
     Query(which): Query<Which>,
-    headers: HeaderMap,
-    body: Result<Json<Arguments>, HttpProblem>,
+    request: Request,
 ) -> Result<Response, HttpProblem> {
     let modules = &edge.modules;
-    let Json(arguments) = body.map_err(too_large)?;
     let user = user(&caller, which.user_id)?;
     let name = named("module_name", &required("module_name", which.module_name)?)?;
     let method = required("method_name", which.method_name)?;
@@ -261,15 +259,21 @@ pub async fn run(
         let reason = format!("is longer than {MAX_METHOD_BYTES} bytes");
         return Err(field_refused(&FieldError::new("method_name", reason)));
     }
-    let call = checked(arguments, method).map_err(|error| field_refused(&error))?;
-    let streams = headers
+    let streams = request
+        .headers()
         .get_all(header::ACCEPT)
         .iter()
         .filter_map(|value| value.to_str().ok())
         .any(|value| value.contains("text/event-stream"));
+    // Before the body, which may be large: many of them at one time would only be refused afterwards.
+    let begun = modules.begin(&user, &name).await;
+    let begun = begun.map_err(|error| told(error, &name, Some(&method)))?;
+    let body = Json::<Arguments>::from_request(request, &edge).await;
+    let Json(arguments) = body.map_err(too_large)?;
+    let call = checked(arguments, method).map_err(|error| field_refused(&error))?;
     if streams {
         let events = tokio::select! {
-            events = modules.stream(&user, &name, &call) => events,
+            events = modules.stream(begun, &call) => events,
             () = revoked(&edge, &caller.key_id) => return Err(key_revoked()),
         };
         let events = events.map_err(|error| told(error, &name, Some(&call.method)))?;
@@ -281,7 +285,7 @@ pub async fn run(
         return Ok(sse(until_revoked(&edge, caller.key_id, shown)));
     }
     let returned = tokio::select! {
-        returned = modules.call(&user, &name, &call) => returned,
+        returned = modules.call(begun, &call) => returned,
         () = revoked(&edge, &caller.key_id) => return Err(key_revoked()),
     };
     let returned = returned.map_err(|error| told(error, &name, Some(&call.method)))?;

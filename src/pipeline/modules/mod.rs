@@ -119,6 +119,13 @@ impl From<PlatformError> for ModuleError {
     }
 }
 
+/// The place of a call whose arguments are still to come.
+#[derive(Debug)]
+pub struct Begun {
+    key: Key,
+    place: Place,
+}
+
 /// A call of a function.
 #[derive(Debug, Clone)]
 pub struct Call {
@@ -395,6 +402,17 @@ impl ModuleCalls {
             .map(drop)
     }
 
+    /// Begins a call before its arguments are read, if the user may have one more and the module exists.
+    pub async fn begin(&self, user: &UserId, name: &ModuleName) -> Result<Begun, ModuleError> {
+        let key = (user.clone(), name.clone());
+        let place = self.enter(&key).await?;
+        match self.look(&key).await {
+            Err(error @ ModuleError::NoPod) => Err(error),
+            // Anything else may pass before the call is sent.
+            _ => Ok(Begun { key, place }),
+        }
+    }
+
     /// Begins a call: its place, when there is one, in a module that is not stopped.
     async fn enter(&self, key: &Key) -> Result<Place, ModuleError> {
         let most = self.options.calls_per_user;
@@ -541,14 +559,8 @@ impl ModuleCalls {
     }
 
     /// Calls a function. When this is dropped, the call is ended.
-    pub async fn call(
-        &self,
-        user: &UserId,
-        name: &ModuleName,
-        call: &Call,
-    ) -> Result<Returned, ModuleError> {
-        let key = (user.clone(), name.clone());
-        let _place = self.enter(&key).await?;
+    pub async fn call(&self, begun: Begun, call: &Call) -> Result<Returned, ModuleError> {
+        let Begun { key, place: _place } = begun;
         let (request, bound) = prepared(call);
         let until = Instant::now() + BACK_TIMEOUT;
         let asked = self.reached(&key, until, Again::Unsent, |way| {
@@ -569,13 +581,11 @@ impl ModuleCalls {
     /// ended.
     pub async fn stream(
         &self,
-        user: &UserId,
-        name: &ModuleName,
+        begun: Begun,
         call: &Call,
     ) -> Result<impl Stream<Item = Result<Happening, ModuleError>> + Send + use<>, ModuleError>
     {
-        let key = (user.clone(), name.clone());
-        let place = self.enter(&key).await?;
+        let Begun { key, place } = begun;
         let (request, bound) = prepared(call);
         let until = Instant::now() + BACK_TIMEOUT;
         let asked = self.reached(&key, until, Again::Unsent, |way| {
