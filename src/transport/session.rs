@@ -111,6 +111,7 @@ pub async fn run(edge: Arc<Edge>, caller: Caller, passed: bool, io: hyper::upgra
         heard_ms: AtomicU64::new(0),
         in_flight: Arc::default(),
         relay_ended: Notify::new(),
+        pinged: Notify::new(),
     };
     let shared = Arc::new(shared);
     let key_id = caller.key_id.clone();
@@ -183,6 +184,8 @@ struct Shared {
     in_flight: Arc<AtomicUsize>,
     /// Another replica no longer answers for what this client follows there.
     relay_ended: Notify,
+    /// The client sent a ping, whose answer has to be taken as everything else that is sent.
+    pinged: Notify,
 }
 
 /// The place of one followed submission on its connection and among its user's, until it is dropped.
@@ -234,6 +237,11 @@ async fn write(
                     continue;
                 }
                 None => return End::Gone,
+            },
+            () = shared.pinged.notified() => match timeout(WRITE_STALL, sink.flush()).await {
+                Ok(Ok(())) => continue,
+                Ok(Err(_)) => return End::Gone,
+                Err(_) => return End::Dead("it did not take the answers to its pings"),
             },
             _ = ping.tick() => {
                 if shared.silence() > DEAD_AFTER {
@@ -319,7 +327,8 @@ impl Reader<'_> {
                     }
                 }
                 // Pings are answered by the protocol layer; a close ends the stream after its echo.
-                Message::Ping(_) | Message::Pong(_) | Message::Close(_) | Message::Frame(_) => {}
+                Message::Ping(_) => self.shared.pinged.notify_one(),
+                Message::Pong(_) | Message::Close(_) | Message::Frame(_) => {}
             }
         }
     }

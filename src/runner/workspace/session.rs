@@ -91,6 +91,14 @@ pub async fn run<S: AsyncRead + AsyncWrite + Unpin>(workspace: &Rc<Workspace>, n
             _ = time.tick() => Next::Time,
         };
         let answers = match next {
+            // The answer to a ping is taken before anything more is read.
+            Next::Heard(Some(Ok(Message::Ping(_)))) => {
+                last_heard = Instant::now();
+                if !matches!(timeout(SLOWEST, client.flush()).await, Ok(Ok(()))) {
+                    return;
+                }
+                Vec::new()
+            }
             Next::Heard(Some(Ok(message))) => {
                 last_heard = Instant::now();
                 session.heard(message).await
