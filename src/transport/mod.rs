@@ -183,7 +183,7 @@ impl Edge {
                 false => Cookie::Plain,
             },
             signing: tokio::sync::Mutex::default(),
-            followed: Shares::new(session::MAX_FOLLOWED_PER_USER),
+            followed: Shares::new(config.max_waiting.max(session::FOLLOWED_PER_USER)),
             proxied: Shares::new(config.access.connections_per_repl),
             rates: RateLimits::default(),
             guard,

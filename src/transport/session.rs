@@ -61,9 +61,9 @@ const READ_BUFFER: usize = 4 << 10;
 /// Submissions one connection may follow at a time.
 const MAX_IN_FLIGHT: usize = 1_000;
 
-/// Submissions of one user that all connections together may follow at a time: each is woken by every
-/// record, so many of one user's would delay everybody's.
-pub const MAX_FOLLOWED_PER_USER: usize = 1_000;
+/// Submissions of one user that all connections together may follow at a time, or as many as one may have
+/// under way: each is woken by every record, so many of one user's would delay everybody's.
+pub const FOLLOWED_PER_USER: usize = 1_000;
 
 /// What may wait between reading and writing; a full one pauses reading.
 const COMMANDS: usize = 8;
@@ -632,7 +632,8 @@ impl Full {
                 "too_many_in_flight",
                 "Too many submissions of this user are in flight",
                 format!(
-                    "all connections together follow at most {MAX_FOLLOWED_PER_USER} of one user at a time"
+                    "all connections together follow at most {FOLLOWED_PER_USER} of one user at a time, \
+                     or GANTRY_MAX_WAITING where that is more"
                 ),
                 "Wait for replies, then send it again; the server did nothing with this message",
             ),
