@@ -27,6 +27,9 @@ const DESCRIPTOR: i32 = 3;
 /// Largest report: 2,000 tests with short messages fit, or 120 with the longest ones.
 const MAX_BYTES: usize = 1 << 20;
 
+/// Bytes that are read and dropped at a time, once the report is too long.
+const DROPPED_BYTES: usize = 64 << 10;
+
 /// What a line of the report becomes that its reporter did not write.
 const FOREIGN: &str = "{\"foreign\":true}\n";
 
@@ -67,9 +70,10 @@ impl Report {
 
     /// All of it, once every process that could write to it has ended.
     pub async fn read(mut self) -> String {
-        let mut bytes = Vec::new();
-        // What does not fit is dropped, so that the end is missing; the writer is not held up.
-        let mut dropped = Vec::new();
+        let mut bytes = Vec::with_capacity(DROPPED_BYTES);
+        // What does not fit is dropped, so that the end is missing; the writer is not held up. Reads are as large
+        // as the room in the vector.
+        let mut dropped = Vec::with_capacity(DROPPED_BYTES);
         let begun = format!("{}\n", self.word);
         if self.stream.write_all(begun.as_bytes()).await.is_ok() {
             loop {
