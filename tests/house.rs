@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 const ALLOWED: &[(&str, &[&str])] = &[
     ("model", &[]),
     ("beneath", &[]),
+    ("budget", &[]),
     ("websocket", &[]),
     ("journal", &["model"]),
     ("logs", &["model", "journal"]),
@@ -18,7 +19,9 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("platform", &["model", "beneath", "runner", "storage"]),
     (
         "pipeline",
-        &["model", "platform", "runner", "journal", "storage"],
+        &[
+            "model", "budget", "platform", "runner", "journal", "storage",
+        ],
     ),
     ("auth", &["model"]),
     ("config", &["model", "telemetry"]),
@@ -28,6 +31,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "transport",
         &[
             "model",
+            "budget",
             "pipeline",
             "platform",
             "journal",
@@ -295,6 +299,11 @@ const TO_OWN_FILES: &[(&str, &[&str], &str)] = &[
         "src/runner/sandbox.rs",
         &["*"],
         "a sandbox's root, before user code is there",
+    ),
+    (
+        "src/runner/shown.rs",
+        &["*"],
+        "the machine's programs, and a sandbox's root before user code is there",
     ),
     (
         "src/runner/slot.rs",

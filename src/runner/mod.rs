@@ -16,6 +16,7 @@ mod pod;
 mod process;
 mod report;
 pub mod sandbox;
+mod shown;
 pub mod slot;
 mod warm;
 pub mod wire;

@@ -14,7 +14,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FileType, Mode, OFlags};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::thread::UnshareFlags;
 use serde::{Deserialize, Serialize};
@@ -24,7 +24,8 @@ use super::app::{self, AppConfig};
 use super::network::{loopback_up, settle};
 use super::process::MemoryGroup;
 use super::report::REPORTERS;
-use super::slot::{FOLDER_SLOTS, bind, set_plain, set_read_only};
+use super::shown::{Shown, mounts};
+use super::slot::{FOLDER_SLOTS, bind, set_plain};
 pub use super::warm::HOOK_FOLDER;
 use super::warm::PYTHON_HOOK;
 
@@ -415,19 +416,11 @@ fn build_root(spec: &SandboxSpec, owner: Option<u32>) -> anyhow::Result<()> {
         root,
         "tmpfs",
         MountFlags::NOSUID | MountFlags::NODEV,
-        c"mode=0755,size=4m,nr_inodes=8k",
+        c"mode=0755,size=8m,nr_inodes=8k",
     )
     .context("mounting its file system")?;
     let base = root.join("base");
-    for folder in [
-        "proc",
-        "tmp",
-        "workspace",
-        "dev/shm",
-        "etc",
-        "run",
-        "var/tmp",
-    ] {
+    for folder in ["proc", "tmp", "workspace", "dev", "etc", "run", "var/tmp"] {
         fs::create_dir_all(base.join(folder))?;
     }
     show_devices(&base)?;
@@ -436,20 +429,26 @@ fn build_root(spec: &SandboxSpec, owner: Option<u32>) -> anyhow::Result<()> {
         symlink("pts/ptmx", base.join("dev/ptmx"))?;
         show_device("tty", &base.join("dev"))?;
     }
-    for path in &spec.shown {
-        show(path, &base).with_context(|| format!("showing {}", path.display()))?;
-    }
-    for placed in &spec.inside {
-        let at = base.join(&placed.name);
-        fs::create_dir_all(&at)?;
-        bind(&placed.from, &at, false)?;
-        set_read_only(&at)?;
-    }
-    describe_users(&base.join("etc"))?;
-    write_hook(&base.join(HOOK_FOLDER))?;
     let [folder, file] = COVERS.map(|cover| root.join(cover.trim_start_matches('/')));
     fs::create_dir_all(&folder)?;
     fs::write(&file, "")?;
+    let shown = Shown {
+        base: &base,
+        empty: &folder,
+        mounts: &mounts(),
+    };
+    for path in &spec.shown {
+        shown
+            .same(path)
+            .with_context(|| format!("showing {}", path.display()))?;
+    }
+    for placed in &spec.inside {
+        shown
+            .folder(&placed.from, &base.join(&placed.name))
+            .with_context(|| format!("showing {}", placed.name))?;
+    }
+    describe_users(&base.join("etc"))?;
+    write_hook(&base.join(HOOK_FOLDER))?;
     for cover in [folder, file] {
         fs::set_permissions(&cover, fs::Permissions::from_mode(0o000))?;
         std::os::unix::fs::chown(&cover, owner, owner)?;
@@ -476,40 +475,31 @@ fn build_root(spec: &SandboxSpec, owner: Option<u32>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Shows one host path read-only at the same place; a link is made again as a link.
-fn show(path: &Path, base: &Path) -> io::Result<()> {
-    let at = base.join(path.strip_prefix("/").unwrap_or(path));
-    let Ok(about) = fs::symlink_metadata(path) else {
-        return Ok(());
-    };
-    if let Some(parent) = at.parent() {
-        fs::create_dir_all(parent)?;
-    }
-    if about.is_symlink() {
-        return symlink(fs::read_link(path)?, at);
-    }
-    if about.is_dir() {
-        fs::create_dir_all(&at)?;
-    } else {
-        fs::write(&at, "")?;
-    }
-    bind(path, &at, false)?;
-    set_read_only(&at)
-}
-
 /// Test runs have no use for terminals, and are not given any.
 fn has_terminals(spec: &SandboxSpec) -> bool {
     matches!(spec.role, Role::App(_))
 }
 
+/// Makes a device in the sandbox, so that locks on it and notices of its use are not the machine's. Without
+/// root's power it is shown as the machine has it.
 fn show_device(device: &str, dev: &Path) -> io::Result<()> {
-    let at = dev.join(device);
+    let (from, at) = (Path::new("/dev").join(device), dev.join(device));
+    let about = rustix::fs::stat(&from)?;
+    let (kind, everyone) = (FileType::CharacterDevice, Mode::from_raw_mode(0o666));
+    if rustix::fs::mknodat(rustix::fs::CWD, &at, kind, everyone, about.st_rdev).is_ok() {
+        return fs::set_permissions(&at, fs::Permissions::from_mode(0o666));
+    }
     fs::write(&at, "")?;
-    bind(&Path::new("/dev").join(device), &at, false)
+    bind(&from, &at, false)
 }
 
 fn show_devices(base: &Path) -> io::Result<()> {
     let dev = base.join("dev");
+    // The root's own file system has no devices.
+    let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
+    let options = c"mode=0755,size=64k,nr_inodes=64";
+    rustix::mount::mount("tmpfs", &dev, "tmpfs", flags, options)?;
+    fs::create_dir(dev.join("shm"))?;
     for device in ["null", "zero", "full", "random", "urandom"] {
         show_device(device, &dev)?;
     }

@@ -413,3 +413,80 @@ print(held)
     assert!(held > 0 && held < 128 << 20, "{held} bytes are held");
     machine.platform.shutdown().await;
 }
+
+/// Looks at the machine's own files from one sandbox while a neighbour in another uses them.
+const LOOKS: &str = r"
+import ctypes, fcntl, os, select, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+files = ['/usr/bin/env', '/usr/lib/os-release', '/etc/nsswitch.conf', '/dev/null', '/dev/zero']
+files = [file for file in files if os.path.exists(file)]
+watch = libc.inotify_init()
+for file in files:
+    if libc.inotify_add_watch(watch, file.encode(), 0xfff) < 0: raise OSError(ctypes.get_errno(), file)
+print('ready', flush=True)
+end = time.monotonic() + 3
+seen = locked = 0
+while time.monotonic() < end:
+    if select.select([watch], [], [], 0.1)[0]: seen += len(os.read(watch, 65536))
+for file in files:
+    handle = os.open(file, os.O_RDONLY)
+    try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError: locked += 1
+own = select.select([watch], [], [], 1)[0] != []
+print('seen', seen, 'locked', locked, 'own', own)
+";
+const USES: &str = r"
+import fcntl, os, time
+files = ['/usr/bin/env', '/usr/lib/os-release', '/etc/nsswitch.conf', '/dev/null', '/dev/zero']
+files = [file for file in files if os.path.exists(file)]
+for file in files:
+    fcntl.flock(os.open(file, os.O_RDONLY), fcntl.LOCK_EX)
+end = time.monotonic() + 6
+while time.monotonic() < end:
+    for file in files:
+        handle = os.open(file, os.O_RDONLY)
+        os.read(handle, 100)
+        os.close(handle)
+    time.sleep(0.05)
+";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_sees_a_neighbours_use_of_the_machines_files() {
+    if !is_root() {
+        return;
+    }
+    let machine = Machine::start().await;
+    // Whoever uses them has begun before the look, and goes on after it.
+    let uses = machine.run("neighbour", python(USES));
+    let looks = async {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        machine.says("curious", LOOKS).await
+    };
+    let (used, looked) = tokio::join!(uses, looks);
+    assert_eq!(used.report.ending, Ending::Exited(0), "{}", words(&used));
+    assert_eq!(looked.trim(), "ready\nseen 0 locked 0 own True");
+    machine.platform.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_cache_of_the_machines_files_is_neither_asked_nor_emptied() {
+    if !is_root() {
+        return;
+    }
+    let machine = Machine::start().await;
+    let said = machine
+        .says(
+            "curious",
+            r"
+import errno, os
+handle = os.open('/usr/bin/env', os.O_RDONLY)
+try: print(os.preadv(handle, [bytearray(10)], 0, os.RWF_NOWAIT))
+except OSError as error: print(error.errno == errno.EOPNOTSUPP)
+print(os.preadv(handle, [bytearray(10)], 0, 0))
+os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+",
+        )
+        .await;
+    assert_eq!(said, "True\n10\n");
+    machine.platform.shutdown().await;
+}
