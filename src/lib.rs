@@ -15,16 +15,18 @@
 //! | `logs` | the record's shape, shipping it and finding it again |
 //! | `client` | the command line's side of the protocol |
 //! | [`beneath`] | files in folders that user code can write to; the only way to them |
+//! | [`budget`] | memory that the server holds for each user |
 //! | `app` | the composition root: the only file that names concrete backends |
 //!
 //! # The rule of arrows
 //!
-//! `transport → pipeline → platform → runner/client` and `pipeline → journal → logs`. [`model`]
-//! and [`beneath`] import nothing of ours; everyone may import them. `tests/house.rs` fails on any other edge.
+//! `transport → pipeline → platform → runner/client` and `pipeline → journal → logs`. [`model`],
+//! [`beneath`] and [`budget`] import nothing of ours; everyone may import them. `tests/house.rs` fails on any other edge.
 
 pub mod app;
 pub mod auth;
 pub mod beneath;
+pub mod budget;
 pub mod client;
 pub mod config;
 pub mod journal;

@@ -25,6 +25,13 @@ const FAILURES_AT_ONCE: NonZeroU32 = NonZeroU32::new(100).unwrap();
 const SIGN_INS_PER_SECOND: NonZeroU32 = NonZeroU32::new(1).unwrap();
 const SIGN_INS_AT_ONCE: NonZeroU32 = NonZeroU32::new(60).unwrap();
 
+/// KiB that the WebSockets of one key bring per second, and at once: above the first, reading waits. A message
+/// costs the server as much as a few hundred KiB of text when it is refused, and is followed by the next one
+/// at once, so that counts as [`REFUSED_KIB`] more.
+const KIB_PER_SECOND: NonZeroU32 = NonZeroU32::new(8_192).unwrap();
+const KIB_AT_ONCE: NonZeroU32 = NonZeroU32::new(32_768).unwrap();
+const REFUSED_KIB: u32 = 160;
+
 /// Addresses or keys remembered at one time; those at rest are forgotten first.
 const MAX_REMEMBERED: usize = 10_000;
 
@@ -51,6 +58,7 @@ pub struct TooMany {
 pub struct RateLimits {
     requests: Limiter<String>,
     sign_ins: Limiter<String>,
+    messages: Limiter<String>,
     failures: Limiter<Network>,
 }
 
@@ -59,6 +67,7 @@ impl Default for RateLimits {
         Self {
             requests: Limiter::new(REQUESTS_PER_SECOND, REQUESTS_AT_ONCE),
             sign_ins: Limiter::new(SIGN_INS_PER_SECOND, SIGN_INS_AT_ONCE),
+            messages: Limiter::new(KIB_PER_SECOND, KIB_AT_ONCE),
             failures: Limiter::new(FAILURES_PER_SECOND, FAILURES_AT_ONCE),
         }
     }
@@ -73,6 +82,19 @@ impl RateLimits {
     /// Counts one sign-in with the key.
     pub fn sign_in(&self, key_id: &str) -> Result<(), TooMany> {
         self.sign_ins.count(key_id.to_owned())
+    }
+
+    /// Counts a message of so many bytes over one of the key's WebSockets; an error says when to read on.
+    pub fn message(&self, key_id: &str, bytes: usize, refused: bool) -> Result<(), TooMany> {
+        let read = u32::try_from(bytes / 1024).unwrap_or(u32::MAX);
+        let cost = match refused {
+            true => read.saturating_add(REFUSED_KIB),
+            false => read,
+        };
+        match NonZeroU32::new(cost.min(KIB_AT_ONCE.get())) {
+            Some(cost) => self.messages.count_many(key_id.to_owned(), cost),
+            None => Ok(()),
+        }
     }
 
     /// Counts one attempt to sign in that failed.
@@ -117,17 +139,25 @@ impl<K: Hash + Eq + Clone> Limiter<K> {
     }
 
     fn count(&self, key: K) -> Result<(), TooMany> {
+        self.count_many(key, NonZeroU32::MIN)
+    }
+
+    /// Counts as many at a time; never more than may be at once.
+    fn count_many(&self, key: K, many: NonZeroU32) -> Result<(), TooMany> {
         if self.each.len() >= MAX_REMEMBERED {
             self.clean();
         }
         let counted = if self.each.len() >= MAX_REMEMBERED {
-            self.rest.check_key(&())
+            self.rest.check_key_n(&(), many)
         } else {
-            self.each.check_key(&key)
+            self.each.check_key_n(&key, many)
         };
-        counted.map_err(|not_until| TooMany {
-            retry_after: not_until.wait_time_from(MonotonicClock.now()),
-        })
+        match counted {
+            Ok(Ok(())) | Err(_) => Ok(()),
+            Ok(Err(not_until)) => Err(TooMany {
+                retry_after: not_until.wait_time_from(MonotonicClock.now()),
+            }),
+        }
     }
 
     fn clean(&self) {

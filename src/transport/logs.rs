@@ -14,10 +14,11 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::Edge;
 use super::body::{ProblemBody, Query, field_refused};
 use super::caller::Authenticated;
+use super::modules::large;
 use super::problem::HttpProblem;
+use super::{Edge, MAX_ANSWER_BYTES};
 use crate::auth::{Caller, Role};
 use crate::logs::{LogQuery, LogRecord, Place, SearchError};
 use crate::model::{FieldError, Problem, UserId};
@@ -106,6 +107,10 @@ pub async fn search(
         })?;
         return Ok(follow(&edge, &caller, query, place).into_response());
     }
+    let spent = edge
+        .answers
+        .take(query.asker.clone(), MAX_ANSWER_BYTES)
+        .await;
     let page = edge.search.query(query).await.map_err(search_problem)?;
     let found = LogsFound {
         records: page
@@ -115,7 +120,7 @@ pub async fn search(
             .collect(),
         next: page.next,
     };
-    Ok(axum::Json(found).into_response())
+    large(&found, spent)
 }
 
 fn follow(

@@ -46,6 +46,7 @@ use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
 
 use crate::auth::{Keys, OneTime, RateLimits, Sessions};
+use crate::budget::Budgets;
 use crate::config::Config;
 use crate::journal::Journal;
 use crate::logs::{LogSearch, Places};
@@ -66,6 +67,18 @@ pub use server::{Server, raise_open_files};
 /// Largest body of an HTTP request to Gantry itself: a few names and numbers. Code comes over the
 /// WebSocket.
 const MAX_BODY_BYTES: usize = 64 << 10;
+
+/// Pause before the answer to who asked too often: at most four of them a second on one connection.
+const TOO_MANY_PAUSE: Duration = Duration::from_millis(250);
+
+/// Room that is made for an answer whose size is not known yet: what a module may answer at most.
+const MAX_ANSWER_BYTES: usize = 16 << 20;
+
+/// Bytes of one user's answers that are not read yet: two of the largest.
+const MAX_ANSWERS_BYTES: u32 = 32 << 20;
+
+/// Bytes of the arguments of one user's calls that are under way: three of the largest.
+const MAX_ARGUMENTS_BYTES: u32 = 24 << 20;
 
 /// Longest answer of a route: a rollback waits until the release is ready, which has its own,
 /// shorter bound. Streams count until their headers are sent.
@@ -115,6 +128,10 @@ pub struct Edge {
     pub search: Arc<dyn LogSearch>,
     /// Who follows the logs.
     pub followers: Places,
+    /// What answers that are not read yet may take of the memory; admins together are one.
+    pub answers: Budgets<Option<UserId>>,
+    /// The same for arguments of modules' calls.
+    pub arguments: Budgets<Option<UserId>>,
     /// What happens next.
     pub pipeline: Pipeline,
     /// Who owns sandboxes and releases.
@@ -190,6 +207,8 @@ impl Edge {
             journal: parts.journal,
             search: parts.search,
             followers: Places::new(logs::MAX_FOLLOWERS),
+            answers: Budgets::new(MAX_ANSWERS_BYTES),
+            arguments: Budgets::new(MAX_ARGUMENTS_BYTES),
             pipeline: parts.pipeline,
             modules: parts.modules,
             platform: parts.platform,
@@ -427,6 +446,16 @@ pub fn router(edge: Arc<Edge>) -> Router {
         .fallback(no_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .layer(axum::middleware::map_response(keep_waiting))
+}
+
+/// Who asks too often is told so after a pause: a client that does not heed the answer would keep a processor
+/// busy with answers.
+async fn keep_waiting(response: Response) -> Response {
+    if response.status() == StatusCode::TOO_MANY_REQUESTS {
+        tokio::time::sleep(TOO_MANY_PAUSE).await;
+    }
+    response
 }
 
 async fn no_route() -> HttpProblem {

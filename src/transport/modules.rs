@@ -12,17 +12,20 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::{Stream, StreamExt, future, stream};
+use hyper::body::Body as _;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::json;
 use serde_json::value::RawValue;
 use utoipa::ToSchema;
 
-use super::Edge;
 use super::body::{Json, ProblemBody, Query, field_refused};
 use super::caller::{Authenticated, Uncounted, key_revoked, user_of};
+use super::logs::asker;
 use super::problem::HttpProblem;
 use super::session::revoked;
+use super::{Edge, MAX_ANSWER_BYTES, MAX_BODY_BYTES};
 use crate::auth::Caller;
+use crate::budget::{self, Spent};
 use crate::model::{
     FieldError, ModuleName, ModuleRequest, ModuleStatus, Problem, ScaleRequest, SecretText, UserId,
     module_scale,
@@ -149,9 +152,10 @@ pub async fn describe(
     let modules = &edge.modules;
     let user = user(&caller, part.user_id)?;
     let name = named("module", &module)?;
+    let spent = edge.answers.take(asker(&caller), MAX_ANSWER_BYTES).await;
     let described = modules.describe(&user, &name, &part.namespace).await;
     let described = described.map_err(|error| told(error, &name, Some(&part.namespace)))?;
-    Ok(axum::Json(described).into_response())
+    large(&described, spent)
 }
 
 /// What was removed.
@@ -268,6 +272,10 @@ pub async fn run(
     // Before the body, which may be large: many of them at one time would only be refused afterwards.
     let begun = modules.begin(&user, &name).await;
     let begun = begun.map_err(|error| told(error, &name, Some(&method)))?;
+    let _spent = match expected_bytes(&request) {
+        few if few <= MAX_BODY_BYTES => None,
+        many => Some(edge.arguments.take(asker(&caller), many).await),
+    };
     let body = Json::<Arguments>::from_request(request, &edge).await;
     let Json(arguments) = body.map_err(too_large)?;
     let call = checked(arguments, method).map_err(|error| field_refused(&error))?;
@@ -289,7 +297,14 @@ pub async fn run(
         () = revoked(&edge, &caller.key_id) => return Err(key_revoked()),
     };
     let returned = returned.map_err(|error| told(error, &name, Some(&call.method)))?;
-    Ok(result(&returned))
+    Ok(result(returned))
+}
+
+/// The length of the body; the most that it may have where the request does not say.
+fn expected_bytes(request: &Request) -> usize {
+    let exact = request.body().size_hint().exact();
+    let exact = exact.and_then(|length| usize::try_from(length).ok());
+    exact.unwrap_or(MAX_CALL_BYTES).min(MAX_CALL_BYTES)
 }
 
 /// The events until the key is revoked; an error is the last one then.
@@ -343,8 +358,22 @@ fn text(json: &[u8]) -> String {
     String::from_utf8_lossy(json).replace(['\n', '\r'], " ")
 }
 
-fn result(returned: &Returned) -> Response {
-    let mut response = Response::new(Body::from(result_bytes(returned)));
+fn result(returned: Returned) -> Response {
+    let body = budget::holding(result_bytes(&returned), returned.held);
+    json(body)
+}
+
+/// An answer that may be large, and counts until it has been sent.
+pub fn large(answer: &impl Serialize, mut spent: Spent) -> Result<Response, HttpProblem> {
+    let text = serde_json::to_vec(answer).map_err(|error| {
+        HttpProblem::internal(format!("the answer cannot be written as JSON: {error}"))
+    })?;
+    spent.keep(text.len());
+    Ok(json(budget::holding(text, spent)))
+}
+
+fn json(body: Bytes) -> Response {
+    let mut response = Response::new(Body::from(body));
     response.headers_mut().insert(
         header::CONTENT_TYPE,
         HeaderValue::from_static("application/json"),
@@ -353,7 +382,7 @@ fn result(returned: &Returned) -> Response {
 }
 
 /// The result is JSON as it came: what is large is not read again.
-fn result_bytes(returned: &Returned) -> Bytes {
+fn result_bytes(returned: &Returned) -> Vec<u8> {
     const BEFORE: &[u8] = b"{\"result\":";
     let after: &[u8] = match returned.as_list {
         true => b",\"called_with\":\"list\"}",
@@ -363,7 +392,7 @@ fn result_bytes(returned: &Returned) -> Bytes {
     for part in [BEFORE, &returned.result, after] {
         body.extend_from_slice(part);
     }
-    body.into()
+    body
 }
 
 fn too_large(problem: HttpProblem) -> HttpProblem {
@@ -463,6 +492,7 @@ fn required(field: &str, value: Option<String>) -> Result<String, HttpProblem> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::pipeline::modules::Held;
 
     fn call(body: &str) -> Result<Call, FieldError> {
         checked(serde_json::from_str(body).unwrap(), "sqrt".to_owned())
@@ -498,6 +528,7 @@ mod tests {
         let returned = |as_list| Returned {
             result: Bytes::from_static(b"[16,20,24]"),
             as_list,
+            held: Held::default(),
         };
         assert_eq!(
             &result_bytes(&returned(false))[..],

@@ -119,6 +119,7 @@ pub async fn run(edge: Arc<Edge>, caller: Caller, passed: bool, io: hyper::upgra
         edge: &edge,
         caller,
         passed,
+        refused: false,
         commands,
         shared: Arc::clone(&shared),
         relays: HashMap::new(),
@@ -294,6 +295,8 @@ struct Reader<'a> {
     edge: &'a Arc<Edge>,
     caller: Caller,
     passed: bool,
+    /// Whether the last message was answered with an error, or was about nothing that is here.
+    refused: bool,
     commands: mpsc::Sender<Command>,
     shared: Arc<Shared>,
     /// Connections to other replicas, by address.
@@ -311,10 +314,12 @@ impl Reader<'_> {
             self.shared.heard_now();
             match message {
                 Message::Text(text) => {
+                    let bytes = text.len();
                     // Boxed: an idle connection must not carry the room this needs.
                     if Box::pin(self.frame(text)).await.is_err() {
                         return End::Gone;
                     }
+                    self.rest(bytes).await;
                 }
                 Message::Binary(_) => {
                     let refused = wire::Refused {
@@ -330,6 +335,15 @@ impl Reader<'_> {
                 Message::Ping(_) => self.shared.pinged.notify_one(),
                 Message::Pong(_) | Message::Close(_) | Message::Frame(_) => {}
             }
+        }
+    }
+
+    /// Waits after a message if its key sends more, or more that is refused, than others can afford.
+    async fn rest(&mut self, bytes: usize) {
+        let refused = std::mem::take(&mut self.refused);
+        let rates = &self.edge.rates;
+        while let Err(too_many) = rates.message(&self.caller.key_id, bytes, refused) {
+            tokio::time::sleep(too_many.retry_after).await;
         }
     }
 
@@ -555,6 +569,7 @@ impl Reader<'_> {
     }
 
     async fn reply(&mut self, outcome: &Outcome) -> Result<(), Gone> {
+        self.refused = true;
         self.send(wire::text(outcome)).await
     }
 

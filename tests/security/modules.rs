@@ -1,7 +1,8 @@
 //! Packages of modules and of programs: what they run while they are installed, whose they are, and what their
 //! installer may say to an index.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -404,4 +405,57 @@ async fn a_users_modules_have_so_many_pods_in_all() {
     assert_eq!(told["code"], "quota_exceeded", "{status} {told}");
     let (status, told) = create(&server, &two, "random", &[]).await;
     assert_eq!(status, 200, "{told}");
+}
+
+/// What a function returns may have 16 MiB, and who called it need not read it.
+#[tokio::test]
+async fn results_that_nobody_reads_hold_a_bounded_part_of_the_memory() {
+    const UNREAD: usize = 40;
+    const RESULT: usize = 12_000_000;
+    let server = Server::start_as(0, &[]);
+    let (_, mallory) = server.user("mallory").await;
+    let (_, other) = server.user("other").await;
+    for key in [&mallory, &other] {
+        let (status, told) = create(&server, key, "operator", &[]).await;
+        assert_eq!(status, 200, "{told}");
+    }
+    let before = resident_kib(server.pid());
+    let body = json!({ "args": ["x", RESULT], "timeout_ms": 30_000 }).to_string();
+    let request = format!(
+        "POST /run_module?module_name=operator&method_name=mul HTTP/1.1\r\nHost: {}\r\n\
+         X-API-Key: {mallory}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        server.address,
+        body.len()
+    );
+    let mut unread = Vec::new();
+    for _ in 0..UNREAD {
+        let mut stream = TcpStream::connect(server.address).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        unread.push(stream);
+    }
+    let mut most = 0;
+    for _ in 0..20 {
+        tokio::time::sleep(Duration::from_millis(250)).await;
+        most = most.max(resident_kib(server.pid()));
+    }
+    // Two results and their copies, and what the allocator keeps.
+    let grown = most.saturating_sub(before) / 1024;
+    assert!(grown < 160, "{grown} MiB for {UNREAD} unread results");
+    // They wait for nobody but their own user.
+    let path = "/run_module?module_name=operator&method_name=mul";
+    let large = json!({ "args": ["y", RESULT] });
+    let (status, told) = ask(&other, server.post(path).json(&large)).await;
+    assert_eq!(status, 200);
+    assert_eq!(told["result"].as_str().unwrap().len(), RESULT);
+    // When they are gone, so is the wait.
+    drop(unread);
+    let (status, told) = ask(&mallory, server.post(path).json(&large)).await;
+    assert_eq!(status, 200, "{told}");
+}
+
+fn resident_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+    let number = line.and_then(|line| line.split_whitespace().nth(1));
+    number.unwrap().parse().unwrap()
 }

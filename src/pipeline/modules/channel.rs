@@ -23,9 +23,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const PING_EVERY: Duration = Duration::from_secs(10);
 const PING_PATIENCE: Duration = Duration::from_secs(15);
 
-/// What may be under way at a time without waiting for the other side: results of some megabytes.
-const STREAM_WINDOW: u32 = 4 << 20;
-const CONNECTION_WINDOW: u32 = 16 << 20;
+/// What may be under way at a time without waiting for the other side. A user may have as many connections
+/// as pods.
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 2 << 20;
 
 /// Why there is no connection. Nothing was sent.
 #[derive(Debug, Clone, thiserror::Error)]

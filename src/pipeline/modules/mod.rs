@@ -2,6 +2,7 @@
 
 mod busy;
 mod channel;
+mod large;
 mod wire;
 
 use std::collections::HashMap;
@@ -21,12 +22,15 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tonic_prost::ProstCodec;
 
+use crate::budget::Budgets;
 use crate::model::{
     ModuleName, ModuleSpec, ModuleState, ModuleStatus, Problem, Scale, SecretText, UserId,
 };
 use crate::platform::{Modules as Backend, ModulesError, PlatformError};
 use busy::{Busy, Place};
 use channel::Way;
+pub use large::Held;
+use large::{Account, Counted};
 use wire::{
     CallOutcome, CallReply, CallRequest, DescribeRequest, Description, StreamEvent, StreamPart,
 };
@@ -67,6 +71,9 @@ const NAMES_KEPT: Duration = Duration::from_secs(1);
 /// Between two looks for modules that nobody calls: a quarter of the time that they may be quiet, within these.
 const LOOK_LEAST: Duration = Duration::from_secs(1);
 const LOOK_MOST: Duration = Duration::from_secs(60);
+
+/// Bytes of large answers that are held for one user at a time: two of the largest.
+const ANSWERS_PER_USER: u32 = 36 << 20;
 
 /// Bounds of all modules.
 #[derive(Debug, Clone, Copy)]
@@ -146,6 +153,8 @@ pub struct Returned {
     pub result: Bytes,
     /// The arguments did not fit, and the list itself was passed as the only one.
     pub as_list: bool,
+    /// What the result takes of its user's budget: to be dropped when it has been sent.
+    pub held: Held,
 }
 
 /// What happens while a function runs.
@@ -220,6 +229,8 @@ pub struct ModuleCalls {
     platform: Arc<dyn Backend>,
     kept: Arc<Mutex<HashMap<Key, Kept>>>,
     busy: Arc<Busy>,
+    /// What large answers may take of the memory.
+    budgets: Arc<Budgets<UserId>>,
     making: Arc<Mutex<HashMap<UserId, Made>>>,
     options: ModuleOptions,
 }
@@ -293,6 +304,7 @@ impl ModuleCalls {
             platform,
             kept: Arc::default(),
             busy: Busy::new(options.calls_per_user, options.idle.is_some()),
+            budgets: Arc::new(Budgets::new(ANSWERS_PER_USER)),
             making: Arc::default(),
             options,
         }
@@ -542,8 +554,9 @@ impl ModuleCalls {
         let asked = self.reached(key, until, Again::Always, |way| {
             let mut request = way.request(request.clone());
             request.set_timeout(bound);
+            let account = self.account(key);
             async move {
-                let mut client = client(way.channel);
+                let mut client = client(way.channel, account);
                 client.ready().await.map_err(not_ready)?;
                 let codec = ProstCodec::<DescribeRequest, Description>::default();
                 let answer = client.unary(request, path("Describe"), codec).await?;
@@ -563,10 +576,13 @@ impl ModuleCalls {
         let Begun { key, place: _place } = begun;
         let (request, bound) = prepared(call);
         let until = Instant::now() + BACK_TIMEOUT;
+        let account = self.account(&key);
+        let held = account.held.clone();
         let asked = self.reached(&key, until, Again::Unsent, |way| {
             let request = way.request(request.clone());
+            let account = account.clone();
             async move {
-                let mut client = client(way.channel);
+                let mut client = client(way.channel, account);
                 client.ready().await.map_err(not_ready)?;
                 let codec = ProstCodec::<CallRequest, CallReply>::default();
                 let answer = client.unary(request, path("Call"), codec).await?;
@@ -574,7 +590,16 @@ impl ModuleCalls {
             }
         });
         let answered = timeout(bound, asked).await;
-        returned(answered.map_err(|_| ModuleError::Late(bound))??)
+        returned(answered.map_err(|_| ModuleError::Late(bound))??, held)
+    }
+
+    /// Who pays for what a call answers.
+    fn account(&self, key: &Key) -> Account {
+        Account {
+            budgets: Arc::clone(&self.budgets),
+            user: key.0.clone(),
+            held: Held::default(),
+        }
     }
 
     /// Calls a function and tells what happens while it runs. When the stream is dropped, the call is
@@ -591,8 +616,9 @@ impl ModuleCalls {
         let asked = self.reached(&key, until, Again::Unsent, |way| {
             let mut request = way.request(request.clone());
             request.set_timeout(bound);
+            let account = self.account(&key);
             async move {
-                let mut client = client(way.channel);
+                let mut client = client(way.channel, account);
                 client.ready().await.map_err(not_ready)?;
                 let codec = ProstCodec::<CallRequest, StreamEvent>::default();
                 let answer = client
@@ -722,10 +748,13 @@ fn turn(kept: &Kept) -> Option<Way> {
     kept.ways.get(index).map(|(_, way)| way.clone())
 }
 
-fn client(channel: Channel) -> Grpc<Channel> {
-    Grpc::new(channel)
-        .max_decoding_message_size(MAX_MESSAGE)
-        .max_encoding_message_size(MAX_MESSAGE)
+fn client(channel: Channel, account: Account) -> Grpc<Counted<Channel>> {
+    Grpc::new(Counted {
+        inner: channel,
+        account,
+    })
+    .max_decoding_message_size(MAX_MESSAGE)
+    .max_encoding_message_size(MAX_MESSAGE)
 }
 
 fn path(method: &str) -> PathAndQuery {
@@ -749,11 +778,12 @@ fn prepared(call: &Call) -> (CallRequest, Duration) {
     (request, allowed + GRACE)
 }
 
-fn returned(reply: CallReply) -> Result<Returned, ModuleError> {
+fn returned(reply: CallReply, held: Held) -> Result<Returned, ModuleError> {
     match reply.outcome {
         Some(CallOutcome::Result(result)) => Ok(Returned {
             result,
             as_list: reply.called_with == "list",
+            held,
         }),
         Some(CallOutcome::Failure(failure)) => Err(failure.into()),
         None => Err(ModuleError::Unavailable(strange(
@@ -773,7 +803,7 @@ fn happening(event: Result<StreamEvent, Status>) -> Option<Result<Happening, Mod
             stream: output.stream,
             data: output.data,
         }),
-        StreamPart::End(reply) => returned(reply).map(Happening::End),
+        StreamPart::End(reply) => returned(reply, Held::default()).map(Happening::End),
     })
 }
 
