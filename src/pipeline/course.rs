@@ -18,6 +18,7 @@ use super::text::TextDecoder;
 use super::verdict::{
     FinishedRun, Verdict, decide, judge_case, judge_compile, judge_file, judge_install,
 };
+use crate::budget::Spent;
 use crate::journal::{Appended, JournalError, NewRecord};
 use crate::model::{
     Event, Outcome, OutputStream, Problem, Record, RunReport, Status, Step, StepState, Submission,
@@ -33,10 +34,14 @@ const RUNNER_GRACE: Duration = Duration::from_secs(60);
 
 /// Most bytes that all runs of a submission write together; the one that passes it is stopped at its
 /// output limit. A test case has at most a quarter of it, and everything is in memory at the verdict.
-const MAX_OUTPUT_BYTES: u64 = 64 << 20;
+pub const MAX_OUTPUT_BYTES: u64 = 64 << 20;
 
 /// Servers that may end while a submission is under way: it is taken up once, and not again.
 const MAX_CRASHES: u32 = 2;
+
+/// Output up to this many bytes is not counted: a thousand submissions under way, as many as a user may have,
+/// hold no more than 64 MiB of it.
+const SMALL_OUTPUT: u64 = 64 << 10;
 
 /// Between two tries to write to a journal whose disk is full or failing.
 pub const JOURNAL_PAUSE: Duration = Duration::from_secs(1);
@@ -140,6 +145,8 @@ pub struct Course {
     history: History,
     started: Instant,
     step_started: Instant,
+    /// What its output takes of its user's budget, when it is much.
+    output: Option<Spent>,
 }
 
 impl Course {
@@ -157,6 +164,7 @@ impl Course {
             history,
             started: Instant::now(),
             step_started: Instant::now(),
+            output: None,
         }
     }
 
@@ -165,6 +173,11 @@ impl Course {
         let ended = async {
             let outcome = self.steps(permit).await?;
             let status = outcome.status;
+            // Its JSON and its frame in the journal are copies of what the program wrote.
+            let _alone = match &self.output {
+                Some(_) => self.inner.large_replies.acquire().await.ok(),
+                None => None,
+            };
             self.append(Event::Reply(Box::new(outcome))).await?;
             Ok(status)
         };
@@ -223,6 +236,17 @@ impl Course {
         Ok(outcome)
     }
 
+    /// Room for what the submission's programs write, once that is more than a little. It is held until the
+    /// reply, which a deploy may delay.
+    async fn room_for_output(&self) -> Option<Spent> {
+        // All that may still come, at once: two that hold a part and wait for the rest would wait for ever.
+        let user = self.submission.user_id.clone();
+        tokio::select! {
+            room = self.inner.outputs.take(user, MAX_OUTPUT_BYTES as usize) => Some(room),
+            () = self.control.cancelled() => None,
+        }
+    }
+
     /// What follows from the test.
     async fn conclude(&mut self, tested: Tried) -> Result<Outcome, JournalError> {
         let (verdict, runs) = match tested {
@@ -234,6 +258,12 @@ impl Course {
             Err(problem) => return Ok(self.unavailable(problem)),
         };
         let mut outcome = verdict.outcome(&runs);
+        drop(runs);
+        if let Some(room) = &mut self.output {
+            let kept =
+                [&outcome.stdout, &outcome.stderr].map(|text| text.as_ref().map_or(0, String::len));
+            room.keep(kept.iter().sum());
+        }
         if verdict.status == Status::TestsFailed && outcome.error.is_none() {
             outcome.error = self.not_installed();
         }
@@ -279,12 +309,16 @@ impl Course {
         let mut runs = Vec::new();
         let mut told = 0;
         let mut output_left = MAX_OUTPUT_BYTES;
+        let mut output = None;
         for (number, mut job) in self.plan().test_jobs().enumerate() {
             job.limits.output_bytes = job.limits.output_bytes.min(output_left);
             let mut run = self.one_run(&session, job).await?;
             run.read_tests().await;
             let written = run.stdout.len() + run.stderr.len();
             output_left = output_left.saturating_sub(written as u64);
+            if output.is_none() && MAX_OUTPUT_BYTES - output_left > SMALL_OUTPUT {
+                output = self.room_for_output().await;
+            }
             let undecided = run.report.is_none() || self.control.is_cancelled();
             let result = match &self.submission.tests {
                 Tests::Cases(cases) => cases.get(number).map(|case| judge_case(case, &run)),
@@ -304,6 +338,7 @@ impl Course {
                 break;
             }
         }
+        self.output = output;
         let verdict = decide(&self.submission, &runs);
         if matches!(self.submission.tests, Tests::Files(_)) && !self.each_by_itself() {
             for result in verdict.tests.clone() {

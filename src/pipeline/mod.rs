@@ -27,6 +27,7 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
 
+use crate::budget::Budgets;
 use crate::journal::{Journal, JournalError, NewRecord};
 use crate::model::{
     Domain, DomainProof, Event, FieldError, LANGUAGES, Language, Limits, Packages, Problem,
@@ -39,7 +40,7 @@ use crate::platform::{
 use crate::storage::CodeStore;
 use claims::{CLAIM_PATIENCE, Claims};
 use control::Control;
-use course::{Course, History, JOURNAL_PAUSE};
+use course::{Course, History, JOURNAL_PAUSE, MAX_OUTPUT_BYTES};
 use idle::Waking;
 use intake::Intake;
 use places::Places;
@@ -165,6 +166,10 @@ struct Inner {
     revoked: Revoked,
     /// See [`READ_AT_ONCE`].
     reading: Semaphore,
+    /// What was written by programs whose replies are still to come.
+    outputs: Budgets<UserId>,
+    /// Large replies are put together one after the other.
+    large_replies: Semaphore,
     maximum: Limits,
     share: Share,
     names: Names,
@@ -197,6 +202,9 @@ impl Pipeline {
                 intake: Intake::new(options.bounds),
                 revoked: options.revoked.clone(),
                 reading: Semaphore::new(READ_AT_ONCE),
+                // One submission of a user that may still write a lot, or several that have written.
+                outputs: Budgets::new(MAX_OUTPUT_BYTES as u32),
+                large_replies: Semaphore::new(1),
                 maximum: options.maximum,
                 share: options.share.clone(),
                 names: options.names.clone(),

@@ -58,17 +58,22 @@ class WebSocket:
                     continue
                 if len(have) >= start + length:
                     self.buffer = have[start + length :]
-                    return have[0] & 0xF, have[start : start + length]
+                    return have[0] & 0x80, have[0] & 0xF, have[start : start + length]
             self._more()
 
     def receive(self):
         """The next message: JSON, or bytes."""
+        begun, parts = 0, []
         while True:
-            kind, data = self._frame()
-            if kind == 1:
-                return json.loads(data)
-            if kind == 2:
-                return data
+            last, kind, data = self._frame()
+            if kind < 8:
+                # Large messages come in several frames, of which only the first one says what they are.
+                begun = kind or begun
+                parts.append(data)
+                if not last:
+                    continue
+                data, parts = b"".join(parts), []
+                return json.loads(data) if begun == 1 else data
             if kind == 8:
                 raise ConnectionError(f"closed: {data[:2].hex()} {data[2:].decode()}")
             if kind == 9:
