@@ -4,6 +4,7 @@ mod table;
 
 pub use table::LANGUAGES;
 
+use super::entry::{is_for_linux, main_class};
 use super::{Install, PackageIndex};
 
 /// The folder of a workspace that compiled output goes to: what is there afterwards is what runs and
@@ -107,9 +108,12 @@ pub struct Compile {
 /// |---|---|
 /// | `{file}` | the entrypoint's path |
 /// | `{stem}` | the same without its extension |
-/// | `{class}` | the stem's last part, below the package that the file names |
-/// | `{sources}` | every file with one of the language's extensions, but those that [`TestCommand`] runs |
+/// | `{class}` | the file's class with a `main`, or the stem's last part, below the package that the file names |
+/// | `{script}` | what TypeScript makes of the file |
+/// | `{sources}` | every file with one of the language's extensions, but those that [`TestCommand`] runs and other programs |
+/// | `{beside}` | those of them that are in the file's folder |
 /// | `{folder}` | the folder that the file is in, `.` where it is in none |
+/// | `{target}` | arguments that name the program, or the test, of a project to its builder |
 /// | `{memory}` | bytes of memory that the run may use |
 #[derive(Debug, PartialEq, Eq)]
 pub struct Language {
@@ -123,6 +127,8 @@ pub struct Language {
     pub others: &'static [&'static str],
     /// Extensions of its files, the entrypoint's first.
     pub extensions: &'static [&'static str],
+    /// Extensions of files in other languages that are compiled with its own.
+    pub with: &'static [&'static str],
     /// The file that makes a folder a project of it.
     pub project: Option<&'static str>,
     /// Commands it takes to compile and to run.
@@ -154,6 +160,8 @@ pub struct Words<'a> {
     pub text: &'a str,
     /// Bytes of memory that the run may use.
     pub memory_bytes: u64,
+    /// Arguments that name the program, or the test, to the builder of its project.
+    pub target: &'a [String],
 }
 
 impl TestFiles {
@@ -185,9 +193,15 @@ impl Language {
     pub fn fill(&self, command: &[&str], words: &Words<'_>) -> Vec<String> {
         let mut filled = Vec::with_capacity(command.len());
         for part in command {
-            if *part == "{sources}" {
-                let sources = words.files.iter().filter(|path| self.is_source(path));
-                filled.extend(sources.map(|path| argument(path)));
+            if matches!(*part, "{sources}" | "{beside}") {
+                let sources = words.files.iter().filter(|path| self.is_compiled(path));
+                let beside = |path: &&&str| {
+                    *part == "{sources}"
+                        || (folder(path) == folder(words.entrypoint) && is_for_linux(path, ""))
+                };
+                filled.extend(sources.filter(beside).map(|path| argument(path)));
+            } else if *part == "{target}" {
+                filled.extend(words.target.iter().cloned());
             } else if part.contains('{') {
                 filled.push(self.replace(part, words));
             } else {
@@ -221,6 +235,7 @@ impl Language {
             files: &[],
             text: "",
             memory_bytes: 0,
+            target: &[],
         };
         self.replace(runner.file, &words)
     }
@@ -233,6 +248,7 @@ impl Language {
             files: &[],
             text: "",
             memory_bytes: super::Limits::DEFAULT.memory_bytes,
+            target: &[],
         };
         let run = self.fill(self.run, &words);
         let install = self.install.as_ref().zip(index);
@@ -255,7 +271,9 @@ impl Language {
         let compile = self.compile.as_ref()?;
         let shell = |command: &[&str]| {
             let parts = command.iter().map(|part| match *part {
-                "{sources}" => self.sources_in_shell(),
+                "{sources}" | "{beside}" => self.sources_in_shell(),
+                // A builder that is told of no program takes the one that its project declares.
+                "{target}" => String::new(),
                 part => quoted(&self.replace(part, words)),
             });
             parts.collect::<Vec<String>>().join(" ")
@@ -279,15 +297,23 @@ impl Language {
         names.join(", ")
     }
 
-    fn is_source(&self, path: &str) -> bool {
+    /// Whether it is one of its sources.
+    pub fn is_source(&self, path: &str) -> bool {
         path.rsplit_once('.')
             .is_some_and(|(_, extension)| self.extensions.contains(&extension))
+    }
+
+    /// Whether it is compiled with its sources.
+    pub fn is_compiled(&self, path: &str) -> bool {
+        let with = path.rsplit_once('.');
+        self.is_source(path) || with.is_some_and(|(_, extension)| self.with.contains(&extension))
     }
 
     fn sources_in_shell(&self) -> String {
         let names = self
             .extensions
             .iter()
+            .chain(self.with)
             .map(|extension| format!("-name '*.{extension}'"));
         let names = names.collect::<Vec<String>>().join(" -o ");
         let folders = self.install.as_ref().map_or(&[][..], |one| one.own);
@@ -301,10 +327,14 @@ impl Language {
     fn replace(&self, part: &str, words: &Words<'_>) -> String {
         let stem = words.entrypoint.rsplit_once('.');
         let stem = stem.map_or(words.entrypoint, |(stem, _)| stem);
-        let folder = words.entrypoint.rsplit_once('/');
+        let folder = match folder(words.entrypoint) {
+            "" => ".",
+            folder => folder,
+        };
         part.replace("{file}", words.entrypoint)
-            .replace("{folder}", folder.map_or(".", |(folder, _)| folder))
+            .replace("{folder}", folder)
             .replace("{stem}", stem)
+            .replace("{script}", &script(words.entrypoint))
             .replace("{class}", &class(stem, words.text))
             .replace("{memory}", &words.memory_bytes.to_string())
     }
@@ -319,8 +349,26 @@ fn argument(path: &str) -> String {
     }
 }
 
-/// A class's whole name: the file's own name, below the package that its text names.
+/// The folder of a file, empty at the top.
+fn folder(path: &str) -> &str {
+    path.rsplit_once('/').map_or("", |(folder, _)| folder)
+}
+
+/// What `tsc` makes of a file: an ending keeps its first letter.
+fn script(path: &str) -> String {
+    for (from, to) in [(".mts", ".mjs"), (".cts", ".cjs"), (".tsx", ".js"), (".ts", ".js")] {
+        if let Some(stem) = path.strip_suffix(from) {
+            return format!("{stem}{to}");
+        }
+    }
+    path.to_owned()
+}
+
+/// A class's whole name: that of the one with a `main`, or the file's own, below the package that its text names.
 fn class(stem: &str, text: &str) -> String {
+    if let Some(class) = main_class(text) {
+        return class;
+    }
     let name = stem.rsplit_once('/').map_or(stem, |(_, name)| name);
     let package = text.lines().find_map(|line| {
         let rest = line.trim_start().strip_prefix("package ")?;
@@ -369,6 +417,7 @@ mod tests {
             files,
             text,
             memory_bytes: 64,
+            target: &[],
         }
     }
 
@@ -401,13 +450,29 @@ mod tests {
         assert!(!compile.contains(&"lib/a.h".to_owned()));
         let go = Language::named("golang").unwrap();
         let compile = |files: &[&str]| go.compile(&words("main.go", files, "")).unwrap();
-        assert_eq!(compile(&["main.go"]).last().unwrap(), "main.go");
-        assert_eq!(compile(&["go.mod", "main.go"]).last().unwrap(), ".");
+        assert!(compile(&["main.go"]).contains(&"GO111MODULE=off".to_owned()));
+        assert_eq!(compile(&["go.mod", "main.go"]).last().unwrap(), "./.");
+        let app = words("cmd/app/main.go", &["go.mod"], "");
+        assert_eq!(go.compile(&app).unwrap().last().unwrap(), "./cmd/app");
+        let typescript = Language::named("typescript").unwrap();
+        let run = typescript.fill(typescript.run, &words("src/a.b.mts", &[], ""));
+        assert_eq!(run.last().unwrap(), ".build/src/a.b.mjs");
+        let rust = Language::named("rust").unwrap();
+        let target = ["--bin".to_owned(), "seed".to_owned()];
+        let words_of = Words {
+            target: &target,
+            ..words("src/bin/seed.rs", &["Cargo.toml"], "")
+        };
+        let compile = rust.compile(&words_of).unwrap();
+        assert!(compile.ends_with(&target), "{compile:?}");
         let java = Language::named("java").unwrap();
         let text = "// first\n  package org.example ;\nclass App {}";
         let run = java.fill(java.run, &words("src/App.java", &[], text));
         assert_eq!(run.last().unwrap(), "org.example.App");
         assert!(run.contains(&"-XX:MaxRAM=64".to_owned()), "{run:?}");
+        let text = "class Shelf {}\nclass Shop { public static void main(String[] a) {} }";
+        let run = java.fill(java.run, &words("src/App.java", &[], text));
+        assert_eq!(run.last().unwrap(), "Shop");
         let python = Language::named("python").unwrap();
         let run = python.fill(python.run, &words("a/start.py", &[], ""));
         assert_eq!(run, ["python3", "a/start.py"]);

@@ -4,6 +4,7 @@
 
 mod data;
 mod domain;
+pub mod entry;
 mod event;
 mod id;
 mod image;

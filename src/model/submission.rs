@@ -5,6 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::entry::{self, Files};
 use super::{
     BUILD_ARCHIVE, BUILD_FOLDER, Language, Limits, LimitsRequest, MAX_CODE_BYTES, ReplId,
     SubmissionId, UserId,
@@ -149,6 +150,16 @@ pub enum Tests {
     Files(Vec<RelativePath>),
 }
 
+impl Tests {
+    /// The test files.
+    pub fn files(&self) -> &[RelativePath] {
+        match self {
+            Tests::Files(files) => files,
+            Tests::ExitCode | Tests::Cases(_) => &[],
+        }
+    }
+}
+
 /// `tests` as it comes: cases, test files by name, or test files with their text.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(untagged)]
@@ -192,8 +203,9 @@ pub struct Submission {
     pub language: &'static Language,
     /// Every file, test files included.
     pub files: BTreeMap<RelativePath, String>,
-    /// The file that is run.
-    pub entrypoint: RelativePath,
+    /// The file that is run. `None`: the project's own command, or nothing where there are only tests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entrypoint: Option<RelativePath>,
     /// The program's arguments.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub args: Vec<String>,
@@ -243,21 +255,18 @@ impl SubmissionRequest {
             )
         })?;
         let mut files = collect_files(self.code, self.files, language)?;
-        let entrypoint = match self.entrypoint {
-            Some(path) => {
-                RelativePath::try_from(path).map_err(|e| FieldError::new("entrypoint", e))?
-            }
-            None => default_entrypoint(language, &files)?,
-        };
+        let named = self.entrypoint.map(RelativePath::try_from).transpose();
+        let named = named.map_err(|e| FieldError::new("entrypoint", e))?;
         let tests = collect_tests(self.tests, &mut files, maximum)?;
-        if !files.contains_key(&entrypoint) {
-            return Err(FieldError::new(
-                "entrypoint",
-                format!("{entrypoint} is not one of the files"),
-            ));
-        }
         check_tree(&files)?;
         check_reserved(language, &files)?;
+        let entrypoint = entry::Choice {
+            language,
+            files: &files,
+            tests: tests.files(),
+        }
+        .entrypoint(named)?;
+        let runs = entrypoint.is_some() || entry::start(language, &files, None).is_some();
         let args = self.args.unwrap_or_default();
         let env = self.env.unwrap_or_default();
         check_args("args", &args)?;
@@ -288,13 +297,12 @@ impl SubmissionRequest {
             env,
             tests,
             limits,
-            deploy: self.deploy.unwrap_or(true),
+            // A library is tested, and there is nothing of it to be released.
+            deploy: runs && self.deploy.unwrap_or(true),
             database: self.database.unwrap_or(true),
         })
     }
 }
-
-type Files = BTreeMap<RelativePath, String>;
 
 fn collect_files(
     code: Option<String>,
@@ -310,8 +318,8 @@ fn collect_files(
         }
         (None, None) => return Err(FieldError::new("code", "or files is required")),
         (Some(code), None) => {
-            let path = RelativePath::try_from(language.entrypoint.to_owned())
-                .map_err(|e| FieldError::new("language", e))?;
+            let path = RelativePath::try_from(entry::name_of_code(language, &code))
+                .map_err(|e| FieldError::new("code", e))?;
             BTreeMap::from([(path, code)])
         }
         (None, Some(files)) => {
@@ -329,35 +337,6 @@ fn collect_files(
         }
     };
     Ok(files)
-}
-
-fn default_entrypoint(language: &Language, files: &Files) -> Result<RelativePath, FieldError> {
-    if files.len() == 1
-        && let Some(only) = files.keys().next()
-    {
-        return Ok(only.clone());
-    }
-    let place = |path: &str| RelativePath(path.to_owned());
-    let package = language.project.filter(|file| *file == PACKAGE);
-    let named = package
-        .and_then(|file| package_entrypoint(files.get(&place(file))?))
-        .map(|path| place(&path));
-    let usual = place(language.entrypoint);
-    let others = language.others.iter().map(|path| place(path));
-    let mut known = named.into_iter().chain([usual.clone()]).chain(others);
-    Ok(known.find(|path| files.contains_key(path)).unwrap_or(usual))
-}
-
-/// Node's project file.
-const PACKAGE: &str = "package.json";
-
-/// The program that a `package.json` names: what its start script runs, or its main file.
-fn package_entrypoint(package: &str) -> Option<String> {
-    let package: serde_json::Value = serde_json::from_str(package).ok()?;
-    let text = |pointer: &str| package.pointer(pointer)?.as_str();
-    let started = || text("/scripts/start")?.trim().strip_prefix("node ");
-    let named = started().or_else(|| text("/main"))?.trim();
-    Some(named.strip_prefix("./").unwrap_or(named).to_owned())
 }
 
 /// What is compiled goes to a place of its own.
@@ -552,7 +531,7 @@ mod tests {
     fn smallest_form_is_whole() {
         let s = parse(r#"{"user_id":"test","code":"print('Hello')"}"#).unwrap();
         assert_eq!(s.repl_id.as_str(), "test-prod");
-        assert_eq!(s.entrypoint.as_str(), "main.py");
+        assert_eq!(s.entrypoint.unwrap().as_str(), "main.py");
         assert!(s.deploy && s.database);
         assert_eq!(s.tests, Tests::ExitCode);
     }
@@ -626,6 +605,6 @@ mod tests {
         let s = parse(r#"{"user_id":"t","code":"","tests":{"test_a.py":"def test_a(): pass"}}"#)
             .unwrap();
         assert_eq!(s.files.len(), 2);
-        assert_eq!(s.entrypoint.as_str(), "main.py");
+        assert_eq!(s.entrypoint.unwrap().as_str(), "main.py");
     }
 }

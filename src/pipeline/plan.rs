@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
+use crate::model::entry;
 use crate::model::{
     BUILD_FOLDER, Install, Limits, PackageIndex, Packages, RelativePath, Submission, TestCommand,
     TestFiles, TestRunner, Tests, Words,
@@ -15,7 +16,20 @@ use crate::storage::hexadecimal;
 /// The command that runs the program with these arguments.
 pub fn argv(submission: &Submission, args: &[String]) -> Vec<String> {
     let language = submission.language;
-    let mut argv = with_words(submission, |words| language.fill(language.run, words));
+    let entrypoint = submission.entrypoint.as_ref();
+    let text = |path: &RelativePath| submission.files.get(path).map_or("", String::as_str);
+    let mut argv = match (
+        entry::start(language, &submission.files, entrypoint),
+        entrypoint,
+    ) {
+        (Some(start), _) => start.argv,
+        // Relative imports are those of a module of a package.
+        (None, Some(path)) if entry::runs_as_module(path.as_str(), text(path)) => {
+            let module = path.as_str().trim_end_matches(".py").replace('/', ".");
+            vec!["python3".to_owned(), "-m".to_owned(), module]
+        }
+        _ => with_words(submission, |words| language.fill(language.run, words)),
+    };
     argv.extend(args.iter().cloned());
     argv
 }
@@ -100,6 +114,9 @@ impl<'a> Plan<'a> {
     /// The job that compiles the program, where its language has such a step.
     pub fn compile_job(&self) -> Option<Job> {
         let language = self.submission.language;
+        if !self.compiles() {
+            return None;
+        }
         let argv = with_words(self.submission, |words| language.compile(words))?;
         let installed = self.installed().and(self.install);
         let mut output = vec![BUILD_FOLDER.to_owned()];
@@ -113,6 +130,13 @@ impl<'a> Plan<'a> {
             build: self.installed(),
             ..self.job(self.installs(), argv)
         })
+    }
+
+    /// Whether there is something to compile before tests: a library alone is compiled with each of its tests.
+    fn compiles(&self) -> bool {
+        let language = self.submission.language;
+        let one_for_all = matches!(language.tests, TestFiles::Runner(_));
+        language.compile.is_some() && (self.submission.entrypoint.is_some() || one_for_all)
     }
 
     /// The language's own variables and more; what comes later stands.
@@ -156,9 +180,9 @@ impl<'a> Plan<'a> {
 
     /// The run that built what those that test need.
     pub fn build(&self) -> Option<JobId> {
-        match self.submission.language.compile {
-            Some(_) => Some(self.id(self.installs())),
-            None => self.installed(),
+        match self.compiles() {
+            true => Some(self.id(self.installs())),
+            false => self.installed(),
         }
     }
 
@@ -171,7 +195,7 @@ impl<'a> Plan<'a> {
 
     /// A run of the program or of its tests; `number` is its own among those.
     fn test_job(&self, number: u32, argv: Vec<String>) -> Job {
-        let compiles = u32::from(self.submission.language.compile.is_some());
+        let compiles = u32::from(self.compiles());
         Job {
             build: self.build(),
             ..self.job(self.installs() + compiles + number, argv)
@@ -244,6 +268,7 @@ impl<'a> Plan<'a> {
     /// The command that runs one test file.
     fn file_job(&self, number: u32, command: &TestCommand, file: &RelativePath) -> Job {
         let language = self.submission.language;
+        let target = entry::test_target(&self.submission.files, file.as_str());
         let argv = with_words(self.submission, |words| {
             let beside = words.files.iter().copied();
             let own = |path: &&str| command.has_own_entry && *path == words.entrypoint;
@@ -255,6 +280,7 @@ impl<'a> Plan<'a> {
                     files: &beside,
                     text: self.submission.files.get(file).map_or("", String::as_str),
                     memory_bytes: words.memory_bytes,
+                    target: &target,
                 },
             )
         });
@@ -297,25 +323,38 @@ fn text<'a>(submission: &'a Submission, name: &str) -> Option<&'a str> {
 }
 
 fn with_words<T>(submission: &Submission, act: impl FnOnce(&Words<'_>) -> T) -> T {
-    let compiles = submission.language.compile.is_some();
-    let files: Vec<&str> = match compiles {
-        true => {
-            // A test file that is compiled by itself is no part of the program.
-            let tests: &[RelativePath] = match (&submission.tests, &submission.language.tests) {
-                (Tests::Files(files), TestFiles::Each(_)) => files,
-                _ => &[],
-            };
-            let files = submission.files.keys();
-            let files = files.filter(|path| !tests.contains(path));
-            files.map(RelativePath::as_str).collect()
-        }
-        false => Vec::new(),
-    };
-    let text = submission.files.get(&submission.entrypoint);
+    let entrypoint = submission.entrypoint.as_ref();
+    let path = entrypoint.map_or("", RelativePath::as_str);
+    let binary = entry::binary(&submission.files, path);
+    let text = entrypoint.and_then(|path| submission.files.get(path));
     act(&Words {
-        entrypoint: submission.entrypoint.as_str(),
-        files: &files,
-        text: text.filter(|_| compiles).map_or("", String::as_str),
+        entrypoint: path,
+        files: &compiled(submission),
+        text: text.map_or("", String::as_str),
         memory_bytes: submission.limits.memory_bytes,
+        target: &binary.map_or(Vec::new(), |binary| binary.arguments()),
     })
+}
+
+/// The files of the program, for what compiles it.
+fn compiled(submission: &Submission) -> Vec<&str> {
+    let language = submission.language;
+    if language.compile.is_none() {
+        return Vec::new();
+    }
+    // A test file that is compiled by itself is no part of the program.
+    let tests = match language.tests {
+        TestFiles::Each(_) => submission.tests.files(),
+        TestFiles::Runner(_) => &[],
+    };
+    // Nor is another program, where all that is compiled becomes one.
+    let is_other = |path: &RelativePath, text: &str| {
+        matches!(language.name, "c" | "cpp")
+            && Some(path) != submission.entrypoint.as_ref()
+            && language.is_compiled(path.as_str())
+            && entry::is_program(language.name, path.as_str(), text)
+    };
+    let files = submission.files.iter();
+    let files = files.filter(|(path, text)| !tests.contains(path) && !is_other(path, text));
+    files.map(|(path, _)| path.as_str()).collect()
 }

@@ -59,7 +59,7 @@ const NODE: Tool = tool("node", "apt-get install nodejs");
 pub static LANGUAGES: &[Language] = &[
     Language {
         aliases: &["python3", "py"],
-        others: &["app.py"],
+        others: &["app.py", "__main__.py", "src/main.py"],
         project: Some("requirements.txt"),
         settings: &["python3"],
         // Where Python looks by itself: the user's own packages, below the home, which is the workspace.
@@ -123,7 +123,19 @@ pub static LANGUAGES: &[Language] = &[
     },
     Language {
         aliases: &["nodejs", "javascript", "js"],
-        others: &["index.js", "server.js", "app.js"],
+        others: &[
+            "main.mjs",
+            "main.cjs",
+            "index.js",
+            "index.mjs",
+            "index.cjs",
+            "server.js",
+            "server.mjs",
+            "app.js",
+            "app.mjs",
+            "src/index.js",
+            "src/main.js",
+        ],
         install: Some(NPM),
         project: Some("package.json"),
         tests: TestFiles::Runner(TestRunner {
@@ -142,65 +154,68 @@ pub static LANGUAGES: &[Language] = &[
     },
     Language {
         aliases: &["ts"],
-        others: &["index.ts", "src/main.ts", "src/index.ts"],
+        others: &[
+            "main.mts",
+            "main.cts",
+            "index.ts",
+            "index.mts",
+            "src/main.ts",
+            "src/index.ts",
+            "src/index.mts",
+            "server.ts",
+            "app.ts",
+            "src/server.ts",
+            "src/app.ts",
+        ],
         install: Some(NPM),
         project: Some("tsconfig.json"),
         compile: Some(Compile {
             argv: &[
-                "tsc",
-                "--pretty",
-                "false",
-                "--outDir",
-                ".build",
-                "--rootDir",
-                ".",
-                "--target",
-                "es2022",
-                "--module",
-                "node16",
-                "--moduleResolution",
-                "node16",
-                "--esModuleInterop",
-                "--skipLibCheck",
-                "--strict",
-                "--noEmitOnError",
-                "--typeRoots",
+                "sh",
+                "-c",
+                "types=$1 finish=$2; shift 2; \
+                 tsc --pretty false --outDir .build --rootDir . --target es2022 --module node16 \
+                 --moduleResolution node16 --esModuleInterop --skipLibCheck --strict --noEmitOnError \
+                 --sourceMap --typeRoots \"$types\" \"$@\" && exec node -e \"$finish\"",
+                "sh",
                 TYPES,
+                FINISH_TYPESCRIPT,
                 "{sources}",
             ],
+            // A project that leaves it to another program to make scripts is checked as it says, and made here.
             project: Some(&[
-                "tsc",
-                "--pretty",
-                "false",
-                "--project",
-                ".",
-                "--outDir",
-                ".build",
-                "--rootDir",
-                ".",
-                "--noEmitOnError",
-                "--typeRoots",
+                "sh",
+                "-c",
+                "types=$1 finish=$2; more=; \
+                 if tsc --project . --showConfig | grep -q '\"allowImportingTsExtensions\": true'; then \
+                 more=--rewriteRelativeImportExtensions; fi; \
+                 tsc --pretty false --project . --outDir .build --rootDir . --noEmit false \
+                 --emitDeclarationOnly false --noEmitOnError --sourceMap true --inlineSourceMap false \
+                 --typeRoots \"$types\" $more && exec node -e \"$finish\"",
+                "sh",
                 TYPES,
+                FINISH_TYPESCRIPT,
             ]),
         }),
         tests: TestFiles::Runner(TestRunner {
             name: "node --test",
             argv: NODE_TEST,
-            file: ".build/{stem}.js",
+            file: ".build/{script}",
             install: "Node.js 20 or later",
         }),
         ..interpreted(
             "typescript",
             "main.ts",
-            &["ts"],
+            &["ts", "mts", "cts"],
             &[
                 tool(
                     "tsc",
-                    "apt-get install node-typescript, or npm install -g typescript @types/node",
+                    "apt-get install node-typescript, or npm install -g typescript@5 @types/node@20",
                 ),
                 NODE,
             ],
-            &["node", ".build/{stem}.js"],
+            // What fails is shown with its own lines.
+            &["node", "--enable-source-maps", ".build/{script}"],
         )
     },
     interpreted(
@@ -244,7 +259,7 @@ pub static LANGUAGES: &[Language] = &[
         }),
         tests: TestFiles::Each(TestCommand {
             name: "go test",
-            argv: &["go", "test", "-v", "-vet=off", "{file}", "{sources}"],
+            argv: &["go", "test", "-v", "-vet=off", "{file}", "{beside}"],
             project: Some(&["go", "test", "-v", "-vet=off", "./{folder}"]),
             has_own_entry: false,
             compiles: true,
@@ -262,8 +277,17 @@ pub static LANGUAGES: &[Language] = &[
             &["go"],
             &[tool("go", "apt-get install golang-go")],
             Compile {
-                argv: &["go", "build", "-o", ".build/main", "{sources}"],
-                project: Some(&["go", "build", "-o", ".build/main", "."]),
+                // Without a module its folder is built as one: what is for other systems is left out.
+                argv: &[
+                    "env",
+                    "GO111MODULE=off",
+                    "go",
+                    "build",
+                    "-o",
+                    ".build/main",
+                    "./{folder}",
+                ],
+                project: Some(&["go", "build", "-o", ".build/main", "./{folder}"]),
             },
         )
     },
@@ -308,8 +332,7 @@ pub static LANGUAGES: &[Language] = &[
                 "sh",
                 "{file}",
             ],
-            // Cargo knows a test by its file's name.
-            project: Some(&["cargo", "test", "--offline", "--quiet", "--test", "{class}"]),
+            project: Some(&["cargo", "test", "--offline", "--quiet", "{target}"]),
             has_own_entry: false,
             compiles: true,
             proof: Proof::Rust,
@@ -336,13 +359,14 @@ pub static LANGUAGES: &[Language] = &[
                     ".build/main",
                     "{file}",
                 ],
-                // A package's program has a name of its own.
+                // Cargo knows which program the project declares; what it would run is copied.
                 project: Some(&[
                     "sh",
                     "-c",
-                    "export CARGO_TARGET_DIR=.cache/target && cargo build --release --offline --quiet && \
-                     cp -- \"$(find $CARGO_TARGET_DIR/release -maxdepth 1 -type f -perm -u+x | head -n 1)\" \
-                     .build/main",
+                    "export CARGO_TARGET_DIR=.cache/target && exec cargo run --release --offline --quiet \
+                     --config \"target.'cfg(all())'.runner=['cp', '--']\" \"$@\" -- .build/main",
+                    "sh",
+                    "{target}",
                 ]),
             },
         )
@@ -353,7 +377,7 @@ pub static LANGUAGES: &[Language] = &[
             &[
                 "sh",
                 "-c",
-                "cc -std=gnu17 -g -Wall -I . -o \"$TMPDIR/test\" \"$@\" -lm -pthread && exec \"$TMPDIR/test\"",
+                "cc -std=gnu17 -g -Wall -I . -I include -I src -o \"$TMPDIR/test\" \"$@\" -lm -pthread && exec \"$TMPDIR/test\"",
                 "sh",
                 "{file}",
                 "{sources}",
@@ -372,6 +396,10 @@ pub static LANGUAGES: &[Language] = &[
                     "-Wall",
                     "-I",
                     ".",
+                    "-I",
+                    "include",
+                    "-I",
+                    "src",
                     "-o",
                     ".build/main",
                     "{sources}",
@@ -384,13 +412,17 @@ pub static LANGUAGES: &[Language] = &[
     },
     Language {
         aliases: &["c++"],
+        others: &["main.cc", "main.cxx", "src/main.cpp", "src/main.cc"],
+        with: &["c"],
         tests: compiled_each(
             "assert",
             &[
                 "sh",
                 "-c",
-                "c++ -std=c++20 -g -Wall -I . -o \"$TMPDIR/test\" \"$@\" -pthread && exec \"$TMPDIR/test\"",
+                CPP,
                 "sh",
+                "-g",
+                "test",
                 "{file}",
                 "{sources}",
             ],
@@ -401,18 +433,7 @@ pub static LANGUAGES: &[Language] = &[
             &["cpp", "cc", "cxx"],
             &[tool("c++", "apt-get install g++")],
             Compile {
-                argv: &[
-                    "c++",
-                    "-std=c++20",
-                    "-O2",
-                    "-Wall",
-                    "-I",
-                    ".",
-                    "-o",
-                    ".build/main",
-                    "{sources}",
-                    "-pthread",
-                ],
+                argv: &["sh", "-c", CPP, "sh", "-O2", "", "{sources}"],
                 project: None,
             },
         )
@@ -426,7 +447,8 @@ pub static LANGUAGES: &[Language] = &[
                 "-c",
                 "class=$1 && shift && javac -J-Xmx256m -J-XX:+UseSerialGC -J-XX:TieredStopAtLevel=1 \
                  -encoding UTF-8 -d \"$TMPDIR/test\" \"$@\" && exec java -ea -Xmx256m -XX:+UseSerialGC \
-                 -XX:TieredStopAtLevel=1 -cp \"$TMPDIR/test\" \"$class\"",
+                 -XX:TieredStopAtLevel=1 -cp \"$TMPDIR/test:$0\" \"$class\"",
+                JAVA_RESOURCES,
                 "sh",
                 "{class}",
                 "{file}",
@@ -463,7 +485,7 @@ pub static LANGUAGES: &[Language] = &[
                 "-XX:MaxRAM={memory}",
                 "-XX:MaxRAMPercentage=50",
                 "-cp",
-                ".build",
+                JAVA_CLASSES,
                 "{class}",
             ],
         )
@@ -485,6 +507,8 @@ pub static LANGUAGES: &[Language] = &[
             "php with assertions",
             &[
                 "php",
+                PHP_SESSIONS[0],
+                PHP_SESSIONS[1],
                 "-d",
                 "zend.assertions=1",
                 "-d",
@@ -497,7 +521,7 @@ pub static LANGUAGES: &[Language] = &[
             "main.php",
             &["php"],
             &[tool("php", "apt-get install php-cli")],
-            &["php", "{file}"],
+            &["php", PHP_SESSIONS[0], PHP_SESSIONS[1], "{file}"],
         )
     },
     Language {
@@ -525,6 +549,65 @@ pub static LANGUAGES: &[Language] = &[
 /// there are passed over.
 const TYPES: &str = "node_modules/@types,/usr/share/nodejs/@types,/usr/lib/node_modules/@types,/usr/local/lib/node_modules/@types";
 
+/// What `tsc` leaves undone, in the words of Node: files that programs look for beside their scripts are shown
+/// there; imports that name no ending, as bundlers take them, get the ending of the file that is there; and
+/// scripts are taken for modules where they are.
+const FINISH_TYPESCRIPT: &str = r#"
+const fs = require('fs'), path = require('path');
+const is = at => { try { return fs.statSync(at).isFile() } catch { return false } };
+const walk = (folder, each) => {
+  for (const entry of fs.readdirSync(folder, { withFileTypes: true })) {
+    const at = path.join(folder, entry.name);
+    if (entry.isDirectory()) { if (!entry.name.startsWith('.') && entry.name !== 'node_modules') walk(at, each) }
+    else if (entry.isFile()) each(at);
+  }
+};
+let modules = false;
+walk('.build', at => {
+  if (!at.endsWith('.js')) return;
+  const text = fs.readFileSync(at, 'utf8');
+  if (text.includes('Object.defineProperty(exports, "__esModule"') || !/^(import\s*["'{*\w]|export\s)/m.test(text)) return;
+  modules = true;
+  const named = text.replace(/(from\s*|import\s*\(?\s*)(["'])(\.{1,2}(?:\/[^"'
+]*)?)/g, (all, before, quote, name) => {
+    const to = path.resolve(path.dirname(at), name);
+    if (is(to)) return all;
+    const ending = ['.js', '.mjs', '.cjs', '/index.js', '/index.mjs'].find(ending => is(to + ending));
+    return ending ? before + quote + name.replace(/\/$/, '') + ending + quote : all;
+  });
+  if (named !== text) fs.writeFileSync(at, named);
+});
+walk('.', at => {
+  if (/\.[mc]?tsx?$/.test(at) || at === 'package.json') return;
+  const to = path.join('.build', at);
+  fs.mkdirSync(path.dirname(to), { recursive: true });
+  try { fs.symlinkSync(path.relative(path.dirname(to), at), to) } catch (error) { if (error.code !== 'EEXIST') throw error }
+});
+let project = {};
+try { project = JSON.parse(fs.readFileSync('package.json', 'utf8')) } catch {}
+fs.writeFileSync('.build/package.json', JSON.stringify({ ...project, type: modules ? 'module' : 'commonjs' }));
+"#;
+
+/// Compiles C++, and by themselves the files that are C. Its first argument is how; its second says whether the
+/// result is a test, which is run.
+const CPP: &str = "how=$1 test=$2; shift 2; number=0; set -- \"$@\" --; \
+     while [ \"$1\" != -- ]; do file=$1; shift; \
+     case \"$file\" in *.c) number=$((number + 1)); object=\"${TMPDIR:-/tmp}/$number.o\"; \
+     cc -std=gnu17 \"$how\" -Wall -I . -I include -I src -c -o \"$object\" \"$file\" || exit; file=$object;; esac; \
+     set -- \"$@\" \"$file\"; done; shift; \
+     to=.build/main; [ -z \"$test\" ] || to=$TMPDIR/test; \
+     c++ -std=c++20 \"$how\" -Wall -I . -I include -I src -o \"$to\" \"$@\" -pthread || exit; \
+     [ -z \"$test\" ] || exec \"$to\"";
+
+/// Where programs of Java find files: beside their sources, wherever the usual projects have those.
+const JAVA_RESOURCES: &str = ".:src:src/main/java:src/main/resources:resources";
+
+/// The same with what was compiled.
+const JAVA_CLASSES: &str = ".build:.:src:src/main/java:src/main/resources:resources";
+
+/// Sessions go to the folder of temporary files: the place that distributions set is not a program's.
+const PHP_SESSIONS: [&str; 2] = ["-d", "session.save_path="];
+
 const fn tool(command: &'static str, install: &'static str) -> Tool {
     Tool {
         command,
@@ -546,6 +629,7 @@ const fn interpreted(
         entrypoint,
         others: &[],
         extensions,
+        with: &[],
         project: None,
         tools,
         settings: &[],
