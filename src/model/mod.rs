@@ -39,8 +39,8 @@ pub use module::{
 pub use network::{Network, NetworkError};
 pub use outcome::{Outcome, Reason, Status, TestResult, Usage};
 pub use packages::{
-    Install, Naming, PACKAGE_PROXY, PROXY_VARIABLES, PackageIndex, Packages, Place, Registry,
-    package_place,
+    INDEX_FAILED, INDEX_SAID, Install, NO_INSTALLER, Naming, PACKAGE_PROXY, PROXY_VARIABLES,
+    PackageIndex, Packages, Place, Registry, package_place,
 };
 pub use problem::Problem;
 pub use release::{Release, ReleaseState, ReplState, ReplStatus, idle_cause};

@@ -67,6 +67,51 @@ pub struct Install {
     pub compile_env: &'static [(&'static str, &'static str)],
 }
 
+/// What an installation ends with when its index failed: "temporary failure" of sysexits.h, which no installer of
+/// the table ends with by itself.
+pub const INDEX_FAILED: i32 = 75;
+
+/// What a line begins with that tells how the index failed.
+pub const INDEX_SAID: &str = "The package index failed: ";
+
+/// What a line begins with that tells that there is no installer.
+pub const NO_INSTALLER: &str = "There is no installer: ";
+
+/// Runs an installer, and again when its index failed. Its first argument is an extended regular expression for
+/// what installers say then; the installer follows.
+///
+/// An installer's own end says nothing of whose fault it was: pip finds no such package behind an index that
+/// answers 503, and tells of that in its log only. What it writes is passed on while it runs. One that was ended by
+/// a signal is still seen to be.
+const PATIENT: &str = "words=$1; shift; \
+     command -v \"$1\" >/dev/null || { echo \"There is no installer: $1 is not there\" >&2; exit 127; }; \
+     told=$(mktemp -d) && mkfifo \"$told/pipe\" || exit 1; \
+     export PIP_LOG=\"$told/log\"; \
+     for pause in 1 3 end; do \
+     rm -f \"$told/log\"; tee \"$told/said\" <\"$told/pipe\" >&2 & teller=$!; \
+     \"$@\" 2>\"$told/pipe\"; code=$?; \
+     for wait in 0.02 0.1 0.2 0.5 1; do kill -0 $teller 2>/dev/null || break; sleep $wait; done; \
+     [ $code -ne 0 ] || break; \
+     why=$(cat \"$told/said\" \"$told/log\" 2>/dev/null | grep -aE -m 1 \"$words\" | cut -c 1-500); \
+     [ -n \"$why\" ] || break; \
+     if [ $pause = end ]; then echo \"The package index failed: $why\" >&2; code=75; break; fi; \
+     echo \"The package index failed; it is asked again in $pause s.\" >&2; sleep $pause; \
+     done; rm -rf \"$told\"; \
+     [ $code -le 128 ] || kill -$((code - 128)) $$; exit $code";
+
+/// What pip, npm, cargo and go say when an index answers that it is busy or broken, or its answers break off. What
+/// curl gives a number to in cargo's words: names, connections, time, TLS, answers that are empty or cut.
+const INDEX_TROUBLE: &str = "[^0-9](408|425|429|5[0-9][0-9]) (Client Error|Server Error|Request Timeout|Too Early|Too Many Requests\
+     |Internal Server Error|Bad Gateway|Service Unavailable|Gateway Time)\
+     |HTTP error (408|425|429|5[0-9][0-9])|code E(408|425|429|5[0-9][0-9])|got (408|425|429|5[0-9][0-9])$\
+     |too many 5[0-9][0-9] error responses\
+     |[Cc]onnection (was |is )?(reset|aborted|broken|refused|closed|timed out)|Connection aborted\
+     |ECONNRESET|ECONNREFUSED|ECONNABORTED|ETIMEDOUT|EPIPE|EAI_AGAIN|ERR_SOCKET_TIMEOUT|socket hang up\
+     |unexpected (EOF|eof|end of file)|UNEXPECTED_EOF|: EOF$|IncompleteRead|Z_BUF_ERROR\
+     |[Rr]ead ?[Tt]imed ?out|ReadTimeout|ConnectTimeout|RemoteDisconnected|Remote end closed\
+     |TLS handshake timeout|i/o timeout|Client.Timeout exceeded\
+     |^ *\\[(5|6|7|16|18|28|35|52|55|56|92)\\] ";
+
 /// Variables by which installers are told of their proxy.
 pub const PROXY_VARIABLES: [&str; 4] = ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"];
 
@@ -141,6 +186,13 @@ impl Install {
         format!("{}/.gantry-installed", self.own[0])
     }
 
+    /// Its command, which asks an index again that failed.
+    pub fn command(&self, index: &PackageIndex) -> Vec<String> {
+        let patient = ["sh", "-c", PATIENT, "sh", INDEX_TROUBLE];
+        let own = self.argv.iter().map(|part| index.fill(part));
+        patient.map(str::to_owned).into_iter().chain(own).collect()
+    }
+
     /// The variables of its command.
     pub fn variables(&self, index: &PackageIndex) -> Vec<(&'static str, String)> {
         let plain = index.is_plain().then_some(self.plain_env);
@@ -162,8 +214,8 @@ impl Install {
         let variables: Vec<String> = variables
             .map(|(name, value)| format!("{name}={}", quoted(&value)))
             .collect();
-        let argv = self.argv.iter().map(|part| quoted(&index.fill(part)));
-        let argv: Vec<String> = argv.collect();
+        let argv = self.command(index);
+        let argv: Vec<String> = argv.iter().map(|part| quoted(part)).collect();
         let found = self.compile_env.iter();
         let found: Vec<String> = found
             .map(|(name, value)| format!("export {name}={}; ", quoted(value)))
@@ -213,7 +265,8 @@ impl PackageIndex {
             return None;
         }
         let mut places = BTreeSet::from([package_place(authority, port)?]);
-        if named.is_none() {
+        // Named or not, it sends its callers to the same hosts.
+        if url.trim_end_matches('/') == registry.usual.trim_end_matches('/') {
             let beside = registry.beside.iter();
             places.extend(beside.map(|host| ((*host).to_owned(), 443)));
         }
@@ -374,6 +427,8 @@ mod tests {
         let registry = install("python").registry;
         let usual = PackageIndex::new(registry, None).unwrap();
         assert_eq!(usual.places.len(), 1 + registry.beside.len());
+        let named = PackageIndex::new(registry, Some("https://pypi.org/simple/")).unwrap();
+        assert_eq!(named.places, usual.places);
         let own = PackageIndex::new(registry, Some("http://Index:8080/simple")).unwrap();
         assert_eq!(own.places, BTreeSet::from([("index".to_owned(), 8080)]));
         assert_eq!(
@@ -391,6 +446,58 @@ mod tests {
         ] {
             assert_eq!(PackageIndex::new(registry, Some(wrong)), None, "{wrong}");
         }
+    }
+
+    /// What the installers of the table say of an index that fails, and of what is wrong with what was asked for.
+    #[test]
+    fn an_index_that_fails_is_told_from_a_package_that_is_not_there() {
+        let run = |said: &str, code: i32| {
+            let index = PackageIndex::new(install("python").registry, None).unwrap();
+            let told = format!("echo tried; echo {} >&2; exit {code}", quoted(said));
+            let pip = Install {
+                argv: &["sh", "-c"],
+                ..*install("python")
+            };
+            let mut argv = pip.command(&index);
+            // Without the pauses.
+            argv[2] = argv[2].replace("sleep $pause", "true");
+            argv.push(told);
+            let ended = std::process::Command::new(&argv[0])
+                .args(&argv[1..])
+                .output()
+                .unwrap();
+            let tries = String::from_utf8(ended.stdout).unwrap().lines().count();
+            let said = String::from_utf8(ended.stderr).unwrap();
+            (ended.status.code(), tries, said.contains(INDEX_SAID))
+        };
+        for said in [
+            "2026 Could not fetch URL https://i/simple/a/: 503 Server Error: Service Unavailable for url",
+            "Could not fetch URL https://i/simple/a/: 429 Client Error: Too Many Requests for url",
+            "ERROR: HTTP error 500 while getting https://i/a.whl",
+            "WARNING: Retrying after connection broken by 'ProtocolError('Connection aborted.')': /simple/a/",
+            "npm error code E503",
+            "npm ERR! code E429",
+            "npm error code ECONNRESET",
+            "go: example.org/a@v1.0.0: reading https://i/a.mod: 502 Bad Gateway",
+            "go: a: Get \"https://i/a.mod\": read tcp 1.2.3.4:5->6.7.8.9:443: read: connection reset by peer",
+            "go: a: read \"https://i/a.mod\": unexpected EOF",
+            "  failed to get successful HTTP response from `https://i/config.json`, got 503",
+            "  [18] Transferred a partial file (end of response with 4989 bytes missing)",
+            "  [56] Failure when receiving data from the peer",
+        ] {
+            assert_eq!(run(said, 1), (Some(INDEX_FAILED), 3, true), "{said}");
+        }
+        for said in [
+            "ERROR: No matching distribution found for a",
+            "Could not fetch URL https://i/simple/a/: 404 Client Error: Not Found for url",
+            "npm error code E404",
+            "go: example.org/a@v1.0.0: reading https://i/a.mod: 404 Not Found",
+            "  failed to get successful HTTP response from `https://i/config.json`, got 403",
+            "error[E0503]: cannot use `a`",
+        ] {
+            assert_eq!(run(said, 1), (Some(1), 1, false), "{said}");
+        }
+        assert_eq!(run("npm error code E503", 0), (Some(0), 1, false));
     }
 
     /// With a `pip` that counts: the shell's words are run by a shell.

@@ -79,7 +79,7 @@ impl<'a> Plan<'a> {
             cache: Some(self.cache_key(install, index)),
             ..self.job(
                 0,
-                install.argv.iter().map(|part| index.fill(part)).collect(),
+                install.command(index),
             )
         })
     }

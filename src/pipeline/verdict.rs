@@ -4,7 +4,7 @@
 use super::fit::{MAX_ACTUAL, cut, cut_outputs};
 use super::report::{self, Defect, Report};
 use crate::model::{
-    Case, Ending, Install, Limits, Outcome, Problem, Proof, Reason, RelativePath, RunReport,
+    Case, Ending, INDEX_FAILED, INDEX_SAID, Install, Limits, NO_INSTALLER, Outcome, Problem, Proof, Reason, RelativePath, RunReport,
     Status, Submission, TestFiles, TestResult, TestRunner, Tests, Usage,
 };
 use crate::runner::wire::MAX_BUILD_BYTES;
@@ -160,6 +160,17 @@ pub fn judge_install(run: &FinishedRun, install: &Install, limits: &Limits) -> O
         return Some(verdict);
     }
     let (name, file) = (install.name, install.file);
+    if let Some(cause) = index_failed(run) {
+        verdict.status = Status::Unavailable;
+        verdict.reason = None;
+        verdict.error = Some(Problem::new(
+            "package_index_unavailable",
+            "The package index failed",
+            cause,
+            "Try again; if it lasts, the operator checks the index that the server is set up with.",
+        ));
+        return Some(verdict);
+    }
     verdict.error = Some(match limit_of(run) {
         Some(limit) => Problem::new(
             "install_limit",
@@ -187,6 +198,17 @@ pub fn judge_install(run: &FinishedRun, install: &Install, limits: &Limits) -> O
         ),
     });
     Some(verdict)
+}
+
+/// How the index failed, if that is what an installer ended by.
+fn index_failed(run: &FinishedRun) -> Option<String> {
+    let ending = &run.report.as_ref()?.ending;
+    if *ending != Ending::Exited(INDEX_FAILED) {
+        return None;
+    }
+    let lines = run.stderr.lines().rev();
+    let said = lines.filter_map(|line| line.strip_prefix(INDEX_SAID)).next()?;
+    Some(cut(said.trim(), MAX_LINE).to_owned())
 }
 
 /// What follows from a run that builds; `None`: it is there.
@@ -244,10 +266,11 @@ fn last_words(run: &FinishedRun) -> String {
     lines[lines.len().saturating_sub(LAST_LINES)..].join("\n")
 }
 
-/// Python's own words when a module it was told to run is not there.
+/// Whether there is no such command, or module of Python's, in the words of who was told to run it.
 fn is_absent(module: &str, run: &FinishedRun) -> bool {
     let words = format!("No module named {module}");
-    run.stdout.is_empty() && run.stderr.trim_end().ends_with(&words)
+    let said = run.stderr.trim_end();
+    run.stdout.is_empty() && (said.ends_with(&words) || said.starts_with(NO_INSTALLER))
 }
 
 fn reason_of(ending: &Ending) -> Option<Reason> {
@@ -553,6 +576,25 @@ mod tests {
         assert_eq!((status, reason), (Status::Cancelled, None));
         let (status, reason, _) = judged(FinishedRun::default()).unwrap();
         assert_eq!((status, reason), (Status::Unavailable, None));
+    }
+
+    #[test]
+    fn an_index_that_failed_is_not_the_programs_fault() {
+        let pip = crate::model::Packages::python().unwrap();
+        let judged = |ending: Ending, said: &str| {
+            let mut run = run(ending, "");
+            run.stderr = format!("ERROR: No matching distribution found\n{said}\n");
+            let verdict = judge_install(&run, pip, &Limits::COMPILE).unwrap();
+            (verdict.status, verdict.reason, verdict.error.unwrap().code)
+        };
+        let failed = format!("{INDEX_SAID}503 Service Unavailable");
+        let expected = (Status::Unavailable, None, "package_index_unavailable".to_owned());
+        assert_eq!(judged(Ending::Exited(INDEX_FAILED), &failed), expected);
+        // Neither the words nor the code alone say so.
+        let own = Some(Reason::Compile);
+        let expected = (Status::TestsFailed, own, "packages_not_installed".to_owned());
+        assert_eq!(judged(Ending::Exited(1), &failed), expected);
+        assert_eq!(judged(Ending::Exited(INDEX_FAILED), ""), expected);
     }
 
     #[test]

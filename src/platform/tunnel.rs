@@ -30,8 +30,9 @@ const MOST_HELLO: usize = 16 << 10;
 /// Longest wait for an installer's request on a new connection, for its ClientHello, and for an index to answer.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(20);
 
-/// A connection on which nothing moves for this long is closed: an index that answers this late is down.
-const IDLE: Duration = Duration::from_secs(120);
+/// A connection on which nothing moves for this long is closed: an index that answers this late is down. An
+/// installation has three times as long, unless the operator says otherwise.
+const IDLE: Duration = Duration::from_secs(60);
 
 /// Longest life of a connection: the longest installation that an operator may allow.
 const LONGEST: Duration = Duration::from_secs(1_800);
@@ -161,7 +162,7 @@ pub struct Tunnel {
     trouble: Arc<Trouble>,
 }
 
-/// Why a place that may be reached could not be, the last time that it could not.
+/// How an index failed, as far as it did not answer well since.
 #[derive(Debug, Default)]
 pub struct Trouble(Mutex<Option<String>>);
 
@@ -176,7 +177,17 @@ impl Trouble {
         let mut trouble = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         *trouble = Some(why.to_owned());
     }
+
+    fn is_over(&self) {
+        let mut trouble = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *trouble = None;
+    }
 }
+
+/// An index that broke off, or said nothing.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct IndexFailed(String);
 
 impl Tunnel {
     /// To these places.
@@ -225,13 +236,20 @@ impl Tunnel {
             }
         };
         index.set_nodelay(true)?;
-        match request.head {
+        let carried = match request.head {
             Some(head) => answer_plain(installer, index, &head, &metered).await,
             None => {
                 let beyond = end_of_head(&head).unwrap_or(head.len());
                 join(installer, index, host, head.split_off(beyond), &metered).await
             }
+        };
+        match carried.as_ref().map_err(|error| error.downcast_ref()) {
+            Ok(()) => self.trouble.is_over(),
+            Err(Some(IndexFailed(why))) => self.trouble.note(&format!("{host}:{port} {why}")),
+            // What the installer did says nothing of the index.
+            Err(None) => {}
         }
+        carried
     }
 }
 
@@ -365,9 +383,9 @@ async fn answer_plain(
     head: &[u8],
     metered: &Metered,
 ) -> anyhow::Result<()> {
-    index.write_all(head).await?;
-    let moved = Mutex::new(Instant::now());
-    let answering = pump(&mut index, &mut installer, metered, &moved, u64::MAX);
+    index.write_all(head).await.map_err(broke_off)?;
+    let moved = Moved::asked();
+    let answering = from_index(&mut index, &mut installer, metered, &moved);
     watched(answering, &moved).await
 }
 
@@ -386,26 +404,14 @@ async fn join(
     let name = greeted.context("it did not begin to speak TLS")??;
     is_for(host, name.as_deref())?;
     metered.count(sent.len())?;
-    index.write_all(&sent).await?;
-    let moved = Mutex::new(Instant::now());
+    index.write_all(&sent).await.map_err(broke_off)?;
+    let moved = Moved::asked();
     let (mut from_installer, mut to_installer) = tokio::io::split(installer);
-    let (mut from_index, mut to_index) = index.split();
+    let (mut answers, mut to_index) = index.split();
     let both = async {
         tokio::try_join!(
-            pump(
-                &mut from_installer,
-                &mut to_index,
-                metered,
-                &moved,
-                MOST_SENT
-            ),
-            pump(
-                &mut from_index,
-                &mut to_installer,
-                metered,
-                &moved,
-                u64::MAX
-            ),
+            to_an_index(&mut from_installer, &mut to_index, metered, &moved),
+            from_index(&mut answers, &mut to_installer, metered, &moved),
         )
         .map(|_| ())
     };
@@ -464,50 +470,104 @@ fn is_for(host: &str, name: Option<&str>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Passes bytes on to the end of them.
-async fn pump(
-    from: &mut (impl AsyncRead + Unpin),
-    to: &mut (impl AsyncWrite + Unpin),
+/// When something moved last, and whether the index was to answer then.
+#[derive(Debug)]
+struct Moved(Mutex<(Instant, bool)>);
+
+impl Moved {
+    fn asked() -> Self {
+        Self(Mutex::new((Instant::now(), true)))
+    }
+
+    fn now(&self, asked: bool) {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *last = (Instant::now(), asked);
+    }
+
+    fn last(&self) -> (Instant, bool) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn broke_off(error: std::io::Error) -> IndexFailed {
+    IndexFailed(format!("broke the connection off: {error}"))
+}
+
+/// Passes on what an index answers, to its end.
+async fn from_index(
+    index: &mut (impl AsyncRead + Unpin),
+    installer: &mut (impl AsyncWrite + Unpin),
     metered: &Metered,
-    moved: &Mutex<Instant>,
-    most: u64,
+    moved: &Moved,
+) -> anyhow::Result<()> {
+    let mut piece = vec![0; PIECE];
+    let mut answered = false;
+    loop {
+        let read = index.read(&mut piece).await.map_err(broke_off)?;
+        if read == 0 {
+            installer.shutdown().await?;
+            let why = "closed the connection without an answer";
+            anyhow::ensure!(answered, IndexFailed(why.to_owned()));
+            return Ok(());
+        }
+        answered = true;
+        metered.count(read)?;
+        installer.write_all(&piece[..read]).await?;
+        installer.flush().await?;
+        moved.now(false);
+    }
+}
+
+/// Passes on what an installer asks, to its end.
+async fn to_an_index(
+    installer: &mut (impl AsyncRead + Unpin),
+    index: &mut (impl AsyncWrite + Unpin),
+    metered: &Metered,
+    moved: &Moved,
 ) -> anyhow::Result<()> {
     let mut piece = vec![0; PIECE];
     let mut all = 0;
     loop {
-        let read = from.read(&mut piece).await?;
+        let read = installer.read(&mut piece).await?;
         if read == 0 {
-            to.shutdown().await?;
+            index.shutdown().await.map_err(broke_off)?;
             return Ok(());
         }
         all += read as u64;
-        anyhow::ensure!(all <= most, "it sent more than {most} bytes");
+        anyhow::ensure!(all <= MOST_SENT, "it sent more than {MOST_SENT} bytes");
         metered.count(read)?;
-        to.write_all(&piece[..read]).await?;
-        to.flush().await?;
-        *moved.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        index.write_all(&piece[..read]).await.map_err(broke_off)?;
+        index.flush().await.map_err(broke_off)?;
+        moved.now(true);
     }
 }
 
 /// Ends a connection that lives too long or on which nothing moves.
 async fn watched(
     carried: impl Future<Output = anyhow::Result<()>>,
-    moved: &Mutex<Instant>,
+    moved: &Moved,
 ) -> anyhow::Result<()> {
     let begun = Instant::now();
     let idle = async {
         loop {
             sleep(LOOK_EVERY).await;
-            let last = *moved.lock().unwrap_or_else(PoisonError::into_inner);
+            let (last, asked) = moved.last();
             if last.elapsed() > IDLE || begun.elapsed() > LONGEST {
-                return;
+                return asked;
             }
         }
     };
-    tokio::select! {
-        ended = carried => ended,
-        () = idle => anyhow::bail!("nothing moved for {} s, or it was open for {} s", IDLE.as_secs(), LONGEST.as_secs()),
-    }
+    let asked = tokio::select! {
+        ended = carried => return ended,
+        asked = idle => asked,
+    };
+    let why = format!(
+        "said nothing for {} s, or its answer took {} s",
+        IDLE.as_secs(),
+        LONGEST.as_secs()
+    );
+    anyhow::ensure!(!asked, IndexFailed(why));
+    anyhow::bail!("nothing moved for {} s, or it was open for {} s", IDLE.as_secs(), LONGEST.as_secs())
 }
 
 async fn refuse(
@@ -666,6 +726,43 @@ mod tests {
         let got = index.await.unwrap();
         drop(carried);
         got
+    }
+
+    /// What is known of an index after it has answered a plain request so.
+    async fn trouble_of(answer: Option<&'static [u8]>) -> Option<String> {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut head = [0; 16];
+            stream.read_exact(&mut head).await.unwrap();
+            match answer {
+                Some(answer) => stream.write_all(answer).await.unwrap(),
+                // What was not read makes this a reset.
+                None => drop(stream),
+            }
+        });
+        let places = BTreeSet::from([("localhost".to_owned(), port)]);
+        let tunnel = Tunnel::new("ann".to_owned(), places, Arc::default());
+        let trouble = tunnel.trouble();
+        let (mut installer, line) = tokio::io::duplex(1 << 16);
+        let carried = tokio::spawn(async move { tunnel.carry(Box::new(line), Vec::new()).await });
+        let head = format!(
+            "GET http://localhost:{port}/simple/ HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n"
+        );
+        installer.write_all(head.as_bytes()).await.unwrap();
+        let _ = installer.read_to_end(&mut Vec::new()).await;
+        let _ = carried.await.unwrap();
+        trouble.told()
+    }
+
+    #[tokio::test]
+    async fn an_index_that_breaks_off_is_in_trouble_until_it_answers() {
+        let told = trouble_of(None).await.unwrap();
+        assert!(told.contains("broke the connection off"), "{told}");
+        let told = trouble_of(Some(b"")).await.unwrap();
+        assert!(told.contains("localhost"), "{told}");
+        assert_eq!(trouble_of(Some(b"HTTP/1.1 404 Not Found\r\n\r\n")).await, None);
     }
 
     #[tokio::test]

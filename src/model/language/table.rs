@@ -174,6 +174,7 @@ pub static LANGUAGES: &[Language] = &[
                 "sh",
                 "-c",
                 "types=$1 finish=$2; shift 2; \
+                 case $(tsc --version) in *' '[1-5].*) ;; *) set -- --types '*' \"$@\";; esac; \
                  tsc --pretty false --outDir .build --rootDir . --target es2022 --module node16 \
                  --moduleResolution node16 --esModuleInterop --skipLibCheck --strict --noEmitOnError \
                  --sourceMap --typeRoots \"$types\" \"$@\" && exec node -e \"$finish\"",
@@ -183,15 +184,16 @@ pub static LANGUAGES: &[Language] = &[
                 "{sources}",
             ],
             // A project that leaves it to another program to make scripts is checked as it says, and made here.
+            // Since version 6 types are not found unless they are asked for.
             project: Some(&[
                 "sh",
                 "-c",
-                "types=$1 finish=$2; more=; \
-                 if tsc --project . --showConfig | grep -q '\"allowImportingTsExtensions\": true'; then \
-                 more=--rewriteRelativeImportExtensions; fi; \
+                "types=$1 finish=$2; set --; set=$(tsc --project . --showConfig); \
+                 case $set in *'\"allowImportingTsExtensions\": true'*) set -- --rewriteRelativeImportExtensions;; esac; \
+                 case $(tsc --version)$set in *' '[1-5].*|*'\"types\":'*) ;; *) set -- \"$@\" --types '*';; esac; \
                  tsc --pretty false --project . --outDir .build --rootDir . --noEmit false \
                  --emitDeclarationOnly false --noEmitOnError --sourceMap true --inlineSourceMap false \
-                 --typeRoots \"$types\" $more && exec node -e \"$finish\"",
+                 --typeRoots \"$types\" \"$@\" && exec node -e \"$finish\"",
                 "sh",
                 TYPES,
                 FINISH_TYPESCRIPT,
@@ -307,16 +309,16 @@ pub static LANGUAGES: &[Language] = &[
             naming: Naming::Headings(&["dependencies", "dev-dependencies", "build-dependencies"]),
             beside: &["Cargo.lock", ".cargo/config.toml"],
             elsewhere: &["path =", "path=", "[workspace", "build ="],
-            // The index is told as a setting, which the compiler has to find again.
+            // Another index than Cargo's own is told as a setting, which the compiler has to find again.
             argv: &[
                 "sh",
                 "-c",
-                "printf '[source.crates-io]\\nreplace-with = \"index\"\\n[source.index]\\nregistry = \"sparse+%s\"\\n' \
-                 \"$1\" > \"$CARGO_HOME/config.toml\" && exec cargo fetch",
+                "rm -f \"$CARGO_HOME/config.toml\"; [ \"${1%/}\" = https://index.crates.io ] || printf '[source.crates-io]\\nreplace-with = \"index\"\\n[source.index]\\nregistry = \"sparse+%s\"\\n' \
+                 \"$1\" > \"$CARGO_HOME/config.toml\"; exec cargo fetch",
                 "sh",
                 "{index}",
             ],
-            env: &[("CARGO_HOME", ".cargo-home")],
+            env: &[("CARGO_HOME", ".cargo-home"), ("CARGO_NET_RETRY", "1")],
             plain_env: &[],
             folders: &[".cargo-home"],
             own: &[".cargo-home"],
