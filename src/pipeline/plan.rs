@@ -73,6 +73,7 @@ impl<'a> Plan<'a> {
         Some(Job {
             env,
             output: owned(install.folders),
+            builds: true,
             limits,
             build: None,
             online: true,
@@ -126,6 +127,7 @@ impl<'a> Plan<'a> {
         Some(Job {
             env: self.environment(self.found().iter().copied().chain(self.submissions_own())),
             output,
+            builds: true,
             limits: Limits::COMPILE,
             build: self.installed(),
             ..self.job(self.installs(), argv)
@@ -219,6 +221,7 @@ impl<'a> Plan<'a> {
             limits: self.submission.limits,
             report: false,
             output: Vec::new(),
+            builds: false,
             build: None,
             online: false,
             cache: None,
@@ -293,6 +296,7 @@ impl<'a> Plan<'a> {
         Job {
             env: self.environment(self.found().iter().copied().chain(self.submissions_own())),
             build,
+            builds: true,
             limits: Limits {
                 output_bytes,
                 ..Limits::COMPILE

@@ -7,7 +7,9 @@ use crate::model::{
     Case, Ending, INDEX_FAILED, INDEX_SAID, Install, Limits, NO_INSTALLER, Outcome, Problem, Proof, Reason, RelativePath, RunReport,
     Status, Submission, TestFiles, TestResult, TestRunner, Tests, Usage,
 };
-use crate::runner::wire::MAX_BUILD_BYTES;
+use crate::runner::wire::{
+    BUILD_SCRATCH_BYTES, DISK_SAID, MAX_BUILD_BYTES, MAX_UNPACKED_BYTES,
+};
 
 /// One run that is over: what the runner said and what the program wrote.
 #[derive(Debug, Clone, Default)]
@@ -143,11 +145,21 @@ fn not_decided(run: &FinishedRun) -> Option<(Status, Option<Problem>)> {
 pub fn judge_compile(run: &FinishedRun) -> Option<Verdict> {
     let mut verdict = judge_build(run)?;
     if let Some(limit) = limit_of(run) {
+        let (cause, remedy) = match limit {
+            Reason::Disk => (
+                too_large(run),
+                "Depend on fewer packages, or on fewer of their features.",
+            ),
+            _ => (
+                String::new(),
+                "Send less code, or leave out what takes the compiler so long.",
+            ),
+        };
         verdict.error = Some(Problem::new(
             "compile_limit",
             format!("The compiler was stopped at its {} limit", limit.as_str()),
-            format!("compiling {}", allowance(&Limits::COMPILE)),
-            "Send less code, or leave out what takes the compiler so long.",
+            format!("{cause}compiling {}", allowance(&Limits::COMPILE)),
+            remedy,
         ));
     }
     Some(verdict)
@@ -175,7 +187,7 @@ pub fn judge_install(run: &FinishedRun, install: &Install, limits: &Limits) -> O
         Some(limit) => Problem::new(
             "install_limit",
             format!("{name} was stopped at its {} limit", limit.as_str()),
-            format!("installing {}", allowance(limits)),
+            format!("{}installing {}", too_large(run), allowance(limits)),
             format!("Name fewer or smaller packages in {file}."),
         ),
         None if is_absent(name, run) => {
@@ -198,6 +210,13 @@ pub fn judge_install(run: &FinishedRun, install: &Install, limits: &Limits) -> O
         ),
     });
     Some(verdict)
+}
+
+/// Which bound on its files a build met, for what follows it in a sentence.
+fn too_large(run: &FinishedRun) -> String {
+    let mut lines = run.stderr.lines().rev();
+    let said = lines.find_map(|line| line.strip_prefix(DISK_SAID));
+    said.map_or(String::new(), |said| format!("{said}; "))
 }
 
 /// How the index failed, if that is what an installer ended by.
@@ -240,12 +259,15 @@ fn limit_of(run: &FinishedRun) -> Option<Reason> {
 
 fn allowance(most: &Limits) -> String {
     format!(
-        "may take {} s, {} s of processor time and {} MiB of memory, write {} KiB, and leave {} MiB",
+        "may take {} s, {} s of processor time, {} MiB of memory and {} MiB of scratch space, write {} KiB, and leave \
+         {} MiB, compressed, or {} MiB",
         most.wall_ms / 1_000,
         most.cpu_ms / 1_000,
         most.memory_bytes >> 20,
+        BUILD_SCRATCH_BYTES >> 20,
         most.output_bytes >> 10,
         MAX_BUILD_BYTES >> 20,
+        MAX_UNPACKED_BYTES >> 20,
     )
 }
 

@@ -69,6 +69,7 @@ pub fn python(code: &str) -> Job {
         limits: Limits::DEFAULT,
         report: false,
         output: Vec::new(),
+        builds: false,
         build: None,
         online: false,
         cache: None,

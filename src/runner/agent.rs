@@ -678,11 +678,15 @@ impl Agent {
                     let read = timeout(KILL_PATIENCE, reported).await;
                     report.test_report = read.ok().and_then(Result::ok);
                 }
+                if job.builds && report.ending == Ending::Limit(Reason::Disk) {
+                    let (stream, data) = (OutputStream::Stderr, why_full(job, &slot).into_bytes());
+                    log.push(JobEvent::Output { stream, data });
+                }
                 if !job.output.is_empty() && report.ending == Ending::Exited(0) {
                     // Nor to what it built.
                     let still = slot.tree(known(0)).kill(KILL_PATIENCE).await;
                     if let Err(why) = self.keep_build(&slot, job, still).await {
-                        let words = format!("what was built cannot be kept: {why}\n");
+                        let words = format!("{DISK_SAID}what was built cannot be kept: {why}\n");
                         let (stream, data) = (OutputStream::Stderr, words.into_bytes());
                         log.push(JobEvent::Output { stream, data });
                         report.ending = Ending::Limit(Reason::Disk);
@@ -720,6 +724,7 @@ impl Agent {
     /// Makes the slot's workspace what the job is to find. Says how large the largest file is that an
     /// earlier job built.
     async fn furnish(&self, job: &Job, slot: &Arc<Slot>) -> anyhow::Result<u64> {
+        slot.make_room(job.builds)?;
         slot.write_files(&job.files)?;
         let mut given = 0;
         if let Some(build) = job.build {
@@ -729,6 +734,7 @@ impl Agent {
             let slot = Arc::clone(slot);
             let unpacked = move || {
                 unpack(&archive[..], slot.folder(), slot.uid)?;
+                slot.make_room_beside()?;
                 Ok(slot.footprint().largest_file)
             };
             given = tokio::task::spawn_blocking(unpacked)
@@ -881,6 +887,20 @@ impl Agent {
                 tracing::error!(slot = slot.index, %error, "the slot could not be emptied and is given up");
             }
         }
+    }
+}
+
+/// Which bound on its files a build met.
+fn why_full(job: &Job, slot: &Slot) -> String {
+    let (room, largest) = (slot.room(), slot.footprint().largest_file);
+    let most = job.limits.file_bytes;
+    match largest > most {
+        true => format!("{DISK_SAID}a file has {largest} bytes, and {most} are allowed\n"),
+        false => format!(
+            "{DISK_SAID}its scratch space is full, which has {} MiB and {} files\n",
+            room.bytes >> 20,
+            room.files
+        ),
     }
 }
 

@@ -15,13 +15,13 @@ use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
 use tar::{Archive, Builder, Entry, EntryType, Header};
 
-use super::wire::{JobId, MAX_BUILD_BYTES};
+use super::wire::{JobId, MAX_BUILD_BYTES, MAX_UNPACKED_BYTES};
 use crate::beneath::{self, Folder, Kind};
 
-/// Most bytes in an archive, unpacked. What is more does not fit into a slot's scratch space.
-const MAX_BYTES: u64 = 192 << 20;
+/// Most bytes in an archive, unpacked.
+const MAX_BYTES: u64 = MAX_UNPACKED_BYTES;
 
-/// Most files and folders in an archive, as many as a slot's scratch space has.
+/// Most files and folders in an archive.
 const MAX_ENTRIES: usize = 16_384;
 
 /// Bytes of all their paths, which the archive repeats: 256 for each.

@@ -210,6 +210,7 @@ fn parsed<T: std::str::FromStr>(name: &str, expected: &str) -> anyhow::Result<Op
 fn agent_config() -> anyhow::Result<AgentConfig> {
     let network = parsed("GANTRY_ALLOW_NETWORK", "true or false")?.unwrap_or(false);
     let files = parsed("GANTRY_SCRATCH_FILES", "a number of files")?.unwrap_or(DEFAULT_FILES);
+    let bytes = parsed("GANTRY_SCRATCH_BYTES", "a number of bytes")?;
     let uid = match parsed("GANTRY_SLOT_UID", "a user id other than 0")? {
         Some(0) => anyhow::bail!("GANTRY_SLOT_UID is 0; user code must not be root"),
         Some(uid) => uid,
@@ -220,6 +221,7 @@ fn agent_config() -> anyhow::Result<AgentConfig> {
         slots: 1,
         first_uid: Some(uid),
         ground: Ground::Container {
+            bytes: bytes.unwrap_or_else(|| scratch_bytes(&Limits::MAXIMUM)),
             files,
             hook: Path::new(FOLDER).join(HOOK),
         },

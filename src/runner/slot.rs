@@ -1,11 +1,13 @@
 //! A slot: the place where one job at a time runs. Its own user id where the machine allows, its own
 //! root, and scratch space that is empty at the start of every job.
 
+use std::ffi::CString;
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{IFlags, Mode, OFlags};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
@@ -14,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::agent::AgentConfig;
 use super::network::Network;
 use super::process::Tree;
+use super::wire::{BUILD_SCRATCH_BYTES, BUILD_SCRATCH_FILES};
 use crate::beneath::{self, Folder};
 
 /// Folders of a slot's scratch space, and where they appear in its root.
@@ -30,7 +33,7 @@ const MAX_ATTRIBUTE_NAMES: usize = 65_536;
 pub const FOLDER_SLOTS: &str = "slots";
 
 /// Most folder entries looked at when measuring; scratch space has fewer inodes than this.
-const MAX_SCAN_ENTRIES: u64 = 40_000;
+const MAX_SCAN_ENTRIES: u64 = 100_000;
 
 /// Where slots stand, and what their jobs find there.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -53,6 +56,8 @@ pub enum Ground {
     /// A container's own root, where nothing can be mounted: one slot has the container's folders,
     /// each of which was mounted for it.
     Container {
+        /// Bytes of a program's scratch space; the workspace itself has room for a build.
+        bytes: u64,
         /// Files and folders in each of them.
         files: u64,
         /// The folder with the waiting interpreter's hook.
@@ -79,8 +84,33 @@ pub struct Slot {
     seen: [PathBuf; 2],
     /// File systems that are its alone, so that their being full is its job's doing.
     own_disks: Vec<PathBuf>,
-    /// Files and folders in one of them.
-    max_files: u64,
+    /// Scratch space of a program.
+    usual: Room,
+    /// Scratch space of the job that has the slot.
+    room: Mutex<Room>,
+}
+
+/// Bytes, and files and folders.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// Bytes.
+    pub bytes: u64,
+    /// Files and folders.
+    pub files: u64,
+}
+
+impl Room {
+    /// Without bounds of its own.
+    const ANY: Room = Room {
+        bytes: u64::MAX,
+        files: u64::MAX,
+    };
+
+    /// For installing and for compiling.
+    const BUILD: Room = Room {
+        bytes: BUILD_SCRATCH_BYTES,
+        files: BUILD_SCRATCH_FILES,
+    };
 }
 
 /// How a slot's folders are made new for each job.
@@ -146,7 +176,11 @@ impl Slot {
                     folders: SCRATCH.map(|(name, _)| scratch.join(name)),
                     seen: ["/workspace", "/tmp"].map(PathBuf::from),
                     own_disks: vec![scratch.clone()],
-                    max_files: *files,
+                    usual: Room {
+                        bytes: *bytes,
+                        files: *files,
+                    },
+                    room: Mutex::new(Room::ANY),
                     space: Space::Mounted {
                         at: scratch,
                         root,
@@ -168,11 +202,16 @@ impl Slot {
                     seen: [workspace, temporary],
                     // Its use of the machine's disk cannot be told from others'.
                     own_disks: Vec::new(),
-                    max_files: u64::MAX,
+                    usual: Room::ANY,
+                    room: Mutex::new(Room::ANY),
                     space: Space::Removed(scratch),
                 })
             }
-            Ground::Container { files, hook: _ } => {
+            Ground::Container {
+                bytes,
+                files,
+                hook: _,
+            } => {
                 if index > 0 {
                     return Err(io::Error::other(
                         "a container has one workspace, and one slot",
@@ -188,7 +227,11 @@ impl Slot {
                     own_disks: folders.iter().filter(|at| is_memory(at)).cloned().collect(),
                     folders,
                     seen: [workspace, temporary],
-                    max_files: *files,
+                    usual: Room {
+                        bytes: *bytes,
+                        files: *files,
+                    },
+                    room: Mutex::new(Room::ANY),
                     space: Space::Emptied,
                 })
             }
@@ -256,14 +299,60 @@ impl Slot {
         Ok(())
     }
 
+    /// Gives the scratch space the size that the next job needs, before anything is in it.
+    pub fn make_room(&self, builds: bool) -> io::Result<()> {
+        let wanted = match builds && self.usual != Room::ANY {
+            true => Room {
+                bytes: self.usual.bytes.max(Room::BUILD.bytes),
+                files: self.usual.files.max(Room::BUILD.files),
+            },
+            false => self.usual,
+        };
+        self.set_room(wanted)
+    }
+
+    /// What is in the scratch space now does not count.
+    pub fn make_room_beside(&self) -> io::Result<()> {
+        let mut room = *self.locked_room();
+        if room == Room::ANY {
+            return Ok(());
+        }
+        let used = Folder::open(self.folder())?.usage(MAX_SCAN_ENTRIES);
+        room.bytes += used.bytes;
+        room.files += used.entries;
+        self.set_room(room)
+    }
+
+    fn set_room(&self, room: Room) -> io::Result<()> {
+        *self.locked_room() = room;
+        if let Space::Mounted { at, .. } = &self.space {
+            let options = CString::new(format!("size={},nr_inodes={}", room.bytes, room.files))?;
+            let flags = MountFlags::NOSUID | MountFlags::NODEV;
+            rustix::mount::mount_remount(at, flags, options.as_c_str())?;
+        }
+        Ok(())
+    }
+
+    /// Bytes of the scratch space of the job that has the slot.
+    pub fn room(&self) -> Room {
+        *self.locked_room()
+    }
+
+    fn locked_room(&self) -> std::sync::MutexGuard<'_, Room> {
+        self.room.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether the scratch space is full. Cheap enough to ask while the job runs.
     pub fn is_full(&self) -> bool {
+        let room = *self.locked_room();
         // A size or a number of 0 in all says that there is no bound.
         self.own_disks.iter().any(|disk| {
             rustix::fs::statfs(disk).is_ok_and(|disk| {
-                let used = disk.f_files.saturating_sub(disk.f_ffree);
-                (disk.f_blocks > 0 && disk.f_bavail == 0)
-                    || (disk.f_files > 0 && (disk.f_ffree == 0 || used > self.max_files))
+                let files = disk.f_files.saturating_sub(disk.f_ffree);
+                let blocks = disk.f_blocks.saturating_sub(disk.f_bavail);
+                let bytes = blocks.saturating_mul(u64::try_from(disk.f_bsize).unwrap_or(0));
+                (disk.f_blocks > 0 && (disk.f_bavail == 0 || bytes > room.bytes))
+                    || (disk.f_files > 0 && (disk.f_ffree == 0 || files > room.files))
             })
         })
     }

@@ -36,7 +36,7 @@ pub struct Activity {
 }
 
 /// The version of these frames. Raised when a frame changes shape.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// Largest frame: a job carries at most 8 MiB of code, and its arguments and input beside it.
 pub const MAX_FRAME_BYTES: usize = 12 << 20;
@@ -44,6 +44,24 @@ pub const MAX_FRAME_BYTES: usize = 12 << 20;
 /// Largest archive of what a job built: a release has 256 MiB for everything, and the archive is there
 /// beside its content.
 pub const MAX_BUILD_BYTES: usize = 64 << 20;
+
+/// The same unpacked: what a release has room for, beside the archive.
+pub const MAX_UNPACKED_BYTES: u64 = 192 << 20;
+
+/// Bytes of scratch space for installing and for compiling, each by itself. A web server of axum's with its test
+/// takes 330 MiB.
+pub const BUILD_SCRATCH_BYTES: u64 = 768 << 20;
+
+/// Files and folders in it: what the packages of a usual page need, unpacked.
+pub const BUILD_SCRATCH_FILES: u64 = 65_536;
+
+/// What a line begins with that says which bound on its files a build met.
+pub const DISK_SAID: &str = "Too large: ";
+
+/// Bytes of a program's scratch space, beside what was installed and built for it.
+pub fn scratch_bytes(maximum: &Limits) -> u64 {
+    (4 * maximum.file_bytes).max(64 << 20)
+}
 
 /// One run, for all time: the submission and the run's number within it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -83,6 +101,8 @@ pub struct Job {
     /// Make these folders in the workspace first, and keep what is in them when the job ends with exit
     /// code 0: what was built.
     pub output: Vec<String>,
+    /// It installs or compiles: its scratch space is a build's, not a program's.
+    pub builds: bool,
     /// Put what this job built into the workspace, beside the files.
     pub build: Option<JobId>,
     /// It may speak to whatever the server lends it lines to: see [`ToRunner::Lend`].

@@ -65,8 +65,10 @@ pub fn manifest(user: &UserId, config: &TestPodConfig) -> Manifest {
         .maximum
         .memory_bytes
         .max(Limits::COMPILE.memory_bytes);
-    let memory = run + RUNNER_MEMORY;
-    let workspace = (4 * config.maximum.file_bytes).max(64 << 20);
+    // Scratch space is memory, and a compiler may fill both.
+    let memory = run + RUNNER_MEMORY + BUILD_SCRATCH_BYTES;
+    let program = scratch_bytes(&config.maximum);
+    let workspace = program.max(BUILD_SCRATCH_BYTES);
     let folder = |name: &str, bytes: u64| json!({ "name": name, "emptyDir": { "medium": "Memory", "sizeLimit": bytes.to_string() } });
     let mount = |name: &str| json!({ "name": name, "mountPath": format!("/{name}") });
     let container = json!({
@@ -77,6 +79,7 @@ pub fn manifest(user: &UserId, config: &TestPodConfig) -> Manifest {
         "env": [
             { "name": "GANTRY_ALLOW_NETWORK", "value": config.network.to_string() },
             { "name": "GANTRY_LOG_REFUSED_CALLS", "value": config.log_refused.to_string() },
+            { "name": "GANTRY_SCRATCH_BYTES", "value": program.to_string() },
         ],
         "resources": {
             "requests": { "cpu": "100m", "memory": "128Mi" },
@@ -107,7 +110,8 @@ pub fn manifest(user: &UserId, config: &TestPodConfig) -> Manifest {
         "containers": [container],
         "volumes": [
             folder("workspace", workspace),
-            folder("tmp", 64 << 20),
+            // Compilers' own files, and packages while they are unpacked.
+            folder("tmp", 256 << 20),
             folder("run", 16 << 20),
         ],
     });

@@ -25,6 +25,7 @@ use crate::runner::sandbox::{
     FIRST_SLOT_UID, HOOK_FOLDER, IDS, Isolation, Placed, Role, SandboxSpec,
 };
 use crate::runner::slot::{FOLDER_SLOTS, Ground};
+use crate::runner::wire::{BUILD_SCRATCH_BYTES, scratch_bytes};
 
 /// Files and folders in one slot's scratch space: enough for test runners and their caches.
 const SCRATCH_FILES: u64 = 16_384;
@@ -167,12 +168,10 @@ impl Sandboxes {
             placed: Vec::new(),
             slots,
             network: self.config.network,
+            // Scratch space is memory, and a compiler may fill both.
             memory: self.config.runs_per_user as u64
-                * self
-                    .config
-                    .maximum
-                    .memory_bytes
-                    .max(Limits::COMPILE.memory_bytes),
+                * (self.config.maximum.memory_bytes)
+                    .max(Limits::COMPILE.memory_bytes + BUILD_SCRATCH_BYTES),
         };
         let networks =
             matches!(self.host.isolation, Isolation::Full { .. }) && !self.config.network;
@@ -368,7 +367,7 @@ impl Sandboxes {
                     base: PathBuf::from("/base"),
                     slots: PathBuf::from("/slots"),
                     scratch: PathBuf::from("/scratch"),
-                    bytes: (4 * self.config.maximum.file_bytes).max(64 << 20),
+                    bytes: scratch_bytes(&self.config.maximum),
                     files: SCRATCH_FILES,
                 }
             } else {

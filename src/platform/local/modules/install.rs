@@ -348,7 +348,7 @@ impl Installer {
             placed: Vec::new(),
             slots: 1,
             network: false,
-            memory: Limits::COMPILE.memory_bytes,
+            memory: Limits::COMPILE.memory_bytes + BUILD_SCRATCH_BYTES,
         };
         let sandbox = self.sandboxes.make(tenant, Role::Agent).await;
         let sandbox = sandbox.map_err(|error| not_installed(&packages, &format!("{error:#}")))?;
@@ -445,6 +445,7 @@ impl Installer {
             },
             report: false,
             output: vec![TARGET.to_owned()],
+            builds: true,
             build: None,
             online: true,
             cache: None,
