@@ -34,7 +34,8 @@ enum Source {
     Code(String),
     Files {
         files: BTreeMap<String, String>,
-        entrypoint: String,
+        /// `None`: the server finds what the project declares.
+        entrypoint: Option<String>,
     },
 }
 
@@ -93,7 +94,9 @@ pub(super) fn compose(
     match program.source {
         Source::Code(code) => put("code", json!(code)),
         Source::Files { files, entrypoint } => {
-            put("entrypoint", json!(entrypoint));
+            if let Some(entrypoint) = entrypoint {
+                put("entrypoint", json!(entrypoint));
+            }
             put("files", json!(files))
         }
     };
@@ -172,7 +175,7 @@ fn code(args: &SubmitArgs, code: String) -> Result<(&'static Language, Source), 
             language,
             Source::Files {
                 files,
-                entrypoint: entrypoint.clone(),
+                entrypoint: Some(entrypoint.clone()),
             },
         ));
     }
@@ -195,6 +198,7 @@ fn of_file(args: &SubmitArgs, regular: bool) -> Result<(&'static Language, Sourc
     // The file keeps its name: tests import it by that, and tracebacks show it.
     let entrypoint = args.entrypoint.clone().unwrap_or_else(|| name.clone());
     let files = BTreeMap::from([(entrypoint.clone(), text)]);
+    let entrypoint = Some(entrypoint);
     Ok((language, Source::Files { files, entrypoint }))
 }
 
@@ -217,6 +221,29 @@ fn of_folder(args: &SubmitArgs, folder: Folder) -> Result<(&'static Language, So
     } else {
         None
     };
+    let is_project = |language: &&Language| {
+        let file = language.project;
+        file.is_some_and(|file| files.contains_key(file))
+    };
+    // One with types has the project file of the other, too.
+    let mut projects = LANGUAGES.iter().rev().filter(is_project);
+    let project = match (projects.next(), projects.next()) {
+        (Some(language), None) => Some(language),
+        (Some(language), Some(second))
+            if language.name == "typescript" && second.name == "node" =>
+        {
+            Some(language)
+        }
+        _ => None,
+    };
+    let known = args
+        .language
+        .filter(is_project)
+        .or(project.filter(|_| args.language.is_none()));
+    if let (Some(language), None) = (known, &args.entrypoint) {
+        let entrypoint = None;
+        return Ok((language, Source::Files { files, entrypoint }));
+    }
     let (language, entrypoint) = match (args.language, &args.entrypoint) {
         (language, Some(entrypoint)) => (language, Some(entrypoint.clone())),
         (Some(language), None) if has(&language) => {
@@ -253,6 +280,7 @@ fn of_folder(args: &SubmitArgs, folder: Folder) -> Result<(&'static Language, So
     let language = language
         .or_else(|| language_of(&entrypoint))
         .ok_or_else(|| unknown_language(&entrypoint))?;
+    let entrypoint = Some(entrypoint);
     Ok((language, Source::Files { files, entrypoint }))
 }
 
@@ -453,6 +481,15 @@ mod tests {
         );
         fs::write(temp.path().join("main.sh"), "4").unwrap();
         assert!(composed(&[root]).is_err(), "two main files");
+        // What a project runs is the server's to find.
+        let package = temp.path().join("package.json");
+        fs::write(&package, "{}").unwrap();
+        let json = composed(&[root]).unwrap();
+        assert_eq!(
+            (&json["entrypoint"], &json["language"]),
+            (&json!(null), &json!("node"))
+        );
+        fs::remove_file(&package).unwrap();
         assert_eq!(
             composed(&[root, "-l", "bash"]).unwrap()["entrypoint"],
             "main.sh"

@@ -72,7 +72,10 @@ impl Choice<'_> {
             "go" if self.has("go.mod") => {
                 let below = scan::folder(path.as_str());
                 let programs = self.programs();
-                if programs.iter().any(|one| scan::folder(one.as_str()) == below) {
+                if programs
+                    .iter()
+                    .any(|one| scan::folder(one.as_str()) == below)
+                {
                     return Ok(path);
                 }
                 programs.iter().map(ToString::to_string).collect()
@@ -244,8 +247,12 @@ pub fn text<'a>(files: &'a Files, path: &str) -> Option<&'a str> {
 /// The name of the file that a submission's `code` is.
 pub fn name_of_code(language: &Language, code: &str) -> String {
     // A public class of Java is in a file of its name.
-    let class = (language.name == "java").then(|| scan::public_class(code)).flatten();
-    class.map_or(language.entrypoint.to_owned(), |class| format!("{class}.java"))
+    let class = (language.name == "java")
+        .then(|| scan::public_class(code))
+        .flatten();
+    class.map_or(language.entrypoint.to_owned(), |class| {
+        format!("{class}.java")
+    })
 }
 
 /// The binary of the Cargo project that this file is.
@@ -342,7 +349,10 @@ mod tests {
             ("cmd/app/main.go", main),
         ];
         let why = chosen("go", &two, &[]);
-        assert!(why.contains("main.go") && why.contains("cmd/app/main.go"), "{why}");
+        assert!(
+            why.contains("main.go") && why.contains("cmd/app/main.go"),
+            "{why}"
+        );
         assert_eq!(
             named("go", &two, &[], Some("cmd/app/main.go")),
             "cmd/app/main.go"
@@ -350,7 +360,10 @@ mod tests {
         let ignored = [
             ("go.mod", "module a"),
             ("main.go", main),
-            ("gen.go", "//go:build ignore\n\npackage main\n\nfunc main() {}\n"),
+            (
+                "gen.go",
+                "//go:build ignore\n\npackage main\n\nfunc main() {}\n",
+            ),
             ("main_windows.go", main),
             ("helper.go", "package main\n"),
         ];
@@ -363,24 +376,42 @@ mod tests {
     fn the_file_with_the_main_is_the_program() {
         let c = [
             ("notes.txt", "int main(void) {}"),
-            ("prog.c", "#include \"util.h\"\nint\nmain(int argc, char **argv)\n{ return 0; }\n"),
-            ("util.c", "/* int main(void) { */ int twice(int n) { return n; } int main_loop(void) { return 0; }\n#ifdef TEST\nint main(void) { }\n#endif\nint main(void);"),
+            (
+                "prog.c",
+                "#include \"util.h\"\nint\nmain(int argc, char **argv)\n{ return 0; }\n",
+            ),
+            (
+                "util.c",
+                "/* int main(void) { */ int twice(int n) { return n; } int main_loop(void) { return 0; }\n#ifdef TEST\nint main(void) { }\n#endif\nint main(void);",
+            ),
             ("util.h", "int twice(int);"),
         ];
         assert_eq!(chosen("c", &c, &[]), "prog.c");
         let cpp = [
-            ("main.cc", "extern \"C\" { int f(); }\nauto main() -> int { return f(); }"),
+            (
+                "main.cc",
+                "extern \"C\" { int f(); }\nauto main() -> int { return f(); }",
+            ),
             ("f.c", "int f(void) { return 0; }"),
         ];
         assert_eq!(chosen("cpp", &cpp, &[]), "main.cc");
         let java = [
-            ("shop/App.java", "package shop;\n// class X { static void main(String[] a) {} }\npublic class App {\n  public static void main(String... args) {}\n}"),
-            ("shop/Cart.java", "package shop;\nclass Cart { void main() {} }"),
+            (
+                "shop/App.java",
+                "package shop;\n// class X { static void main(String[] a) {} }\npublic class App {\n  public static void main(String... args) {}\n}",
+            ),
+            (
+                "shop/Cart.java",
+                "package shop;\nclass Cart { void main() {} }",
+            ),
         ];
         assert_eq!(chosen("java", &java, &[]), "shop/App.java");
         let two = [("a.c", "int main() {}"), ("b.c", "int main() {}")];
         assert!(chosen("c", &two, &[]).contains("a.c, b.c"));
-        let library = [("sum.c", "int sum(int a) { return a; }"), ("t.c", "int main() {}")];
+        let library = [
+            ("sum.c", "int sum(int a) { return a; }"),
+            ("t.c", "int main() {}"),
+        ];
         assert_eq!(chosen("c", &library, &["t.c"]), "none");
         assert_eq!(scan::main_class(java[0].1).as_deref(), Some("shop.App"));
         let inner = "class A { static class B { public static void main(String[] a) {} } }\nclass C { public static void main(String[] a) {} }";
@@ -406,9 +437,16 @@ mod tests {
         assert_eq!(chosen("python", &two, &[]), "b.py");
         let two = [("a.rb", "puts 1\n"), ("b.rb", "puts 2\n")];
         assert!(chosen("ruby", &two, &[]).contains("a.rb, b.rb"));
-        let bash = [("run.sh", ". ./lib.sh\nhello\n"), ("lib.sh", "hello() { :; }\n")];
+        let bash = [
+            ("run.sh", ". ./lib.sh\nhello\n"),
+            ("lib.sh", "hello() { :; }\n"),
+        ];
         assert_eq!(chosen("bash", &bash, &[]), "run.sh");
-        for (name, entry) in [("node", "main.mjs"), ("cpp", "main.cc"), ("typescript", "main.mts")] {
+        for (name, entry) in [
+            ("node", "main.mjs"),
+            ("cpp", "main.cc"),
+            ("typescript", "main.mts"),
+        ] {
             assert_eq!(chosen(name, &[(entry, ""), ("README.md", "")], &[]), entry);
         }
     }
@@ -416,13 +454,28 @@ mod tests {
     #[test]
     fn a_library_with_tests_has_no_program() {
         let test = ("test_calc.py", "from calc import add\n");
-        let library = ("calc.py", "\"\"\"Adds.\n\nfor all\n\"\"\"\nimport math\n\nONE = 1\n\ndef add(a, b):\n    return a + b\n");
-        assert_eq!(chosen("python", &[library, test], &["test_calc.py"]), "none");
-        let program = ("calc.py", "def add(a, b):\n    return a + b\n\nprint(add(1, 2))\n");
-        assert_eq!(chosen("python", &[program, test], &["test_calc.py"]), "calc.py");
+        let library = (
+            "calc.py",
+            "\"\"\"Adds.\n\nfor all\n\"\"\"\nimport math\n\nONE = 1\n\ndef add(a, b):\n    return a + b\n",
+        );
+        assert_eq!(
+            chosen("python", &[library, test], &["test_calc.py"]),
+            "none"
+        );
+        let program = (
+            "calc.py",
+            "def add(a, b):\n    return a + b\n\nprint(add(1, 2))\n",
+        );
+        assert_eq!(
+            chosen("python", &[program, test], &["test_calc.py"]),
+            "calc.py"
+        );
         let package = [("calc/__init__.py", "def add(): pass\n"), test];
         assert_eq!(chosen("python", &package, &["test_calc.py"]), "none");
-        let node = [("sum.js", "module.exports = (a, b) => a + b;\n"), ("sum.test.js", "require('./sum')")];
+        let node = [
+            ("sum.js", "module.exports = (a, b) => a + b;\n"),
+            ("sum.test.js", "require('./sum')"),
+        ];
         assert_eq!(chosen("node", &node, &["sum.test.js"]), "none");
     }
 }

@@ -114,7 +114,7 @@ pub struct Compile {
 /// | `{beside}` | those of them that are in the file's folder |
 /// | `{folder}` | the folder that the file is in, `.` where it is in none |
 /// | `{target}` | arguments that name the program, or the test, of a project to its builder |
-/// | `{memory}` | bytes of memory that the run may use |
+/// | `{memory}`, `{stack}` | bytes of memory that the run may use; the same in KiB |
 #[derive(Debug, PartialEq, Eq)]
 pub struct Language {
     /// The name a submission uses.
@@ -337,6 +337,7 @@ impl Language {
             .replace("{script}", &script(words.entrypoint))
             .replace("{class}", &class(stem, words.text))
             .replace("{memory}", &words.memory_bytes.to_string())
+            .replace("{stack}", &(words.memory_bytes >> 10).to_string())
     }
 }
 
@@ -356,7 +357,12 @@ fn folder(path: &str) -> &str {
 
 /// What `tsc` makes of a file: an ending keeps its first letter.
 fn script(path: &str) -> String {
-    for (from, to) in [(".mts", ".mjs"), (".cts", ".cjs"), (".tsx", ".js"), (".ts", ".js")] {
+    for (from, to) in [
+        (".mts", ".mjs"),
+        (".cts", ".cjs"),
+        (".tsx", ".js"),
+        (".ts", ".js"),
+    ] {
         if let Some(stem) = path.strip_suffix(from) {
             return format!("{stem}{to}");
         }
@@ -485,7 +491,7 @@ mod tests {
         let go = start("go");
         assert_eq!(go[..2], ["sh", "-c"]);
         assert!(go[2].contains("if [ -f go.mod ]"), "{}", go[2]);
-        assert!(go[2].ends_with("&& exec '.build/main'"), "{}", go[2]);
+        assert!(go[2].contains("&& exec 'sh' '-c' "), "{}", go[2]);
         let python = Language::named("python").unwrap();
         let index = PackageIndex::new(python.install.unwrap().registry, None).unwrap();
         let start = python.start(Some(&index));

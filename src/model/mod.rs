@@ -40,7 +40,7 @@ pub use network::{Network, NetworkError};
 pub use outcome::{Outcome, Reason, Status, TestResult, Usage};
 pub use packages::{
     INDEX_FAILED, INDEX_SAID, Install, NO_INSTALLER, Naming, PACKAGE_PROXY, PROXY_VARIABLES,
-    PackageIndex, Packages, Place, Registry, package_place,
+    PackageIndex, Packages, Place, Registry, index_failed, package_place, patient,
 };
 pub use problem::Problem;
 pub use release::{Release, ReleaseState, ReplState, ReplStatus, idle_cause};

@@ -112,6 +112,17 @@ const INDEX_TROUBLE: &str = "[^0-9](408|425|429|5[0-9][0-9]) (Client Error|Serve
      |TLS handshake timeout|i/o timeout|Client.Timeout exceeded\
      |^ *\\[(5|6|7|16|18|28|35|52|55|56|92)\\] ";
 
+/// What an installer's command follows, for an index that fails to be asked again.
+pub fn patient() -> [&'static str; 5] {
+    ["sh", "-c", PATIENT, "sh", INDEX_TROUBLE]
+}
+
+/// How the index failed, if it did, in what an installer's command said.
+pub fn index_failed(said: &str) -> Option<&str> {
+    let mut lines = said.lines().rev();
+    Some(lines.find_map(|line| line.strip_prefix(INDEX_SAID))?.trim())
+}
+
 /// Variables by which installers are told of their proxy.
 pub const PROXY_VARIABLES: [&str; 4] = ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"];
 
@@ -188,9 +199,12 @@ impl Install {
 
     /// Its command, which asks an index again that failed.
     pub fn command(&self, index: &PackageIndex) -> Vec<String> {
-        let patient = ["sh", "-c", PATIENT, "sh", INDEX_TROUBLE];
         let own = self.argv.iter().map(|part| index.fill(part));
-        patient.map(str::to_owned).into_iter().chain(own).collect()
+        patient()
+            .map(str::to_owned)
+            .into_iter()
+            .chain(own)
+            .collect()
     }
 
     /// The variables of its command.

@@ -78,10 +78,7 @@ impl<'a> Plan<'a> {
             build: None,
             online: true,
             cache: Some(self.cache_key(install, index)),
-            ..self.job(
-                0,
-                install.command(index),
-            )
+            ..self.job(0, install.command(index))
         })
     }
 

@@ -4,12 +4,11 @@
 use super::fit::{MAX_ACTUAL, cut, cut_outputs};
 use super::report::{self, Defect, Report};
 use crate::model::{
-    Case, Ending, INDEX_FAILED, INDEX_SAID, Install, Limits, NO_INSTALLER, Outcome, Problem, Proof, Reason, RelativePath, RunReport,
-    Status, Submission, TestFiles, TestResult, TestRunner, Tests, Usage,
+    self, Case, Ending, INDEX_FAILED, Install, Limits, NO_INSTALLER, Outcome, Problem, Proof,
+    Reason, RelativePath, RunReport, Status, Submission, TestFiles, TestResult, TestRunner, Tests,
+    Usage,
 };
-use crate::runner::wire::{
-    BUILD_SCRATCH_BYTES, DISK_SAID, MAX_BUILD_BYTES, MAX_UNPACKED_BYTES,
-};
+use crate::runner::wire::{BUILD_SCRATCH_BYTES, DISK_SAID, MAX_BUILD_BYTES, MAX_UNPACKED_BYTES};
 
 /// One run that is over: what the runner said and what the program wrote.
 #[derive(Debug, Clone, Default)]
@@ -225,9 +224,7 @@ fn index_failed(run: &FinishedRun) -> Option<String> {
     if *ending != Ending::Exited(INDEX_FAILED) {
         return None;
     }
-    let lines = run.stderr.lines().rev();
-    let said = lines.filter_map(|line| line.strip_prefix(INDEX_SAID)).next()?;
-    Some(cut(said.trim(), MAX_LINE).to_owned())
+    Some(cut(model::index_failed(&run.stderr)?, MAX_LINE).to_owned())
 }
 
 /// What follows from a run that builds; `None`: it is there.
@@ -521,7 +518,7 @@ pub fn signal_name(signal: i32) -> String {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::model::{Limits, SubmissionRequest};
+    use crate::model::{INDEX_SAID, Limits, SubmissionRequest};
 
     fn submission(json: &str) -> Submission {
         let request: SubmissionRequest = serde_json::from_str(json).unwrap();
@@ -610,11 +607,19 @@ mod tests {
             (verdict.status, verdict.reason, verdict.error.unwrap().code)
         };
         let failed = format!("{INDEX_SAID}503 Service Unavailable");
-        let expected = (Status::Unavailable, None, "package_index_unavailable".to_owned());
+        let expected = (
+            Status::Unavailable,
+            None,
+            "package_index_unavailable".to_owned(),
+        );
         assert_eq!(judged(Ending::Exited(INDEX_FAILED), &failed), expected);
         // Neither the words nor the code alone say so.
         let own = Some(Reason::Compile);
-        let expected = (Status::TestsFailed, own, "packages_not_installed".to_owned());
+        let expected = (
+            Status::TestsFailed,
+            own,
+            "packages_not_installed".to_owned(),
+        );
         assert_eq!(judged(Ending::Exited(1), &failed), expected);
         assert_eq!(judged(Ending::Exited(INDEX_FAILED), ""), expected);
     }

@@ -567,7 +567,11 @@ async fn watched(
         LONGEST.as_secs()
     );
     anyhow::ensure!(!asked, IndexFailed(why));
-    anyhow::bail!("nothing moved for {} s, or it was open for {} s", IDLE.as_secs(), LONGEST.as_secs())
+    anyhow::bail!(
+        "nothing moved for {} s, or it was open for {} s",
+        IDLE.as_secs(),
+        LONGEST.as_secs()
+    )
 }
 
 async fn refuse(
@@ -762,7 +766,10 @@ mod tests {
         assert!(told.contains("broke the connection off"), "{told}");
         let told = trouble_of(Some(b"")).await.unwrap();
         assert!(told.contains("localhost"), "{told}");
-        assert_eq!(trouble_of(Some(b"HTTP/1.1 404 Not Found\r\n\r\n")).await, None);
+        assert_eq!(
+            trouble_of(Some(b"HTTP/1.1 404 Not Found\r\n\r\n")).await,
+            None
+        );
     }
 
     #[tokio::test]

@@ -31,7 +31,7 @@ use super::process::{Exit, MemoryGroup, die_first, reap};
 use super::report::{Report, with_folder};
 use super::slot::{Ground, Slot};
 use super::warm::{HOOK_FOLDER, Interpreter, Parked, Program, needs_cold_start, pipes};
-use super::wire::{FromRunner, Job, JobEvent, JobId, ToRunner, VERSION, frames, raw};
+use super::wire::{DISK_SAID, FromRunner, Job, JobEvent, JobId, ToRunner, VERSION, frames, raw};
 use crate::model::{Ending, OutputStream, Reason, RunReport, Usage};
 
 /// The server pings every 5 s; three missed ones mean that it is gone (design.md §7).
@@ -724,7 +724,9 @@ impl Agent {
     /// Makes the slot's workspace what the job is to find. Says how large the largest file is that an
     /// earlier job built.
     async fn furnish(&self, job: &Job, slot: &Arc<Slot>) -> anyhow::Result<u64> {
-        slot.make_room(job.builds)?;
+        if job.builds {
+            slot.make_room_to_build()?;
+        }
         slot.write_files(&job.files)?;
         let mut given = 0;
         if let Some(build) = job.build {

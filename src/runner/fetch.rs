@@ -21,7 +21,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{sleep, timeout};
 
 use super::PROGRAM;
-use crate::beneath::Folder;
+use super::slot::mode_of;
+use crate::beneath::{self, Folder};
 use crate::model::{Problem, RelativePath};
 use crate::storage::{
     FETCH_GREETING, FETCH_PORT, FETCH_TAKEN, GrantedFile, INCOMPLETE, MAX_OFFER_BYTES, Offer,
@@ -335,6 +336,11 @@ async fn copy_one(
                 format!("it broke off after {} bytes: {why}", bytes.get()),
             )
         })?;
+        if bytes.get() == 0 && mode_of(&piece) & 0o111 != 0 {
+            // The pod's program reads it under another user id.
+            let set = beneath::set_mode(&target, 0o777);
+            set.map_err(|error| cannot_write(path.as_str(), error.to_string()))?;
+        }
         bytes.set(bytes.get() + piece.len() as u64);
         copied.set(copied.get() + piece.len() as u64);
         if copied.get() > MAX_BYTES {

@@ -86,8 +86,8 @@ pub struct Slot {
     own_disks: Vec<PathBuf>,
     /// Scratch space of a program.
     usual: Room,
-    /// Scratch space of the job that has the slot.
-    room: Mutex<Room>,
+    /// Scratch space of the job that has the slot, where that is another one.
+    room: Mutex<Option<Room>>,
 }
 
 /// Bytes, and files and folders.
@@ -180,7 +180,7 @@ impl Slot {
                         bytes: *bytes,
                         files: *files,
                     },
-                    room: Mutex::new(Room::ANY),
+                    room: Mutex::default(),
                     space: Space::Mounted {
                         at: scratch,
                         root,
@@ -203,7 +203,7 @@ impl Slot {
                     // Its use of the machine's disk cannot be told from others'.
                     own_disks: Vec::new(),
                     usual: Room::ANY,
-                    room: Mutex::new(Room::ANY),
+                    room: Mutex::default(),
                     space: Space::Removed(scratch),
                 })
             }
@@ -231,7 +231,7 @@ impl Slot {
                         bytes: *bytes,
                         files: *files,
                     },
-                    room: Mutex::new(Room::ANY),
+                    room: Mutex::default(),
                     space: Space::Emptied,
                 })
             }
@@ -287,7 +287,9 @@ impl Slot {
                 None => workspace.create(path.as_str(), 0o644)?,
                 Some((folders, name)) => workspace.make(folders, self.uid)?.create(name, 0o644)?,
             };
-            file.write_all(content.as_ref())?;
+            let content = content.as_ref();
+            file.write_all(content)?;
+            beneath::set_mode(&file, mode_of(content))?;
             beneath::give(&file, self.uid)?;
         }
         Ok(())
@@ -299,52 +301,52 @@ impl Slot {
         Ok(())
     }
 
-    /// Gives the scratch space the size that the next job needs, before anything is in it.
-    pub fn make_room(&self, builds: bool) -> io::Result<()> {
-        let wanted = match builds && self.usual != Room::ANY {
-            true => Room {
-                bytes: self.usual.bytes.max(Room::BUILD.bytes),
-                files: self.usual.files.max(Room::BUILD.files),
-            },
-            false => self.usual,
-        };
-        self.set_room(wanted)
+    /// Gives the scratch space the size that a build needs, before anything is in it.
+    pub fn make_room_to_build(&self) -> io::Result<()> {
+        if self.usual == Room::ANY {
+            return Ok(());
+        }
+        self.set_room(Room {
+            bytes: self.usual.bytes.max(Room::BUILD.bytes),
+            files: self.usual.files.max(Room::BUILD.files),
+        })
     }
 
     /// What is in the scratch space now does not count.
     pub fn make_room_beside(&self) -> io::Result<()> {
-        let mut room = *self.locked_room();
+        let room = self.room();
         if room == Room::ANY {
             return Ok(());
         }
         let used = Folder::open(self.folder())?.usage(MAX_SCAN_ENTRIES);
-        room.bytes += used.bytes;
-        room.files += used.entries;
-        self.set_room(room)
+        self.set_room(Room {
+            bytes: room.bytes + used.bytes,
+            files: room.files + used.entries,
+        })
     }
 
     fn set_room(&self, room: Room) -> io::Result<()> {
-        *self.locked_room() = room;
         if let Space::Mounted { at, .. } = &self.space {
             let options = CString::new(format!("size={},nr_inodes={}", room.bytes, room.files))?;
             let flags = MountFlags::NOSUID | MountFlags::NODEV;
             rustix::mount::mount_remount(at, flags, options.as_c_str())?;
         }
+        *self.locked_room() = Some(room);
         Ok(())
     }
 
-    /// Bytes of the scratch space of the job that has the slot.
+    /// The scratch space of the job that has the slot.
     pub fn room(&self) -> Room {
-        *self.locked_room()
+        self.locked_room().unwrap_or(self.usual)
     }
 
-    fn locked_room(&self) -> std::sync::MutexGuard<'_, Room> {
+    fn locked_room(&self) -> std::sync::MutexGuard<'_, Option<Room>> {
         self.room.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether the scratch space is full. Cheap enough to ask while the job runs.
     pub fn is_full(&self) -> bool {
-        let room = *self.locked_room();
+        let room = self.room();
         // A size or a number of 0 in all says that there is no bound.
         self.own_disks.iter().any(|disk| {
             rustix::fs::statfs(disk).is_ok_and(|disk| {
@@ -375,6 +377,7 @@ impl Slot {
     /// extended attributes, flags and counters of inodes belong to folders and file systems, and would
     /// keep the next job out or carry word to it.
     pub fn wipe(&self) -> io::Result<()> {
+        *self.locked_room() = None;
         match &self.space {
             Space::Mounted {
                 at,
@@ -424,6 +427,14 @@ impl Slot {
     fn take_back(&self, folder: &Folder) -> io::Result<()> {
         folder.give(self.uid)?;
         folder.set_mode(0o700)
+    }
+}
+
+/// A file's permission bits: one that names its interpreter is a program.
+pub fn mode_of(beginning: &[u8]) -> u32 {
+    match beginning.starts_with(b"#!") {
+        true => 0o755,
+        false => 0o644,
     }
 }
 

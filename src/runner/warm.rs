@@ -407,7 +407,7 @@ mod tests {
             limits: Limits::MAXIMUM,
             report: false,
             output: Vec::new(),
-        builds: false,
+            builds: false,
             build: None,
             online: false,
             cache: None,

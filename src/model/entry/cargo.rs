@@ -131,7 +131,10 @@ impl Project {
                 let rest = path.as_str().strip_prefix(&bins);
                 let name = rest.and_then(|rest| {
                     let file = rest.strip_suffix(".rs").filter(|name| !name.contains('/'));
-                    file.or_else(|| rest.strip_suffix("/main.rs").filter(|name| !name.contains('/')))
+                    file.or_else(|| {
+                        rest.strip_suffix("/main.rs")
+                            .filter(|name| !name.contains('/'))
+                    })
                 });
                 if let Some(name) = name {
                     found.push((name.to_owned(), path.to_string()));
@@ -180,7 +183,9 @@ pub fn test_target(files: &Files, path: &str) -> Vec<String> {
     }
     let binary = project.binaries.iter().find(|binary| binary.path == path);
     let has_library = text(files, &place.replace(MANIFEST, "src/lib.rs")).is_some();
-    let stem = rest.strip_suffix("/main.rs").or_else(|| rest.strip_suffix(".rs"));
+    let stem = rest
+        .strip_suffix("/main.rs")
+        .or_else(|| rest.strip_suffix(".rs"));
     let stem = stem.unwrap_or(rest);
     let more = match (binary, rest.strip_prefix("src/")) {
         (Some(binary), _) => vec!["--bin".to_owned(), binary.name.clone()],
@@ -189,7 +194,11 @@ pub fn test_target(files: &Files, path: &str) -> Vec<String> {
         (None, Some(_)) => {
             let module = stem.trim_start_matches("src/").trim_end_matches("/mod");
             let whole = if has_library { "--lib" } else { "--bins" };
-            vec![whole.to_owned(), "--".to_owned(), format!("{}::", module.replace('/', "::"))]
+            vec![
+                whole.to_owned(),
+                "--".to_owned(),
+                format!("{}::", module.replace('/', "::")),
+            ]
         }
         (None, None) => {
             let name = stem.rsplit('/').next().unwrap_or(stem);
@@ -234,7 +243,9 @@ fn part_fits(part: &str, own: &str) -> bool {
     match part.split_once('*') {
         None => part == own,
         Some((before, after)) => {
-            own.len() >= before.len() + after.len() && own.starts_with(before) && own.ends_with(after)
+            own.len() >= before.len() + after.len()
+                && own.starts_with(before)
+                && own.ends_with(after)
         }
     }
 }
@@ -258,7 +269,8 @@ mod tests {
 
     #[test]
     fn binaries_are_those_that_cargo_finds() {
-        let manifest = "[package]\nname = \"app\"\n[[bin]]\nname = \"server\"\npath = \"./src/main.rs\"\n";
+        let manifest =
+            "[package]\nname = \"app\"\n[[bin]]\nname = \"server\"\npath = \"./src/main.rs\"\n";
         let several = files(&[
             ("Cargo.toml", manifest),
             ("src/main.rs", ""),

@@ -114,7 +114,10 @@ fn simple(script: &str) -> Option<Simple> {
     argv.push(words.next_if_eq(&"node")?.to_owned());
     while let Some(flag) = words.next_if(|word| word.starts_with('-')) {
         // Code in place of a file.
-        if matches!(flag, "-" | "-e" | "--eval" | "-p" | "--print" | "--test" | "--run") {
+        if matches!(
+            flag,
+            "-" | "-e" | "--eval" | "-p" | "--print" | "--test" | "--run"
+        ) {
             return None;
         }
         argv.push(flag.to_owned());
@@ -144,7 +147,15 @@ fn resolved(files: &Files, package: &Value, name: &str) -> Option<RelativePath> 
     if name.is_empty() {
         name = plain(package["main"].as_str().unwrap_or("index"));
     }
-    let endings = ["", ".js", ".mjs", ".cjs", "/index.js", "/index.mjs", "/index.cjs"];
+    let endings = [
+        "",
+        ".js",
+        ".mjs",
+        ".cjs",
+        "/index.js",
+        "/index.mjs",
+        "/index.cjs",
+    ];
     let found = endings.iter().find_map(|ending| {
         let path = RelativePath::try_from(format!("{name}{ending}")).ok()?;
         files.contains_key(&path).then_some(path)
@@ -169,10 +180,12 @@ fn source_of(files: &Files, name: &str) -> Option<RelativePath> {
     let below = stem.split_once('/').map_or(stem, |(_, rest)| rest);
     let stems = [stem.to_owned(), format!("src/{below}"), below.to_owned()];
     stems.iter().find_map(|stem| {
-        [".ts", ".mts", ".cts", "/index.ts"].iter().find_map(|ending| {
-            let path = RelativePath::try_from(format!("{stem}{ending}")).ok()?;
-            files.contains_key(&path).then_some(path)
-        })
+        [".ts", ".mts", ".cts", "/index.ts"]
+            .iter()
+            .find_map(|ending| {
+                let path = RelativePath::try_from(format!("{stem}{ending}")).ok()?;
+                files.contains_key(&path).then_some(path)
+            })
     })
 }
 
@@ -208,17 +221,29 @@ mod tests {
                 "server.js",
                 "env NODE_ENV=production node --no-warnings -r ./lib/app.js server.js --port 3000",
             ),
-            ("cross-env A=1 node server.js", "server.js", "env A=1 node server.js"),
+            (
+                "cross-env A=1 node server.js",
+                "server.js",
+                "env A=1 node server.js",
+            ),
         ] {
             let (found, command) = started(script, &there);
             assert_eq!(found.as_deref(), Some(file), "{script}");
             assert_eq!(command.unwrap().join(" "), argv, "{script}");
         }
-        for script in ["node dist/server.js", "next start", "node server.js | cat", "node -e 1"] {
+        for script in [
+            "node dist/server.js",
+            "next start",
+            "node server.js | cat",
+            "node -e 1",
+        ] {
             let (file, command) = started(script, &there);
             assert_eq!(file, None, "{script}");
             let command = command.unwrap();
-            assert!(command[2].ends_with(&format!("{script} \"$@\"")), "{command:?}");
+            assert!(
+                command[2].ends_with(&format!("{script} \"$@\"")),
+                "{command:?}"
+            );
         }
     }
 
@@ -232,7 +257,10 @@ mod tests {
 
     #[test]
     fn without_a_script_the_main_file_is_run() {
-        assert_eq!(of(r#"{"main":"a"}"#, &["a.js"]), (Some("a.js".to_owned()), None));
+        assert_eq!(
+            of(r#"{"main":"a"}"#, &["a.js"]),
+            (Some("a.js".to_owned()), None)
+        );
         assert_eq!(of("{}", &["index.js"]), (None, None));
         assert_eq!(of(r#"{"main":"gone.js"}"#, &["other.js"]), (None, None));
     }

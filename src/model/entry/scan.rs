@@ -36,7 +36,9 @@ pub fn is_program(language: &str, path: &str, text: &str) -> bool {
         }
         "rust" => text.lines().any(|line| {
             let line = line.strip_prefix("pub ").unwrap_or(line);
-            line.strip_prefix("async ").unwrap_or(line).starts_with("fn main(")
+            line.strip_prefix("async ")
+                .unwrap_or(line)
+                .starts_with("fn main(")
         }),
         _ => true,
     }
@@ -45,8 +47,20 @@ pub fn is_program(language: &str, path: &str, text: &str) -> bool {
 /// Whether Go compiles the file here, as its name and its first lines say.
 pub fn is_for_linux(path: &str, text: &str) -> bool {
     const OTHERS: [&str; 14] = [
-        "aix", "android", "darwin", "dragonfly", "freebsd", "illumos", "ios", "js", "netbsd",
-        "openbsd", "plan9", "solaris", "wasip1", "windows",
+        "aix",
+        "android",
+        "darwin",
+        "dragonfly",
+        "freebsd",
+        "illumos",
+        "ios",
+        "js",
+        "netbsd",
+        "openbsd",
+        "plan9",
+        "solaris",
+        "wasip1",
+        "windows",
     ];
     let parts: Vec<&str> = path.split('/').collect();
     let Some((name, folders)) = parts.split_last() else {
@@ -64,28 +78,33 @@ pub fn is_for_linux(path: &str, text: &str) -> bool {
     if words.any(|word| OTHERS.contains(&word)) {
         return false;
     }
-    let rules = text.lines().take_while(|line| !line.starts_with("package "));
+    let rules = text
+        .lines()
+        .take_while(|line| !line.starts_with("package "));
     let mut rules = rules.filter_map(|line| line.strip_prefix("//go:build "));
     !rules.any(|rule| {
         let rule = rule.trim();
-        rule == "!linux" || rule == "!unix" || rule.split("||").all(|one| {
-            let one = one.trim();
-            one == "ignore" || OTHERS.contains(&one)
-        })
+        rule == "!linux"
+            || rule == "!unix"
+            || rule.split("||").all(|one| {
+                let one = one.trim();
+                one == "ignore" || OTHERS.contains(&one)
+            })
     })
 }
 
 /// Whether a script is run as a module of its package: it imports its neighbours by relative names.
 pub fn runs_as_module(path: &str, text: &str) -> bool {
-    let plain = |part: &str| {
-        !part.is_empty() && part.chars().all(|c| c == '_' || c.is_alphanumeric())
-    };
+    let plain =
+        |part: &str| !part.is_empty() && part.chars().all(|c| c == '_' || c.is_alphanumeric());
     let Some(stem) = path.strip_suffix(".py") else {
         return false;
     };
     path.contains('/')
         && stem.split('/').all(plain)
-        && text.lines().any(|line| line.trim_start().starts_with("from ."))
+        && text
+            .lines()
+            .any(|line| line.trim_start().starts_with("from ."))
 }
 
 /// Whether a script only has what others use: nothing happens when it is run.
@@ -131,7 +150,11 @@ fn strip_triple(text: &str) -> Cow<'_, str> {
     }
     let mut rest = text;
     let mut plain = String::new();
-    while let Some(at) = ["\"\"\"", "'''"].iter().filter_map(|quote| rest.find(quote)).min() {
+    while let Some(at) = ["\"\"\"", "'''"]
+        .iter()
+        .filter_map(|quote| rest.find(quote))
+        .min()
+    {
         let quote = &rest[at..at + 3];
         plain.push_str(&rest[..at]);
         let after = &rest[at + 3..];
@@ -274,7 +297,9 @@ fn defines_main(text: &str) -> bool {
                 let whole = own.is_some_and(|own| {
                     own.is_empty() || own.ends_with(|c: char| !(c == '_' || c.is_alphanumeric()))
                 });
-                let after = code[at..].split_once(')').map(|(_, rest)| rest.trim_start());
+                let after = code[at..]
+                    .split_once(')')
+                    .map(|(_, rest)| rest.trim_start());
                 let is_body = after.is_some_and(|rest| {
                     !rest.starts_with([';', ',', '(', ')', '=']) && !rest.is_empty()
                 });
@@ -303,7 +328,9 @@ pub fn main_class(text: &str) -> Option<String> {
     let mut at = 0;
     while let Some(c) = plain[at..].chars().next() {
         if is_part(c) {
-            let length = plain[at..].find(|c| !is_part(c)).unwrap_or(plain.len() - at);
+            let length = plain[at..]
+                .find(|c| !is_part(c))
+                .unwrap_or(plain.len() - at);
             let word = &plain[at..at + length];
             match words.last() {
                 Some(&("class" | "interface" | "enum" | "record")) => named = Some(word.to_owned()),
@@ -356,7 +383,17 @@ pub fn public_class(text: &str) -> Option<String> {
             if matches!(before, "class" | "interface" | "enum" | "record") {
                 return Some(word.to_owned());
             }
-            if !matches!(word, "final" | "abstract" | "sealed" | "strictfp" | "class" | "interface" | "enum" | "record") {
+            if !matches!(
+                word,
+                "final"
+                    | "abstract"
+                    | "sealed"
+                    | "strictfp"
+                    | "class"
+                    | "interface"
+                    | "enum"
+                    | "record"
+            ) {
                 return None;
             }
             before = word;

@@ -379,7 +379,8 @@ pub static LANGUAGES: &[Language] = &[
             &[
                 "sh",
                 "-c",
-                "cc -std=gnu17 -g -Wall -I . -I include -I src -o \"$TMPDIR/test\" \"$@\" -lm -pthread && exec \"$TMPDIR/test\"",
+                "cc -std=gnu17 -g -Wall -I . -I include -I src -o \"$TMPDIR/test\" \"$@\" -lm -pthread || exit; \
+                 ulimit -S -s 262144 2>/dev/null; exec \"$TMPDIR/test\"",
                 "sh",
                 "{file}",
                 "{sources}",
@@ -418,16 +419,7 @@ pub static LANGUAGES: &[Language] = &[
         with: &["c"],
         tests: compiled_each(
             "assert",
-            &[
-                "sh",
-                "-c",
-                CPP,
-                "sh",
-                "-g",
-                "test",
-                "{file}",
-                "{sources}",
-            ],
+            &["sh", "-c", CPP, "sh", "-g", "test", "{file}", "{sources}"],
         ),
         ..compiled(
             "cpp",
@@ -486,6 +478,7 @@ pub static LANGUAGES: &[Language] = &[
                 "-XX:TieredStopAtLevel=1",
                 "-XX:MaxRAM={memory}",
                 "-XX:MaxRAMPercentage=50",
+                "-Xss{memory}",
                 "-cp",
                 JAVA_CLASSES,
                 "{class}",
@@ -551,6 +544,15 @@ pub static LANGUAGES: &[Language] = &[
 /// there are passed over.
 const TYPES: &str = "node_modules/@types,/usr/share/nodejs/@types,/usr/lib/node_modules/@types,/usr/local/lib/node_modules/@types";
 
+/// Runs a compiled program. Its stack may have all the memory that it has, and its memory is bounded anyway.
+const RUN_COMPILED: &[&str] = &[
+    "sh",
+    "-c",
+    "ulimit -S -s \"$1\" 2>/dev/null; shift; exec .build/main \"$@\"",
+    "sh",
+    "{stack}",
+];
+
 /// What `tsc` leaves undone, in the words of Node: files that programs look for beside their scripts are shown
 /// there; imports that name no ending, as bundlers take them, get the ending of the file that is there; and
 /// scripts are taken for modules where they are.
@@ -599,7 +601,7 @@ const CPP: &str = "how=$1 test=$2; shift 2; number=0; set -- \"$@\" --; \
      set -- \"$@\" \"$file\"; done; shift; \
      to=.build/main; [ -z \"$test\" ] || to=$TMPDIR/test; \
      c++ -std=c++20 \"$how\" -Wall -I . -I include -I src -o \"$to\" \"$@\" -pthread || exit; \
-     [ -z \"$test\" ] || exec \"$to\"";
+     [ -n \"$test\" ] || exit 0; ulimit -S -s 262144 2>/dev/null; exec \"$to\"";
 
 /// Where programs of Java find files: beside their sources, wherever the usual projects have those.
 const JAVA_RESOURCES: &str = ".:src:src/main/java:src/main/resources:resources";
@@ -653,7 +655,7 @@ const fn compiled(
     tools: &'static [Tool],
     compile: Compile,
 ) -> Language {
-    let mut language = interpreted(name, entrypoint, extensions, tools, &[".build/main"]);
+    let mut language = interpreted(name, entrypoint, extensions, tools, RUN_COMPILED);
     language.compile = Some(compile);
     language
 }

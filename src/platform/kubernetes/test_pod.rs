@@ -16,6 +16,7 @@ use super::labels::{ROLE, TEST, of_user};
 use super::namespace::{Namespaces, TEST_ACCOUNT};
 use crate::model::{Limits, Problem, UserId};
 use crate::platform::PlatformError;
+use crate::runner::wire::{BUILD_SCRATCH_BYTES, scratch_bytes};
 
 /// The container that the runner lives in.
 pub const CONTAINER: &str = "runner";

@@ -24,6 +24,7 @@ const SHOWN: &[&str] = &[
     "/nix/store",
     "/etc/alternatives",
     "/etc/ca-certificates",
+    "/etc/fonts",
     "/etc/host.conf",
     "/etc/ld.so.cache",
     "/etc/ld.so.conf",

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::model::{Autoscale, Limits, ModuleName, ModuleSpec, Package, Scale, UserId};
+use crate::model::{Autoscale, Limits, ModuleName, ModuleSpec, Package, Scale, UserId, patient};
 use crate::platform::kubernetes::cluster::{Kind, Manifest};
 use crate::platform::kubernetes::labels::{
     APP, AUTHORITY, MODULE, MODULE_OF, PACKAGE_CACHE, PACKAGES, of_user,
@@ -326,7 +326,8 @@ impl Making {
     /// What installs packages before the server starts. A package's metadata may name another by its URL, and pip
     /// runs what that brings: the container has no credentials, no rights, and nothing that another user's has.
     fn installer(&self, stored: &Stored) -> Value {
-        let mut command: Vec<String> = [
+        let mut command: Vec<String> = patient().map(str::to_owned).to_vec();
+        let pip = [
             "python3",
             "-m",
             "pip",
@@ -341,9 +342,8 @@ impl Making {
             "off",
             "--target",
             "/packages",
-        ]
-        .map(str::to_owned)
-        .to_vec();
+        ];
+        command.extend(pip.map(str::to_owned));
         let mut mounts = vec![
             mount("packages", "/packages", false),
             mount("install", "/install", false),

@@ -23,7 +23,7 @@ use super::labels::{AUTHORITY, MANAGED, MODULE, MODULE_OF, PACKAGES, USED};
 use super::namespace::Namespaces;
 use super::rollout::{is_ready, refused};
 use crate::model::{
-    ModuleName, ModuleSpec, ModuleState, ModuleStatus, Problem, SecretText, UserId,
+    ModuleName, ModuleSpec, ModuleState, ModuleStatus, Problem, SecretText, UserId, index_failed,
 };
 use crate::platform::modules::{Modules, ModulesError, packages_not_allowed};
 use crate::platform::{ByteStream, PlatformError};
@@ -414,6 +414,14 @@ fn not_made(failure: Failure) -> ModulesError {
 }
 
 fn packages_refused(stored: &Stored, cause: String) -> ModulesError {
+    if let Some(why) = index_failed(&cause).map(str::to_owned) {
+        return ModulesError::Platform(PlatformError::Unavailable(Problem::new(
+            "package_index_unavailable",
+            "The package index failed",
+            why,
+            "Try again; if it lasts, the operator checks the index that the server is set up with.",
+        )));
+    }
     let names: Vec<&str> = stored.packages.iter().map(|one| one.as_str()).collect();
     ModulesError::Refused(Problem::new(
         "packages_not_installed",

@@ -19,7 +19,8 @@ use tokio::time::{sleep, timeout};
 
 use super::store::{NotKept, Store, Whose};
 use crate::model::{
-    Ending, Limits, ModuleName, Package, PackageIndex, Packages, Problem, SubmissionId, UserId,
+    Ending, INDEX_FAILED, Limits, ModuleName, Package, PackageIndex, Packages, Problem,
+    SubmissionId, UserId, index_failed, patient,
 };
 use crate::platform::ByteStream;
 use crate::platform::local::sandboxes::{Sandboxes, Tenant};
@@ -27,7 +28,7 @@ use crate::platform::modules::packages_not_allowed;
 use crate::platform::tunnel::{self, Meters, Trouble, Tunnel};
 use crate::runner::client::{Connect, ConnectError, RunEvent, Session};
 use crate::runner::sandbox::{Placed, Role};
-use crate::runner::wire::{Job, JobEvent, JobId};
+use crate::runner::wire::{BUILD_SCRATCH_BYTES, Job, JobEvent, JobId};
 
 /// Where a sandbox has them.
 pub const SERVER: &str = "opt/gantry/server";
@@ -399,7 +400,8 @@ impl Installer {
     }
 
     fn job(&self, order: &Order<'_>) -> Job {
-        let mut argv: Vec<String> = [
+        let mut argv: Vec<String> = patient().map(str::to_owned).to_vec();
+        let pip = [
             "python3",
             "-m",
             "pip",
@@ -415,9 +417,8 @@ impl Installer {
             "--retries=1",
             "--target",
             TARGET,
-        ]
-        .map(str::to_owned)
-        .to_vec();
+        ];
+        argv.extend(pip.map(str::to_owned));
         if let Whose::Own = order.whose {
             argv.push("--no-deps".to_owned());
         }
@@ -536,6 +537,16 @@ fn why_not(ending: &Ending, said: &[u8], trouble: &Trouble, packages: &str) -> P
         );
     }
     let said = String::from_utf8_lossy(said);
+    if *ending == Ending::Exited(INDEX_FAILED)
+        && let Some(cause) = index_failed(&said)
+    {
+        return Problem::new(
+            "package_index_unavailable",
+            "The package index failed",
+            cause,
+            "Try again; if it lasts, the operator checks the index that the server is set up with.",
+        );
+    }
     let lines: Vec<&str> = said
         .lines()
         .filter(|line| !line.trim().is_empty())
