@@ -32,11 +32,16 @@ struct Index {
 
 impl Index {
     fn start() -> Self {
+        Self::start_as(&[])
+    }
+
+    fn start_as(arguments: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/packages/index.py");
         let mut process = Command::new("python3")
             .arg(script)
             .arg(folder.path())
+            .args(arguments)
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
@@ -53,7 +58,12 @@ impl Index {
 
     /// A server that may install from it.
     fn server(&self, more: &[(&str, &str)]) -> Server {
-        let at = |host: &str, path: &str| format!("http://{host}:{}/{path}", self.port);
+        self.server_of("", more)
+    }
+
+    /// One that finds it below this path.
+    fn server_of(&self, below: &str, more: &[(&str, &str)]) -> Server {
+        let at = |host: &str, path: &str| format!("http://{host}:{}/{below}{path}", self.port);
         let (python, node) = (at("127.0.0.1", "simple"), at("127.0.0.1", ""));
         let go = at(&own_name().unwrap_or_else(|| "127.0.0.1".to_owned()), "go");
         let rust = at("127.0.0.1", "cargo/");
@@ -573,4 +583,182 @@ async fn nothing_is_installed_unless_the_operator_allows_it() {
         .await;
     assert_eq!(reply["status"], "tests_passed", "{reply}");
     assert_eq!(reply.get("error"), None, "{reply}");
+}
+
+/// Every installer against an index that fails so; a program that needs nothing runs beside them.
+async fn fails(how: &str) -> Vec<Value> {
+    let index = Index::start();
+    let server = index.server_of(&format!("fail/{how}/"), &[]);
+    let mut programs = programs();
+    if pip() {
+        programs.push(json!({ "language": "python", "files": { "main.py": USES, "requirements.txt": "gantry-example" } }));
+    }
+    let mut client = Client::of(&server).await;
+    let mut ids = Vec::new();
+    for (number, mut program) in programs.into_iter().enumerate() {
+        program["user_id"] = json!(format!("fails-{number}"));
+        program["deploy"] = json!(false);
+        ids.push(client.send(program).await);
+    }
+    let mut replies = Vec::new();
+    for id in ids {
+        replies.push(client.reply(&id).await);
+    }
+    replies
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_index_that_fails_is_never_the_programs_fault() {
+    let ways = ["503", "429", "500", "reset", "cut"];
+    let all: Vec<_> = ways
+        .map(|how| tokio::spawn(fails(how)))
+        .into_iter()
+        .collect();
+    for (how, replies) in ways.iter().zip(all) {
+        for reply in replies.await.unwrap() {
+            let expected = json!(["unavailable", null, "package_index_unavailable"]);
+            assert_eq!(outcome(&reply), expected, "{how}: {reply}");
+            assert!(
+                reply["error"]["cause"].as_str().unwrap().len() > 5,
+                "{how}: {reply}"
+            );
+        }
+    }
+    // One that is busy for a moment is asked again, and nobody notices.
+    for reply in fails("twice").await {
+        assert_eq!(reply["stdout"], "installed\n", "{reply}");
+    }
+}
+
+/// The usual indexes' own names and port, answered on this machine.
+struct Usual {
+    folder: tempfile::TempDir,
+    index: Index,
+}
+
+impl Usual {
+    const HOSTS: [&str; 6] = [
+        "pypi.org",
+        "files.pythonhosted.org",
+        "registry.npmjs.org",
+        "proxy.golang.org",
+        "index.crates.io",
+        "static.crates.io",
+    ];
+
+    /// On an address of loopback that nothing else uses.
+    fn start(address: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+        let names = Self::HOSTS.map(|host| format!("DNS:{host}")).join(",");
+        let made = Command::new("openssl")
+            .args([
+                "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+            ])
+            .args(["-subj", "/CN=the usual indexes", "-addext"])
+            .arg(format!("subjectAltName={names}"))
+            .args(["-keyout", &at("key"), "-out", &at("certificate")])
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{made:?}");
+        let lines = Self::HOSTS
+            .map(|host| format!("{address} {host}\n"))
+            .concat();
+        let hosts = std::fs::read_to_string("/etc/hosts").unwrap();
+        std::fs::write(at("hosts"), hosts + &lines).unwrap();
+        let mut known = std::fs::read("/etc/ssl/certs/ca-certificates.crt").unwrap();
+        known.extend(std::fs::read(at("certificate")).unwrap());
+        std::fs::write(at("known"), known).unwrap();
+        let script = format!(
+            "#!/bin/sh\nmount --bind {} /etc/hosts && mount --bind {} /etc/ssl/certs/ca-certificates.crt && exec \"$@\"\n",
+            at("hosts"),
+            at("known")
+        );
+        std::fs::write(at("within"), script).unwrap();
+        let index = Index::start_as(&[address, &at("certificate"), &at("key")]);
+        Self { folder, index }
+    }
+
+    /// A server that is told only that packages may be installed.
+    fn server(&self) -> Server {
+        let within = self.folder.path().join("within");
+        Server::start_through(
+            &["unshare", "--mount", "sh", within.to_str().unwrap()],
+            &[("GANTRY_ALLOW_PACKAGES", "true")],
+        )
+    }
+}
+
+/// The configuration is the one that is shipped: no variable names an index.
+#[tokio::test]
+async fn every_usual_index_is_used_as_shipped() {
+    let root = rustix::process::getuid().is_root();
+    let ready = has("mounts of its own (root)", root)
+        && runs("openssl", &["version"])
+        && Path::new("/etc/ssl/certs/ca-certificates.crt").exists();
+    if !ready {
+        return;
+    }
+    let usual = Usual::start("127.93.7.1");
+    assert_eq!(usual.index.port, 443);
+    let server = usual.server();
+    let mut client = Client::of(&server).await;
+    let mut programs = programs();
+    if pip() {
+        programs.push(json!({ "language": "python", "files": { "main.py": USES, "requirements.txt": "gantry-example" } }));
+    }
+    for mut program in programs {
+        program["user_id"] = json!("usual");
+        program["deploy"] = json!(false);
+        // Some bring authorities of their own, and are told of the machine's.
+        let known = "/etc/ssl/certs/ca-certificates.crt";
+        program["env"] = json!({ "PIP_CERT": known, "NODE_EXTRA_CA_CERTS": known });
+        let reply = client.ask(program).await;
+        assert_eq!(reply["status"], "tests_passed", "{reply}");
+        assert_eq!(reply["stdout"], "installed\n", "{reply}");
+    }
+}
+
+/// What is installed and what is built are no part of a program's own space, and a bound is named by whose it is.
+#[tokio::test]
+async fn installing_building_and_running_have_space_of_their_own() {
+    let server = Server::start();
+    let mut client = Client::of(&server).await;
+    let megabytes = |count: u32, word: &str| {
+        format!(
+            "fallocate -l {count}M {word} || dd if=/dev/zero of={word} bs=1M count={count} status=none"
+        )
+    };
+    // A compiler's own files, more than a program may have.
+    let build = |count: u32| {
+        let make: Vec<String> = (0..count / 100)
+            .map(|one| format!("std::fs::write(\"{one}\", vec![0; 100 << 20]).unwrap();"))
+            .collect();
+        json!({ "user_id": "space", "language": "rust", "deploy": false, "files": {
+            "Cargo.toml": "[package]\nname = \"space\"\nversion = \"1.0.0\"\nedition = \"2021\"\nbuild = \"build.rs\"\n",
+            "build.rs": format!("fn main() {{ {} }}", make.concat()),
+            "src/main.rs": "fn main() { println!(\"built\"); }",
+        } })
+    };
+    if runs("cargo", &["--version"]) {
+        let reply = client.ask(build(400)).await;
+        assert_eq!(reply["stdout"], "built\n", "{reply}");
+        let reply = client.ask(build(900)).await;
+        let expected = json!(["tests_failed", "compile", "compile_limit"]);
+        assert_eq!(outcome(&reply), expected, "{reply}");
+        let cause = reply["error"]["cause"].as_str().unwrap();
+        assert!(
+            cause.contains("scratch space is full, which has 768 MiB"),
+            "{cause}"
+        );
+    }
+    let program = json!({ "user_id": "space", "language": "bash", "deploy": false,
+        "code": format!("for one in 1 2 3 4 5; do {}; done; sleep 5", megabytes(60, "$one")) });
+    let reply = client.ask(program).await;
+    assert_eq!(reply["reason"], "disk", "{reply}");
+    let cause = reply["error"]["cause"].as_str().unwrap();
+    assert!(
+        cause.contains("256 MiB beside what was installed and built"),
+        "{cause}"
+    );
 }

@@ -1,14 +1,23 @@
 """A package index on loopback, of static files: wheels and sources for pip, tarballs for npm, modules for go, crates for cargo.
 
     index.py FOLDER     writes them there, prints its port and serves them
+
+What is asked for below `/fail/HOW/` is answered by an index that fails: with the status HOW, by a connection that is
+`reset`, by an answer that is `cut`, or, for `twice`, with status 503 until it was asked for twice.
+
+    index.py FOLDER ADDRESS CERTIFICATE KEY     serves them on port 443 of the address, under the hosts of the usual indexes
 """
 import base64
+import collections
 import functools
 import hashlib
 import http.server
 import io
 import json
 import os
+import socket
+import ssl
+import struct
 import sys
 import tarfile
 import zipfile
@@ -109,7 +118,7 @@ def python():
         write(f"simple/gantry-{kind}/index.html", f'<a href="/{top}.tar.gz">{top}.tar.gz</a>')
 
 
-def node(port):
+def node(at):
     about = {"name": "gantry-example", "version": "1.0.0", "main": "index.js", "types": "index.d.ts"}
     package = tarball({
         "package/package.json": json.dumps(about), "package/index.js": "exports.word = 'installed';\n",
@@ -117,7 +126,7 @@ def node(port):
     })
     write("gantry-example-1.0.0.tgz", package)
     digest = base64.b64encode(hashlib.sha512(package).digest()).decode()
-    about["dist"] = {"tarball": f"http://127.0.0.1:{port}/gantry-example-1.0.0.tgz", "integrity": f"sha512-{digest}"}
+    about["dist"] = {"tarball": f"{at}/gantry-example-1.0.0.tgz", "integrity": f"sha512-{digest}"}
     write("gantry-example", json.dumps({"name": "gantry-example", "dist-tags": {"latest": "1.0.0"}, "versions": {"1.0.0": about}}))
 
 
@@ -130,27 +139,85 @@ def go():
     write(f"{at}.zip", zipped({f"{top}/go.mod": f"module {module}\n", f"{top}/word.go": 'package word\n\nconst Word = "installed"\n'}))
 
 
-def rust(port):
+def rust(at):
     top = "gantry-example-1.0.0"
     crate = tarball({
         f"{top}/Cargo.toml": '[package]\nname = "gantry-example"\nversion = "1.0.0"\nedition = "2021"\n',
         f"{top}/src/lib.rs": 'pub const WORD: &str = "installed";\n',
     })
     write(f"cargo/{top}.crate", crate)
-    write("cargo/config.json", json.dumps({"dl": f"http://127.0.0.1:{port}/cargo/{{crate}}-{{version}}.crate"}))
+    write("cargo/config.json", json.dumps({"dl": f"{at}/{{crate}}-{{version}}.crate"}))
     entry = {"name": "gantry-example", "vers": "1.0.0", "deps": [], "cksum": hashlib.sha256(crate).hexdigest(), "features": {}, "yanked": False}
     write("cargo/ga/nt/gantry-example", json.dumps(entry) + "\n")
 
 
+ASKED = collections.Counter()
+
+# Where each of the usual hosts has its files.
+FOLDERS = {"proxy.golang.org": "/go", "index.crates.io": "/cargo", "static.crates.io": "/cargo"}
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def do_GET(self):
+        self.path = FOLDERS.get(self.headers["Host"], "") + self.path
+        if self.path.startswith("/fail/"):
+            _, _, how, rest = self.path.split("/", 3)
+            self.path = f"/{rest}"
+            if self.fails(how):
+                return
+        super().do_GET()
+
+    def fails(self, how):
+        """Fails so; false when it is to be answered after all."""
+        self.close_connection = True
+        ASKED[how, self.path] += 1
+        if how == "reset":
+            # With this a socket that is closed is reset.
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+        elif how == "cut":
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", "5000")
+            self.end_headers()
+            self.wfile.write(b"<a href=")
+        elif how != "twice":
+            self.send_error(int(how))
+        elif ASKED[how, self.path] <= 2:
+            self.send_error(503)
+        else:
+            return False
+        return True
+
+    def do_HEAD(self):
+        self.path = FOLDERS.get(self.headers["Host"], "") + self.path
+        super().do_HEAD()
+
+    def handle(self):
+        try:
+            super().handle()
+        except (OSError, ValueError):
+            pass
+
+
 def main():
     os.chdir(sys.argv[1])
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=sys.argv[1])
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    usual = len(sys.argv) > 2
+    handler = functools.partial(Handler, directory=sys.argv[1])
+    address = (sys.argv[2], 443) if usual else ("127.0.0.1", 0)
+    server = http.server.ThreadingHTTPServer(address, handler)
     port = server.server_address[1]
     python()
-    node(port)
     go()
-    rust(port)
+    if usual:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*sys.argv[3:5])
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+        node("https://registry.npmjs.org")
+        rust("https://static.crates.io")
+    else:
+        node(f"http://127.0.0.1:{port}")
+        rust(f"http://127.0.0.1:{port}/cargo")
     print(port, flush=True)
     server.serve_forever()
 

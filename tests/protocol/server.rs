@@ -23,6 +23,7 @@ const MAX_REPLY_BYTES: usize = 64 << 20;
 pub struct Server {
     child: Child,
     variables: Vec<(String, String)>,
+    through: Vec<String>,
     pub data: tempfile::TempDir,
     pub address: SocketAddr,
     pub admin: String,
@@ -30,7 +31,20 @@ pub struct Server {
 }
 
 fn gantry(data: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_gantry"));
+    gantry_through(data, &[])
+}
+
+/// Run by another program, which becomes it.
+fn gantry_through(data: &Path, through: &[String]) -> Command {
+    let program = env!("CARGO_BIN_EXE_gantry");
+    let mut command = match through {
+        [] => Command::new(program),
+        [first, rest @ ..] => {
+            let mut command = Command::new(first);
+            command.args(rest).arg(program);
+            command
+        }
+    };
     for name in [
         "API_KEY",
         "HOST",
@@ -58,8 +72,9 @@ fn start(
     data: &Path,
     port: u16,
     variables: &[(String, String)],
+    through: &[String],
 ) -> (Child, SocketAddr, Option<String>, String) {
-    let mut child = gantry(data)
+    let mut child = gantry_through(data, through)
         .envs(variables.iter().cloned())
         .args(["serve", "--port", &port.to_string()])
         .stdout(Stdio::piped())
@@ -93,14 +108,25 @@ impl Server {
 
     /// On this port, with these variables.
     pub fn start_as(port: u16, variables: &[(&str, &str)]) -> Self {
+        Self::start_by(port, variables, &[])
+    }
+
+    /// By another program, which becomes the server.
+    pub fn start_through(through: &[&str], variables: &[(&str, &str)]) -> Self {
+        Self::start_by(0, variables, through)
+    }
+
+    fn start_by(port: u16, variables: &[(&str, &str)], through: &[&str]) -> Self {
+        let through: Vec<String> = through.iter().map(|word| (*word).to_owned()).collect();
         let data = tempfile::tempdir().unwrap();
         let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
         let variables: Vec<_> = variables.iter().map(owned).collect();
-        let (child, address, admin, sign_in) = start(data.path(), port, &variables);
+        let (child, address, admin, sign_in) = start(data.path(), port, &variables, &through);
         let admin = admin.expect("the first start prints a key");
         Self {
             child,
             variables,
+            through,
             data,
             address,
             admin,
@@ -111,8 +137,12 @@ impl Server {
     /// Ends it as a power cut would, and starts it again on the same port and data.
     pub fn restart(&mut self) {
         self.kill();
-        let (child, address, admin, sign_in) =
-            start(self.data.path(), self.address.port(), &self.variables);
+        let (child, address, admin, sign_in) = start(
+            self.data.path(),
+            self.address.port(),
+            &self.variables,
+            &self.through,
+        );
         assert_eq!(address, self.address);
         assert!(admin.is_none(), "a key is made once");
         self.child = child;
