@@ -753,7 +753,7 @@ async fn installing_building_and_running_have_space_of_their_own() {
         );
     }
     let program = json!({ "user_id": "space", "language": "bash", "deploy": false,
-        "code": format!("for one in 1 2 3 4 5; do {}; done; sleep 5", megabytes(60, "$one")) });
+        "code": format!("for one in $(seq 20); do {}; done; sleep 5", megabytes(15, "$one")) });
     let reply = client.ask(program).await;
     assert_eq!(reply["reason"], "disk", "{reply}");
     let cause = reply["error"]["cause"].as_str().unwrap();

@@ -21,12 +21,12 @@ use super::verdict::{
 use crate::budget::Spent;
 use crate::journal::{Appended, JournalError, NewRecord};
 use crate::model::{
-    Event, Outcome, OutputStream, Problem, Record, RunReport, Status, Step, StepState, Submission,
+    Event, Outcome, OutputStream, Problem, Reason, Record, RunReport, Status, Step, StepState, Submission,
     TestFiles, TestResult, Tested, Tests,
 };
 use crate::platform::{PlatformError, ReleaseSpec, RunningRelease};
 use crate::runner::client::{Run, RunEvent, Session};
-use crate::runner::wire::{Job, JobEvent, JobId};
+use crate::runner::wire::{Job, JobEvent, JobId, scratch_bytes};
 
 /// How much longer than its wall-clock limit a run may be silent. The runner stops it at the limit;
 /// a slot may have to be waited for, and a lost connection made anew, both within a minute.
@@ -265,7 +265,10 @@ impl Course {
             room.keep(kept.iter().sum());
         }
         if verdict.status == Status::TestsFailed && outcome.error.is_none() {
-            outcome.error = self.not_installed();
+            outcome.error = match outcome.reason {
+                Some(Reason::Disk) => Some(self.too_large()),
+                _ => self.not_installed(),
+            };
         }
         if verdict.status == Status::TestsPassed && self.submission.deploy {
             if self.control.is_cancelled() {
@@ -411,6 +414,20 @@ impl Course {
         };
         self.step(Step::Compile, state).await?;
         Ok(verdict.map(|verdict| (verdict, vec![run])))
+    }
+
+    /// What a program's files may take.
+    fn too_large(&self) -> Problem {
+        let scratch = scratch_bytes(&self.inner.maximum) >> 20;
+        let file = self.submission.limits.file_bytes;
+        Problem::new(
+            "disk_limit",
+            "The program's files became too large",
+            format!(
+                "they may take {scratch} MiB beside what was installed and built for it, and one of them {file} bytes"
+            ),
+            "Write less, or ask for larger files with limits.file_bytes.",
+        )
     }
 
     /// What a program that failed may have lacked.
