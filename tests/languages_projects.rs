@@ -381,6 +381,11 @@ async fn scripts_are_run_from_the_one_that_is_meant() {
             &["tool"],
         ),
         passes(
+            "fonts, where there are any",
+            json!({ "language": "bash", "code": "if ! command -v fc-match >/dev/null || [ -z \"$(ls /usr/share/fonts 2>/dev/null)\" ]; then echo font; else fc-match -f 'font %{file}\n' sans; fi" }),
+            &["font"],
+        ),
+        passes(
             "sessions of PHP",
             json!({ "language": "php", "code": "<?php\nini_set('session.use_cookies', '0');\nvar_dump(session_start());\n$_SESSION['a'] = 1;\nvar_dump(session_write_close());\n" }),
             &["bool(true)\\nbool(true)"],

@@ -92,7 +92,8 @@ const PATIENT: &str = "words=$1; shift; \
      \"$@\" 2>\"$told/pipe\"; code=$?; \
      for wait in 0.02 0.1 0.2 0.5 1; do kill -0 $teller 2>/dev/null || break; sleep $wait; done; \
      [ $code -ne 0 ] || break; \
-     why=$(cat \"$told/said\" \"$told/log\" 2>/dev/null | grep -aE -m 1 \"$words\" | cut -c 1-500); \
+     why=$(cat \"$told/said\" \"$told/log\" 2>/dev/null | grep -aE \"$words\" \
+     | grep -avE '(response|failed:) 403' | head -n 1 | cut -c 1-500); \
      [ -n \"$why\" ] || break; \
      if [ $pause = end ]; then echo \"The package index failed: $why\" >&2; code=75; break; fi; \
      echo \"The package index failed; it is asked again in $pause s.\" >&2; sleep $pause; \
@@ -105,7 +106,7 @@ const INDEX_TROUBLE: &str = "[^0-9](408|425|429|5[0-9][0-9]) (Client Error|Serve
      |Internal Server Error|Bad Gateway|Service Unavailable|Gateway Time)\
      |HTTP error (408|425|429|5[0-9][0-9])|code E(408|425|429|5[0-9][0-9])|got (408|425|429|5[0-9][0-9])$\
      |too many 5[0-9][0-9] error responses\
-     |[Cc]onnection (was |is )?(reset|aborted|broken|refused|closed|timed out)|Connection aborted\
+     |[Cc]onnection (was |is )?(reset|aborted|refused|closed|timed out)|Connection aborted\
      |ECONNRESET|ECONNREFUSED|ECONNABORTED|ETIMEDOUT|EPIPE|EAI_AGAIN|ERR_SOCKET_TIMEOUT|socket hang up\
      |unexpected (EOF|eof|end of file)|UNEXPECTED_EOF|: EOF$|IncompleteRead|Z_BUF_ERROR\
      |[Rr]ead ?[Tt]imed ?out|ReadTimeout|ConnectTimeout|RemoteDisconnected|Remote end closed\
@@ -489,6 +490,7 @@ mod tests {
             "Could not fetch URL https://i/simple/a/: 429 Client Error: Too Many Requests for url",
             "ERROR: HTTP error 500 while getting https://i/a.whl",
             "WARNING: Retrying after connection broken by 'ProtocolError('Connection aborted.')': /simple/a/",
+            "WARNING: Retrying after connection broken by 'ProxyError('Cannot connect to proxy.', OSError('Tunnel connection failed: 502 Bad Gateway'))': /simple/a/",
             "npm error code E503",
             "npm ERR! code E429",
             "npm error code ECONNRESET",
@@ -508,6 +510,9 @@ mod tests {
             "go: example.org/a@v1.0.0: reading https://i/a.mod: 404 Not Found",
             "  failed to get successful HTTP response from `https://i/config.json`, got 403",
             "error[E0503]: cannot use `a`",
+            // What may not be reached.
+            "WARNING: Retrying after connection broken by 'ProxyError('Cannot connect to proxy.', OSError('Tunnel connection failed: 403 Forbidden'))': /a.whl",
+            "  [56] Failure when receiving data from the peer (CONNECT tunnel failed, response 403)",
         ] {
             assert_eq!(run(said, 1), (Some(1), 1, false), "{said}");
         }

@@ -100,6 +100,12 @@ def checks(ask, index_port, server_port, key, stop_index):
     yield check("what is not there is the program's failure, in the installer's words",
                 reply["status"] == "tests_failed" and reply["error"]["code"] == "packages_not_installed"
                 and "No matching distribution" in reply["error"]["cause"], reply)
+    failing = f"--index-url http://127.0.0.1:{index_port}/fail/503/simple\ngantry-example\n"
+    reply = ask(submission(failing, SHOWS))
+    yield check("an index that answers 503 is not the program's failure",
+                reply["status"] == "unavailable" and reply["error"]["code"] == "package_index_unavailable", reply)
+    reply = ask(submission(failing.replace("/503/", "/twice/"), SHOWS))
+    yield check("one that is busy for a moment is asked again", reply.get("stdout") == "installed\n", reply)
     probe = {"PROBE_INDEX": f"127.0.0.1:{index_port}", "PROBE_SERVER": str(server_port), "PROBE_FOLDER": "/run/gantry/agent"}
     reply = ask(submission("gantry-curious\n", ASKS, env=probe))
     seen = json.loads(reply.get("stdout") or "{}")

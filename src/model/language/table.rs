@@ -572,8 +572,7 @@ walk('.build', at => {
   const text = fs.readFileSync(at, 'utf8');
   if (text.includes('Object.defineProperty(exports, "__esModule"') || !/^(import\s*["'{*\w]|export\s)/m.test(text)) return;
   modules = true;
-  const named = text.replace(/(from\s*|import\s*\(?\s*)(["'])(\.{1,2}(?:\/[^"'
-]*)?)/g, (all, before, quote, name) => {
+  const named = text.replace(/(\bfrom\s*|\bimport\s*\(?\s*)(["'])(\.{1,2}(?:\/[^"'\n]*)?)\2/g, (all, before, quote, name) => {
     const to = path.resolve(path.dirname(at), name);
     if (is(to)) return all;
     const ending = ['.js', '.mjs', '.cjs', '/index.js', '/index.mjs'].find(ending => is(to + ending));

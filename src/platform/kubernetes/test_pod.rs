@@ -376,6 +376,7 @@ fn stopping() -> PlatformError {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
     fn config() -> TestPodConfig {
         TestPodConfig {
@@ -427,11 +428,24 @@ mod tests {
             added.iter().all(|c| baseline.contains(&c.as_str())),
             "{added:?}"
         );
+        let size = |limit: &Quantity| limit.0.parse::<u64>().unwrap();
+        let mut scratch = 0;
         for volume in spec.volumes.unwrap() {
             let folder = volume.empty_dir.unwrap();
             assert_eq!(folder.medium.as_deref(), Some("Memory"));
+            if volume.name == "workspace" {
+                scratch = size(folder.size_limit.as_ref().unwrap());
+            }
             assert!(folder.size_limit.is_some());
         }
+        // A build fits, beside the compiler; a program is held to its own.
+        assert_eq!(scratch, BUILD_SCRATCH_BYTES);
+        let limits = container.resources.as_ref().unwrap().limits.as_ref().unwrap();
+        assert!(size(&limits["memory"]) >= scratch + Limits::COMPILE.memory_bytes);
+        let set = container.env.iter().flatten();
+        let program = set.filter(|one| one.name == "GANTRY_SCRATCH_BYTES").next().unwrap();
+        let expected = scratch_bytes(&Limits::MAXIMUM).to_string();
+        assert_eq!(program.value.as_deref(), Some(&*expected));
     }
 
     #[test]
