@@ -564,7 +564,7 @@ mod tests {
         assert!(request.stream());
         let submission = request.validate(&Limits::MAXIMUM).unwrap();
         assert_eq!(submission.id, message.id);
-        assert_eq!(submission.entrypoint.as_str(), "app.py");
+        assert_eq!(submission.entrypoint.unwrap().as_str(), "app.py");
         assert_eq!(submission.stdin.as_deref(), Some(""));
         assert!(matches!(submission.tests, Tests::Files(files) if files.len() == 1));
     }

@@ -21,8 +21,8 @@ use super::verdict::{
 use crate::budget::Spent;
 use crate::journal::{Appended, JournalError, NewRecord};
 use crate::model::{
-    Event, Outcome, OutputStream, Problem, Reason, Record, RunReport, Status, Step, StepState, Submission,
-    TestFiles, TestResult, Tested, Tests,
+    Event, Outcome, OutputStream, Problem, Reason, Record, RunReport, Status, Step, StepState,
+    Submission, TestFiles, TestResult, Tested, Tests,
 };
 use crate::platform::{PlatformError, ReleaseSpec, RunningRelease};
 use crate::runner::client::{Run, RunEvent, Session};

@@ -41,6 +41,7 @@ use super::process::{MemoryGroup, Tree};
 use super::sandbox::{FIRST_SLOT_UID, close_inherited, describe_slots, write_hook};
 use super::slot::{Ground, container_folders, is_memory};
 use super::wire::scratch_bytes;
+use crate::model::Limits;
 
 pub use app::main as app;
 

@@ -296,6 +296,8 @@ pub static LANGUAGES: &[Language] = &[
     Language {
         aliases: &["rs"],
         others: &["src/main.rs"],
+        // A build is not repeated, and errors need lines only: half the space.
+        env: &[("CARGO_INCREMENTAL", "0"), ("CARGO_PROFILE_DEV_DEBUG", "1")],
         project: Some("Cargo.toml"),
         install: Some(Install {
             name: "cargo",
@@ -314,7 +316,8 @@ pub static LANGUAGES: &[Language] = &[
                 "sh",
                 "-c",
                 "rm -f \"$CARGO_HOME/config.toml\"; [ \"${1%/}\" = https://index.crates.io ] || printf '[source.crates-io]\\nreplace-with = \"index\"\\n[source.index]\\nregistry = \"sparse+%s\"\\n' \
-                 \"$1\" > \"$CARGO_HOME/config.toml\"; exec cargo fetch",
+                 \"$1\" > \"$CARGO_HOME/config.toml\"; \
+                 exec cargo fetch --target \"$(rustc -vV | sed -n 's/^host: //p')\"",
                 "sh",
                 "{index}",
             ],

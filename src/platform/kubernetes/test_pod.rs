@@ -440,10 +440,19 @@ mod tests {
         }
         // A build fits, beside the compiler; a program is held to its own.
         assert_eq!(scratch, BUILD_SCRATCH_BYTES);
-        let limits = container.resources.as_ref().unwrap().limits.as_ref().unwrap();
+        let limits = container
+            .resources
+            .as_ref()
+            .unwrap()
+            .limits
+            .as_ref()
+            .unwrap();
         assert!(size(&limits["memory"]) >= scratch + Limits::COMPILE.memory_bytes);
         let set = container.env.iter().flatten();
-        let program = set.filter(|one| one.name == "GANTRY_SCRATCH_BYTES").next().unwrap();
+        let program = set
+            .filter(|one| one.name == "GANTRY_SCRATCH_BYTES")
+            .next()
+            .unwrap();
         let expected = scratch_bytes(&Limits::MAXIMUM).to_string();
         assert_eq!(program.value.as_deref(), Some(&*expected));
     }

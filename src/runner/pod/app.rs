@@ -143,6 +143,7 @@ fn config() -> anyhow::Result<ProgramConfig> {
             slots: 1,
             first_uid: None,
             ground: Ground::Container {
+                bytes: u64::MAX,
                 files: u64::MAX,
                 hook: Default::default(),
             },
