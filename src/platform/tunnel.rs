@@ -738,12 +738,14 @@ mod tests {
         let port = listener.local_addr().unwrap().port();
         tokio::spawn(async move {
             let (mut stream, _) = listener.accept().await.unwrap();
-            let mut head = [0; 16];
+            let mut head = vec![0; 16];
             stream.read_exact(&mut head).await.unwrap();
-            match answer {
-                Some(answer) => stream.write_all(answer).await.unwrap(),
-                // What was not read makes this a reset.
-                None => drop(stream),
+            // What was not read makes the end of the stream a reset.
+            if let Some(answer) = answer {
+                while !head.ends_with(b"\r\n\r\n") {
+                    stream.read_buf(&mut head).await.unwrap();
+                }
+                stream.write_all(answer).await.unwrap();
             }
         });
         let places = BTreeSet::from([("localhost".to_owned(), port)]);
