@@ -29,6 +29,10 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// Requests of one user that follow the logs at a time: more windows than a person looks at.
 pub const MAX_FOLLOWERS: usize = 16;
 
+/// Searches of one user from the request until the answer has been read: what a page that is loaded asks for at
+/// once.
+pub const MAX_SEARCHES: usize = 8;
+
 /// Records of a page unless asked otherwise, and at most.
 const DEFAULT_LIMIT: usize = 100;
 const MAX_LIMIT: usize = 1_000;
@@ -107,6 +111,12 @@ pub async fn search(
         })?;
         return Ok(follow(&edge, &caller, query, place).into_response());
     }
+    let place = edge.searchers.take(query.asker.as_ref());
+    let place = place.ok_or_else(|| {
+        too_many(&format!(
+            "{MAX_SEARCHES} searches of yours are under way, or their answers are not read yet"
+        ))
+    })?;
     let spent = edge
         .answers
         .take(query.asker.clone(), MAX_ANSWER_BYTES)
@@ -120,7 +130,7 @@ pub async fn search(
             .collect(),
         next: page.next,
     };
-    large(&found, spent)
+    large(&found, spent, place)
 }
 
 fn follow(

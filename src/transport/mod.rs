@@ -128,6 +128,8 @@ pub struct Edge {
     pub search: Arc<dyn LogSearch>,
     /// Who follows the logs.
     pub followers: Places,
+    /// Who searches them.
+    pub searchers: Places,
     /// What answers that are not read yet may take of the memory; admins together are one.
     pub answers: Budgets<Option<UserId>>,
     /// The same for arguments of modules' calls.
@@ -207,6 +209,7 @@ impl Edge {
             journal: parts.journal,
             search: parts.search,
             followers: Places::new(logs::MAX_FOLLOWERS),
+            searchers: Places::new(logs::MAX_SEARCHES),
             answers: Budgets::new(MAX_ANSWERS_BYTES),
             arguments: Budgets::new(MAX_ARGUMENTS_BYTES),
             pipeline: parts.pipeline,

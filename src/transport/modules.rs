@@ -155,7 +155,7 @@ pub async fn describe(
     let spent = edge.answers.take(asker(&caller), MAX_ANSWER_BYTES).await;
     let described = modules.describe(&user, &name, &part.namespace).await;
     let described = described.map_err(|error| told(error, &name, Some(&part.namespace)))?;
-    large(&described, spent)
+    large(&described, spent, ())
 }
 
 /// What was removed.
@@ -363,13 +363,17 @@ fn result(returned: Returned) -> Response {
     json(body)
 }
 
-/// An answer that may be large, and counts until it has been sent.
-pub fn large(answer: &impl Serialize, mut spent: Spent) -> Result<Response, HttpProblem> {
+/// An answer that may be large, and counts until it has been sent; so does `held`.
+pub fn large(
+    answer: &impl Serialize,
+    mut spent: Spent,
+    held: impl Send + 'static,
+) -> Result<Response, HttpProblem> {
     let text = serde_json::to_vec(answer).map_err(|error| {
         HttpProblem::internal(format!("the answer cannot be written as JSON: {error}"))
     })?;
     spent.keep(text.len());
-    Ok(json(budget::holding(text, spent)))
+    Ok(json(budget::holding(text, (spent, held))))
 }
 
 fn json(body: Bytes) -> Response {

@@ -102,11 +102,13 @@ async fn a_thousand_sign_ins_sign_nobody_else_out() {
 #[tokio::test]
 async fn wrong_cookies_are_limited_as_wrong_keys_are() {
     let server = Server::start();
-    let mut last = 0;
+    let mut refused = 0;
     for number in 0..150 {
-        last = with_cookie(&server, &format!("gantry_session={number:048x}")).await;
+        let status = with_cookie(&server, &format!("gantry_session={number:048x}")).await;
+        refused += u32::from(status == 429);
     }
-    assert_eq!(last, 429);
+    // Every answer that refuses one comes after a pause, in which half of another one is earned.
+    assert!(refused > 20, "{refused}");
     let own = server.get("/session").header("x-api-key", &server.admin);
     assert_eq!(own.send().await.unwrap().status(), 200);
 }
