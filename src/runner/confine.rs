@@ -451,12 +451,7 @@ fn denied(calls: Calls, streams_only: bool) -> anyhow::Result<BpfProgram> {
     if streams_only {
         // Sending with this flag connects, without a look at Landlock's rules.
         let connects = libc::MSG_FASTOPEN as u64;
-        let flags = [
-            (libc::SYS_sendto, 3),
-            (libc::SYS_sendmsg, 2),
-            (libc::SYS_sendmmsg, 3),
-        ];
-        for (call, at) in flags {
+        for (call, at) in SENDS {
             let fast_open = rule(&[(at, SeccompCmpOp::MaskedEq(connects), connects)])?;
             rules.insert(call, vec![fast_open]);
         }
@@ -495,14 +490,32 @@ fn no_reservations() -> anyhow::Result<BpfProgram> {
     )
 }
 
+/// The calls that send, and which of their arguments has the flags.
+const SENDS: [(libc::c_long, u8); 3] = [
+    (libc::SYS_sendto, 3),
+    (libc::SYS_sendmsg, 2),
+    (libc::SYS_sendmmsg, 3),
+];
+
 /// A read that takes only what is in the page cache, from the kernel's linux/fs.h (RWF_NOWAIT).
 const ONLY_CACHED: u64 = 8;
 
-/// The filter that answers "not supported" to a read which tells whether others have read the same file
-/// of the machine. Who asks for that reads in the usual way then.
+/// The filter that answers "not supported" to two things. A read may not tell whether others have read the same
+/// file of the machine: who asks for that reads in the usual way then. And a datagram is not put together in the
+/// kernel, which counts what is not sent yet for nobody; streams lose nothing but a hint.
 fn unsupported() -> anyhow::Result<BpfProgram> {
     let cached = rule(&[(5, SeccompCmpOp::MaskedEq(ONLY_CACHED), ONLY_CACHED)])?;
-    let rules = Rules::from([(libc::SYS_preadv2, vec![cached])]);
+    let mut rules = Rules::from([(libc::SYS_preadv2, vec![cached])]);
+    let more = libc::MSG_MORE as u64;
+    for (call, at) in SENDS {
+        rules.insert(
+            call,
+            vec![rule(&[(at, SeccompCmpOp::MaskedEq(more), more)])?],
+        );
+    }
+    let [udp, cork] = [libc::IPPROTO_UDP, libc::UDP_CORK].map(|number| number as u64);
+    let corks = rule(&[(1, SeccompCmpOp::Eq, udp), (2, SeccompCmpOp::Eq, cork)])?;
+    rules.insert(libc::SYS_setsockopt, vec![corks]);
     compile(
         rules,
         SeccompAction::Errno(u32::try_from(libc::EOPNOTSUPP)?),

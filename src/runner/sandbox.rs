@@ -341,7 +341,8 @@ fn furnish(spec: &SandboxSpec) -> anyhow::Result<()> {
     }
     if has_terminals(spec) {
         let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
-        let options = c"newinstance,ptmxmode=0666,mode=0620";
+        // Without a bound of its own it may take all terminals of the machine, 4,096 by default.
+        let options = c"newinstance,ptmxmode=0666,mode=0620,max=64";
         rustix::mount::mount("devpts", "/base/dev/pts", "devpts", flags, options)
             .context("mounting terminals")?;
     }

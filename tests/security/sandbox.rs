@@ -490,3 +490,43 @@ os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     assert_eq!(said, "True\n10\n");
     machine.platform.shutdown().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_program_fills_the_kernel_with_datagrams_or_terminals() {
+    if !is_root() {
+        return;
+    }
+    let machine = Machine::start().await;
+    let said = machine
+        .says(
+            "greedy",
+            r"
+import errno, socket
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+udp.connect(('127.0.0.1', 9))
+def refused(act):
+    try: act()
+    except OSError as error: return error.errno == errno.EOPNOTSUPP
+    return False
+print(refused(lambda: udp.send(b'x', socket.MSG_MORE)))
+print(refused(lambda: udp.sendmsg([b'x'], [], socket.MSG_MORE)))
+print(refused(lambda: udp.setsockopt(socket.IPPROTO_UDP, 1, 1)))
+print(udp.send(b'x'))
+",
+        )
+        .await;
+    assert_eq!(said, "True\nTrue\nTrue\n1\n");
+    const TERMINALS: &str = r"
+import http.server, os
+held = []
+try:
+    while len(held) < 200: held.append(os.open('/dev/ptmx', os.O_RDWR | os.O_NOCTTY))
+except OSError: pass
+assert 1 <= len(held) <= 64, len(held)
+http.server.HTTPServer(('', int(os.environ['PORT'])), http.server.SimpleHTTPRequestHandler).serve_forever()
+";
+    machine
+        .release("greedy", "greedy-terminals", TERMINALS)
+        .await;
+    machine.platform.shutdown().await;
+}
