@@ -295,6 +295,7 @@ async fn kubernetes(
                 name: service.name.clone(),
                 port: service.port,
             }),
+            drain: config.drain,
         },
         vec![
             bucket_check(&store, &s3.bucket).await,
@@ -474,6 +475,7 @@ async fn local(config: &Config, address: SocketAddr) -> anyhow::Result<Backends>
         network: config.allow_network,
         packages: config.packages.clone(),
         log_refused: config.log_refused,
+        drain: config.drain,
         app_authority: format!("{}:{}", config.app_domain, address.port()),
         authority: format!("{}:{}", config.domain, address.port()),
         disk: config.disk,

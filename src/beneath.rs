@@ -238,17 +238,63 @@ impl Folder {
         Ok(())
     }
 
-    /// Lets every user read and write the regular files in the folder itself.
-    pub fn open_files_to_all(&self) -> io::Result<()> {
-        self.each(|name, kind| {
-            // One that was replaced meanwhile, or that its owner closed to this user, is passed over.
-            if kind == Kind::File
-                && let Ok(file) = self.read(name)
-            {
-                rustix::fs::fchmod(&file, Mode::from_raw_mode(0o666))?;
+    /// Lets every user read and write the folder and all that is in it, however deep, holding one folder open
+    /// at a time, until there were more names than `most`. What can be executed stays so.
+    pub fn open_to_all(&self, most: u64) -> io::Result<()> {
+        let mut left = most;
+        let mut levels = vec![self.open_level_to_all(&mut left)?];
+        let mut at = self.folder(".")?;
+        while let Some(level) = levels.last_mut() {
+            if let Some(name) = level.folders.pop() {
+                // One that was removed or replaced since it was read is passed over.
+                if let Ok(inner) = at.enter(&*name) {
+                    levels.push(inner.open_level_to_all(&mut left)?);
+                    at = inner;
+                }
+                continue;
             }
-            Ok(())
-        })
+            levels.pop();
+            let Some(parent) = levels.last() else {
+                break;
+            };
+            at = Folder(rustix::fs::openat(&at.0, "..", FOLDER, Mode::empty())?);
+            // Moved by a process that is still there: the way back leads elsewhere.
+            if rustix::fs::fstat(&at.0)?.st_ino != parent.inode {
+                return Err(io::Error::other("a folder was moved meanwhile"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The same of one folder and its files. Its folders are still to be entered.
+    fn open_level_to_all(&self, left: &mut u64) -> io::Result<Level> {
+        self.set_mode(0o777)?;
+        let mut level = Level {
+            inode: rustix::fs::fstat(&self.0)?.st_ino,
+            folders: Vec::new(),
+        };
+        self.each(|name, kind| {
+            *left = left.checked_sub(1).ok_or(Errno::OVERFLOW)?;
+            match kind {
+                Kind::Folder => level.folders.push(name.to_owned()),
+                // One that was replaced meanwhile, or that its owner closed to this user, is passed over.
+                Kind::File => {
+                    let Ok(about) = self.about(name) else {
+                        return Ok(());
+                    };
+                    let executed = if about.mode & 0o111 == 0 { 0 } else { 0o111 };
+                    let wanted = 0o666 | executed;
+                    if about.mode != wanted
+                        && let Ok(file) = self.read(name)
+                    {
+                        set_mode(&file, wanted)?;
+                    }
+                }
+                Kind::Link | Kind::Other => {}
+            }
+            io::Result::Ok(())
+        })?;
+        Ok(level)
     }
 
     /// Removes a file, or a folder with all that is in it.
@@ -583,7 +629,7 @@ mod tests {
         symlink(&secret, dir.path().join("file")).unwrap();
         symlink(elsewhere.path(), dir.path().join("folder")).unwrap();
         let top = Folder::open(dir.path()).unwrap();
-        top.open_files_to_all().unwrap();
+        top.open_to_all(100).unwrap();
         assert!(top.read("file").is_err() && top.write("file", 0o666, true).is_err());
         assert!(top.folder("folder").is_err() && top.make("folder/new", None).is_err());
         assert!(top.read("folder/secret").is_err() && top.create("folder/new", 0o666).is_err());
@@ -607,7 +653,7 @@ mod tests {
         }
         let top = Folder::open(dir.path()).unwrap();
         rustix::fs::mknodat(&top, "pipe", FileType::Fifo, Mode::RWXU, 0).unwrap();
-        top.open_files_to_all().unwrap();
+        top.open_to_all(100).unwrap();
         let mode = |name: &str| {
             fs::metadata(dir.path().join(name))
                 .unwrap()
@@ -616,6 +662,23 @@ mod tests {
         };
         assert_eq!((mode("one") & 0o777, mode("two") & 0o777), (0o666, 0o666));
         assert!(top.read("pipe").is_err() && top.write("pipe", 0o666, true).is_err());
+    }
+
+    #[test]
+    fn what_is_deep_is_opened_to_all_and_can_still_be_executed() {
+        let dir = tempfile::tempdir().unwrap();
+        let top = Folder::open(dir.path()).unwrap();
+        let deep = top.make(&vec!["d"; 300].join("/"), None).unwrap();
+        deep.create("file", 0o600).unwrap();
+        let program = deep.create("program", 0o700).unwrap();
+        set_mode(&program, 0o4755).unwrap();
+        deep.set_mode(0o500).unwrap();
+        top.open_to_all(1_000).unwrap();
+        let mode = |file: &dyn AsFd| rustix::fs::fstat(file.as_fd()).unwrap().st_mode & 0o7777;
+        assert_eq!(mode(&deep.read("file").unwrap()), 0o666);
+        assert_eq!(mode(&program), 0o777);
+        assert_eq!(mode(&deep), 0o777);
+        assert!(top.open_to_all(100).is_err(), "it is bounded");
     }
 
     #[test]

@@ -124,6 +124,10 @@ pub struct ServeArgs {
     /// Stop repls that nobody has used for so long, such as 30m; the next request starts them again [default: off]
     #[arg(long, env = "GANTRY_IDLE_STOP", value_name = "TIME")]
     idle_stop: Option<String>,
+    /// How long a release that is replaced may take to answer the requests that it has, and any program to end
+    /// after SIGTERM, before SIGKILL [default: 10s]
+    #[arg(long, env = "GANTRY_DRAIN", value_name = "TIME")]
+    drain: Option<String>,
     /// Kubernetes: Service in the server's own namespace that leads to the server, as NAME:PORT; needed for
     /// GANTRY_IDLE_STOP
     #[arg(long, env = "GANTRY_WAKE_SERVICE", value_name = "SERVICE")]
@@ -232,6 +236,8 @@ pub struct Config {
     pub module_idle: Option<Duration>,
     /// A repl that nobody has used for so long is stopped until the next request.
     pub idle_stop: Option<Duration>,
+    /// How long a release that is replaced may take to answer what it was asked, and any to end after SIGTERM.
+    pub drain: Duration,
     /// Most bytes of the journal.
     pub journal_bytes: u64,
     /// How long the ids of ended submissions are remembered.
@@ -447,6 +453,7 @@ impl Config {
             remember: remember(&args.remember_days)?,
             module_idle: unused("GANTRY_MODULE_IDLE", &args.module_idle, LEAST_MODULE_IDLE)?,
             idle_stop: unused("GANTRY_IDLE_STOP", &args.idle_stop, LEAST_IDLE_STOP)?,
+            drain: drain(&args.drain)?,
             maximum_limits: maximum_limits(&args)?,
             disk: disk(&args)?,
             runner: runner(args.runner)?,
@@ -705,6 +712,30 @@ const LEAST_MODULE_IDLE: Duration = Duration::from_secs(10);
 /// What a repl starts has come up by then.
 const LEAST_IDLE_STOP: Duration = Duration::from_secs(1);
 
+/// A length of time, such as `30m`.
+fn time(text: &str) -> Option<Duration> {
+    let span: jiff::Span = text.parse().ok()?;
+    let days = jiff::SpanRelativeTo::days_are_24_hours();
+    Duration::try_from(span.to_duration(days).ok()?).ok()
+}
+
+/// Ten seconds are what many a server needs to answer its last requests.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// Longer, and whoever stops a repl waits for minutes.
+const MOST_DRAIN: Duration = Duration::from_secs(300);
+
+fn drain(value: &Option<String>) -> Result<Duration, ConfigError> {
+    let Some(text) = given(value) else {
+        return Ok(DRAIN);
+    };
+    let whole = |time: &Duration| time.subsec_nanos() == 0 && *time <= MOST_DRAIN;
+    time(text).filter(whole).ok_or_else(|| {
+        let expected = "whole seconds from 0s to 300s, such as 10s";
+        wrong("GANTRY_DRAIN", text, expected)
+    })
+}
+
 /// After how long without use something is stopped; `None`: never.
 fn unused(
     variable: &'static str,
@@ -715,11 +746,7 @@ fn unused(
         None | Some("off") => return Ok(None),
         Some(text) => text,
     };
-    let span: Option<jiff::Span> = text.parse().ok();
-    let time = span.and_then(|span| {
-        let days = jiff::SpanRelativeTo::days_are_24_hours();
-        Duration::try_from(span.to_duration(days).ok()?).ok()
-    });
+    let time = time(text);
     let most = Duration::from_secs(365 * 24 * 60 * 60);
     match time.filter(|time| (least..=most).contains(time)) {
         Some(time) => Ok(Some(time)),
@@ -922,7 +949,7 @@ mod tests {
     #[test]
     fn a_bad_value_is_refused_by_its_variables_name() {
         type Set = fn(&mut ServeArgs, Option<String>);
-        let cases: [(&str, Set, &str); 18] = [
+        let cases: [(&str, Set, &str); 19] = [
             ("GANTRY_MAX_WAITING", |a, v| a.max_waiting = v, "0"),
             (
                 "GANTRY_MAX_WAITING_BYTES",
@@ -947,6 +974,7 @@ mod tests {
             ("GANTRY_MODULE_IDLE", |a, v| a.module_idle = v, "9s"),
             ("GANTRY_NAMESERVER", |a, v| a.nameserver = v, "dns.example"),
             ("GANTRY_IDLE_STOP", |a, v| a.idle_stop = v, "30"),
+            ("GANTRY_DRAIN", |a, v| a.drain = v, "6m"),
             ("GANTRY_MAX_WALL_MS", |a, v| a.max_wall_ms = v, "60001"),
             ("GANTRY_LOG", |a, v| a.log = v, "gantry=loud"),
         ];

@@ -408,6 +408,7 @@ async fn sandbox() -> (tempfile::TempDir, Arc<LocalPlatform>, Session) {
         network: false,
         packages: Default::default(),
         log_refused: false,
+        drain: Duration::from_secs(10),
         app_authority: "apps.localhost:8000".to_owned(),
         authority: "localhost:8000".to_owned(),
         disk: DiskBounds::USUAL,

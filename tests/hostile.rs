@@ -119,6 +119,7 @@ async fn start(data: &Path) -> LocalPlatform {
         network: false,
         packages: Default::default(),
         log_refused: false,
+        drain: Duration::from_secs(10),
         app_authority: "apps.localhost:8000".to_owned(),
         authority: "localhost:8000".to_owned(),
         disk: DiskBounds::USUAL,

@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use gantry::model::{DiskBounds, Limits, SubmissionId, Tested, Tests};
+use gantry::model::{DiskBounds, Limits, Serves, SubmissionId, Tested, Tests};
 use gantry::platform::conformance::{Subject, all};
 use gantry::platform::local::{LocalConfig, LocalPlatform};
 use gantry::platform::{Finding, Platform, ReleaseSpec};
@@ -44,6 +44,7 @@ async fn platform(data: &Path) -> (Arc<LocalPlatform>, DirectoryStore) {
         network: false,
         packages: Default::default(),
         log_refused: false,
+        drain: Duration::from_secs(10),
         app_authority: "apps.localhost:8000".to_owned(),
         authority: "localhost:8000".to_owned(),
         disk: DiskBounds::USUAL,
@@ -104,6 +105,7 @@ async fn a_submission_that_is_back_before_its_release_is_released_once() {
         argv: vec!["python3".to_owned(), "main.py".to_owned()],
         env: BTreeMap::new(),
         database: false,
+        serves: Serves::Unknown,
     };
     for _ in 0..2 {
         let (platform, store) = platform(data.path()).await;

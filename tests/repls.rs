@@ -58,13 +58,12 @@ async fn stop(server: &Server, repl: &str) {
 }
 
 async fn page(server: &Server, repl: &str) -> (u16, String) {
+    page_at(server, repl, "/main.py").await
+}
+
+async fn page_at(server: &Server, repl: &str, path: &str) -> (u16, String) {
     let host = format!("{repl}.apps.localhost:{}", server.address.port());
-    let answer = server
-        .get("/main.py")
-        .header(HOST, host)
-        .send()
-        .await
-        .unwrap();
+    let answer = server.get(path).header(HOST, host).send().await.unwrap();
     (answer.status().as_u16(), answer.text().await.unwrap())
 }
 
@@ -222,9 +221,22 @@ async fn the_language_is_seen_by_the_files_and_a_failure_stays_to_be_looked_at()
     put(&server, "script", "data.bin", [0xff, 0, 0xfe]);
     let (status, told) = start(&server, json!({ "replId": "script", "userId": "ann" })).await;
     assert_eq!(status, 200, "{told}");
-    let (status, text) = page_with(&server, "script", "exit code 5").await;
+    // Strangers are not shown what it wrote, and its owner is.
+    let (status, text) = page_with(&server, "script", "not available").await;
     assert_eq!(status, 502);
-    assert!(text.contains("from a shell\n3\n"), "{text}");
+    assert!(
+        !text.contains("from a shell") && !text.contains("exit code"),
+        "{text}"
+    );
+    let none = &json!({});
+    let ticket = post(&server, &server.admin, "/repls/script/ticket", none).await;
+    let path = format!("/?ticket={}", ticket.1["ticket"].as_str().unwrap());
+    let (status, text) = page_at(&server, "script", &path).await;
+    assert_eq!(status, 502);
+    assert!(
+        text.contains("from a shell\n3\n") && text.contains("exit code 5"),
+        "{text}"
+    );
     let told = state(&server, "script", "exited(5)").await;
     assert!(
         told["last_error"].as_str().unwrap().contains("exit code 5"),

@@ -115,6 +115,9 @@ pub(super) fn compose(
     put("limits", limits(args));
     put("deploy", json!(!args.no_deploy));
     put("database", json!(!args.no_database));
+    if args.worker {
+        put("serves", json!(false));
+    }
     put("stream", json!(true));
     let text = Value::Object(fields).to_string();
     if text.len() > MAX_MESSAGE_BYTES {
@@ -426,6 +429,7 @@ mod tests {
             app,
             "--no-deploy",
             "--no-database",
+            "--worker",
             "--repl",
             "shop",
             "--arg",
@@ -444,6 +448,7 @@ mod tests {
         let json = composed(&line).unwrap();
         assert_eq!(json["deploy"], false);
         assert_eq!(json["database"], false);
+        assert_eq!(json["serves"], false);
         assert_eq!(json["repl_id"], "shop");
         assert_eq!(json["args"], json!(["-v", "x"]));
         assert_eq!(json["env"], json!({"A":"b=c"}));

@@ -51,6 +51,10 @@ pub struct SubmitArgs {
     #[arg(long)]
     pub(super) no_database: bool,
 
+    /// The program is a worker: its release serves by running, and need not listen
+    #[arg(long)]
+    pub(super) worker: bool,
+
     /// What the program reads from standard input; - for this command's own
     #[arg(long, value_name = "FILE")]
     pub(super) stdin: Option<PathBuf>,

@@ -590,6 +590,7 @@ fn unstreamed() -> Event {
             usage: crate::model::Usage::default(),
             truncated: false,
             test_report: None,
+            listened: false,
         },
     }
 }

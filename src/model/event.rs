@@ -230,6 +230,9 @@ pub struct RunReport {
     pub truncated: bool,
     /// The test runner's report, where one was asked for.
     pub test_report: Option<String>,
+    /// Something of it was seen to listen on a TCP port.
+    #[serde(default)]
+    pub listened: bool,
 }
 
 /// How a run ended.

@@ -9,6 +9,7 @@ mod event;
 mod id;
 mod image;
 mod language;
+mod letters;
 mod limits;
 mod module;
 mod network;
@@ -31,6 +32,7 @@ pub use language::{
     BUILD_ARCHIVE, BUILD_FOLDER, Compile, LANGUAGES, Language, Proof, TestCommand, TestFiles,
     TestRunner, Tool, Words,
 };
+pub use letters::{begin_with_a_letter, whole_letters};
 pub use limits::{Limits, LimitsRequest, MAX_CODE_BYTES, MAX_MESSAGE_BYTES};
 pub use module::{
     MAX_MODULE_REPLICAS, ModuleName, ModuleNameError, ModuleRequest, ModuleSpec, ModuleState,
@@ -43,7 +45,9 @@ pub use packages::{
     PackageIndex, Packages, Place, Registry, index_failed, package_place, patient,
 };
 pub use problem::Problem;
-pub use release::{Release, ReleaseState, ReplState, ReplStatus, idle_cause};
+pub use release::{
+    MAX_RELEASES, Release, ReleaseState, ReplState, ReplStatus, Serves, forgotten_first, idle_cause,
+};
 pub use service::{
     ContainerSpec, ContainerState, ContainerStatus, Happening, MAX_REPLICAS, NodeState, NodeStatus,
     ServiceEvent, ServiceOutcome, ServiceSpec, ServiceState, ServiceStatus, ServicesRequest,

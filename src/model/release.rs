@@ -19,6 +19,67 @@ pub enum ReleaseState {
     Stopped,
 }
 
+/// Releases remembered of one repl; older ones can no longer be rolled back to.
+pub const MAX_RELEASES: usize = 50;
+
+/// Which of a repl's releases, from the oldest to the newest, is forgotten first: the oldest that never served,
+/// and without one the oldest that did. Never the one that serves nor one that is being made (`None`), nor
+/// the newest, whose number must not be given out again.
+pub fn forgotten_first(releases: &[Option<ReleaseState>]) -> Option<usize> {
+    let older = &releases[..releases.len().saturating_sub(1)];
+    let failed = |state: &Option<ReleaseState>| *state == Some(ReleaseState::Failed);
+    let served = |state: &Option<ReleaseState>| {
+        matches!(
+            state,
+            Some(ReleaseState::Superseded | ReleaseState::Stopped)
+        )
+    };
+    let first = older.iter().position(failed);
+    first.or_else(|| older.iter().position(served))
+}
+
+/// Whether a release is to listen on its port before it takes over.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Serves {
+    /// It has to: its submission said so, or it listened while it was tested.
+    Yes,
+    /// It need not: its submission said that it is a worker.
+    No,
+    /// Nothing was said, and nothing listened while it was tested.
+    #[default]
+    Unknown,
+}
+
+impl Serves {
+    /// From what the submission says and what its test run showed.
+    pub fn of(declared: Option<bool>, listened: bool) -> Self {
+        match (declared, listened) {
+            (Some(true), _) | (None, true) => Serves::Yes,
+            (Some(false), _) => Serves::No,
+            (None, false) => Serves::Unknown,
+        }
+    }
+
+    /// The word in variables.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Serves::Yes => "yes",
+            Serves::No => "no",
+            Serves::Unknown => "unknown",
+        }
+    }
+}
+
+impl std::str::FromStr for Serves {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = [Serves::Yes, Serves::No, Serves::Unknown];
+        let found = known.into_iter().find(|serves| serves.as_str() == text);
+        found.ok_or_else(|| format!("{text:?} is not yes, no or unknown"))
+    }
+}
+
 /// One deployed version of a repl: immutable, numbered from 1.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Release {
@@ -130,4 +191,36 @@ pub struct ReplStatus {
 pub fn idle_cause(since: Timestamp) -> String {
     let since = since.strftime("%Y-%m-%d %H:%M:%S UTC");
     format!("stopped: idle since {since}; the next request starts it again")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_never_served_is_forgotten_before_what_did() {
+        use ReleaseState::{Current, Failed, Stopped, Superseded};
+        let first = |states: &[Option<ReleaseState>]| forgotten_first(states);
+        assert_eq!(
+            first(&[Some(Superseded), Some(Failed), Some(Current)]),
+            Some(1)
+        );
+        assert_eq!(
+            first(&[Some(Current), Some(Stopped), Some(Superseded), None]),
+            Some(1)
+        );
+        assert_eq!(first(&[None, Some(Current), Some(Failed)]), None);
+        assert_eq!(first(&[]), None);
+    }
+
+    #[test]
+    fn what_is_declared_counts_more_than_what_was_seen() {
+        assert_eq!(Serves::of(Some(false), true), Serves::No);
+        assert_eq!(Serves::of(Some(true), false), Serves::Yes);
+        assert_eq!(Serves::of(None, true), Serves::Yes);
+        assert_eq!(Serves::of(None, false), Serves::Unknown);
+        for serves in [Serves::Yes, Serves::No, Serves::Unknown] {
+            assert_eq!(serves.as_str().parse(), Ok(serves));
+        }
+    }
 }

@@ -187,6 +187,7 @@ pub struct SubmissionRequest {
     limits: Option<LimitsRequest>,
     deploy: Option<bool>,
     database: Option<bool>,
+    serves: Option<bool>,
     stream: Option<bool>,
 }
 
@@ -224,6 +225,9 @@ pub struct Submission {
     pub deploy: bool,
     /// Give the release a database.
     pub database: bool,
+    /// Whether the release listens on its port. `None`: the client did not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serves: Option<bool>,
 }
 
 impl SubmissionRequest {
@@ -300,6 +304,7 @@ impl SubmissionRequest {
             // A library is tested, and there is nothing of it to be released.
             deploy: runs && self.deploy.unwrap_or(true),
             database: self.database.unwrap_or(true),
+            serves: self.serves,
         })
     }
 }

@@ -21,8 +21,8 @@ use super::verdict::{
 use crate::budget::Spent;
 use crate::journal::{Appended, JournalError, NewRecord};
 use crate::model::{
-    Event, Outcome, OutputStream, Problem, Reason, Record, RunReport, Status, Step, StepState,
-    Submission, TestFiles, TestResult, Tested, Tests,
+    Event, Outcome, OutputStream, Problem, Reason, Record, RunReport, Serves, Status, Step,
+    StepState, Submission, TestFiles, TestResult, Tested, Tests,
 };
 use crate::platform::{PlatformError, ReleaseSpec, RunningRelease};
 use crate::runner::client::{Run, RunEvent, Session};
@@ -275,7 +275,9 @@ impl Course {
                 outcome.status = Status::Cancelled;
             } else {
                 self.control.close();
-                self.deploy(&mut outcome).await?;
+                let listened = |run: &FinishedRun| run.report.as_ref().is_some_and(|r| r.listened);
+                let serves = Serves::of(self.submission.serves, runs.iter().any(listened));
+                self.deploy(&mut outcome, serves).await?;
             }
         }
         Ok(self.ended(outcome))
@@ -572,7 +574,7 @@ impl Course {
     }
 
     /// Publishes and releases what passed. Safe to do again: a release is found by its submission.
-    async fn deploy(&mut self, outcome: &mut Outcome) -> Result<(), JournalError> {
+    async fn deploy(&mut self, outcome: &mut Outcome, serves: Serves) -> Result<(), JournalError> {
         let (repl, id) = (self.submission.repl_id.clone(), self.submission.id);
         self.step(Step::Publish, StepState::Started).await?;
         // Before anything is stored under the name.
@@ -599,6 +601,7 @@ impl Course {
             argv: plan::argv(&self.submission, &self.submission.args),
             env: self.submission.env.clone(),
             database: self.submission.database,
+            serves,
         };
         let released = self.release(&spec).await;
         match released {

@@ -533,6 +533,7 @@ mod tests {
                 usage: Usage::default(),
                 truncated: false,
                 test_report: None,
+                listened: false,
             }),
             stdout: stdout.to_owned(),
             ..FinishedRun::default()

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::model::{
     Domain, Ending, Limits, Reason, RelativePath, ReleaseState, ReplChange, ReplId, ReplState,
-    RunReport, SubmissionId, Tested, Tests, UserId,
+    RunReport, Serves, SubmissionId, Tested, Tests, UserId,
 };
 use crate::runner::client::{Run, RunEvent};
 use crate::runner::confine::{SIGNALS_VERSION, landlock_version};
@@ -635,6 +635,11 @@ async fn a_workspace_stays_whatever_its_program_does(subject: &Subject) -> anyho
     );
     let page = ended_page(platform, &repl, "exit code 3").await?;
     ensure!(page.contains("Hello, workspace"), "{page}");
+    let strangers = fetch(platform, &repl).await?;
+    ensure!(
+        strangers.contains(" 502 ") && !strangers.contains("Hello"),
+        "strangers read what it wrote: {strangers}"
+    );
     platform.drop_repl(&repl).await?;
     Ok(())
 }
@@ -700,7 +705,7 @@ async fn what_is_idle_comes_back_as_it_was(subject: &Subject) -> anyhow::Result<
     Ok(())
 }
 
-/// The repl's page, once it says so.
+/// The repl's page, once it says so to the repl's owner.
 async fn ended_page(
     platform: &Arc<dyn Platform>,
     repl: &ReplId,
@@ -708,8 +713,12 @@ async fn ended_page(
 ) -> anyhow::Result<String> {
     let started = Instant::now();
     loop {
-        let page = fetch(platform, repl).await;
-        match page {
+        let page = async {
+            let until = u64::try_from(Timestamp::now().as_second())? + 60;
+            let ticket = platform.ticket_key(repl).await?.issue(repl, until);
+            fetch_from(platform, repl, &format!("/?ticket={ticket}")).await
+        };
+        match page.await {
             Ok(page) if page.contains(says) => return Ok(page),
             other => ensure!(
                 started.elapsed() < PATIENCE,
@@ -739,6 +748,7 @@ async fn a_name_is_counted_and_given_back(subject: &Subject) -> anyhow::Result<(
         argv: vec!["python3".to_owned(), "main.py".to_owned()],
         env: BTreeMap::new(),
         database: false,
+        serves: Serves::Unknown,
     };
     ensure!(
         platform.ensure_release(&theirs).await.is_err(),
@@ -793,6 +803,7 @@ async fn release(
         argv: vec!["python3".to_owned(), "main.py".to_owned()],
         env: BTreeMap::new(),
         database: true,
+        serves: Serves::Unknown,
     };
     let released = subject.platform.ensure_release(&spec).await;
     if let Ok(running) = &released {
@@ -806,10 +817,17 @@ async fn release(
 }
 
 async fn fetch(platform: &Arc<dyn Platform>, repl: &ReplId) -> anyhow::Result<String> {
+    fetch_from(platform, repl, "/").await
+}
+
+async fn fetch_from(
+    platform: &Arc<dyn Platform>,
+    repl: &ReplId,
+    path: &str,
+) -> anyhow::Result<String> {
     let mut stream = platform.dial(repl).await?;
-    stream
-        .write_all(b"GET / HTTP/1.0\r\nHost: x\r\nConnection: close\r\n\r\n")
-        .await?;
+    let request = format!("GET {path} HTTP/1.0\r\nHost: x\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
     let mut answer = Vec::new();
     timeout(PATIENCE, stream.read_to_end(&mut answer)).await??;
     Ok(String::from_utf8_lossy(&answer).into_owned())

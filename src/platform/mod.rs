@@ -22,7 +22,7 @@ use jiff::Timestamp;
 
 use crate::model::{
     Event, FieldError, Language, Origin, Problem, Release, ReplChange, ReplData, ReplId,
-    ReplSettings, ReplStatus, SubmissionId, Tested, TicketKey, UserId,
+    ReplSettings, ReplStatus, Serves, SubmissionId, Tested, TicketKey, UserId,
 };
 
 pub use crate::runner::client::ByteStream;
@@ -96,6 +96,8 @@ pub struct ReleaseSpec {
     pub env: BTreeMap<String, String>,
     /// Give it a database.
     pub database: bool,
+    /// Whether it has to listen before it serves.
+    pub serves: Serves,
 }
 
 /// A release that serves.
@@ -320,6 +322,10 @@ pub trait Platform: Send + Sync + fmt::Debug {
     /// Ends everything of this server's that should not outlive it.
     async fn shutdown(&self);
 }
+
+/// What to do about a release that did not come to serve.
+pub const LISTEN_OR_END: &str = "Have the program listen on port 3000 (PORT says so) of 0.0.0.0, or end with exit code 0; \
+     for a worker, which does neither, send \"serves\": false. The previous release serves on.";
 
 /// The code of a problem that means: the platform itself cannot be asked now. What runs goes on.
 pub const AWAY: &str = "cluster_unavailable";

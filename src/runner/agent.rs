@@ -832,6 +832,7 @@ impl Agent {
             anyhow::bail!("there is no command to run");
         };
         let (parent, child) = pipes()?;
+        child.give(slot.uid)?;
         let mut command = Process::new(name);
         command.args(arguments).env_clear().envs(env);
         child.attach(&mut command);
@@ -959,5 +960,6 @@ fn not_started(why: &str) -> RunReport {
         usage: Usage::default(),
         truncated: false,
         test_report: None,
+        listened: false,
     }
 }

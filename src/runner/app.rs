@@ -3,26 +3,28 @@
 //! The program listens on port 3000 of its own network namespace. Until it does, and after it has
 //! ended, this side answers callers itself: with what is happening, or with the output and the exit
 //! code of a program that simply ended.
+//!
+//! A release serves when it listens there or has ended with exit code 0. One that is a worker, because its
+//! submission said so or since nothing is known and it ran for long enough, serves by running. What does
+//! not come to serve is stopped, with the reason.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, VecDeque};
 use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, Read};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::process::Command;
 use std::rc::Rc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use http_body_util::Full;
-use hyper::body::{Bytes, Incoming};
-use hyper::{Request, Response, StatusCode, header};
+use hyper::Request;
+use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::unix::pipe;
 use tokio::net::{TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Notify, OnceCell, broadcast, mpsc};
@@ -30,24 +32,46 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::agent::{AgentConfig, Exits, collect_children};
 use super::build::unpack;
+use super::callers::Callers;
 use super::confine::{Confinement, Identity};
 use super::job::KILL_PATIENCE;
 use super::line::{Lines, Proxy};
+use super::listening::{LOCAL, listening};
+use super::page::page;
 use super::process::signal as signal_process;
 use super::slot::{Ground, Slot, bind};
 use super::warm::pipes;
-use super::wire::{AppPort, FromApp, frames};
-use super::workspace::{self, Files, Terminal, Workspace};
+use super::wire::{AppPort, FromApp, ToApp, frames};
+use super::workspace::{self, Files, Terminal, Tickets, Workspace};
 use crate::beneath::{Folder, Kind};
 use crate::model::{
-    BUILD_ARCHIVE, Ending, Limits, OutputStream, PACKAGE_PROXY, Packages, RelativePath,
+    BUILD_ARCHIVE, Ending, Limits, OutputStream, PACKAGE_PROXY, Packages, RelativePath, Serves,
+    begin_with_a_letter, whole_letters,
 };
 
 /// The port a released program listens on (design.md §5).
 pub const PROGRAM_PORT: u16 = 3_000;
 
-/// A program that neither listens nor ends within this time is a worker, and serves by running.
+/// The runner's own ports in a released pod (design.md §5): its own, and the one that callers come to.
+pub(super) const RUNNER_PORT: u16 = 3_001;
+pub(super) const FRONT_PORT: u16 = 3_002;
+
+/// A worker serves by running: one that was declared to be one, or that is tested by nobody, such as a
+/// workspace, when it has neither ended nor failed for so long.
 const WORKER_AFTER: Duration = Duration::from_secs(5);
+
+/// The same for a release of which nothing is known: a server that is slow to start listens by then.
+const UNKNOWN_AFTER: Duration = Duration::from_secs(30);
+
+/// Longest wait for a release that has to listen.
+const LISTEN_PATIENCE: Duration = Duration::from_secs(50);
+
+/// How long a release may listen elsewhere only. Some have a second port, which they open first.
+const ELSEWHERE_PATIENCE: Duration = Duration::from_secs(20);
+
+/// How often it is looked at where a release listens, and how many addresses are told.
+const LOOK_ELSEWHERE: Duration = Duration::from_millis(500);
+const MOST_ADDRESSES: usize = 3;
 
 /// Pause before a failed program is started again: doubled each time up to the longest, as the
 /// kubelet does it (10 s to 300 s there; shorter here, where someone is usually watching).
@@ -75,9 +99,13 @@ const LINE_PATIENCE: Duration = Duration::from_millis(20);
 const MOST_BYTES: u64 = 256 << 20;
 const MOST_FILES: usize = 10_000;
 
-/// Time a program gets between SIGTERM and SIGKILL when its user stops it, and how often it is looked at.
+/// Time a program gets between SIGTERM and SIGKILL when its user restarts it, or when its server is gone, and
+/// how often it is looked at.
 const END_PATIENCE: Duration = Duration::from_secs(3);
 const END_PAUSE: Duration = Duration::from_millis(10);
+
+/// Longest wait until the callers of a program that ended have what was on its way to them.
+const LAST_BYTES: Duration = Duration::from_millis(500);
 
 /// Why a release is not stopped and started by its runner's port.
 const NOT_A_WORKSPACE: &str =
@@ -114,6 +142,10 @@ pub struct ProgramConfig {
     /// It is a workspace: however its program ends, it stays for its user to look at, and the program is
     /// not started again by itself.
     pub stays: bool,
+    /// Whether it is to listen; `None`: nobody waits for it.
+    pub serves: Option<Serves>,
+    /// It has served before, elsewhere or earlier, and comes back: it is not stopped for coming up slowly.
+    pub served: bool,
     /// The program's own variables.
     pub env: Vec<(String, String)>,
     /// Bytes of memory it may use; `None`: something else bounds it.
@@ -153,9 +185,48 @@ pub(super) struct App {
     proxy: OnceCell<Proxy>,
     /// Takes what it writes, beside whoever watches: stdout, stderr.
     echo: Option<[File; 2]>,
-    /// When somebody used it last: asked its program for something, or had a terminal. Whatever the program
-    /// comes to is there to be looked at for as long.
-    used: Cell<Instant>,
+    /// Who asks its program for something, and when somebody did last, or had a terminal. Whatever the
+    /// program comes to is there to be looked at for as long.
+    callers: Callers,
+    /// It has served.
+    served: Cell<bool>,
+    /// It is asked to end, and is not started any more.
+    leaves: Cell<bool>,
+    /// A life of it is not over.
+    lives: Cell<bool>,
+    /// This side listens on the program's port, at another address than the program.
+    bridged: Cell<bool>,
+    /// What its owner shows to see what it wrote.
+    tickets: OnceCell<Tickets>,
+}
+
+/// How one life of a program ended.
+#[derive(Debug)]
+pub(super) struct Life {
+    /// How.
+    pub(super) ending: Ending,
+    /// Whether it served before.
+    pub(super) served: bool,
+    /// Why it was stopped, when it did not come to serve.
+    pub(super) unready: Option<String>,
+}
+
+impl Life {
+    fn failed(error: &anyhow::Error) -> Self {
+        Self {
+            ending: Ending::NotStarted(format!("{error:#}")),
+            served: false,
+            unready: None,
+        }
+    }
+
+    /// In words that follow "the program".
+    pub(super) fn words(&self) -> String {
+        match &self.unready {
+            Some(why) => format!("was stopped: {why}"),
+            None => describe(&self.ending),
+        }
+    }
 }
 
 /// Runs the program until the server lets go of it.
@@ -280,7 +351,12 @@ impl App {
             lines: Rc::default(),
             proxy: OnceCell::new(),
             echo,
-            used: Cell::new(Instant::now()),
+            callers: Callers::new(),
+            served: Cell::new(config.served),
+            leaves: Cell::new(false),
+            lives: Cell::new(false),
+            bridged: Cell::new(false),
+            tickets: OnceCell::new(),
             config,
         }))
     }
@@ -298,9 +374,8 @@ impl App {
                 if first {
                     tokio::task::spawn_local(Rc::clone(&self).keep_running());
                 }
-                watch(stream, events).await;
-                // The server is gone, and with it everybody who could call. As the first process
-                // of its namespace this one takes the program along.
+                self.watch(stream, events).await;
+                // As the first process of its namespace this one takes along what is left.
                 let _ = self.slot.tree(Vec::new()).kill(KILL_PATIENCE).await;
                 std::process::exit(0)
             }
@@ -310,21 +385,76 @@ impl App {
 
     /// One caller: joined to the program when it listens, answered in its place otherwise.
     pub(super) async fn show(self: Rc<Self>, stream: impl AsyncRead + AsyncWrite + Unpin) {
-        let mut stream = Noticed { stream, app: &self };
-        if self.config.sandbox.network
-            && let Ok(mut program) = TcpStream::connect(("127.0.0.1", PROGRAM_PORT)).await
+        let mut stream = self.callers.connect(stream);
+        let Some(mut program) = self.connect().await else {
+            return self.stand_in(stream).await;
+        };
+        let _ = program.set_nodelay(true);
+        if tokio::io::copy_bidirectional(&mut stream, &mut program)
+            .await
+            .is_err()
         {
-            let _ = program.set_nodelay(true);
-            let _ = tokio::io::copy_bidirectional(&mut stream, &mut program).await;
-            return;
+            // A program that was killed closes nothing properly; its caller is told all the same.
+            let _ = timeout(LAST_BYTES, stream.shutdown()).await;
         }
-        self.stand_in(stream).await;
+    }
+
+    /// A connection to the program, wherever in here it listens on its port.
+    async fn connect(&self) -> Option<TcpStream> {
+        // One that may not make internet sockets cannot listen: what answers is somebody else.
+        if !self.config.sandbox.network {
+            return None;
+        }
+        for host in LOCAL {
+            if let Ok(program) = TcpStream::connect((host, PROGRAM_PORT)).await {
+                return Some(program);
+            }
+        }
+        if self.bridged.get() || !self.is_running() {
+            return None;
+        }
+        let own = |address: &SocketAddr| {
+            let host = address.ip();
+            address.port() == PROGRAM_PORT && !host.is_unspecified() && !LOCAL.contains(&host)
+        };
+        for address in self.listens().into_iter().filter(own).take(MOST_ADDRESSES) {
+            if let Ok(program) = TcpStream::connect(address).await {
+                return Some(program);
+            }
+        }
+        None
+    }
+
+    /// Whether anything answers on the program's port.
+    pub(super) async fn answers(&self) -> bool {
+        self.connect().await.is_some()
+    }
+
+    /// Where the program listens.
+    fn listens(&self) -> Vec<SocketAddr> {
+        let own = || rustix::process::getuid().as_raw();
+        listening(None, self.slot.uid.unwrap_or_else(own))
+    }
+
+    /// Says that this side listens on the program's port for it.
+    pub(super) fn set_bridged(&self, bridged: bool) {
+        self.bridged.set(bridged);
+    }
+
+    /// What its owner's requests are known by.
+    pub(super) fn let_in(&self, tickets: Tickets) {
+        // Set before: a program has one owner.
+        let _ = self.tickets.set(tickets);
     }
 
     /// Answers one caller in the program's place.
     pub(super) async fn stand_in(&self, stream: impl AsyncRead + AsyncWrite + Unpin) {
-        let service = hyper::service::service_fn(|_: Request<Incoming>| {
-            std::future::ready(Ok::<_, Infallible>(self.page()))
+        let service = hyper::service::service_fn(|request: Request<Incoming>| {
+            let tickets = self.tickets.get();
+            let for_owner = tickets.is_some_and(|tickets| tickets.admit(&request));
+            let output: Vec<u8> = self.output.borrow().iter().copied().collect();
+            let page = page(&self.state.borrow(), &output, for_owner);
+            std::future::ready(Ok::<_, Infallible>(page))
         });
         let _ = hyper::server::conn::http1::Builder::new()
             .keep_alive(false)
@@ -332,69 +462,14 @@ impl App {
             .await;
     }
 
-    fn page(&self) -> Response<Full<Bytes>> {
-        let output: Vec<u8> = self.output.borrow().iter().copied().collect();
-        let output = escape(&String::from_utf8_lossy(&output));
-        let (status, title, refresh) = match &*self.state.borrow() {
-            State::Ended(Ending::Exited(0)) => (
-                StatusCode::OK,
-                "The program ended with exit code 0".to_owned(),
-                false,
-            ),
-            State::Ended(ending) => (
-                StatusCode::BAD_GATEWAY,
-                format!("The program {}", describe(ending)),
-                false,
-            ),
-            State::Starting => (
-                StatusCode::SERVICE_UNAVAILABLE,
-                "The program is starting".to_owned(),
-                true,
-            ),
-            State::Serving => (
-                StatusCode::SERVICE_UNAVAILABLE,
-                format!("The program is running and does not listen on port {PROGRAM_PORT}"),
-                true,
-            ),
-        };
-        let refresh = if refresh {
-            "<meta http-equiv=refresh content=1>"
-        } else {
-            ""
-        };
-        let html = format!(
-            "<!doctype html><html lang=en><meta charset=utf-8>{refresh}\
-             <meta name=viewport content='width=device-width'><meta name=color-scheme content='light dark'>\
-             <title>{title}</title><style>body{{font:16px system-ui;margin:3rem auto;max-width:60rem;padding:0 1rem}}\
-             pre{{font:14px/1.5 ui-monospace,monospace;padding:1rem;border:1px solid #8884;border-radius:8px;\
-             white-space:pre-wrap;overflow-wrap:anywhere}}</style><h1>{title}</h1><pre>{output}</pre>"
-        );
-        let mut response = Response::new(Full::new(Bytes::from(html)));
-        *response.status_mut() = status;
-        response.headers_mut().insert(
-            header::CONTENT_TYPE,
-            header::HeaderValue::from_static("text/html; charset=utf-8"),
-        );
-        if !refresh.is_empty() {
-            response
-                .headers_mut()
-                .insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
-        }
-        response.headers_mut().insert(
-            header::CACHE_CONTROL,
-            header::HeaderValue::from_static("no-store"),
-        );
-        response
-    }
-
     /// Somebody uses it now.
     pub(super) fn notice(&self) {
-        self.used.set(Instant::now());
+        self.callers.notice();
     }
 
     /// For how long nobody has used it.
     pub(super) fn unused(&self) -> Duration {
-        self.used.get().elapsed()
+        self.callers.unused()
     }
 
     /// Whether it stays when its program has ended.
@@ -416,7 +491,9 @@ impl App {
     pub(super) fn last_output(&self, bytes: usize) -> Vec<u8> {
         let output = self.output.borrow();
         let before = output.len().saturating_sub(bytes);
-        output.iter().skip(before).copied().collect()
+        let mut last: VecDeque<u8> = output.iter().skip(before).copied().collect();
+        begin_with_a_letter(&mut last);
+        last.into()
     }
 
     /// Sends its first process a signal.
@@ -439,6 +516,29 @@ impl App {
             sleep(END_PAUSE).await;
         }
         Ok(())
+    }
+
+    /// Ends it for good: it may answer whom it answers now for so long, if that is wanted, and has as long
+    /// after SIGTERM to end by itself.
+    pub(super) async fn leave(&self, patience: Duration, drain: bool) {
+        self.leaves.set(true);
+        let asked = Instant::now();
+        while drain && self.callers.wait_for_answers() && asked.elapsed() < patience {
+            sleep(END_PAUSE).await;
+        }
+        self.signal(libc::SIGTERM);
+        let asked = Instant::now();
+        while self.is_running() && asked.elapsed() < patience {
+            sleep(END_PAUSE).await;
+        }
+        self.kill().await;
+        let ended = Instant::now();
+        while self.lives.get() && ended.elapsed() < REST_PATIENCE {
+            sleep(END_PAUSE).await;
+        }
+        while self.callers.are_connected() && ended.elapsed() < LAST_BYTES {
+            sleep(END_PAUSE).await;
+        }
     }
 
     /// Has it run once more.
@@ -512,6 +612,7 @@ impl App {
     ) -> anyhow::Result<Option<Vec<u8>>> {
         let mut command = self.command(argv)?;
         let (parent, child) = pipes()?;
+        child.give(self.slot.uid)?;
         child.attach(&mut command);
         let pid = i32::try_from(command.spawn()?.id())?;
         let exited = self.exits.wait_for(pid);
@@ -562,12 +663,15 @@ impl App {
     async fn keep_running(self: Rc<Self>) {
         let mut pauses = Pauses::default();
         let mut restarts = 0;
-        loop {
+        while !self.leaves.get() {
             let started = Instant::now();
-            let (ending, served) = self.live_once(restarts).await;
+            let life = self.live_once(restarts).await;
             // What served and then failed is started again; what never served failed for good.
-            let again = served && ending != Ending::Exited(0) && !self.config.stays;
-            self.ended(ending, again);
+            let again = self.served.get()
+                && life.ending != Ending::Exited(0)
+                && !self.config.stays
+                && !self.leaves.get();
+            self.ended(life, again);
             if self.config.stays {
                 self.again().await;
                 continue;
@@ -581,30 +685,39 @@ impl App {
     }
 
     /// Tells that it ended.
-    pub(super) fn ended(&self, ending: Ending, again: bool) {
-        let _ = self.events.send(FromApp::Ended { ending, again });
+    pub(super) fn ended(&self, life: Life, again: bool) {
+        let Life {
+            ending, unready, ..
+        } = life;
+        let _ = self.events.send(FromApp::Ended {
+            ending,
+            again,
+            unready,
+        });
     }
 
-    /// One life of the program and all that it started: how it ended, and whether it served before.
-    pub(super) async fn live_once(&self, restarts: u32) -> (Ending, bool) {
+    /// One life of the program and all that it started.
+    pub(super) async fn live_once(&self, restarts: u32) -> Life {
         let _ = self.events.send(FromApp::Started { restarts });
         *self.state.borrow_mut() = State::Starting;
         self.output.borrow_mut().clear();
-        let (ending, served) = match self.run_once().await {
-            Ok(result) => result,
+        self.lives.set(true);
+        let life = match self.run_once().await {
+            Ok(life) => life,
             Err(error) => {
                 self.process.set(None);
                 self.kill().await;
-                (Ending::NotStarted(format!("{error:#}")), false)
+                Life::failed(&error)
             }
         };
-        *self.state.borrow_mut() = State::Ended(ending.clone());
+        *self.state.borrow_mut() = State::Ended(life.ending.clone());
+        self.lives.set(false);
         self.notice();
-        (ending, served)
+        life
     }
 
-    /// One life of the program: how it ended, and whether it served before. Then nothing of it is left.
-    async fn run_once(&self) -> anyhow::Result<(Ending, bool)> {
+    /// One life of the program. Then nothing of it is left.
+    async fn run_once(&self) -> anyhow::Result<Life> {
         if self.config.stays {
             self.open_proxy().await?;
         }
@@ -623,20 +736,27 @@ impl App {
         read(OutputStream::Stdout, stdout, out);
         read(OutputStream::Stderr, stderr, err);
         drop(tell);
-        let serving = serves(self.config.sandbox.network);
-        tokio::pin!(serving);
-        let mut served = false;
+        let coming = self.comes_up();
+        tokio::pin!(coming);
+        let (mut came, mut served, mut unready) = (false, false, None);
         let mut out_of_memory = false;
         let mut measure = tokio::time::interval(MEASURE_EVERY);
         let exit = loop {
             tokio::select! {
                 exit = &mut exited => break exit?,
                 Some((stream, data)) = told.recv() => self.wrote(stream, data),
-                () = &mut serving, if !served => {
-                    served = true;
-                    self.notice();
-                    *self.state.borrow_mut() = State::Serving;
-                    let _ = self.events.send(FromApp::Serving);
+                up = &mut coming, if !came => {
+                    came = true;
+                    match up {
+                        Ok(()) => {
+                            served = true;
+                            self.serves();
+                        }
+                        Err(why) => {
+                            unready = Some(why);
+                            self.kill().await;
+                        }
+                    }
                 }
                 _ = measure.tick() => {
                     let tree = self.slot.tree(Vec::new());
@@ -671,11 +791,84 @@ impl App {
         } else {
             Ending::Exited(libc::WEXITSTATUS(exit.status))
         };
-        Ok((ending, served))
+        Ok(Life {
+            ending,
+            served,
+            unready,
+        })
+    }
+
+    fn serves(&self) {
+        self.served.set(true);
+        self.notice();
+        *self.state.borrow_mut() = State::Serving;
+        let _ = self.events.send(FromApp::Serving);
+    }
+
+    /// Resolves when the program serves: it listens, or is a worker and has run for long enough. The error
+    /// says why it does not.
+    async fn comes_up(&self) -> Result<(), String> {
+        let serves = self.config.serves;
+        if !self.config.sandbox.network {
+            sleep(WORKER_AFTER).await;
+            return Ok(());
+        }
+        let worker_after = match serves {
+            None | Some(Serves::No) => WORKER_AFTER,
+            Some(Serves::Unknown) => UNKNOWN_AFTER,
+            Some(Serves::Yes) => Duration::MAX,
+        };
+        let judged = matches!(serves, Some(Serves::Yes | Serves::Unknown)) && !self.served.get();
+        let started = Instant::now();
+        let (mut looked, mut elsewhere) = (started, None);
+        let mut pause = TRY_EVERY;
+        loop {
+            if self.answers().await {
+                return Ok(());
+            }
+            if judged && looked.elapsed() >= LOOK_ELSEWHERE {
+                looked = Instant::now();
+                let found = self.listens_elsewhere();
+                let since = elsewhere.map_or(looked, |(since, _)| since);
+                elsewhere = found.map(|found| (since, found));
+            }
+            let lived = started.elapsed();
+            match &elsewhere {
+                Some((since, found)) if since.elapsed() >= ELSEWHERE_PATIENCE => {
+                    return Err(format!(
+                        "it listens on {found} and not on port {PROGRAM_PORT}"
+                    ));
+                }
+                None if lived >= worker_after => return Ok(()),
+                _ => {}
+            }
+            if judged && lived >= LISTEN_PATIENCE {
+                let seconds = LISTEN_PATIENCE.as_secs();
+                let but = elsewhere
+                    .map_or_else(String::new, |(_, found)| format!("; it listens on {found}"));
+                return Err(format!(
+                    "it did not listen on port {PROGRAM_PORT} within {seconds} s{but}"
+                ));
+            }
+            sleep(pause).await;
+            pause = (pause * 5 / 4).min(Duration::from_millis(50));
+        }
+    }
+
+    /// Where the program listens, when it is nowhere that its callers come to.
+    fn listens_elsewhere(&self) -> Option<String> {
+        let in_pod = matches!(self.config.sandbox.ground, Ground::Container { .. });
+        let ours = |port| in_pod && [RUNNER_PORT, FRONT_PORT].contains(&port);
+        let mut found = self.listens();
+        found.retain(|address| address.port() != PROGRAM_PORT && !ours(address.port()));
+        let told: Vec<String> = found.iter().map(SocketAddr::to_string).collect();
+        let told = &told[..told.len().min(MOST_ADDRESSES)];
+        (!told.is_empty()).then(|| told.join(", "))
     }
 
     fn start(&self) -> anyhow::Result<(i32, pipe::Receiver, pipe::Receiver)> {
         let (parent, child) = pipes()?;
+        child.give(self.slot.uid)?;
         let mut command = self.command(&self.config.argv)?;
         child.attach(&mut command);
         let name = command.get_program().to_string_lossy().into_owned();
@@ -720,74 +913,65 @@ impl App {
         Ok(command)
     }
 
+    /// Passes on what happens until the server has it ended, or is gone, and with it everybody who could call.
+    async fn watch(&self, stream: UnixStream, mut events: broadcast::Receiver<FromApp>) {
+        let (mut reader, mut writer) = frames(stream);
+        let asked = loop {
+            tokio::select! {
+                event = events.recv() => match event {
+                    Ok(event) => {
+                        if writer.send(&event).await.is_err() {
+                            break None;
+                        }
+                    }
+                    // A server that cannot keep up loses some of the output, not the program.
+                    Err(broadcast::error::RecvError::Lagged(lost)) => {
+                        tracing::warn!(lost, "the server did not keep up with the program's output");
+                    }
+                    Err(broadcast::error::RecvError::Closed) => break None,
+                },
+                asked = reader.next::<ToApp>() => break asked.ok(),
+            }
+        };
+        let Some(ToApp::End { patience_ms, drain }) = asked else {
+            return self.leave(END_PATIENCE, false).await;
+        };
+        let mut ends = std::pin::pin!(self.leave(Duration::from_millis(patience_ms), drain));
+        let mut left = false;
+        loop {
+            let event = tokio::select! {
+                biased;
+                event = events.recv() => event,
+                () = &mut ends, if !left => {
+                    left = true;
+                    continue;
+                }
+                // All of it was passed on.
+                () = std::future::ready(()), if left => return,
+            };
+            match event {
+                Ok(event) => {
+                    if writer.send(&event).await.is_err() {
+                        break;
+                    }
+                }
+                Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => break,
+            }
+        }
+        if !left {
+            ends.await;
+        }
+    }
+
     fn wrote(&self, stream: OutputStream, data: Vec<u8>) {
         let mut output = self.output.borrow_mut();
         output.extend(&data);
         let excess = output.len().saturating_sub(KEPT_OUTPUT);
         output.drain(..excess);
+        begin_with_a_letter(&mut output);
         drop(output);
         let _ = self.events.send(FromApp::Output { stream, data });
-    }
-}
-
-/// A caller's connection: what comes and goes on it is use. That it is open is not, since proxies keep
-/// connections.
-struct Noticed<'a, S> {
-    stream: S,
-    app: &'a App,
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Noticed<'_, S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        let read = Pin::new(&mut self.stream).poll_read(context, buffer);
-        if buffer.filled().len() > before {
-            self.app.notice();
-        }
-        read
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Noticed<'_, S> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        data: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        self.app.notice();
-        Pin::new(&mut self.stream).poll_write(context, data)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
-    }
-}
-
-/// Resolves when the program listens, or has run long enough to count as a worker. One that may not
-/// make internet sockets cannot listen: what answers on its port is somebody else.
-async fn serves(network: bool) {
-    if !network {
-        return sleep(WORKER_AFTER).await;
-    }
-    let started = Instant::now();
-    let mut pause = TRY_EVERY;
-    while started.elapsed() < WORKER_AFTER {
-        if TcpStream::connect(("127.0.0.1", PROGRAM_PORT))
-            .await
-            .is_ok()
-        {
-            return;
-        }
-        sleep(pause).await;
-        pause = (pause * 5 / 4).min(Duration::from_millis(50));
     }
 }
 
@@ -824,7 +1008,8 @@ async fn read_all(
     let mut line = Vec::new();
     let mut open = true;
     while open {
-        let patience = if line.is_empty() {
+        // What is left of a letter need not be waited for in vain again and again.
+        let patience = if whole_letters(&line) == 0 {
             Duration::MAX
         } else {
             LINE_PATIENCE
@@ -843,37 +1028,19 @@ async fn read_all(
         }
         line.extend_from_slice(data);
         let whole = late || !open || line.ends_with(b"\n") || line.len() >= PIECE;
-        if whole
-            && !line.is_empty()
-            && tell
-                .send((stream, std::mem::take(&mut line)))
-                .await
-                .is_err()
-        {
-            return;
+        if !whole {
+            continue;
         }
-    }
-}
-
-/// Passes on what happens until the server lets go.
-async fn watch(stream: UnixStream, mut events: broadcast::Receiver<FromApp>) {
-    let (mut reader, mut writer) = frames(stream);
-    loop {
-        tokio::select! {
-            event = events.recv() => match event {
-                Ok(event) => {
-                    if writer.send(&event).await.is_err() {
-                        return;
-                    }
-                }
-                // A server that cannot keep up loses some of the output, not the program.
-                Err(broadcast::error::RecvError::Lagged(lost)) => {
-                    tracing::warn!(lost, "the server did not keep up with the program's output");
-                }
-                Err(broadcast::error::RecvError::Closed) => return,
-            },
-            // The server never says anything here; this only ends with the connection.
-            _ = reader.next::<()>() => return,
+        // A letter that has not come whole waits for the rest of it.
+        let letters = if open {
+            whole_letters(&line)
+        } else {
+            line.len()
+        };
+        let rest = line.split_off(letters);
+        let piece = std::mem::replace(&mut line, rest);
+        if !piece.is_empty() && tell.send((stream, piece)).await.is_err() {
+            return;
         }
     }
 }
@@ -890,16 +1057,34 @@ pub fn describe(ending: &Ending) -> String {
     }
 }
 
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;")
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[tokio::test]
+    async fn no_letter_is_broken_in_two() {
+        // Three bytes each: no piece of a power of two ends with one.
+        let line = format!("a{}\n", "語".repeat(24_000));
+        let (mut program, output) = pipe::pipe().unwrap();
+        let (tell, mut told) = mpsc::channel(16);
+        tokio::spawn(read_all(OutputStream::Stdout, output, tell, None));
+        let text = line.clone();
+        let writing = tokio::spawn(async move {
+            program.write_all(text.as_bytes()).await.unwrap();
+            // The rest of a letter that never comes, and what is no text, are passed on too.
+            program.write_all(b"\xe8\xaa").await.unwrap();
+        });
+        let mut whole = Vec::new();
+        while let Some((_, piece)) = told.recv().await {
+            assert!(piece.len() <= PIECE + 3);
+            if piece != b"\xe8\xaa" {
+                whole.extend(String::from_utf8(piece).unwrap().into_bytes());
+            }
+        }
+        assert_eq!(whole, line.as_bytes());
+        writing.await.unwrap();
+    }
 
     #[tokio::test]
     async fn a_line_that_is_written_in_pieces_is_passed_on_whole() {

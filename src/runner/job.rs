@@ -13,6 +13,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 
 use super::agent::Orphans;
+use super::listening::listening;
 use super::process::{Exit, Pressure, Tree};
 use super::slot::Slot;
 use super::warm::Program;
@@ -161,6 +162,8 @@ pub struct Supervisor<'a> {
     output_bytes: u64,
     truncated: bool,
     peak: u64,
+    /// Something of it listened on a TCP port.
+    listened: bool,
     /// What the machine kept from it.
     pressure: Pressure,
     measured: u32,
@@ -207,6 +210,7 @@ impl<'a> Supervisor<'a> {
             output_bytes: 0,
             truncated: false,
             peak: 0,
+            listened: false,
             closer_look: None,
             stopped: None,
             gone_since: None,
@@ -350,6 +354,7 @@ impl<'a> Supervisor<'a> {
         self.measured += 1;
         if self.measured.is_multiple_of(MEASURES_OF_PRESSURE) {
             self.pressure.look(&self.tree, usage.cpu);
+            self.look_for_listeners();
         }
         self.gone_since = match usage.processes {
             0 => self.gone_since.or_else(|| Some(Instant::now())),
@@ -370,6 +375,18 @@ impl<'a> Supervisor<'a> {
         } else if self.slot.is_full() {
             self.stop(Ending::Limit(Reason::Disk)).await;
         }
+    }
+
+    /// A program that listens while it is tested is expected to when it is released.
+    fn look_for_listeners(&mut self) {
+        // What listens in an installation's network is its proxy.
+        if self.listened || self.job.online {
+            return;
+        }
+        let uid = self.slot.uid;
+        let uid = uid.unwrap_or_else(|| rustix::process::getuid().as_raw());
+        let pid = self.tree.pids().first().copied();
+        self.listened = pid.is_some_and(|pid| !listening(Some(pid), uid).is_empty());
     }
 
     /// Its memory was found to be this much, shared pages counted once.
@@ -413,6 +430,7 @@ impl<'a> Supervisor<'a> {
             },
             truncated: self.truncated,
             test_report: None,
+            listened: self.listened,
         }
     }
 

@@ -25,6 +25,7 @@ use super::confine::{Confinement, Identity, kernel_limits};
 use super::process::{Exit, die_first, processor_time, signal};
 use super::slot::Slot;
 use super::wire::Job;
+use crate::beneath::give;
 use crate::model::Limits;
 
 /// The file that makes an interpreter wait; see its own words.
@@ -75,7 +76,7 @@ pub struct ParentEnds {
     pub stderr: pipe::Receiver,
 }
 
-/// New pipes for a program.
+/// New pipes for a program. Who runs it as another user gives them to that one: see [`ChildEnds::give`].
 pub fn pipes() -> io::Result<(ParentEnds, ChildEnds)> {
     let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
     let (stdin_read, stdin_write) = pipe()?;
@@ -100,6 +101,13 @@ pub fn pipes() -> io::Result<(ParentEnds, ChildEnds)> {
 }
 
 impl ChildEnds {
+    /// Makes them this user's; `None`: they stay the runner's. Whoever opens `/dev/stdout` opens the pipe
+    /// anew, and needs rights to it that a descriptor alone does not give.
+    pub fn give(&self, owner: Option<u32>) -> io::Result<()> {
+        let all = [&self.stdin, &self.stdout, &self.stderr];
+        all.into_iter().try_for_each(|end| give(end, owner))
+    }
+
     /// Gives them to a command that is about to be started.
     pub fn attach(self, command: &mut Command) {
         command
@@ -242,6 +250,7 @@ impl Interpreter {
     pub async fn park(&mut self, slot: &Slot, ahead: bool) -> anyhow::Result<Parked> {
         self.forks += 1;
         let (parent, child) = pipes()?;
+        child.give(slot.uid)?;
         let (control, theirs) = UnixStream::pair()?;
         let theirs = theirs.into_std()?;
         theirs.set_nonblocking(false)?;

@@ -347,6 +347,18 @@ impl AppPort {
     }
 }
 
+/// To a released program's runner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToApp {
+    /// End the program and the runner.
+    End {
+        /// How long the program has to end after SIGTERM, before SIGKILL.
+        patience_ms: u64,
+        /// Before SIGTERM, wait as long for answers to requests that it has.
+        drain: bool,
+    },
+}
+
 /// What a released program does.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromApp {
@@ -355,7 +367,7 @@ pub enum FromApp {
         /// Times it was started again.
         restarts: u32,
     },
-    /// It serves: it listens, or has run for a while without listening.
+    /// It serves: it listens, or is a worker that runs.
     Serving,
     /// It wrote something.
     Output {
@@ -370,5 +382,7 @@ pub enum FromApp {
         ending: crate::model::Ending,
         /// Whether it will be started again.
         again: bool,
+        /// Why it was stopped, when it did not come to serve.
+        unready: Option<String>,
     },
 }

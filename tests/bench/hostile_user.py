@@ -258,6 +258,7 @@ class Attacker:
         for number in range(10):
             code = [FILL_DATA, SWAP_LINKS, BUSY_SERVER][number % 3]
             ws.ask({"user_id": self.user, "code": code, "repl_id": f"{self.user}-{number}",
+                    "serves": False,
                     "tests": {"test_nothing.py": "def test_nothing(): pass"}})
         ws.close()
         time.sleep(1)

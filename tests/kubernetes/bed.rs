@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use gantry::model::{Limits, RelativePath, ReplId, SubmissionId, Tested, Tests, UserId};
+use gantry::model::{Limits, RelativePath, ReplId, Serves, SubmissionId, Tested, Tests, UserId};
 use gantry::platform::conformance::Subject;
 use gantry::platform::kubernetes::{
     BUILT_IN_TEMPLATE, KubernetesConfig, KubernetesPlatform, PipIndex, Template, WakeService,
@@ -95,6 +95,7 @@ impl Bed {
                 name: "gantry".to_owned(),
                 port: 80,
             }),
+            drain: Duration::from_secs(10),
         };
         change(&mut config);
         let platform = KubernetesPlatform::start(config, Vec::new()).await.unwrap();
@@ -150,6 +151,7 @@ impl Bed {
             argv: vec!["python3".to_owned(), "main.py".to_owned()],
             env,
             database: false,
+            serves: Serves::Unknown,
         }
     }
 

@@ -295,9 +295,13 @@ async fn echo(socket: &mut Socket) {
 
 /// What the ingress answers for the repl's program.
 async fn answer(repl: &ReplId) -> (u16, String) {
+    answer_to(repl, "/").await
+}
+
+async fn answer_to(repl: &ReplId, path: &str) -> (u16, String) {
     let address = std::env::var("TESTBED_INGRESS").unwrap();
     let host = format!("{repl}.apps.localhost");
-    let request = reqwest::Client::new().get(format!("http://{address}/"));
+    let request = reqwest::Client::new().get(format!("http://{address}{path}"));
     match request.header("host", host).send().await {
         Ok(answer) => (
             answer.status().as_u16(),
@@ -331,15 +335,18 @@ threading.Thread(target=leave).start()
         .open_workspace(&spec(&user, &repl))
         .await
         .unwrap();
+    let path = format!("/?ticket={}", ticket(&bed, &repl).await);
     let shows = async |status: u16, text: &str| {
         eventually(text, || async {
-            let (found, page) = answer(&repl).await;
+            let (found, page) = answer_to(&repl, &path).await;
             found == status && page.contains(text)
         })
         .await;
     };
     shows(503, "warming &lt;up&gt;").await;
-    let path = format!("/?ticket={}", ticket(&bed, &repl).await);
+    // Strangers do not read what it writes.
+    let (status, page) = answer(&repl).await;
+    assert!(status == 503 && !page.contains("warming"), "{page}");
     let mut socket = through_the_ingress(&repl, &path).await.unwrap();
     let write = json!({ "id": 1, "op": "files.write", "path": "go", "text": "" });
     say(&mut socket, write).await;
@@ -348,6 +355,8 @@ threading.Thread(target=leave).start()
     say(&mut socket, delete).await;
     shows(502, "leaving").await;
     shows(502, "exit code 4").await;
+    let (status, page) = answer(&repl).await;
+    assert!(status == 502 && !page.contains("leaving"), "{page}");
     bed.platform.drop_repl(&repl).await.unwrap();
     bed.forget(user.as_str()).await;
 }

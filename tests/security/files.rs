@@ -16,7 +16,7 @@ async fn submit(server: &Server, key: &str, submission: Value) -> Value {
 
 /// A release with a database.
 fn release(user: &str, repl: &str, code: &str) -> Value {
-    json!({ "user_id": user, "repl_id": repl, "code": code, "database": true, "deploy": true })
+    json!({ "user_id": user, "repl_id": repl, "code": code, "database": true, "deploy": true, "serves": false })
 }
 
 fn data_of(server: &Server, repl: &str) -> std::path::PathBuf {

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use gantry::model::{DiskBounds, Ending, Limits, Reason, SubmissionId, Tested, Tests, UserId};
+use gantry::model::{
+    DiskBounds, Ending, Limits, Reason, Serves, SubmissionId, Tested, Tests, UserId,
+};
 use gantry::platform::conformance::{Ended, finish, python};
 use gantry::platform::local::{LocalConfig, LocalPlatform};
 use gantry::platform::{Platform, ReleaseSpec, Sessions};
@@ -35,6 +37,7 @@ impl Machine {
             network: false,
             packages: Default::default(),
             log_refused: false,
+            drain: Duration::from_secs(10),
             disk: DiskBounds::USUAL,
             app_authority: "apps.localhost:8000".to_owned(),
             authority: "localhost:8000".to_owned(),
@@ -73,6 +76,7 @@ impl Machine {
             argv: vec!["python3".to_owned(), "main.py".to_owned()],
             env: BTreeMap::new(),
             database: false,
+            serves: Serves::No,
         };
         let published = self
             .store

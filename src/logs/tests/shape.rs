@@ -77,6 +77,7 @@ fn actions_levels_and_outcomes_tell_whose_failure_it_is() {
             usage: Usage::default(),
             truncated: false,
             test_report: None,
+            listened: false,
         },
     };
     let test = |passed| {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, ensure};
 
 use super::{Subject, ended_page, finish, python, user};
-use crate::model::{BUILD_FOLDER, Ending, Limits, ReplId, Tested, Tests};
+use crate::model::{BUILD_FOLDER, Ending, Limits, ReplId, Serves, Tested, Tests};
 use crate::platform::{ReleaseSpec, Sessions};
 use crate::runner::client::Session;
 use crate::runner::wire::{Job, JobId};
@@ -73,6 +73,7 @@ pub(super) async fn what_was_built_runs_and_is_released(subject: &Subject) -> an
         argv: program(),
         env: BTreeMap::new(),
         database: false,
+        serves: Serves::Unknown,
     };
     let released = subject.platform.ensure_release(&spec).await;
     released.context("what was built does not run when it is released")?;

@@ -128,6 +128,8 @@ pub struct KubernetesConfig {
     pub forward_modules: bool,
     /// The server's own Service, which takes the requests to idle repls.
     pub wake_service: Option<WakeService>,
+    /// How long a released program may take to answer what it was asked, and again to end after SIGTERM.
+    pub drain: Duration,
 }
 
 /// The Kubernetes platform.
@@ -403,6 +405,7 @@ fn release_config(config: KubernetesConfig) -> ReleaseConfig {
         app_domain,
         ingress_class,
         wake_service,
+        drain,
         store: _,
         namespace: _,
         store_addresses: _,
@@ -427,6 +430,7 @@ fn release_config(config: KubernetesConfig) -> ReleaseConfig {
         app_domain,
         ingress_class,
         wake_service,
+        drain,
     }
 }
 

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::programs::{LifeId, Programs, about, container_name, life, program, since};
 use super::release::PROGRAM_CONTAINER;
-use crate::model::{Event, Origin, OutputStream};
+use crate::model::{Event, Origin, OutputStream, whole_letters};
 use crate::platform::ProgramEvent;
 
 /// Pause before a log that broke off, or whose container does not say what became of it, is asked for again.
@@ -197,10 +197,10 @@ impl ProgramLog {
             }
             if self.rest.ends_with(b"\n") || self.rest.len() >= MAX_LINE {
                 ask_after = QUIET;
-                let line = std::mem::take(&mut self.rest);
+                // What is too long is cut between two letters.
+                let rest = self.rest.split_off(whole_letters(&self.rest));
+                let line = std::mem::replace(&mut self.rest, rest);
                 self.pass_on_line(&line).await?;
-                self.rest = line;
-                self.rest.clear();
             }
         }
     }

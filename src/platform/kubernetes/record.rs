@@ -16,10 +16,10 @@ use tokio_util::sync::CancellationToken;
 use super::cache::{Cache, WATCH_LAG, Watched};
 use super::cluster::{Cluster, Failure, Kind, Manifest};
 use super::labels::{GANTRY, MANAGED_BY, REPL, USER};
-use crate::model::{Domain, Release, ReleaseState, ReplId, Scale, SubmissionId, UserId};
-
-/// Releases remembered of one repl; older ones can no longer be rolled back to.
-const MAX_RELEASES: usize = 50;
+use crate::model::{
+    Domain, MAX_RELEASES, Release, ReleaseState, ReplId, Scale, Serves, SubmissionId, UserId,
+    forgotten_first,
+};
 
 /// Most bytes of a record: a ConfigMap may have 1 MiB.
 const MAX_BYTES: usize = 900 << 10;
@@ -44,6 +44,19 @@ pub enum StoredState {
     Failed,
     /// Its repl was stopped.
     Stopped,
+}
+
+impl StoredState {
+    /// For callers; `None`: it is no release yet.
+    fn told(self) -> Option<ReleaseState> {
+        match self {
+            StoredState::Pending => None,
+            StoredState::Current => Some(ReleaseState::Current),
+            StoredState::Superseded => Some(ReleaseState::Superseded),
+            StoredState::Failed => Some(ReleaseState::Failed),
+            StoredState::Stopped => Some(ReleaseState::Stopped),
+        }
+    }
 }
 
 /// Which of the variables that a repl was given. Their values are in a Secret of this revision.
@@ -80,6 +93,9 @@ pub struct Stored {
     pub domains: Vec<Domain>,
     /// Whether it has a database.
     pub database: bool,
+    /// Whether it has to listen before it serves; `None`: an earlier version's release, or a workspace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serves: Option<Serves>,
     /// SHA-256 of the files that were tested.
     pub code_digest: String,
     /// SHA-256 of the tests that passed.
@@ -133,6 +149,7 @@ impl Stored {
             given: None,
             domains: Vec::new(),
             database: false,
+            serves: None,
             code_digest: String::new(),
             tests_digest: String::new(),
             image,
@@ -310,38 +327,29 @@ impl Record {
 
     /// Every release for callers, newest first. What is being made is none yet.
     pub fn listed(&self) -> Vec<Release> {
-        let state = |s: &Stored| match s.state {
-            StoredState::Pending => None,
-            StoredState::Current => Some(ReleaseState::Current),
-            StoredState::Superseded => Some(ReleaseState::Superseded),
-            StoredState::Failed => Some(ReleaseState::Failed),
-            StoredState::Stopped => Some(ReleaseState::Stopped),
-        };
         let release = |s: &Stored| {
             Some(Release {
                 release: s.release,
                 submission_id: s.submission_id,
                 time: s.time,
-                state: state(s)?,
+                state: s.state.told()?,
             })
         };
         self.releases.iter().rev().filter_map(release).collect()
     }
 
-    /// The text to store; the oldest releases go when it is too long.
+    /// The text to store; when it is too long, releases go: see [`forgotten_first`].
     fn text(&mut self) -> serde_json::Result<String> {
         loop {
             let text = serde_json::to_string(self)?;
-            let oldest = self
-                .releases
-                .iter()
-                .position(|s| !matches!(s.state, StoredState::Current | StoredState::Pending));
-            match oldest {
-                Some(index) if self.releases.len() > MAX_RELEASES || text.len() > MAX_BYTES => {
-                    self.releases.remove(index);
-                }
-                _ => return Ok(text),
+            if self.releases.len() <= MAX_RELEASES && text.len() <= MAX_BYTES {
+                return Ok(text);
             }
+            let states: Vec<_> = self.releases.iter().map(|s| s.state.told()).collect();
+            let Some(at) = forgotten_first(&states) else {
+                return Ok(text);
+            };
+            self.releases.remove(at);
         }
     }
 }
@@ -586,6 +594,7 @@ mod tests {
             given: None,
             domains: Vec::new(),
             database: false,
+            serves: None,
             code_digest: String::new(),
             tests_digest: String::new(),
             image: String::new(),
@@ -697,17 +706,25 @@ mod tests {
     }
 
     #[test]
-    fn a_record_stays_within_its_bounds_and_keeps_what_serves() {
-        let mut record = Record::new(&"u".parse().unwrap());
-        record.reserve(stored());
-        record.switch(1);
-        for _ in 0..60 {
-            let number = record.reserve(stored()).release;
-            record.fail(number, "no");
+    fn a_record_stays_within_its_bounds_and_keeps_what_serves_and_served() {
+        for bytes in [1, 64 << 10] {
+            let stored = || Stored {
+                argv: vec!["x".repeat(bytes)],
+                ..stored()
+            };
+            let mut record = Record::new(&"u".parse().unwrap());
+            for number in 1..=2 {
+                record.reserve(stored());
+                record.switch(number);
+            }
+            for number in 3..=62 {
+                assert_eq!(record.reserve(stored()).release, number);
+                record.fail(number, "no");
+                let text = record.text().unwrap();
+                assert!(text.len() <= MAX_BYTES && record.releases.len() <= MAX_RELEASES);
+            }
+            assert_eq!(record.current().unwrap().release, 2);
+            assert_eq!(record.target(None).unwrap().release, 1);
         }
-        let text = record.text().unwrap();
-        assert!(text.len() <= MAX_BYTES);
-        assert_eq!(record.current().unwrap().release, 1);
-        assert!(record.releases.len() <= MAX_RELEASES);
     }
 }

@@ -1,6 +1,7 @@
 //! What a release consists of in the cluster, as manifests.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
@@ -20,6 +21,9 @@ pub const STORE_SECRET: &str = "gantry-store";
 
 /// The container of the template that is the program's; a template without one means its first.
 pub const PROGRAM_CONTAINER: &str = "runner";
+
+/// Seconds of a pod's end beside what its program gets: proxies learn that it goes, and what is left is killed.
+const BEFORE_AND_AFTER: u64 = 4;
 
 /// The user id of the usual database image.
 const DATABASE_UID: u32 = 999;
@@ -45,6 +49,8 @@ pub struct ReleaseConfig {
     pub ingress_class: String,
     /// The server's own Service, which takes the requests to idle repls.
     pub wake_service: Option<WakeService>,
+    /// How long a program may take to answer what it was asked, and again to end after SIGTERM.
+    pub drain: Duration,
 }
 
 /// A Service in the server's own namespace that leads to the server.
@@ -109,7 +115,7 @@ impl ReleaseConfig {
                 self.add_domains(&mut manifest.body, owner, &stored.domains);
             }
             if manifest.kind == Kind::Deployment {
-                dress(&mut manifest.body, owner, stored);
+                dress(&mut manifest.body, owner, stored, self.drain);
                 if let Some(replicas) = replicas {
                     manifest.body["spec"]["replicas"] = replicas.into();
                 }
@@ -220,6 +226,7 @@ impl ReleaseConfig {
             given: None,
             domains: Vec::new(),
             database: false,
+            serves: None,
             code_digest: String::new(),
             tests_digest: String::new(),
             image: String::new(),
@@ -470,7 +477,7 @@ pub fn env_secret(
 }
 
 /// Adds to a Deployment what makes it this release.
-fn dress(body: &mut Value, owner: &Owner, stored: &Stored) {
+fn dress(body: &mut Value, owner: &Owner, stored: &Stored, drain: Duration) {
     let mut annotations = json!({
         SUBMISSION: stored.submission_id.to_string(),
         RELEASE: stored.release.to_string(),
@@ -487,6 +494,11 @@ fn dress(body: &mut Value, owner: &Owner, stored: &Stored) {
         body["spec"]["strategy"] = json!({ "type": "Recreate" });
     }
     merge(body, "/metadata", "annotations", &annotations, true);
+    if let Some(pod) = body.pointer_mut("/spec/template/spec") {
+        let template = pod["terminationGracePeriodSeconds"].as_u64().unwrap_or(0);
+        let needed = 2 * drain.as_secs() + BEFORE_AND_AFTER;
+        pod["terminationGracePeriodSeconds"] = template.max(needed).into();
+    }
     let path = "/spec/template/metadata";
     merge(body, path, "annotations", &annotations, true);
     // What the template says of these stands: its selector may name them.
@@ -515,12 +527,12 @@ fn dress(body: &mut Value, owner: &Owner, stored: &Stored) {
         .position(|c| c["name"] == PROGRAM_CONTAINER)
         .unwrap_or_default();
     if let Some(container) = containers.get_mut(program) {
-        equip(container, owner, stored);
+        equip(container, owner, stored, drain);
     }
 }
 
 /// Gives the program's container its command and its variables.
-fn equip(container: &mut Value, owner: &Owner, stored: &Stored) {
+fn equip(container: &mut Value, owner: &Owner, stored: &Stored, drain: Duration) {
     let argv = Value::from(stored.argv.clone()).to_string();
     let mut env = vec![
         json!({ "name": "GANTRY_APP_ARGV", "value": literal(&argv) }),
@@ -529,8 +541,13 @@ fn equip(container: &mut Value, owner: &Owner, stored: &Stored) {
         json!({ "name": "GANTRY_RUNNER_KEY", "valueFrom": { "secretKeyRef": {
             "name": runner_name(&owner.repl), "key": RUNNER_KEY } } }),
     ];
+    let seconds = drain.as_secs().to_string();
+    env.push(json!({ "name": "GANTRY_DRAIN_SECONDS", "value": seconds }));
     if stored.is_workspace() {
         env.push(json!({ "name": "GANTRY_WORKSPACE", "value": "1" }));
+    }
+    if let Some(serves) = stored.serves {
+        env.push(json!({ "name": "GANTRY_SERVES", "value": serves.as_str() }));
     }
     if stored.database {
         let key = json!({ "name": database_name(&owner.repl), "key": "DATABASE_URL" });
@@ -604,7 +621,7 @@ fn merge(body: &mut Value, parent: &str, name: &str, fields: &Value, over: bool)
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::model::SubmissionId;
+    use crate::model::{Serves, SubmissionId};
     use crate::platform::kubernetes::record::{Given, StoredState};
     use crate::platform::kubernetes::template::BUILT_IN;
     use k8s_openapi::api::apps::v1::{Deployment, StatefulSet};
@@ -624,6 +641,7 @@ mod tests {
                 name: "gantry".to_owned(),
                 port: 80,
             }),
+            drain: Duration::from_secs(7),
         }
     }
 
@@ -695,6 +713,7 @@ mod tests {
             }),
             domains: vec!["shop.example.com".parse().unwrap()],
             database: true,
+            serves: Some(Serves::Yes),
             code_digest: "c0de".to_owned(),
             tests_digest: "7e57".to_owned(),
             image: "sha256:1".to_owned(),
@@ -766,7 +785,9 @@ mod tests {
         for (name, value) in spec.selector.match_labels.unwrap() {
             assert_eq!(labels[&name], value);
         }
-        assert_restricted(&spec.template.spec.unwrap());
+        let pod = spec.template.spec.unwrap();
+        assert_eq!(pod.termination_grace_period_seconds, Some(18));
+        assert_restricted(&pod);
     }
 
     #[test]
@@ -800,6 +821,14 @@ mod tests {
                 "name": "test-prod-runner"
               }
             }
+          },
+          {
+            "name": "GANTRY_DRAIN_SECONDS",
+            "value": "7"
+          },
+          {
+            "name": "GANTRY_SERVES",
+            "value": "yes"
           },
           {
             "name": "COLOUR",

@@ -237,6 +237,7 @@ impl Releases {
             given: None,
             domains: Vec::new(),
             database: spec.database,
+            serves: Some(spec.serves),
             code_digest: spec.tested.code.clone(),
             tests_digest: spec.tested.tests.clone(),
             image: self.tested_image(&spec.user_id),

@@ -16,10 +16,11 @@ use super::labels::{REPL, REVISION, SUBMISSION};
 use super::record::Stored;
 use super::release::{Owner, PROGRAM_CONTAINER, database_name};
 use crate::model::Problem;
+use crate::platform::LISTEN_OR_END;
 
-/// Longest wait for a release to serve. A program that takes longer to listen counts as a worker after
-/// 5 s, so this is only met by one that is slow to start and to end, or by a slow cluster.
-pub const DEPLOY_PATIENCE: Duration = Duration::from_secs(60);
+/// Longest wait for a release to serve. Its runner gives a program that has to listen 50 s, so this is only met
+/// by one that is slow to start and to end, or by a slow cluster.
+pub const DEPLOY_PATIENCE: Duration = Duration::from_secs(90);
 
 /// Longest wait for a new database: its volume is made and its files are written first.
 const DATABASE_PATIENCE: Duration = Duration::from_secs(120);
@@ -187,7 +188,7 @@ impl Rollouts {
             "deploy_failed",
             "The release did not come up",
             cause,
-            "Mend the program so that it listens on port 3000 or ends with exit code 0; the previous release serves on.",
+            LISTEN_OR_END,
         )
     }
 

@@ -52,6 +52,8 @@ pub struct LocalConfig {
     pub packages: Packages,
     /// Whether the kernel logs the system calls that user code is refused.
     pub log_refused: bool,
+    /// How long a release that is replaced may take to answer what it was asked, and any to end after SIGTERM.
+    pub drain: Duration,
     /// `http://{repl}.{this}/` is where a release is served.
     pub app_authority: String,
     /// `ws://{repl}.{this}/` is where a repl's terminal is.
@@ -283,6 +285,6 @@ impl Platform for LocalPlatform {
     }
 }
 
-/// Longest wait for a new release to serve. A program that takes longer to listen counts as a
-/// worker after 5 s, so this is only met by one that is slow to start *and* to end.
+/// Longest wait for a new release to serve. Its runner gives a program that has to listen 50 s, so this is only
+/// met by one that is slow to start *and* to end.
 const DEPLOY_PATIENCE: Duration = Duration::from_secs(60);

@@ -238,6 +238,8 @@ impl LocalModules {
                 let program = ProgramConfig {
                     argv: argv.to_vec(),
                     stays: false,
+                    serves: None,
+                    served: false,
                     env,
                     memory_bytes: Some(memory),
                     processes: Some(Limits::MAXIMUM.processes),

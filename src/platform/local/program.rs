@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::io::AsyncWriteExt;
@@ -10,13 +11,20 @@ use tokio::sync::{mpsc, watch};
 
 use super::launch::FirstProcess;
 use super::sandboxes::{Sandbox, Sandboxes};
-use crate::model::{Ending, Event, OutputStream, Problem, ReplId, ReplState, TicketKey, UserId};
+use crate::model::{
+    Ending, Event, OutputStream, Problem, ReplId, ReplState, TicketKey, UserId, begin_with_a_letter,
+};
 use crate::platform::ProgramEvent;
 use crate::runner::app::describe;
-use crate::runner::wire::{AppPort, FromApp, frames};
+use crate::runner::wire::{AppPort, FromApp, ToApp, frames};
 
 /// Lines kept to say why a release did not come up.
 const LAST_LINES: usize = 20;
+
+/// How often it is looked whether an ended program's sandbox is gone, and for how long beyond the time that its
+/// program may take.
+const GONE_PAUSE: Duration = Duration::from_millis(10);
+const GONE_PATIENCE: Duration = Duration::from_secs(8);
 
 /// Bytes kept of the lines; one line may be endless.
 const LAST_BYTES: usize = 8 << 10;
@@ -50,6 +58,8 @@ pub struct Program {
     sandboxes: Arc<Sandboxes>,
     standing: watch::Receiver<Standing>,
     output: Arc<Mutex<VecDeque<u8>>>,
+    /// Asks it to end.
+    asks: mpsc::Sender<ToApp>,
 }
 
 /// Whose program it is.
@@ -81,8 +91,10 @@ impl Program {
             ready: false,
             over: false,
         });
+        let (asks, asked) = mpsc::channel(1);
         let program = Program {
             release,
+            asks,
             key: owner.key.clone(),
             name,
             sandbox,
@@ -92,8 +104,14 @@ impl Program {
         };
         let mut stream = program.sandboxes.dial(&program.name).await?;
         stream.write_u8(AppPort::Control.byte()).await?;
-        let output = Arc::clone(&program.output);
-        tokio::spawn(follow(stream, set, output, owner, release, tell));
+        let follower = Follower {
+            set,
+            output: Arc::clone(&program.output),
+            owner,
+            release,
+            tell,
+        };
+        tokio::spawn(follower.follow(stream, asked));
         Ok(program)
     }
 
@@ -133,67 +151,124 @@ impl Program {
         lines[lines.len().saturating_sub(LAST_LINES)..].join("\n")
     }
 
-    /// Ends it and its sandbox.
+    /// Asks it to end, and ends it and its sandbox. `drain`: before it is asked it may answer the requests that
+    /// it has, for as long as it may then take to end.
+    pub async fn end(&self, patience: Duration, drain: bool) {
+        let patience_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
+        // Asked already, or gone.
+        let _ = self.asks.try_send(ToApp::End { patience_ms, drain });
+        let most = patience * if drain { 2 } else { 1 } + GONE_PATIENCE;
+        let gone = async {
+            while self.is_alive() {
+                tokio::time::sleep(GONE_PAUSE).await;
+            }
+        };
+        if tokio::time::timeout(most, gone).await.is_err() {
+            tracing::warn!(name = %self.name, "a program did not end and is killed with its sandbox");
+        }
+        self.stop().await;
+    }
+
+    /// Ends it and its sandbox at once.
     pub async fn stop(&self) {
         self.sandboxes.forget(&self.name, self.sandbox).await;
     }
 }
 
-async fn follow(
-    stream: UnixStream,
+/// Passes on what a program does.
+struct Follower {
     set: watch::Sender<Standing>,
     output: Arc<Mutex<VecDeque<u8>>>,
     owner: Owner,
     release: u64,
     tell: mpsc::Sender<ProgramEvent>,
-) {
-    // The write half stays open: closing it would tell the program that its server is gone.
-    let (mut reader, _writer) = frames(stream);
-    loop {
-        let Ok(frame) = reader.next::<FromApp>().await else {
-            set.send_modify(|standing| {
-                if !standing.over {
-                    standing
-                        .last_error
-                        .get_or_insert("its sandbox ended".to_owned());
-                    change(standing, ReplState::Crashed);
+}
+
+impl Follower {
+    async fn follow(self, stream: UnixStream, mut asked: mpsc::Receiver<ToApp>) {
+        // The write half stays open: closing it would tell the program that its server is gone.
+        let (mut reader, mut writer) = frames(stream);
+        let mut ends = false;
+        loop {
+            let frame = tokio::select! {
+                frame = reader.next::<FromApp>() => frame,
+                Some(ask) = asked.recv() => {
+                    ends = true;
+                    // A broken stream shows again when it is read.
+                    let _ = writer.send(&ask).await;
+                    continue;
                 }
-                standing.over = true;
-            });
-            return;
-        };
-        let event = match frame {
+            };
+            let Ok(frame) = frame else {
+                return self.lost();
+            };
+            let event = ProgramEvent {
+                user_id: self.owner.user_id.clone(),
+                repl_id: self.owner.repl_id.clone(),
+                event: self.event(frame, ends),
+            };
+            if self.tell.send(event).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn lost(&self) {
+        self.set.send_modify(|standing| {
+            if !standing.over {
+                standing
+                    .last_error
+                    .get_or_insert("its sandbox ended".to_owned());
+                change(standing, ReplState::Crashed);
+            }
+            standing.over = true;
+        });
+    }
+
+    /// What happened, for the journal. `ends`: it was asked to end.
+    fn event(&self, frame: FromApp, ends: bool) -> Event {
+        let release = self.release;
+        match frame {
             FromApp::Started { restarts } => {
-                set.send_modify(|standing| {
+                self.set.send_modify(|standing| {
                     standing.restarts = restarts;
                     change(standing, ReplState::Starting);
                 });
                 repl_event("repl.started", "The program was started", release)
             }
             FromApp::Serving => {
-                set.send_modify(|standing| {
+                self.set.send_modify(|standing| {
                     standing.ready = true;
                     change(standing, ReplState::Running);
                 });
                 repl_event("repl.serving", "The program serves", release)
             }
             FromApp::Output { stream, data } => {
-                keep(&output, &data);
+                keep(&self.output, &data);
                 output_event(stream, &data, release)
             }
-            FromApp::Ended { ending, again } => {
-                let words = format!("The program {}", describe(&ending));
-                set.send_modify(|standing| note_end(standing, &ending, again, &words));
+            FromApp::Ended { ending, .. } if ends => {
+                let words = format!(
+                    "The program {} after it was asked to end",
+                    describe(&ending)
+                );
+                let set = |standing: &mut Standing| standing.over = true;
+                self.set.send_modify(set);
+                repl_event("repl.exited", &words, release)
+            }
+            FromApp::Ended {
+                ending,
+                again,
+                unready,
+            } => {
+                let words = match unready {
+                    Some(why) => format!("The program was stopped: {why}"),
+                    None => format!("The program {}", describe(&ending)),
+                };
+                let note = |standing: &mut Standing| note_end(standing, &ending, again, &words);
+                self.set.send_modify(note);
                 exit_event(&ending, again, words, release)
             }
-        };
-        let event = ProgramEvent {
-            user_id: owner.user_id.clone(),
-            repl_id: owner.repl_id.clone(),
-            event,
-        };
-        if tell.send(event).await.is_err() {
-            return;
         }
     }
 }
@@ -222,6 +297,7 @@ fn keep(output: &Mutex<VecDeque<u8>>, data: &[u8]) {
     output.extend(data);
     let excess = output.len().saturating_sub(LAST_BYTES);
     output.drain(..excess);
+    begin_with_a_letter(&mut output);
 }
 
 fn repl_event(action: &str, message: &str, release: u64) -> Event {

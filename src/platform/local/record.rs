@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize, Serializer};
 
-use crate::model::{Domain, Release, ReleaseState, SecretText, SubmissionId, UserId, Variables};
-
-/// Releases remembered of one repl; older ones can no longer be rolled back to.
-const MAX_RELEASES: usize = 50;
+use crate::model::{
+    Domain, MAX_RELEASES, Release, ReleaseState, SecretText, Serves, SubmissionId, UserId,
+    Variables, forgotten_first,
+};
 
 /// A repl as it is stored.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -85,6 +85,9 @@ pub struct Stored {
     pub given: Given,
     /// Whether it has a database.
     pub database: bool,
+    /// Whether it has to listen before it serves; `None`: an earlier version's release, or a workspace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serves: Option<Serves>,
 }
 
 impl Record {
@@ -215,19 +218,16 @@ impl Record {
         self.end_current(ReleaseState::Stopped);
     }
 
-    /// Lets go of releases beyond those that are remembered: those that never served first, then
-    /// the oldest. Never of the one that serves, nor of the newest, whose number must not be given
-    /// out again.
+    /// Lets go of releases beyond those that are remembered: see [`forgotten_first`].
     pub fn forget_old(&mut self) -> Vec<SubmissionId> {
         let mut forgotten = Vec::new();
         while self.releases.len() > MAX_RELEASES {
-            let older = &self.releases[..self.releases.len() - 1];
-            let first = |fits: fn(ReleaseState) -> bool| {
-                older.iter().position(|stored| fits(stored.release.state))
-            };
-            let Some(at) = first(|state| state == ReleaseState::Failed)
-                .or_else(|| first(|state| state != ReleaseState::Current))
-            else {
+            let states: Vec<_> = self
+                .releases
+                .iter()
+                .map(|s| Some(s.release.state))
+                .collect();
+            let Some(at) = forgotten_first(&states) else {
                 break;
             };
             forgotten.push(self.releases.remove(at).release.submission_id);
@@ -263,6 +263,7 @@ impl Stored {
             env: BTreeMap::new(),
             given,
             database: false,
+            serves: None,
         }
     }
 
@@ -300,6 +301,7 @@ mod tests {
             env: BTreeMap::new(),
             given: record.given.clone(),
             database: false,
+            serves: None,
         }
     }
 

@@ -27,15 +27,13 @@ use crate::model::{
     Limits, Problem, Release, ReleaseState, ReplId, ReplState, ReplStatus, TicketKey, UserId,
     idle_cause,
 };
+use crate::platform::LISTEN_OR_END;
 use crate::platform::{ByteStream, PlatformError, ProgramEvent, ReleaseSpec, RunningRelease};
 use crate::runner::app::{AppConfig, ProgramConfig};
 use crate::runner::sandbox::{Isolation, Placed, Role};
 use crate::runner::wire::AppPort;
 use crate::runner::workspace::Identity;
 use crate::storage::DirectoryStore;
-
-/// How long requests that the previous release is answering may take to finish.
-const DRAIN: Duration = Duration::from_secs(2);
 
 /// How long a caller waits for a program that is being started, as after a restart of the server: shorter
 /// than the proxy waits for a connection, so that the caller is told why.
@@ -144,7 +142,7 @@ impl Releases {
                 let Some(stored) = this.current(&repl).filter(|_| has_program != Some(true)) else {
                     continue;
                 };
-                match this.start(&repl, &stored).await {
+                match this.start(&repl, &stored, true).await {
                     Ok(program) => this.install(&repl, program),
                     Err(error) => {
                         tracing::error!(%repl, %error, "a release did not come back");
@@ -197,6 +195,7 @@ impl Releases {
             env: spec.env.clone(),
             given,
             database: spec.database,
+            serves: Some(spec.serves),
         };
         self.switch(&spec.repl_id, stored).await
     }
@@ -231,7 +230,7 @@ impl Releases {
         });
         if let Some(program) = program {
             if let Some(program) = program {
-                program.stop().await;
+                program.end(self.inner.config.drain, false).await;
             }
             self.save(repl)?;
         }
@@ -241,11 +240,9 @@ impl Releases {
     /// Ends every program; they come back with the next server.
     pub async fn stop_all(&self) {
         let repls = self.locked().drain().collect::<Vec<_>>();
-        for (_, repl) in repls {
-            if let Some(program) = repl.program {
-                program.stop().await;
-            }
-        }
+        let programs = repls.iter().filter_map(|(_, repl)| repl.program.as_ref());
+        let ended = programs.map(|program| program.end(self.inner.config.drain, false));
+        futures_util::future::join_all(ended).await;
         // Whoever waits in `next_event` holds the lock on the channel.
         self.inner.stopped.cancel();
     }
@@ -294,7 +291,7 @@ impl Releases {
             repls.remove(repl).and_then(|known| known.program)
         };
         if let Some(program) = program {
-            program.stop().await;
+            program.end(self.inner.config.drain, false).await;
         }
         let (this, name) = (self.clone(), repl.clone());
         let removed = tokio::task::spawn_blocking(move || this.remove(&name)).await;
@@ -403,7 +400,7 @@ impl Releases {
     /// Starts a release and, when it serves, lets it take over from the previous one.
     async fn switch(&self, repl: &ReplId, stored: Stored) -> Result<RunningRelease, PlatformError> {
         let number = stored.release.release;
-        let program = match self.start(repl, &stored).await {
+        let program = match self.start(repl, &stored, false).await {
             Ok(program) => program,
             Err(error) => {
                 self.note_failure(repl, stored).await?;
@@ -461,14 +458,21 @@ impl Releases {
         });
         self.inner.installed.send_replace(());
         if let Some(Some(replaced)) = replaced {
+            let drain = self.inner.config.drain;
+            let (this, repl) = (self.clone(), repl.clone());
             tokio::spawn(async move {
-                tokio::time::sleep(DRAIN).await;
-                replaced.stop().await;
+                replaced.end(drain, true).await;
+                let handed = tokio::task::spawn_blocking(move || this.inner.disk.hand_over(&repl));
+                let handed = handed.await.map_err(io::Error::other).flatten();
+                if let Err(error) = handed {
+                    tracing::warn!(%error, "not all that a release left is open to the next");
+                }
             });
         }
     }
 
-    async fn start(&self, repl: &ReplId, stored: &Stored) -> anyhow::Result<Program> {
+    /// `served`: it has served before, and is not judged anew.
+    async fn start(&self, repl: &ReplId, stored: &Stored, served: bool) -> anyhow::Result<Program> {
         let inner = &self.inner;
         let user_id = self
             .owner(repl)
@@ -518,6 +522,7 @@ impl Releases {
             key: key.text(),
         };
         let (argv, stays) = (stored.argv.clone(), stored.is_workspace());
+        let serves = stored.serves;
         let tenant = Tenant {
             name: name.clone(),
             user: Some(user_id.clone()),
@@ -532,6 +537,8 @@ impl Releases {
                 let program = ProgramConfig {
                     argv,
                     stays,
+                    serves,
+                    served,
                     env: env.into_iter().collect(),
                     memory_bytes: Some(memory_bytes),
                     processes: Some(Limits::MAXIMUM.processes),
@@ -727,6 +734,6 @@ async fn wait_until_ready(program: &Program) -> Result<(), Problem> {
         "deploy_failed",
         "The release did not come up",
         cause,
-        "Mend the program so that it listens on port 3000 or ends with exit code 0; the previous release serves on.",
+        LISTEN_OR_END,
     ))
 }

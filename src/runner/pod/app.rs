@@ -8,7 +8,8 @@
 //!
 //! A program that listens on loopback only is reached all the same: this side then listens on the
 //! pod's own address and passes on. A program that fails before it ever served ends the container
-//! with its exit code, so that the cluster sees it, and starts it again. In a workspace
+//! with its exit code, so that the cluster sees it, and starts it again; so does one that is to listen
+//! (`GANTRY_SERVES`) and does not. In a workspace
 //! (`GANTRY_WORKSPACE` is set) it does not: its user is there to look at what happened.
 
 use std::cell::Cell;
@@ -28,26 +29,26 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{DEFAULT_PATH, Termination, hide, log_refused, variable};
+use super::{DEFAULT_PATH, Termination, hide, log_refused, parsed, variable};
 use crate::beneath::Folder;
 use crate::model::{BUILD_ARCHIVE, Ending};
 use crate::runner::agent::AgentConfig;
-use crate::runner::app::{App, PROGRAM_PORT, Pauses, ProgramConfig, State, describe, unpack_build};
+use crate::runner::app::{
+    App, FRONT_PORT, PROGRAM_PORT, Pauses, ProgramConfig, RUNNER_PORT, State, unpack_build,
+};
 use crate::runner::confine::Reach;
+use crate::runner::listening::LOCAL;
 use crate::runner::sandbox::close_inherited;
 use crate::runner::slot::{Ground, Slot};
 use crate::runner::workspace::{self, Workspace};
 
-/// The runner's own port in a released pod (design.md §5).
-const RUNNER_PORT: u16 = 3_001;
-
-/// The port that callers come to: the program when it listens, and this side in its place until then.
-/// The program's own port cannot be listened on for it: it could not take it any more.
-const FRONT_PORT: u16 = 3_002;
-
-/// Time a program gets between SIGTERM and SIGKILL. The template gives the pod 10 s, of which proxies
-/// take 2 to learn that it goes.
+/// How long a program has to answer the requests that it has, and again to end after SIGTERM, when the server
+/// did not say (GANTRY_DRAIN_SECONDS). The template gives the pod 10 s, of which proxies take 2 to learn that
+/// it goes.
 const END_PATIENCE: Duration = Duration::from_secs(6);
+
+/// The exit code for a program that did not come to serve in time, as timeout(1) has it.
+const NOT_SERVING: u8 = 124;
 
 /// How often a program that runs is looked at for whether it listens on loopback only.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -99,6 +100,8 @@ pub fn main() -> anyhow::Result<ExitCode> {
         let pod = Rc::new(Pod {
             app: App::new(config, slot, Some(echo))?,
             restarts: Cell::new(0),
+            patience: parsed("GANTRY_DRAIN_SECONDS", "a number of seconds")?
+                .map_or(END_PATIENCE, Duration::from_secs),
         });
         let listener = listen(RUNNER_PORT)
             .await
@@ -136,6 +139,9 @@ fn config() -> anyhow::Result<ProgramConfig> {
     Ok(ProgramConfig {
         argv,
         stays,
+        // A release of an earlier version says nothing of it, and was deployed by other rules.
+        serves: parsed("GANTRY_SERVES", "yes, no or unknown")?,
+        served: false,
         env: environment(std::env::vars_os(), stays),
         memory_bytes: None,
         processes: None,
@@ -190,6 +196,8 @@ fn environment(
 struct Pod {
     app: Rc<App>,
     restarts: Cell<u32>,
+    /// How long it has to end.
+    patience: Duration,
 }
 
 impl Pod {
@@ -201,17 +209,19 @@ impl Pod {
             let started = Instant::now();
             let bridge =
                 Ends(tokio::task::spawn_local(bridge(Rc::clone(&self.app))).abort_handle());
-            let (ending, served) = self.app.live_once(self.restarts.get()).await;
+            let life = self.app.live_once(self.restarts.get()).await;
             drop(bridge);
+            self.app.set_bridged(false);
             if self.app.stays() {
-                self.app.ended(ending, false);
+                self.app.ended(life, false);
                 tokio::select! {
                     () = self.stand_in() => {}
                     () = self.app.again() => {}
                 }
                 continue;
             }
-            let code = match &ending {
+            let code = match &life.ending {
+                _ if life.unready.is_some() => NOT_SERVING,
                 Ending::Exited(0) => {
                     self.stand_in().await;
                     return ExitCode::SUCCESS;
@@ -220,10 +230,10 @@ impl Pod {
                 Ending::Signalled(signal) => u8::try_from(128 + signal).unwrap_or(1),
                 _ => CANNOT_START,
             };
-            let words = format!("the program {}", describe(&ending));
+            let words = format!("the program {}", life.words());
             tracing::warn!("{words}");
             self.say_why(&words);
-            if !served {
+            if !life.served {
                 return ExitCode::from(code);
             }
             let pause = pauses.after(started.elapsed());
@@ -252,7 +262,8 @@ impl Pod {
 
     /// Leaves word for `kubectl describe` and for whoever asks why a release did not come up.
     fn say_why(&self, words: &str) {
-        let output = self.app.last_output(TERMINATION_BYTES - words.len() - 1);
+        let room = TERMINATION_BYTES.saturating_sub(words.len() + 1);
+        let output = self.app.last_output(room);
         let output = String::from_utf8_lossy(&output);
         if let Err(error) = fs::write(TERMINATION_LOG, format!("{words}\n{output}")) {
             tracing::debug!(%error, "no word is left about the end");
@@ -261,12 +272,7 @@ impl Pod {
 
     /// The pod is ended: the program is asked to, and made to after a while.
     async fn end(&self) -> ExitCode {
-        self.app.signal(libc::SIGTERM);
-        let asked = Instant::now();
-        while self.app.is_running() && asked.elapsed() < END_PATIENCE {
-            sleep(Duration::from_millis(10)).await;
-        }
-        self.app.kill().await;
+        self.app.leave(self.patience, true).await;
         ExitCode::SUCCESS
     }
 
@@ -349,7 +355,7 @@ async fn listen(port: u16) -> io::Result<TcpListener> {
 async fn bridge(app: Rc<App>) {
     let started = Instant::now();
     let port_of = |address: IpAddr| SocketAddr::new(address, PROGRAM_PORT);
-    let loopback = port_of(Ipv4Addr::LOCALHOST.into());
+    let loopback = LOCAL.map(port_of);
     loop {
         let pause = if started.elapsed() < EAGER {
             LOOK_EVERY
@@ -367,12 +373,19 @@ async fn bridge(app: Rc<App>) {
         if TcpStream::connect(own).await.is_ok() {
             return;
         }
-        if TcpStream::connect(loopback).await.is_err() {
-            continue;
+        let mut to = None;
+        for address in loopback {
+            if to.is_none() && TcpStream::connect(address).await.is_ok() {
+                to = Some(address);
+            }
         }
+        let Some(to) = to else {
+            continue;
+        };
         // Taken: the program has just come to listen there itself.
         if let Ok(listener) = TcpListener::bind(own).await {
-            pass_on(listener, loopback).await;
+            app.set_bridged(true);
+            pass_on(listener, to).await;
         }
     }
 }

@@ -47,11 +47,41 @@ pub struct Identity {
     pub key: String,
 }
 
+/// Who is let in: whoever has a ticket of the repl's. `None`: nobody.
+#[derive(Debug, Clone)]
+pub struct Tickets(Option<(ReplId, TicketKey)>);
+
+impl Tickets {
+    fn of(identity: Option<Identity>) -> Self {
+        Self(identity.and_then(|Identity { repl, key }| {
+            let key = TicketKey::from_text(&key);
+            Some((repl, key?))
+        }))
+    }
+
+    /// Whether the request has a ticket: in its URL, for browsers, or as a bearer's.
+    pub(super) fn admit(&self, request: &Request<Incoming>) -> bool {
+        let Some((repl, key)) = &self.0 else {
+            return false;
+        };
+        let query = request.uri().query().unwrap_or_default();
+        let in_url = query
+            .split('&')
+            .find_map(|pair| pair.strip_prefix("ticket="));
+        let header = request.headers().get(header::AUTHORIZATION);
+        let borne = header.and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now = now.map_or(u64::MAX, |now| now.as_secs());
+        borne
+            .or(in_url)
+            .is_some_and(|ticket| key.admits(repl, ticket, now))
+    }
+}
+
 /// What callers of the runner's port reach.
 pub struct Workspace {
     app: Rc<App>,
-    /// `None`: nobody is let in.
-    identity: Option<(ReplId, TicketKey)>,
+    tickets: Tickets,
     files: Files,
     listing: RefCell<Listing>,
     /// When those packages were installed that it began with; 0: it had none.
@@ -69,10 +99,8 @@ impl Workspace {
         identity: Option<Identity>,
         brought: bool,
     ) -> anyhow::Result<Rc<Self>> {
-        let identity = identity.and_then(|Identity { repl, key }| {
-            let key = TicketKey::from_text(&key);
-            Some((repl, key?))
-        });
+        let tickets = Tickets::of(identity);
+        app.let_in(tickets.clone());
         let files = Files::open(app.slot().folder(), app.slot().uid)?;
         let began_with = installed(&files).filter(|_| brought);
         let began_with = began_with.map_or(0, |(when, _)| when);
@@ -80,7 +108,7 @@ impl Workspace {
         let listing = Listing::beginning_with(&files.tree().unwrap_or_default());
         Ok(Rc::new(Self {
             app,
-            identity,
+            tickets,
             files,
             listing: RefCell::new(listing),
             began_with,
@@ -116,7 +144,7 @@ impl Workspace {
     }
 
     async fn answer(self: Rc<Self>, request: Request<Incoming>) -> Response<Full<Bytes>> {
-        if !self.admits(&request) {
+        if !self.tickets.admit(&request) {
             let why =
                 "a ticket of this repl is required, and this one is missing, too old or another's";
             return text(StatusCode::UNAUTHORIZED, why);
@@ -230,24 +258,6 @@ impl Workspace {
         };
         let checked = tokio::task::spawn_blocking(move || fits(&archive).then_some(archive));
         Ok(checked.await?.unwrap_or_default())
-    }
-
-    /// Whether the request has a ticket: in its URL, for browsers, or as a bearer's.
-    fn admits(&self, request: &Request<Incoming>) -> bool {
-        let Some((repl, key)) = &self.identity else {
-            return false;
-        };
-        let query = request.uri().query().unwrap_or_default();
-        let in_url = query
-            .split('&')
-            .find_map(|pair| pair.strip_prefix("ticket="));
-        let header = request.headers().get(header::AUTHORIZATION);
-        let borne = header.and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        let now = now.map_or(u64::MAX, |now| now.as_secs());
-        borne
-            .or(in_url)
-            .is_some_and(|ticket| key.admits(repl, ticket, now))
     }
 
     /// Makes the connection a line for the program's installer.

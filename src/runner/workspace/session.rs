@@ -165,7 +165,7 @@ fn told_of(told: FromApp) -> Vec<Message> {
         FromApp::Output { stream, data } => event(json!({
             "event": "output", "stream": stream, "data": String::from_utf8_lossy(&data),
         })),
-        FromApp::Ended { ending, again: _ } => {
+        FromApp::Ended { ending, .. } => {
             let mut told = state_of(&State::Ended(ending));
             told["event"] = "program".into();
             event(told)

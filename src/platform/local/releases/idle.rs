@@ -34,7 +34,7 @@ impl Releases {
             repl.program.take()
         });
         if let Some(program) = program.flatten() {
-            program.stop().await;
+            program.end(self.inner.config.drain, false).await;
         }
         Ok(true)
     }
@@ -61,7 +61,7 @@ impl Releases {
         };
         self.with(repl, |repl| repl.record.opens(stored.clone()));
         self.save(repl)?;
-        match self.start(repl, &stored).await {
+        match self.start(repl, &stored, true).await {
             Ok(program) => {
                 self.install(repl, program);
                 Ok(true)

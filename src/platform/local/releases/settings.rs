@@ -58,7 +58,7 @@ impl Releases {
         // Its files were saved; two of it would be edited apart.
         let program = self.with(repl, |repl| repl.program.take());
         if let Some(program) = program.flatten() {
-            program.stop().await;
+            program.end(self.inner.config.drain, false).await;
         }
         self.begin(repl, stored).await
     }

@@ -49,7 +49,7 @@ impl Releases {
             first
         });
         self.save(repl)?;
-        match self.start(repl, &stored).await {
+        match self.start(repl, &stored, true).await {
             Ok(program) => {
                 self.install(repl, program);
                 Ok(())
