@@ -12,10 +12,10 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use gantry::model::{DiskBounds, Limits, Serves, SubmissionId, Tested, Tests};
-use gantry::platform::conformance::{Subject, all};
+use gantry::model::{DiskBounds, Ending, Limits, Serves, SubmissionId, Tested, Tests};
+use gantry::platform::conformance::{Subject, all, finish, python};
 use gantry::platform::local::{LocalConfig, LocalPlatform};
-use gantry::platform::{Finding, Platform, ReleaseSpec};
+use gantry::platform::{Finding, Platform, ReleaseSpec, Sessions};
 use gantry::storage::{CodeStore, DirectoryStore};
 
 /// The test that a child process runs.
@@ -117,6 +117,25 @@ async fn a_submission_that_is_back_before_its_release_is_released_once() {
         platform.dial(repl).await.unwrap();
         platform.shutdown().await;
     }
+}
+
+/// What listened while it was tested has to listen when it is released.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_listens_is_seen_to() {
+    let data = tempfile::tempdir().unwrap();
+    let (platform, _) = platform(data.path()).await;
+    let sessions = Sessions::new(Arc::clone(&platform) as Arc<dyn Platform>);
+    let session = sessions.of(&"listens".parse().unwrap());
+    for (does, expected) in [("listen()", true), ("getsockname()", false)] {
+        let code = format!(
+            "import socket, time\ns = socket.socket()\ns.bind(('127.0.0.1', 0))\ns.{does}\ntime.sleep(0.5)"
+        );
+        let ended = finish(&mut session.start(python(&code))).await.unwrap();
+        assert_eq!(ended.report.ending, Ending::Exited(0), "{ended:?}");
+        // Without a network of its own a run cannot listen, and what does is not its.
+        assert_eq!(ended.report.listened, expected, "{does}");
+    }
+    platform.shutdown().await;
 }
 
 #[test]

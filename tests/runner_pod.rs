@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use anyhow::ensure;
 use cases::{Case, Control};
 use container::{Attach, CAPABILITIES, Container, Privileges};
-use gantry::model::Ending;
+use gantry::model::{Ending, TicketKey};
 use gantry::platform::conformance::{Ended, finish, python};
 use gantry::runner::client::Session;
 use programs::Surroundings;
@@ -719,6 +719,91 @@ fn a_program_that_ends_is_shown_and_one_that_fails_ends_its_pod() {
         word.contains("ended with exit code 1") && word.contains("no good"),
         "{word}"
     );
+}
+
+#[test]
+fn the_owner_of_a_failed_program_sees_what_it_wrote() {
+    if !can_make_containers() {
+        return;
+    }
+    let key = TicketKey::new([7; 32]);
+    let repl = "shop".parse().unwrap();
+    let secret = [("GANTRY_REPL", "shop"), ("GANTRY_RUNNER_KEY", &key.text())];
+    let pod = released(&format!("ADDRESS = '0.0.0.0'{SERVER}"), &secret);
+    comes_to(&pod, "127.0.0.1:3001", "/ready", "200");
+    get(&pod, "127.0.0.1:3000", "/crash");
+    let owners = format!("/?ticket={}", key.issue(&repl, u64::MAX));
+    let page = comes_to(&pod, "198.18.0.7:3002", &owners, "502");
+    assert!(
+        page.contains("exit code 9") && page.contains("starting up"),
+        "{page}"
+    );
+}
+
+#[test]
+fn a_program_that_has_to_listen_serves_when_it_does() {
+    if !can_make_containers() {
+        return;
+    }
+    let declared = |serves| [("GANTRY_SERVES", serves)];
+    let slow = format!("import time\ntime.sleep(6)\nADDRESS = '0.0.0.0'{SERVER}");
+    let pods = ["yes", "unknown"].map(|serves| released(&slow, &declared(serves)));
+    let worker = released("import time\ntime.sleep(600)", &declared("no"));
+    let elsewhere = SERVER.replace("3000", "5000");
+    let mut elsewhere = released(
+        &format!("ADDRESS = '127.0.0.1'{elsewhere}"),
+        &declared("yes"),
+    );
+    let log = File::open(elsewhere.path("/dev/termination-log")).unwrap();
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_millis(5_500) {
+        for pod in &pods {
+            assert_ne!(get(pod, "127.0.0.1:3001", "/ready").0, "200");
+        }
+    }
+    for pod in &pods {
+        comes_to(pod, "127.0.0.1:3001", "/ready", "200");
+        assert_eq!(get(pod, "198.18.0.7:3002", "/").1, "served");
+    }
+    comes_to(&worker, "127.0.0.1:3001", "/ready", "200");
+    assert_eq!(elsewhere.ended(6 * SOON), Some(124), "{}", elsewhere.log());
+    let words = std::io::read_to_string(log).unwrap();
+    assert!(words.contains("it listens on 127.0.0.1:5000"), "{words}");
+}
+
+#[test]
+fn a_program_on_any_local_address_is_reached() {
+    if !can_make_containers() {
+        return;
+    }
+    for address in ["'::1'", "'198.18.0.7'"] {
+        let family = "import http.server, socket\nhttp.server.HTTPServer.address_family = socket.AF_INET6 if ':' in ADDRESS else socket.AF_INET";
+        let pod = released(&format!("ADDRESS = {address}\n{family}{SERVER}"), &[]);
+        comes_to(&pod, "127.0.0.1:3001", "/ready", "200");
+        assert_eq!(get(&pod, "127.0.0.1:3002", "/").1, "served", "{address}");
+    }
+}
+
+#[test]
+fn a_released_pod_answers_what_it_was_asked_before_it_ends() {
+    if !can_make_containers() {
+        return;
+    }
+    let slow = SERVER.replace(
+        "            body = b'served'",
+        "            import time; time.sleep(2); body = b'served'",
+    );
+    let mut pod = released(&format!("ADDRESS = '0.0.0.0'{slow}"), &[]);
+    comes_to(&pod, "127.0.0.1:3001", "/ready", "200");
+    std::thread::scope(|scope| {
+        let asked = scope.spawn(|| get(&pod, "198.18.0.7:3002", "/"));
+        std::thread::sleep(Duration::from_millis(800));
+        // SAFETY: a signal to the process that this test has started.
+        unsafe { libc::kill(pod.runner, libc::SIGTERM) };
+        assert_eq!(asked.join().unwrap().1, "served");
+    });
+    assert_eq!(pod.ended(2 * SOON), Some(0), "{}", pod.log());
+    assert!(pod.log().contains("asked to stop"), "{}", pod.log());
 }
 
 /// The container's output is a pipe that is full, which nobody reads: as a busy node's log.

@@ -323,6 +323,9 @@ pub trait Platform: Send + Sync + fmt::Debug {
     async fn shutdown(&self);
 }
 
+/// What begins, in a cause, the end of what a program wrote. It is for the program's owner.
+pub const LAST_LINES: &str = ". Its last lines:\n";
+
 /// What to do about a release that did not come to serve.
 pub const LISTEN_OR_END: &str = "Have the program listen on port 3000 (PORT says so) of 0.0.0.0, or end with exit code 0; \
      for a worker, which does neither, send \"serves\": false. The previous release serves on.";

@@ -19,8 +19,8 @@ use super::caller::{Cookie, OpenedBy};
 use super::connections::Taken;
 use super::server::Peer;
 use super::session::revoked;
-use crate::model::ReplId;
-use crate::platform::{ByteStream, PlatformError};
+use crate::model::{Problem, ReplId};
+use crate::platform::{ByteStream, LAST_LINES, PlatformError};
 
 /// How long reaching the program may take: it is on this machine or in this cluster.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -131,7 +131,7 @@ pub async fn forward(
             );
         }
         Ok(Err(PlatformError::Unavailable(problem) | PlatformError::NotReady(problem))) => {
-            let cause = format!("{}: {}", problem.message, problem.cause);
+            let cause = for_strangers(&problem);
             return later("The program does not serve now", &cause, visit);
         }
         Err(_) => {
@@ -189,7 +189,7 @@ async fn rouse(edge: &Edge, repl: &ReplId, door: Door, visit: bool) -> Option<Re
     let failed = |error: PlatformError| {
         let cause = match error {
             PlatformError::Unavailable(problem) | PlatformError::NotReady(problem) => {
-                problem.to_string()
+                for_strangers(&problem)
             }
             PlatformError::NotFound(what) => format!("{what} does not exist"),
         };
@@ -199,12 +199,12 @@ async fn rouse(edge: &Edge, repl: &ReplId, door: Door, visit: bool) -> Option<Re
         return match awake.peek() {
             Some(Err(error)) => Some(failed(error.clone())),
             Some(Ok(())) => None,
-            // Its own page shows its live log, as soon as there is one.
+            // Its own page stands in until it answers.
             None => match tokio::time::timeout(DIAL_TIMEOUT, edge.platform.dial(repl)).await {
                 Ok(Ok(_)) => None,
                 _ => Some(later(
                     "The program is starting",
-                    "Nobody used it for a while, so it was stopped. This page shows what it does as soon as it is there.",
+                    "Nobody used it for a while, so it was stopped. This page shows it as soon as it is there.",
                     true,
                 )),
             },
@@ -219,6 +219,12 @@ async fn rouse(edge: &Edge, repl: &ReplId, door: Door, visit: bool) -> Option<Re
             false,
         )),
     }
+}
+
+/// Why a program does not answer, without what it wrote.
+fn for_strangers(problem: &Problem) -> String {
+    let cause = problem.cause.split(LAST_LINES).next().unwrap_or_default();
+    format!("{}: {cause}", problem.message)
 }
 
 /// Whether a browser asks for a page to show.
@@ -557,6 +563,13 @@ mod tests {
             assert!(headers.contains_key(kept), "{kept}");
         }
         assert!(!headers.contains_key("connection"));
+    }
+
+    #[test]
+    fn a_stranger_is_not_told_what_a_program_wrote() {
+        let cause = format!("it ended{LAST_LINES}password=x");
+        let problem = Problem::new("deploy_failed", "It did not come up", cause, "");
+        assert_eq!(for_strangers(&problem), "It did not come up: it ended");
     }
 
     #[test]

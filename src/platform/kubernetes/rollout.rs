@@ -16,7 +16,7 @@ use super::labels::{REPL, REVISION, SUBMISSION};
 use super::record::Stored;
 use super::release::{Owner, PROGRAM_CONTAINER, database_name};
 use crate::model::Problem;
-use crate::platform::LISTEN_OR_END;
+use crate::platform::{LAST_LINES, LISTEN_OR_END};
 
 /// Longest wait for a release to serve. Its runner gives a program that has to listen 50 s, so this is only met
 /// by one that is slow to start and to end, or by a slow cluster.
@@ -205,7 +205,7 @@ impl Rollouts {
         if lines.is_empty() {
             why
         } else {
-            format!("{why}. Its last lines:\n{lines}")
+            format!("{why}{LAST_LINES}{lines}")
         }
     }
 }

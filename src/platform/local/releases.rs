@@ -27,8 +27,10 @@ use crate::model::{
     Limits, Problem, Release, ReleaseState, ReplId, ReplState, ReplStatus, TicketKey, UserId,
     idle_cause,
 };
-use crate::platform::LISTEN_OR_END;
-use crate::platform::{ByteStream, PlatformError, ProgramEvent, ReleaseSpec, RunningRelease};
+
+use crate::platform::{
+    ByteStream, LAST_LINES, LISTEN_OR_END, PlatformError, ProgramEvent, ReleaseSpec, RunningRelease,
+};
 use crate::runner::app::{AppConfig, ProgramConfig};
 use crate::runner::sandbox::{Isolation, Placed, Role};
 use crate::runner::wire::AppPort;
@@ -728,7 +730,7 @@ async fn wait_until_ready(program: &Program) -> Result<(), Problem> {
     let cause = if lines.is_empty() {
         cause
     } else {
-        format!("{cause}. Its last lines:\n{lines}")
+        format!("{cause}{LAST_LINES}{lines}")
     };
     Err(Problem::new(
         "deploy_failed",
