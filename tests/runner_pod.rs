@@ -96,6 +96,34 @@ raise SystemExit(1 / 0)
     assert!(uid >= 0x7800_0000, "user code is user {uid}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_program_opens_its_own_streams_by_name() {
+    if !can_make_containers() {
+        return;
+    }
+    let agent = agent(&[]);
+    let session = Session::open(Attach(Arc::clone(&agent)));
+    let mut job = python(
+        "print(open('/dev/stdin').read())\nprint('out', file=open('/dev/stdout', 'w'))\nprint('err', file=open('/dev/stderr', 'w'))",
+    );
+    job.stdin = b"given".to_vec();
+    let ended = finish(&mut session.start(job.clone())).await.unwrap();
+    assert_eq!(ended.report.ending, Ending::Exited(0), "{ended:?}");
+    assert_eq!(text(&ended.stdout), "given\nout\n");
+    assert_eq!(text(&ended.stderr), "err\n");
+    job.id.run += 1;
+    job.argv = [
+        "bash",
+        "-c",
+        "cat /dev/stdin >/dev/stdout; echo err >/dev/stderr",
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    let ended = finish(&mut session.start(job)).await.unwrap();
+    assert_eq!(text(&ended.stdout), "given", "{ended:?}");
+    assert_eq!(text(&ended.stderr), "err\n");
+}
+
 /// What user code would try against the runner. Each line it prints is a success.
 const AGAINST_THE_RUNNER: &str = r#"
 import ctypes, os, signal, socket

@@ -545,7 +545,7 @@ mod tests {
     fn null_is_the_same_as_left_out() {
         let request = r#"{"user_id":"t","code":"","files":null,"language":null,"repl_id":null,
             "submission_id":null,"entrypoint":null,"args":null,"stdin":null,"env":null,"tests":null,
-            "limits":null,"deploy":null,"database":null,"stream":null}"#;
+            "limits":null,"deploy":null,"database":null,"serves":null,"stream":null}"#;
         let request: SubmissionRequest = serde_json::from_str(request).unwrap();
         assert!(!request.stream());
         let nulls = request.validate(&Limits::MAXIMUM).unwrap();
@@ -557,6 +557,16 @@ mod tests {
             },
             smallest
         );
+    }
+
+    #[test]
+    fn what_is_said_of_a_release_is_kept_and_nothing_is_made_up() {
+        let said = |more: &str| parse(&format!(r#"{{"user_id":"t","code":""{more}}}"#));
+        assert_eq!(said("").unwrap().serves, None);
+        assert_eq!(said(r#","serves":false"#).unwrap().serves, Some(false));
+        let stored = serde_json::to_string(&said(r#","serves":true"#).unwrap()).unwrap();
+        let read: Submission = serde_json::from_str(&stored).unwrap();
+        assert_eq!(read.serves, Some(true));
     }
 
     #[test]
