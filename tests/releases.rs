@@ -24,7 +24,7 @@ if 'PORT' not in os.environ:
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == '/slow':
-            time.sleep(3)
+            time.sleep(6)
         self.send_response(200)
         self.end_headers()
         self.wfile.write(WORD.encode())
