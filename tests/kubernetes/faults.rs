@@ -310,6 +310,48 @@ async fn a_failed_rollout_leaves_the_previous_release_serving_all_the_while() {
     bed.forget(user.as_str()).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a cluster"]
+async fn a_release_takes_over_when_it_listens_and_not_before() {
+    let bed = Bed::start().await;
+    let user = bed.user("listens");
+    let repl = bed.repl(&user);
+    let code = |word: &str| format!("VERSION = '{word}'\n{SERVER}");
+    let one = bed.spec(&user, &repl, &code("one"), BTreeMap::new()).await;
+    bed.platform.ensure_release(&one).await.unwrap();
+    // Longer than the five seconds after which a worker counts as serving.
+    let slow = format!("import time\ntime.sleep(8)\n{}", code("two"));
+    let elsewhere = code("three").replace("('', 3000)", "('127.0.0.1', 5000)");
+    let failing = "import time\ntime.sleep(8)\nraise SystemExit('no such colour')";
+    for (code, serves, word) in [
+        (slow.as_str(), "two", None),
+        (failing, "two", Some("no such colour")),
+        (elsewhere.as_str(), "two", Some("127.0.0.1:5000")),
+    ] {
+        let next = bed.spec(&user, &repl, code, BTreeMap::new()).await;
+        let trying = bed.platform.ensure_release(&next);
+        tokio::pin!(trying);
+        let tried = loop {
+            tokio::select! {
+                tried = &mut trying => break tried,
+                page = bed.page(&repl) => {
+                    assert!(page.ends_with("one") || page.ends_with("two"), "{page}");
+                }
+            }
+        };
+        match (tried, word) {
+            (Ok(_), None) => {}
+            (Err(PlatformError::NotReady(problem)), Some(word)) => {
+                assert!(problem.cause.contains(word), "{problem:?}");
+            }
+            (tried, _) => panic!("{word:?}: {tried:?}"),
+        }
+        assert!(bed.page(&repl).await.ends_with(serves));
+    }
+    bed.platform.drop_repl(&repl).await.unwrap();
+    bed.forget(user.as_str()).await;
+}
+
 async fn running_pods(bed: &Bed, user: &UserId) -> Vec<String> {
     let params = kube::api::ListParams::default().labels("app=prod");
     let list = pods(bed, user).list(&params).await.unwrap();
