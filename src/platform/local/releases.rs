@@ -40,6 +40,10 @@ use crate::storage::DirectoryStore;
 /// than the proxy waits for a connection, so that the caller is told why.
 const COMING_BACK: Duration = Duration::from_secs(4);
 
+/// Most time that programs get to end with the server: whoever stops that, such as a container engine, kills it
+/// after ten seconds.
+const WITH_THE_SERVER: Duration = Duration::from_secs(5);
+
 /// Where a program finds the folder that outlives its releases.
 const DATA: &str = "data";
 
@@ -242,7 +246,8 @@ impl Releases {
     pub async fn stop_all(&self) {
         let repls = self.locked().drain().collect::<Vec<_>>();
         let programs = repls.iter().filter_map(|(_, repl)| repl.program.as_ref());
-        let ended = programs.map(|program| program.end(self.inner.config.drain, false));
+        let patience = self.inner.config.drain.min(WITH_THE_SERVER);
+        let ended = programs.map(|program| program.end(patience, false));
         futures_util::future::join_all(ended).await;
         // Whoever waits in `next_event` holds the lock on the channel.
         self.inner.stopped.cancel();
