@@ -302,7 +302,7 @@ if not os.path.exists(tool):
     with open(tool, 'w') as file:
         file.write('#!/bin/sh\necho works\n')
     os.chmod(tool, 0o700)
-os.chmod('/data/a/b', 0o700)
+    os.chmod('/data/a/b', 0o700)
 print(len(open('/data/a/b/file').read()), subprocess.check_output([tool]).decode())
 ";
 
