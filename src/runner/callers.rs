@@ -341,7 +341,7 @@ mod tests {
         assert!(told(plain, SWITCHES, 99).await.is_empty());
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn who_waits_for_an_answer_is_known() {
         let callers = Callers::new();
         let (mut outside, inside) = duplex(1_024);
@@ -350,11 +350,16 @@ mod tests {
         outside.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
         let mut asked = [0; 18];
         caller.read_exact(&mut asked).await.unwrap();
-        tokio::time::sleep(10 * BETWEEN_REQUESTS).await;
+        let long_ago = |callers: &Callers| {
+            for talk in callers.connected.borrow().iter().filter_map(Weak::upgrade) {
+                talk.last.set(Instant::now() - 2 * BETWEEN_REQUESTS);
+            }
+        };
+        long_ago(&callers);
         assert!(callers.wait_for_answers());
         caller.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
         assert!(callers.wait_for_answers(), "more of it may come");
-        tokio::time::sleep(2 * BETWEEN_REQUESTS).await;
+        long_ago(&callers);
         assert!(!callers.wait_for_answers() && callers.are_connected());
         // A WebSocket has no end of its own.
         outside.write_all(ASKS).await.unwrap();
