@@ -757,7 +757,10 @@ fn the_owner_of_a_failed_program_sees_what_it_wrote() {
     let key = TicketKey::new([7; 32]);
     let repl = "shop".parse().unwrap();
     let word = key.text();
-    let secret = [("GANTRY_REPL", "shop"), ("GANTRY_RUNNER_KEY", word.as_str())];
+    let secret = [
+        ("GANTRY_REPL", "shop"),
+        ("GANTRY_RUNNER_KEY", word.as_str()),
+    ];
     let pod = released(&format!("ADDRESS = '0.0.0.0'{SERVER}"), &secret);
     comes_to(&pod, "127.0.0.1:3001", "/ready", "200");
     get(&pod, "127.0.0.1:3000", "/crash");
