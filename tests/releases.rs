@@ -335,7 +335,7 @@ async fn a_program_can_open_its_own_streams_by_name() {
     let server = Server::start();
     let python = "
 import sys
-print(open('/dev/stdin').read(), end='')
+print(open('/dev/stdin').read(), end='', flush=True)
 for place in ('/dev/stdout', '/proc/self/fd/1'):
     print('by name', file=open(place, 'w'))
 print('an error', file=open('/dev/stderr', 'w'))

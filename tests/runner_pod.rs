@@ -104,7 +104,7 @@ async fn a_program_opens_its_own_streams_by_name() {
     let agent = agent(&[]);
     let session = Session::open(Attach(Arc::clone(&agent)));
     let mut job = python(
-        "print(open('/dev/stdin').read())\nprint('out', file=open('/dev/stdout', 'w'))\nprint('err', file=open('/dev/stderr', 'w'))",
+        "print(open('/dev/stdin').read(), flush=True)\nprint('out', file=open('/dev/stdout', 'w'))\nprint('err', file=open('/dev/stderr', 'w'))",
     );
     job.stdin = b"given".to_vec();
     let ended = finish(&mut session.start(job.clone())).await.unwrap();
