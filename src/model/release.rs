@@ -220,7 +220,7 @@ mod tests {
         assert_eq!(Serves::of(None, true), Serves::Yes);
         assert_eq!(Serves::of(None, false), Serves::Unknown);
         for serves in [Serves::Yes, Serves::No, Serves::Unknown] {
-            assert_eq!(serves.as_str().parse(), Ok(serves));
+            assert_eq!(serves.as_str().parse::<Serves>(), Ok(serves));
         }
     }
 }
