@@ -40,9 +40,9 @@ use crate::storage::DirectoryStore;
 /// than the proxy waits for a connection, so that the caller is told why.
 const COMING_BACK: Duration = Duration::from_secs(4);
 
-/// Most time that programs get to end with the server: whoever stops that, such as a container engine, kills it
-/// after ten seconds.
-const WITH_THE_SERVER: Duration = Duration::from_secs(5);
+/// Most time that programs get to end with the server, which waits three seconds for its platform: whoever stops
+/// it, such as a container engine, kills it soon.
+const WITH_THE_SERVER: Duration = Duration::from_secs(2);
 
 /// Where a program finds the folder that outlives its releases.
 const DATA: &str = "data";
