@@ -258,6 +258,9 @@ impl Course {
             Err(problem) => return Ok(self.unavailable(problem)),
         };
         let mut outcome = verdict.outcome(&runs);
+        let listened = |run: &FinishedRun| run.report.as_ref().is_some_and(|r| r.listened);
+        let has_listened = runs.iter().any(listened);
+        // Until the reply only the outcome holds what they wrote.
         drop(runs);
         if let Some(room) = &mut self.output {
             let kept =
@@ -275,8 +278,7 @@ impl Course {
                 outcome.status = Status::Cancelled;
             } else {
                 self.control.close();
-                let listened = |run: &FinishedRun| run.report.as_ref().is_some_and(|r| r.listened);
-                let serves = Serves::of(self.submission.serves, runs.iter().any(listened));
+                let serves = Serves::of(self.submission.serves, has_listened);
                 self.deploy(&mut outcome, serves).await?;
             }
         }
