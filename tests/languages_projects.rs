@@ -305,10 +305,6 @@ async fn cargo_and_go_run_the_program_that_is_meant() {
     };
     let helper = "package main\n\nfunc helper() string { return \"here\" }\n";
     let module = json!({ "go.mod": "module example.org/shop\n\ngo 1.19\n", "main.go": go("root"), "helper.go": helper, "cmd/app/main.go": go("app"), "cmd/app/helper.go": helper });
-    let mut one = module.clone();
-    one.as_object_mut().unwrap().remove("main.go");
-    one.as_object_mut().unwrap().remove("helper.go");
-    one["shop.go"] = json!("package shop\n");
     run(vec![
         ends(
             "several binaries",
@@ -330,7 +326,6 @@ async fn cargo_and_go_run_the_program_that_is_meant() {
             ),
             expected: ("tests_passed", &["src/lib.rs"]),
         },
-        passes("cmd/app", project("go", one), &["ran app here"]),
         ends(
             "two programs of a module",
             "invalid",
