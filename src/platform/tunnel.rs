@@ -385,7 +385,8 @@ async fn answer_plain(
 ) -> anyhow::Result<()> {
     index.write_all(head).await.map_err(broke_off)?;
     let moved = Moved::asked();
-    let answering = from_index(&mut index, &mut installer, metered, &moved);
+    let answer = Answer::to(head);
+    let answering = from_index(&mut index, &mut installer, metered, &moved, answer);
     watched(answering, &moved).await
 }
 
@@ -411,7 +412,13 @@ async fn join(
     let both = async {
         tokio::try_join!(
             to_an_index(&mut from_installer, &mut to_index, metered, &moved),
-            from_index(&mut answers, &mut to_installer, metered, &moved),
+            from_index(
+                &mut answers,
+                &mut to_installer,
+                metered,
+                &moved,
+                Records::default()
+            ),
         )
         .map(|_| ())
     };
@@ -493,12 +500,127 @@ fn broke_off(error: std::io::Error) -> IndexFailed {
     IndexFailed(format!("broke the connection off: {error}"))
 }
 
+/// Tells whether what came of an index ended where it may.
+trait Whole {
+    fn add(&mut self, piece: &[u8]);
+    fn is_whole(&self) -> bool;
+}
+
+/// One plain answer.
+#[derive(Debug)]
+struct Answer {
+    /// The answer to this has no body.
+    only_head: bool,
+    head: Vec<u8>,
+    /// How many bytes of the body came, once the head is whole.
+    body: Option<u64>,
+    /// The last bytes: a body in chunks ends with an empty one.
+    last: Vec<u8>,
+}
+
+impl Answer {
+    const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
+
+    fn to(request: &[u8]) -> Self {
+        Self {
+            only_head: request.starts_with(b"HEAD "),
+            head: Vec::new(),
+            body: None,
+            last: Vec::new(),
+        }
+    }
+
+    fn field(&self, wanted: &str) -> Option<String> {
+        let head = String::from_utf8_lossy(&self.head);
+        let fields = head.lines().filter_map(|line| line.split_once(':'));
+        let mut found = fields.filter(|(name, _)| name.trim().eq_ignore_ascii_case(wanted));
+        let (_, value) = found.next()?;
+        Some(value.trim().to_ascii_lowercase())
+    }
+
+    fn has_no_body(&self) -> bool {
+        let status = self.head.get(9..12).unwrap_or_default();
+        self.only_head || status.starts_with(b"1") || matches!(status, b"204" | b"304")
+    }
+}
+
+impl Whole for Answer {
+    fn add(&mut self, piece: &[u8]) {
+        let body = match self.body {
+            Some(_) => piece,
+            None if self.head.len() > 2 * MOST_HEAD => return,
+            None => {
+                let before = self.head.len();
+                self.head.extend_from_slice(piece);
+                let Some(end) = end_of_head(&self.head) else {
+                    return;
+                };
+                self.head.truncate(end);
+                &piece[end - before..]
+            }
+        };
+        self.body = Some(self.body.unwrap_or(0) + body.len() as u64);
+        self.last.extend_from_slice(body);
+        let more = self.last.len().saturating_sub(Self::LAST_CHUNK.len());
+        self.last.drain(..more);
+    }
+
+    fn is_whole(&self) -> bool {
+        let Some(body) = self.body else {
+            // One with so long a head is the installer's to judge.
+            return self.head.len() > 2 * MOST_HEAD;
+        };
+        if self.has_no_body() {
+            return true;
+        }
+        match (
+            self.field("transfer-encoding"),
+            self.field("content-length"),
+        ) {
+            (Some(coding), _) if coding.ends_with("chunked") => self.last == Self::LAST_CHUNK,
+            (None, Some(length)) => length.parse().is_ok_and(|length: u64| body >= length),
+            _ => true,
+        }
+    }
+}
+
+/// TLS records (RFC 8446, 5.1), as far as their lengths say where they end.
+#[derive(Debug, Default)]
+struct Records {
+    head: Vec<u8>,
+    left: usize,
+}
+
+impl Whole for Records {
+    fn add(&mut self, mut piece: &[u8]) {
+        while let Some(first) = piece.first() {
+            if self.left > 0 {
+                let some = self.left.min(piece.len());
+                self.left -= some;
+                piece = &piece[some..];
+                continue;
+            }
+            self.head.push(*first);
+            piece = &piece[1..];
+            if let &[_, _, _, high, low] = &self.head[..] {
+                self.left = usize::from(u16::from_be_bytes([high, low]));
+                self.head.clear();
+            }
+        }
+    }
+
+    fn is_whole(&self) -> bool {
+        self.head.is_empty() && self.left == 0
+    }
+}
+
 /// Passes on what an index answers, to its end.
 async fn from_index(
     index: &mut (impl AsyncRead + Unpin),
     installer: &mut (impl AsyncWrite + Unpin),
     metered: &Metered,
     moved: &Moved,
+    mut whole: impl Whole,
 ) -> anyhow::Result<()> {
     let mut piece = vec![0; PIECE];
     let mut answered = false;
@@ -508,9 +630,13 @@ async fn from_index(
             installer.shutdown().await?;
             let why = "closed the connection without an answer";
             anyhow::ensure!(answered, IndexFailed(why.to_owned()));
+            // Not every installer notices: pip takes what it has of a page for all of it.
+            let why = "broke off in the middle of an answer";
+            anyhow::ensure!(whole.is_whole(), IndexFailed(why.to_owned()));
             return Ok(());
         }
         answered = true;
+        whole.add(&piece[..read]);
         metered.count(read)?;
         installer.write_all(&piece[..read]).await?;
         installer.flush().await?;
@@ -772,6 +898,38 @@ mod tests {
             trouble_of(Some(b"HTTP/1.1 404 Not Found\r\n\r\n")).await,
             None
         );
+        let cut = trouble_of(Some(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n<a href")).await;
+        assert!(cut.unwrap().contains("broke off in the middle"));
+    }
+
+    #[test]
+    fn an_answer_that_is_cut_is_told_from_a_whole_one() {
+        let is_whole = |request: &str, answer: &str| {
+            // Byte by byte as well as at once.
+            let mut at_once = Answer::to(request.as_bytes());
+            let mut slowly = Answer::to(request.as_bytes());
+            at_once.add(answer.as_bytes());
+            answer.bytes().for_each(|byte| slowly.add(&[byte]));
+            assert_eq!(at_once.is_whole(), slowly.is_whole(), "{answer}");
+            at_once.is_whole()
+        };
+        let sized = "HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n";
+        assert!(is_whole("GET ", &format!("{sized}abc")));
+        assert!(!is_whole("GET ", &format!("{sized}ab")));
+        assert!(is_whole("HEAD ", sized));
+        assert!(!is_whole("GET ", "HTTP/1.1 200 OK\r\nA: b\r\n"));
+        assert!(is_whole("GET ", "HTTP/1.1 200 OK\r\n\r\nto its end"));
+        let unchanged = "HTTP/1.1 304 Not Modified\r\nContent-Length: 3\r\n\r\n";
+        assert!(is_whole("GET ", unchanged));
+        let chunks = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n";
+        assert!(is_whole("GET ", &format!("{chunks}0\r\n\r\n")));
+        assert!(!is_whole("GET ", chunks));
+        let bytes = hello("pypi.org");
+        let mut records = Records::default();
+        records.add(&bytes[..7]);
+        assert!(!records.is_whole());
+        records.add(&bytes[7..]);
+        assert!(records.is_whole());
     }
 
     #[tokio::test]
