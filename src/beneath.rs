@@ -590,6 +590,18 @@ fn on_disk(about: &rustix::fs::Stat) -> u64 {
     u64::try_from(about.st_blocks).unwrap_or(0) * 512
 }
 
+/// Does what waits for the disk where it holds up nobody else: a thread that serves many would make all of
+/// them wait.
+pub fn waiting<T>(act: impl FnOnce() -> T) -> T {
+    use tokio::runtime::{Handle, RuntimeFlavor};
+    let many = Handle::try_current()
+        .is_ok_and(|handle| handle.runtime_flavor() == RuntimeFlavor::MultiThread);
+    match many {
+        true => tokio::task::block_in_place(act),
+        false => act(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]

@@ -193,6 +193,8 @@ fn own_folder(code: &Path, path: &RelativePath, make: bool) -> io::Result<PathBu
             Ok(about) if about.is_dir() => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound && make => {
                 fs::create_dir(&folder)?;
+                // Its name is on the disk before anything is said to be in it.
+                sync_folder(folder.parent().unwrap_or(code))?;
             }
             Ok(_) => {
                 return Err(io::Error::other(format!(
@@ -215,7 +217,7 @@ fn write_one(code: &Path, path: &RelativePath, content: &[u8]) -> io::Result<()>
     file.write_all(content)?;
     file.sync_data()?;
     fs::rename(&staged, folder.join(name_of(path)))?;
-    File::open(&folder)?.sync_all()
+    sync_folder(&folder)
 }
 
 /// Writes a folder beside its place and moves it there, so that it is seen whole or not at all.
@@ -225,7 +227,10 @@ fn write_whole(
     build: Option<&[u8]>,
 ) -> io::Result<()> {
     let parent = folder.parent().unwrap_or(folder);
-    fs::create_dir_all(parent)?;
+    if !parent.is_dir() {
+        fs::create_dir_all(parent)?;
+        sync_folder(parent.parent().unwrap_or(parent))?;
+    }
     let staged = parent.join(format!(".{}.new", file_name(folder)));
     let replaced = parent.join(format!(".{}.old", file_name(folder)));
     remove(&staged)?;
@@ -234,6 +239,7 @@ fn write_whole(
         .iter()
         .map(|(path, text)| (path.as_str(), text.as_bytes()));
     let build = build.map(|archive| (BUILD_ARCHIVE, archive));
+    let mut folders = BTreeSet::from([staged.clone()]);
     for (path, content) in texts.chain(build) {
         let target = staged.join(path);
         if let Some(folder) = target.parent() {
@@ -242,15 +248,29 @@ fn write_whole(
         let mut file = File::create_new(&target)?;
         file.write_all(content)?;
         file.sync_data()?;
+        let above = target.ancestors().skip(1);
+        folders.extend(
+            above
+                .take_while(|above| above.starts_with(&staged))
+                .map(Path::to_owned),
+        );
     }
-    File::open(&staged)?.sync_all()?;
+    // The names in each of them, too: what is said to be stored is found after a power cut.
+    for folder in folders.iter().rev() {
+        sync_folder(folder)?;
+    }
     remove(&replaced)?;
     if folder.exists() {
         fs::rename(folder, &replaced)?;
     }
     fs::rename(&staged, folder)?;
-    File::open(parent)?.sync_all()?;
+    sync_folder(parent)?;
     remove(&replaced)
+}
+
+/// The names in a folder are on the disk when it returns.
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    File::open(folder)?.sync_all()
 }
 
 fn file_name(path: &Path) -> String {

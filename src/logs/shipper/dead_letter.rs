@@ -56,8 +56,14 @@ impl DeadLetters {
             );
             file = self.open()?;
         }
+        let is_new = file.metadata()?.len() == 0;
         file.write_all(&lines)?;
-        file.sync_data()
+        file.sync_data()?;
+        match self.path.parent().filter(|_| is_new) {
+            // Its name, too: it is the only place where these records are.
+            Some(folder) => File::open(folder)?.sync_all(),
+            None => Ok(()),
+        }
     }
 
     fn open(&self) -> io::Result<File> {

@@ -303,10 +303,13 @@ impl LocalModules {
             let staged = file.with_extension("new");
             fs::write(&staged, serde_json::to_vec_pretty(record)?)?;
             fs::File::open(&staged)?.sync_data()?;
-            fs::rename(&staged, file)?;
+            fs::rename(&staged, &file)?;
+            if let Some(folder) = file.parent() {
+                fs::File::open(folder)?.sync_all()?;
+            }
             Ok(())
         };
-        write().map_err(|error| {
+        crate::beneath::waiting(write).map_err(|error| {
             unavailable(
                 "The module's record could not be stored",
                 &error,
