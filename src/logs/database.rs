@@ -2,9 +2,8 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
 use rusqlite::types::Value as Sql;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Transaction, params, params_from_iter};
 use serde_json::{Map, Value};
@@ -17,7 +16,7 @@ use super::record::ecs;
 use crate::model::{Event, Outcome, Record};
 
 /// Another number rebuilds the file from the journal.
-const SCHEMA_VERSION: i64 = 3;
+const SCHEMA_VERSION: i64 = 4;
 /// The version before had no count of what each user has.
 const COUNTED: &str = "
 BEGIN;
@@ -26,6 +25,19 @@ INSERT INTO users SELECT user, sum(octet_length(fields)) FROM records GROUP BY u
 PRAGMA user_version = 3;
 COMMIT;
 ";
+/// The version before that went by the machine's clock.
+const AGED: &str = "
+BEGIN;
+CREATE TABLE ages (position INTEGER PRIMARY KEY, lived INTEGER NOT NULL) STRICT;
+ALTER TABLE state ADD COLUMN lived INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE state ADD COLUMN set_back INTEGER NOT NULL DEFAULT 0;
+INSERT INTO ages SELECT position, 0 FROM state;
+UPDATE state SET set_back = position;
+PRAGMA user_version = 4;
+COMMIT;
+";
+/// Places whose age is known, in the longest time that a record is kept.
+const AGES: i64 = 64;
 /// Wait for another connection's lock. Readers never wait in WAL mode; this covers recovery of the
 /// file after a crash.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -38,7 +50,11 @@ const DELETE_BYTES: i64 = 8 << 20;
 /// How far a machine's clock may be set back without `until` missing records.
 const CLOCK_SLACK_US: i64 = 3_600 * 1_000_000;
 
-/// `clock` is the largest time up to this record: it never falls, so a time bounds positions.
+/// `clock` is the largest time up to this record: it never falls, so a time bounds positions, but for those
+/// up to `set_back`, the last that was written after the machine's clock was set back far.
+///
+/// How old something is is never taken from that clock, which may be wrong for a while: `lived` is for how
+/// many microseconds servers have run on this file, and `ages` says how much of it had passed at some places.
 const SCHEMA: &str = "
 CREATE TABLE records (
     position INTEGER PRIMARY KEY,
@@ -69,8 +85,12 @@ CREATE TABLE submissions (
 CREATE INDEX submissions_by_user ON submissions (user);
 CREATE INDEX submissions_by_repl ON submissions (repl);
 CREATE TABLE users (user TEXT PRIMARY KEY, bytes INTEGER NOT NULL) STRICT;
-CREATE TABLE state (only INTEGER PRIMARY KEY CHECK (only = 0), position INTEGER, clock INTEGER) STRICT;
-INSERT INTO state VALUES (0, 0, 0);
+CREATE TABLE ages (position INTEGER PRIMARY KEY, lived INTEGER NOT NULL) STRICT;
+CREATE TABLE state (
+    only INTEGER PRIMARY KEY CHECK (only = 0), position INTEGER, clock INTEGER,
+    lived INTEGER NOT NULL DEFAULT 0, set_back INTEGER NOT NULL DEFAULT 0
+) STRICT;
+INSERT INTO state VALUES (0, 0, 0, 0, 0);
 ";
 
 /// The connection that writes.
@@ -79,6 +99,10 @@ pub(super) struct Writer {
     /// The last position taken in.
     pub(super) position: u64,
     clock: i64,
+    set_back: i64,
+    /// What earlier servers lived, and since when this one does.
+    lived_before: i64,
+    opened: Instant,
 }
 
 /// Opens the file, or makes it anew when it is lost, damaged, of another version, or ahead of the
@@ -104,6 +128,9 @@ pub(super) fn open(path: &Path, durable: u64) -> Result<Writer, SearchError> {
         connection,
         position: 0,
         clock: 0,
+        set_back: 0,
+        lived_before: 0,
+        opened: Instant::now(),
     })
 }
 
@@ -113,19 +140,26 @@ fn try_open(path: &Path) -> Result<Option<Writer>, rusqlite::Error> {
     }
     let connection = connect(path)?;
     let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-    if version == SCHEMA_VERSION - 1 {
-        connection.execute_batch(COUNTED)?;
-    } else if version != SCHEMA_VERSION {
-        return Ok(None);
+    match SCHEMA_VERSION - version {
+        0 => {}
+        1 => connection.execute_batch(AGED)?,
+        2 => {
+            connection.execute_batch(COUNTED)?;
+            connection.execute_batch(AGED)?;
+        }
+        _ => return Ok(None),
     }
-    let (position, clock) =
-        connection.query_row("SELECT position, clock FROM state", [], |row| {
-            Ok((row.get::<_, i64>(0)?, row.get(1)?))
-        })?;
+    let state = "SELECT position, clock, set_back, lived FROM state";
+    let (position, clock, set_back, lived_before) = connection.query_row(state, [], |row| {
+        Ok((row.get::<_, i64>(0)?, row.get(1)?, row.get(2)?, row.get(3)?))
+    })?;
     Ok(Some(Writer {
         connection,
         position: position as u64,
         clock,
+        set_back,
+        lived_before,
+        opened: Instant::now(),
     }))
 }
 
@@ -153,10 +187,15 @@ impl Writer {
         let Some(last) = records.last() else {
             return Ok(());
         };
-        let mut clock = self.clock;
+        let (mut clock, mut set_back) = (self.clock, self.set_back);
+        let lived = self.lived();
         let transaction = self.connection.transaction()?;
         for record in records {
-            clock = clock.max(record.time.as_microsecond());
+            let time = record.time.as_microsecond();
+            clock = clock.max(time);
+            if time < clock - CLOCK_SLACK_US {
+                set_back = record.position as i64;
+            }
             insert_record(&transaction, record, clock)?;
             match &record.event {
                 Event::Received { .. } => insert_submission(&transaction, record)?,
@@ -165,9 +204,19 @@ impl Writer {
             }
         }
         store_state(&transaction, last.position, clock)?;
+        transaction.execute(
+            "UPDATE state SET set_back = ?1, lived = ?2",
+            [set_back, lived],
+        )?;
         transaction.commit()?;
-        (self.position, self.clock) = (last.position, clock);
+        (self.position, self.clock, self.set_back) = (last.position, clock, set_back);
         Ok(())
+    }
+
+    /// Microseconds for which servers have run on this file.
+    fn lived(&self) -> i64 {
+        let own = i64::try_from(self.opened.elapsed().as_micros()).unwrap_or(i64::MAX);
+        self.lived_before.saturating_add(own)
     }
 
     /// Goes on behind `position` without the records up to it, which cannot be read.
@@ -180,12 +229,15 @@ impl Writer {
     }
 
     /// Deletes a bounded number of the oldest records when the file is larger than `max_bytes` or
-    /// they are older than `oldest`. True when there is more to delete.
+    /// they are older than `max_age`. True when there is more to delete.
     pub(super) fn retain(
         &mut self,
         max_bytes: u64,
-        oldest: Timestamp,
+        max_age: Duration,
     ) -> Result<bool, SearchError> {
+        let lived = self.lived();
+        let age = i64::try_from(max_age.as_micros()).unwrap_or(i64::MAX);
+        let position = self.position as i64;
         let pragma = |name: &str| -> Result<u64, rusqlite::Error> {
             let number: i64 = self
                 .connection
@@ -198,13 +250,26 @@ impl Writer {
         if too_large {
             delete_of_largest(&transaction)?;
         }
-        let bound: Option<i64> = {
-            transaction.query_row(
-                "SELECT max(position) FROM (SELECT position FROM records WHERE clock < ?1 ORDER BY clock LIMIT ?2)",
-                [oldest.as_microsecond(), DELETE_CHUNK],
-                |row| row.get(0),
-            )?
-        };
+        let last: Option<i64> =
+            transaction.query_row("SELECT max(lived) FROM ages", [], |row| row.get(0))?;
+        if last.is_none_or(|last| lived - last >= age / AGES) {
+            transaction.execute(
+                "INSERT OR REPLACE INTO ages VALUES (?1, ?2)",
+                [position, lived],
+            )?;
+        }
+        let old: Option<i64> = transaction.query_row(
+            "SELECT max(position) FROM ages WHERE lived < ?1",
+            [lived.saturating_sub(age)],
+            |row| row.get(0),
+        )?;
+        // Only the last of these places is needed.
+        transaction.execute("DELETE FROM ages WHERE position < ?1", [old.unwrap_or(0)])?;
+        let bound: Option<i64> = transaction.query_row(
+            "SELECT max(position) FROM (SELECT position FROM records WHERE position <= ?1 ORDER BY position LIMIT ?2)",
+            [old.unwrap_or(-1), DELETE_CHUNK],
+            |row| row.get(0),
+        )?;
         let Some(bound) = bound else {
             transaction.commit()?;
             return Ok(too_large);
@@ -507,7 +572,9 @@ fn conditions(
             )?
             .query_row([until.saturating_add(CLOCK_SLACK_US)], |row| row.get(0))
             .optional()?;
-        last = later.map_or(last, |later| last.min(later - 1));
+        let set_back: i64 =
+            transaction.query_row("SELECT set_back FROM state", [], |row| row.get(0))?;
+        last = later.map_or(last, |later| last.min(set_back.max(later - 1)));
         all.add("r.time <= ?", until);
     }
     all.add(&format!("{place} <= ?"), last);
@@ -575,4 +642,62 @@ pub(super) fn list(
         submissions: rows.into_iter().map(|(_, summary)| summary).collect(),
         next: last.filter(|_| more),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use jiff::{SignedDuration, Timestamp};
+
+    use super::*;
+    use crate::logs::LogQuery;
+
+    fn record(position: u64, time: Timestamp) -> Arc<Record> {
+        Arc::new(Record {
+            position,
+            time,
+            user_id: "ann".parse().unwrap(),
+            submission_id: None,
+            repl_id: "ann-prod".parse().unwrap(),
+            seq: None,
+            event: Event::Queued,
+        })
+    }
+
+    #[test]
+    fn a_clock_that_was_far_ahead_for_a_while_costs_no_record() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("search.sqlite");
+        let mut writer = open(&path, 100).unwrap();
+        let now = Timestamp::now();
+        let ahead = now + SignedDuration::from_hours(40 * 24);
+        let month = Duration::from_secs(30 * 24 * 3600);
+        for position in 1..=30 {
+            let time = if position == 10 { ahead } else { now };
+            writer.insert(&[record(position, time)]).unwrap();
+            writer.retain(1 << 30, month).unwrap();
+        }
+        let mut reader = reader(&path).unwrap();
+        let mut found = |until| {
+            let query = LogQuery {
+                until,
+                limit: 100,
+                ..LogQuery::default()
+            };
+            let filter = Filter::try_from(query).unwrap();
+            find(&mut reader, &filter, None).unwrap().records.len()
+        };
+        assert_eq!(found(None), 30);
+        // All but the one that says it is of the future, those after it too.
+        assert_eq!(found(Some(now + SignedDuration::from_secs(60))), 29);
+        // A file of an earlier version is taken over.
+        drop(writer);
+        let before = "ALTER TABLE state DROP COLUMN lived; ALTER TABLE state DROP COLUMN set_back; \
+             DROP TABLE ages; PRAGMA user_version = 3;";
+        connect(&path).unwrap().execute_batch(before).unwrap();
+        let mut writer = open(&path, 100).unwrap();
+        assert_eq!(writer.position, 30);
+        assert!(!writer.retain(1 << 30, month).unwrap());
+        assert_eq!(found(None), 30);
+    }
 }

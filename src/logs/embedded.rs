@@ -8,7 +8,6 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream};
-use jiff::{SignedDuration, Timestamp};
 use rusqlite::Connection;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
@@ -167,10 +166,8 @@ impl EmbeddedSearch {
         let options = self.0.options;
         self.write(move |writer| {
             writer.insert(&records)?;
-            let age = SignedDuration::try_from(options.max_age).unwrap_or(SignedDuration::MAX);
-            let oldest = Timestamp::now().checked_sub(age).unwrap_or(Timestamp::MIN);
             // Deletes at least as fast as it takes in: a batch is smaller than what one call deletes.
-            writer.retain(options.max_bytes, oldest)?;
+            writer.retain(options.max_bytes, options.max_age)?;
             Ok(())
         })
         .await?;
