@@ -348,8 +348,10 @@ fn furnish(spec: &SandboxSpec) -> anyhow::Result<()> {
     }
     rustix::system::sethostname(b"sandbox").context("the host name")?;
     let network = match spec.role {
+        // It is the machine's, which has one that is up and is not this sandbox's to change.
+        _ if spec.network => Ok(()),
         // One run follows the other, where slots have no networks of their own.
-        Role::Agent(_) if !spec.network => settle(),
+        Role::Agent(_) => settle(),
         _ => loopback_up(),
     };
     network.context("the loopback device")?;
@@ -449,6 +451,9 @@ fn build_root(spec: &SandboxSpec, owner: Option<u32>) -> anyhow::Result<()> {
             .with_context(|| format!("showing {}", placed.name))?;
     }
     describe_users(&base.join("etc"))?;
+    if spec.network {
+        name_servers(&base.join("etc"));
+    }
     write_hook(&base.join(HOOK_FOLDER))?;
     for cover in [folder, file] {
         fs::set_permissions(&cover, fs::Permissions::from_mode(0o000))?;
@@ -530,6 +535,15 @@ fn describe_users(etc: &Path) -> io::Result<()> {
         "127.0.0.1 localhost sandbox\n::1 localhost\n",
     )?;
     fs::write(etc.join("hostname"), "sandbox\n")
+}
+
+/// The machine's name servers. A copy: the file is often a link to where nothing is shown.
+fn name_servers(etc: &Path) {
+    let copied =
+        fs::read("/etc/resolv.conf").and_then(|text| fs::write(etc.join("resolv.conf"), text));
+    if let Err(error) = copied {
+        tracing::debug!(%error, "no name servers are known");
+    }
 }
 
 /// Names for the ids of slots, as `passwd` and `group` in this folder.
