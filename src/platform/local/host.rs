@@ -2,8 +2,11 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
+use std::io::Read;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use super::cgroup::Cgroup;
 use super::launch::launch;
@@ -305,13 +308,7 @@ fn ask_python() -> Option<Python> {
         *(paths[name] for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')), \
         *(os.path.join(var('LIBDIR'), var(name)) for name in ('LDLIBRARY', 'INSTSONAME') if var('LIBDIR') and var(name)), \
         *((os.path.join(sys.prefix, 'pyvenv.cfg'),) if sys.prefix != sys.base_prefix else ()), sep='\\n')";
-    let answer = Command::new("python3")
-        .args(["-I", "-S", "-c", question])
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .output()
-        .ok()?;
-    let text = String::from_utf8(answer.stdout).ok()?;
+    let text = answer(Command::new("python3").args(["-I", "-S", "-c", question]))?;
     let lines: Vec<PathBuf> = text.lines().map(PathBuf::from).collect();
     let python = lines.first().filter(|path| path.is_absolute())?.clone();
     let absolute = |path: &&PathBuf| path.is_absolute();
@@ -436,18 +433,49 @@ fn ask_home(tool: &Tool, found: &Path) -> Option<PathBuf> {
     if tool.home.is_empty() {
         return None;
     }
-    let answer = Command::new(found)
-        .args(tool.home)
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .output()
-        .ok()?;
-    let text = String::from_utf8(answer.stdout).ok()?;
+    let text = answer(Command::new(found).args(tool.home))?;
     let home = PathBuf::from(text.trim_end());
     home.join("bin")
         .join(tool.command)
         .is_file()
         .then_some(home)
+}
+
+/// Longest wait for a command that says where it is: a hundred times what it takes.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Most bytes of such an answer.
+const MOST_ANSWER: u64 = 64 << 10;
+
+/// What a command says. One that does not answer is ended, and taken for one that is not there: everybody's
+/// first run waits for it.
+fn answer(command: &mut Command) -> Option<String> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        // What it starts ends with it.
+        .process_group(0)
+        .spawn()
+        .ok()?;
+    let stdout = child.stdout.take()?;
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut text = String::new();
+        let read = stdout.take(MOST_ANSWER).read_to_string(&mut text);
+        let _ = tell.send(read.map(|_| text));
+    });
+    let said = told.recv_timeout(ANSWER_PATIENCE);
+    if said.is_err() {
+        let program = command.get_program().to_string_lossy().into_owned();
+        tracing::warn!(%program, "it does not answer and is not used");
+    }
+    // Also of one that has answered and does not end.
+    if let Some(group) = rustix::process::Pid::from_raw(child.id().cast_signed()) {
+        let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+    }
+    let _ = child.wait();
+    said.ok()?.ok()
 }
 
 /// What a language's commands read below `/etc`: distributions keep their settings there.
@@ -556,6 +584,16 @@ mod tests {
             locate(&tool, at(name), &private, &mut shown, &mut folders).unwrap();
             assert_eq!(shown.into_iter().collect::<Vec<_>>(), [at(expected)]);
         }
+    }
+
+    #[test]
+    fn a_command_that_hangs_is_not_waited_for() {
+        let began = std::time::Instant::now();
+        let said = answer(Command::new("sh").args(["-c", "echo said; exec sleep 60 >&-"]));
+        assert_eq!(said.as_deref(), Some("said\n"));
+        assert!(answer(Command::new("sh").args(["-c", "sleep 60 & wait"])).is_none());
+        assert!(began.elapsed() < ANSWER_PATIENCE + Duration::from_secs(5));
+        assert!(answer(&mut Command::new("/no/such/command")).is_none());
     }
 
     #[test]
