@@ -12,7 +12,7 @@ use std::os::unix::fs::FileExt;
 
 use jiff::Timestamp;
 
-use crate::model::{Event, Record, SubmissionId};
+use crate::model::{Event, Record, ReplId, SubmissionId, UserId};
 
 /// Longest frame. A submission's code is at most 8 MiB and JSON's escapes make it six times that.
 pub(super) const MAX_FRAME: usize = 64 << 20;
@@ -24,6 +24,12 @@ pub(super) const MARK: usize = PREFIX + MARK_BODY;
 const MAGIC: &[u8; 8] = b"GANTRYJ1";
 const PREFIX: usize = 8;
 const MARK_BODY: usize = 16;
+/// The body of a frame that covers what could not be read.
+const COVER_MAGIC: &[u8; 8] = b"\x01\0GJGONE";
+/// Shorter than this is no record.
+pub(super) const SHORTEST_RECORD: u64 = (PREFIX + RECORD_HEAD) as u64;
+/// Longest name of a user or repl: a DNS label.
+const LONGEST_NAME: u8 = 63;
 /// JSON text holds no NUL, so no event can contain a mark.
 const MARK_MAGIC: &[u8; 8] = b"\x01\0GJMARK";
 const RECORD_KIND: u8 = 2;
@@ -53,6 +59,22 @@ pub(super) fn header(base: u64) -> [u8; HEADER as usize] {
     bytes
 }
 
+/// The position that a header says; `None`: it is none.
+pub(super) fn base_of(start: &[u8; HEADER as usize]) -> Option<u64> {
+    let base = u64::from_le_bytes(fixed(start, 8));
+    (*start == header(base)).then_some(base)
+}
+
+/// A frame of this length that readers pass over.
+pub(super) fn cover(len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    bytes[..4].copy_from_slice(&((len - PREFIX) as u32).to_le_bytes());
+    bytes[PREFIX..PREFIX + 8].copy_from_slice(COVER_MAGIC);
+    let crc = crc32fast::hash(&bytes[PREFIX..]);
+    bytes[4..PREFIX].copy_from_slice(&crc.to_le_bytes());
+    bytes
+}
+
 /// The mark frame for this offset.
 pub(super) fn mark(offset: u64) -> [u8; MARK] {
     let mut bytes = [0; MARK];
@@ -76,6 +98,17 @@ impl Payload {
         let mut crc = crc32fast::Hasher::new();
         crc.update(&json);
         Ok(Self { json, crc })
+    }
+
+    /// Of an event that this version does not have.
+    #[cfg(test)]
+    pub(super) fn raw(json: &str) -> Self {
+        let mut crc = crc32fast::Hasher::new();
+        crc.update(json.as_bytes());
+        Self {
+            json: json.as_bytes().to_vec(),
+            crc,
+        }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -149,10 +182,16 @@ impl Outline {
 }
 
 impl Raw<'_> {
-    /// The record with its event parsed.
+    /// The record with its event parsed. Its bytes are as they were written: where it is not understood, a
+    /// newer version wrote it.
     pub(super) fn record(&self) -> Result<Record, String> {
         let mut event: Event = serde_json::from_slice(self.json)
-            .map_err(|e| format!("the event at position {} is not known: {e}", self.position))?;
+            .map_err(|e| {
+                format!(
+                    "the event at position {} is of a kind that this version does not know, which a newer one wrote: {e}",
+                    self.position
+                )
+            })?;
         if let Event::Reply(outcome) = &mut event {
             outcome.seq = self.seq;
         }
@@ -181,6 +220,10 @@ pub(super) enum ScanError {
 #[derive(Debug)]
 pub(super) enum Frame<'a> {
     Mark,
+    /// It covers what could not be read.
+    Cover,
+    /// Whole, and of a kind that this version does not know.
+    Unknown,
     Record(Raw<'a>),
 }
 
@@ -245,6 +288,9 @@ impl<'f> Scan<'f> {
                 return Err(damage("a frame is cut short"));
             }
             let body = &bytes[PREFIX..];
+            if body.starts_with(COVER_MAGIC) {
+                return Ok(Some((offset, total as u64, Frame::Cover)));
+            }
             let head_end = head_end(body, len).map_err(damage)?;
             let mut raw = head(body, head_end).map_err(damage)?;
             let json = offset + (PREFIX + head_end) as u64;
@@ -311,6 +357,15 @@ fn parse(body: &[u8], crc: u32, offset: u64) -> Result<Frame<'_>, &'static str> 
             Err(WRONG_SUM)
         };
     }
+    if body.starts_with(COVER_MAGIC) {
+        return match crc32fast::hash(body) == crc {
+            true => Ok(Frame::Cover),
+            false => Err(WRONG_SUM),
+        };
+    }
+    if body.first() != Some(&RECORD_KIND) && crc32fast::hash(body) == crc {
+        return Ok(Frame::Unknown);
+    }
     let head_end = head_end(body, body.len())?;
     let mut sum = crc32fast::Hasher::new();
     sum.update(&body[head_end..]);
@@ -358,22 +413,95 @@ fn head(body: &[u8], head_end: usize) -> Result<Raw<'_>, &'static str> {
     })
 }
 
-/// The first whole mark at or after `from`, if there is one.
-pub(super) fn find_mark(file: &File, from: u64, end: u64) -> io::Result<Option<u64>> {
+/// What the head of a record says that is not whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Head {
+    pub(super) submission: Option<SubmissionId>,
+    pub(super) user: UserId,
+    pub(super) repl: ReplId,
+    pub(super) time: Timestamp,
+    pub(super) position: u64,
+    pub(super) received: bool,
+}
+
+/// What can be told of the record that lies between these places and is not whole.
+pub(super) fn head_of(file: &File, from: u64, to: u64) -> Option<Head> {
+    let most = PREFIX + RECORD_HEAD + 2 * usize::from(u8::MAX);
+    let mut bytes = vec![0; usize::try_from(to - from).ok()?.min(most)];
+    file.read_exact_at(&mut bytes, from).ok()?;
+    // Nothing else is as long: it may be the kind that was damaged.
+    *bytes.get_mut(PREFIX)? = RECORD_KIND;
+    let body = bytes.get(PREFIX..)?;
+    let end = head_end(body, body.len()).ok()?;
+    let raw = head(body, end).ok()?;
+    // Where the flag is what was damaged, the id is there all the same.
+    let id: [u8; 16] = fixed(body, 28);
+    Some(Head {
+        submission: (id != [0; 16]).then(|| SubmissionId::from_bytes(id)),
+        user: raw.user.parse().ok()?,
+        repl: raw.repl.parse().ok()?,
+        time: raw.time,
+        position: raw.position,
+        received: raw.received,
+    })
+}
+
+/// The first whole frame at or after `from`, if there is one. No text of a user can be taken for one: a
+/// frame's length, and its kind, have bytes that JSON does not.
+pub(super) fn find_frame(file: &File, from: u64, end: u64) -> io::Result<Option<u64>> {
+    const LOOK: usize = PREFIX + RECORD_HEAD;
     let mut at = from;
     let mut window = Vec::new();
     while end.saturating_sub(at) >= MARK as u64 {
         let want = (end - at).min(WINDOW as u64) as usize;
         window.resize(want, 0);
         file.read_exact_at(&mut window, at)?;
-        for (index, bytes) in window.windows(MARK).enumerate() {
+        let last = want - MARK;
+        for index in 0..=last {
             let offset = at + index as u64;
-            if bytes[PREFIX..].starts_with(MARK_MAGIC) && bytes == mark(offset) {
+            if begins_frame(&window[index..], end - offset)
+                && matches!(Scan::new(file, offset, end).next(), Ok(Some(_)))
+            {
                 return Ok(Some(offset));
             }
         }
-        // Windows overlap so that a mark across their border is seen.
-        at += (want - (MARK - 1)) as u64;
+        if at + want as u64 >= end {
+            break;
+        }
+        // Windows overlap so that a frame across their border is seen.
+        at += (want - LOOK.min(want - 1)) as u64;
     }
     Ok(None)
+}
+
+/// Whether a frame may begin with these bytes, of which `left` follow.
+fn begins_frame(bytes: &[u8], left: u64) -> bool {
+    let len = u32::from_le_bytes(fixed(bytes, 0)) as usize;
+    if !(MARK_BODY..=MAX_FRAME).contains(&len) || (PREFIX + len) as u64 > left {
+        return false;
+    }
+    let body = &bytes[PREFIX..];
+    if body.starts_with(MARK_MAGIC) || body.starts_with(COVER_MAGIC) {
+        return true;
+    }
+    let named = |length: Option<&u8>| length.is_some_and(|len| (1..=LONGEST_NAME).contains(len));
+    body.first() == Some(&RECORD_KIND) && named(body.get(2)) && named(body.get(3))
+}
+
+/// Whether what lies from here to the end was written whole: its length ends there, or its sum is that of
+/// all the bytes up to there. What a crash cut off is neither.
+pub(super) fn was_whole(file: &File, from: u64, end: u64) -> io::Result<bool> {
+    let Some(len) = (end - from)
+        .checked_sub(PREFIX as u64)
+        .filter(|len| (MARK_BODY as u64..=MAX_FRAME as u64).contains(len))
+    else {
+        return Ok(false);
+    };
+    let mut bytes = vec![0; PREFIX + len as usize];
+    file.read_exact_at(&mut bytes, from)?;
+    let said = u32::from_le_bytes(fixed(&bytes, 0));
+    let crc = u32::from_le_bytes(fixed(&bytes, 4));
+    // A page that was not written is empty.
+    let ends = bytes.last() != Some(&0);
+    Ok((u64::from(said) == len && ends) || parse(&bytes[PREFIX..], crc, from).is_ok())
 }

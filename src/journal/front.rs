@@ -109,6 +109,8 @@ pub(super) struct Shared {
     pub(super) work: Condvar,
     pub(super) room: Notify,
     pub(super) store: Mutex<Store>,
+    /// Held while the list of segments is written.
+    pub(super) chaining: Mutex<()>,
     /// Gone when the journal is closed.
     pub(super) durable: Mutex<Option<watch::Sender<u64>>>,
     pub(super) watching: watch::Receiver<u64>,

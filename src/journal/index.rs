@@ -48,12 +48,19 @@ impl Known {
         }
     }
 
+    /// What was there of it is lost: it begins at this position.
+    pub(super) fn begin_anew(&mut self, position: u64) {
+        self.start = position;
+        self.last_seq = 0;
+    }
+
     pub(super) fn state(&self, ended: bool) -> SubmissionState {
         SubmissionState {
             user_id: self.user.clone(),
             repl_id: self.repl.clone(),
             // Every stored time came from a valid one.
             time: Timestamp::from_microsecond(self.time_us).unwrap_or(Timestamp::UNIX_EPOCH),
+            position: self.start,
             last_seq: self.last_seq,
             ended,
         }
@@ -268,6 +275,10 @@ impl OpenIndex {
         }
     }
 
+    pub(super) fn forget(&mut self, id: SubmissionId) {
+        self.entries.remove(&id);
+    }
+
     pub(super) fn entry(&self, id: SubmissionId) -> Option<&Entry> {
         self.entries.get(&id)
     }
@@ -391,6 +402,11 @@ impl SealedIndex {
     /// The index file of a segment, with the submissions unfinished at the segment's end. `None`
     /// when it is missing or not of this segment.
     pub(super) fn load(segment: &Path, segment_len: u64) -> Option<(Self, Unfinished)> {
+        let (index, unfinished, _) = Self::load_of(segment, Some(segment_len))?;
+        Some((index, unfinished))
+    }
+
+    fn load_of(segment: &Path, segment_len: Option<u64>) -> Option<(Self, Unfinished, u64)> {
         let path = index_path(segment);
         let file = File::open(&path).ok()?;
         let len = file.metadata().ok()?.len();
@@ -408,15 +424,20 @@ impl SealedIndex {
             return None;
         }
         let resident: Resident = postcard::from_bytes(&head).ok()?;
-        if resident.segment_len != segment_len || entries_at + resident.entries_len != len {
+        let other = segment_len.is_some_and(|len| resident.segment_len != len);
+        if other || entries_at + resident.entries_len != len {
             return None;
         }
-        Some(Self::from_resident(
-            path,
-            Entries::File(file),
-            entries_at,
-            resident,
-        ))
+        let len = resident.segment_len;
+        let entries = Entries::File(file);
+        let (index, unfinished) = Self::from_resident(path, entries, entries_at, resident);
+        Some((index, unfinished, len))
+    }
+
+    /// The index file of a segment that is not as it was, and how long that was.
+    pub(super) fn load_any(segment: &Path) -> Option<(Self, u64)> {
+        let (index, _, len) = Self::load_of(segment, None)?;
+        Some((index, len))
     }
 
     fn from_resident(

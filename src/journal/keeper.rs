@@ -29,6 +29,7 @@ use super::index::{Entry, OpenIndex, SealedIndex, Unfinished};
 use super::memory::{DIGEST, Remembered};
 use super::segment::{self, REWRITTEN, Sealed};
 use super::store::{self, lock};
+use super::writer::write_chain;
 use crate::model::{Status, SubmissionId, UserId};
 
 /// What is deleted at once beyond the bound, as a part of it: so that full segments are not copied
@@ -366,7 +367,7 @@ impl Pass<'_> {
         loop {
             let (len, stays) = match frames.next().map_err(damaged)? {
                 None => return Ok(()),
-                Some((_, len, Frame::Mark)) => (len, false),
+                Some((_, len, Frame::Mark | Frame::Cover | Frame::Unknown)) => (len, false),
                 Some((offset, len, Frame::Record(raw))) => {
                     let stays = !touched || self.stays(&raw, entries);
                     if stays {
@@ -416,7 +417,14 @@ impl Pass<'_> {
                 })?;
                 let failed = |e| JournalError::io("write", &joined.temporary, e);
                 joined.file.sync_all().map_err(failed)?;
-                // An index of the old file beside the new one is refused by its length.
+                // A longer one beside a file would say that something of the file is lost.
+                let index = super::index::index_path(&first.path);
+                match std::fs::remove_file(&index) {
+                    Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                        return Err(JournalError::io("remove", &index, error));
+                    }
+                    _ => {}
+                }
                 std::fs::rename(&joined.temporary, &first.path).map_err(failed)?;
                 sync_folder(&self.shared.dir).map_err(failed)?;
                 unfinished.retain(|id, _| !self.deleted.contains_key(id));
@@ -438,6 +446,8 @@ impl Pass<'_> {
             let end = at + joined.inputs.len();
             store.sealed.splice(at..end, fresh.clone());
         }
+        // Before they are removed: they are not missing then.
+        write_chain(self.shared);
         let skip = usize::from(fresh.is_some());
         for old in joined.inputs.iter().skip(skip) {
             segment::remove(&old.path)?;

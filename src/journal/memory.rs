@@ -7,13 +7,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::JournalError;
-use super::index::Known;
+use super::index::{Entry, Known};
 use super::keeper::level;
 use super::store::lock;
 use crate::model::{Status, SubmissionId};
@@ -30,7 +30,17 @@ CREATE TABLE IF NOT EXISTS ended (
     reply BLOB NOT NULL
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS ended_by_user ON ended (user, ended);
-CREATE INDEX IF NOT EXISTS ended_by_time ON ended (ended);
+CREATE TABLE IF NOT EXISTS lived (only INTEGER PRIMARY KEY CHECK (only = 0), microseconds INTEGER NOT NULL) STRICT;
+INSERT OR IGNORE INTO lived VALUES (0, 0);
+";
+
+/// When an id was added: not by the machine's clock, which may be wrong for a while, but by how long servers
+/// had run on this file.
+const ADDED: &str = "
+ALTER TABLE ended ADD COLUMN added INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX ended_by_age ON ended (added);
+DROP INDEX IF EXISTS ended_by_time;
+PRAGMA user_version = 1;
 ";
 
 /// Bytes of a SHA-256 that are kept: 128 bits, enough that nobody finds two texts with the same ones.
@@ -51,6 +61,19 @@ pub(super) struct Remembered {
 }
 
 impl Remembered {
+    /// Of a submission whose records are lost: that it was received is all that is known.
+    pub(super) fn lost(entry: &Entry) -> Self {
+        Self {
+            id: entry.id,
+            user: entry.known.user.as_str().to_owned(),
+            repl: entry.known.repl.as_str().to_owned(),
+            status: Status::Unavailable,
+            ended_us: Timestamp::now().as_microsecond(),
+            submission: [0; DIGEST],
+            reply: [0; DIGEST],
+        }
+    }
+
     fn ended(&self) -> Timestamp {
         // Every stored time came from a valid one.
         Timestamp::from_microsecond(self.ended_us).unwrap_or(Timestamp::UNIX_EPOCH)
@@ -83,12 +106,15 @@ pub(super) struct Memory {
     count: AtomicU64,
     /// Changes before any record is deleted whose id was just added.
     generation: AtomicU64,
+    /// Microseconds that earlier servers ran, and since when this one does.
+    lived_before: i64,
+    opened: Instant,
 }
 
 impl Memory {
     pub(super) fn open(dir: &Path, age: Duration, most: u64) -> Result<Self, JournalError> {
         let path = dir.join("ended.sqlite");
-        let opened = || -> rusqlite::Result<(Connection, Connection, u64)> {
+        let opened = || -> rusqlite::Result<(Connection, Connection, u64, i64)> {
             let connect = || -> rusqlite::Result<Connection> {
                 let connection = Connection::open(&path)?;
                 connection.busy_timeout(Duration::from_secs(5))?;
@@ -100,14 +126,21 @@ impl Memory {
             };
             let writer = connect()?;
             writer.execute_batch(SCHEMA)?;
+            let version: i64 = writer.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+            if version == 0 {
+                writer.execute_batch(&format!("BEGIN; {ADDED} COMMIT;"))?;
+            }
+            let lived = "SELECT microseconds FROM lived";
+            let lived = writer.query_row(lived, [], |row| row.get(0))?;
             let count: i64 =
                 writer.query_row("SELECT count(*) FROM ended", [], |row| row.get(0))?;
-            Ok((connect()?, writer, count as u64))
+            Ok((connect()?, writer, count as u64, lived))
         };
-        let (reader, writer, count) = opened().map_err(|source| JournalError::Memory {
-            file: path.clone(),
-            source,
-        })?;
+        let (reader, writer, count, lived_before) =
+            opened().map_err(|source| JournalError::Memory {
+                file: path.clone(),
+                source,
+            })?;
         let memory = Self {
             path,
             age,
@@ -116,6 +149,8 @@ impl Memory {
             writer: Mutex::new(writer),
             count: AtomicU64::new(count),
             generation: AtomicU64::new(0),
+            lived_before,
+            opened: Instant::now(),
         };
         memory.trim()?;
         Ok(memory)
@@ -128,10 +163,15 @@ impl Memory {
         }
     }
 
+    fn lived(&self) -> i64 {
+        let own = i64::try_from(self.opened.elapsed().as_micros()).unwrap_or(i64::MAX);
+        self.lived_before.saturating_add(own)
+    }
+
+    /// What was added before is too old.
     fn oldest(&self) -> i64 {
-        let age = SignedDuration::try_from(self.age).unwrap_or(SignedDuration::MAX);
-        let oldest = Timestamp::now().checked_sub(age);
-        oldest.unwrap_or(Timestamp::MIN).as_microsecond()
+        let age = i64::try_from(self.age.as_micros()).unwrap_or(i64::MAX);
+        self.lived().saturating_sub(age)
     }
 
     pub(super) fn generation(&self) -> u64 {
@@ -151,7 +191,7 @@ impl Memory {
         let find = || -> rusqlite::Result<Option<Remembered>> {
             let reader = lock(&self.reader);
             let mut statement = reader.prepare_cached(
-                "SELECT user, repl, status, ended, submission, reply FROM ended WHERE id = ?1 AND ended >= ?2",
+                "SELECT user, repl, status, ended, submission, reply FROM ended WHERE id = ?1 AND added >= ?2",
             )?;
             let row = statement.query_row(params![id.as_bytes(), oldest], |row| {
                 let status: String = row.get(2)?;
@@ -175,13 +215,14 @@ impl Memory {
         if ended.is_empty() {
             return Ok(());
         }
+        let lived = self.lived();
         let add = || -> rusqlite::Result<u64> {
             let mut writer = lock(&self.writer);
             let transaction = writer.transaction()?;
             let mut added = 0;
             {
                 let mut statement = transaction.prepare_cached(
-                    "INSERT OR IGNORE INTO ended VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+                    "INSERT OR IGNORE INTO ended VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
                 )?;
                 for one in ended {
                     added += statement.execute(params![
@@ -192,6 +233,7 @@ impl Memory {
                         one.ended_us,
                         one.submission,
                         one.reply,
+                        lived,
                     ])?;
                 }
             }
@@ -205,11 +247,12 @@ impl Memory {
 
     /// Forgets what is too old, and what is too many of the users that have the most.
     pub(super) fn trim(&self) -> Result<(), JournalError> {
-        let oldest = self.oldest();
+        let (oldest, lived) = (self.oldest(), self.lived());
         let trim = || -> rusqlite::Result<(u64, u64)> {
             let mut writer = lock(&self.writer);
             let transaction = writer.transaction()?;
-            transaction.execute("DELETE FROM ended WHERE ended < ?1", [oldest])?;
+            transaction.execute("UPDATE lived SET microseconds = ?1", [lived])?;
+            transaction.execute("DELETE FROM ended WHERE added < ?1", [oldest])?;
             let count = "SELECT count(*) FROM ended";
             let count = |t: &rusqlite::Transaction<'_>| -> rusqlite::Result<u64> {
                 Ok(t.query_row(count, [], |row| row.get::<_, i64>(0))? as u64)
@@ -227,7 +270,7 @@ impl Memory {
                 );
                 for (user, count) in users.iter().filter(|(_, count)| *count > most) {
                     early += transaction.execute(
-                        "DELETE FROM ended WHERE id IN (SELECT id FROM ended WHERE user = ?1 ORDER BY ended LIMIT ?2)",
+                        "DELETE FROM ended WHERE id IN (SELECT id FROM ended WHERE user = ?1 ORDER BY added, ended LIMIT ?2)",
                         params![user, (count - most) as i64],
                     )? as u64;
                 }

@@ -5,6 +5,8 @@
 //! What is not durable is never read, followed or acknowledged. Positions count records; a start
 //! leaves a gap, so that a position handed out before a crash is never used again.
 
+mod chain;
+mod damage;
 mod disk;
 mod error;
 mod follow;
@@ -22,7 +24,7 @@ mod tail;
 mod tests;
 mod writer;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -34,11 +36,13 @@ use futures_util::Stream;
 use jiff::Timestamp;
 use tokio::sync::{Notify, watch};
 
+pub use damage::Damage;
 pub use error::JournalError;
 pub use pieces::{Item, LargeReply};
 pub use segment::TornTail;
 
 use crate::model::{Event, Record, ReplId, SubmissionId, UserId};
+use damage::Register;
 use disk::{Disk, RealDisk};
 use frame::{MAX_FRAME, Payload};
 use front::{Batch, Front, Live, Shared};
@@ -115,6 +119,8 @@ pub struct SubmissionState {
     pub repl_id: ReplId,
     /// When it was received.
     pub time: Timestamp,
+    /// Its place in the journal, which says what came before it, whatever the clock did.
+    pub position: u64,
     /// Its last sequence number; 0 before the first.
     pub last_seq: u64,
     /// Whether it has its reply.
@@ -128,6 +134,10 @@ pub struct Recovery {
     pub torn: Option<TornTail>,
     /// Sealed segments whose index was missing or wrong and was rebuilt.
     pub rebuilt_indexes: usize,
+    /// What cannot be read, and was set aside.
+    pub damage: Vec<Damage>,
+    /// Submissions without a reply that lost something of their records, and what: they are not to be run.
+    pub set_aside: BTreeMap<SubmissionId, String>,
 }
 
 /// The journal. Clones are the same journal; the last one dropped writes what is waiting and
@@ -188,14 +198,22 @@ impl Journal {
         let identity = identity::load_or_make(dir)?;
         let memory = Memory::open(dir, options.remember, options.remembered_ids)?;
         let mut found = segment::find(dir)?;
-        drop_ended(&mut found, &memory)?;
+        remember_lost(&found, &memory)?;
+        let set_aside = found.losses.set_aside(&found.unfinished);
+        let headless = drop_ended(&mut found, &memory, &set_aside)?;
         let recovery = Recovery {
-            torn: found.torn,
+            torn: found.torn.take(),
             rebuilt_indexes: found.rebuilt,
+            damage: std::mem::take(&mut found.losses.places),
+            set_aside: found.losses.set_aside(&found.unfinished),
         };
         recovery.report();
+        let register = Register::default();
+        for damage in &recovery.damage {
+            register.note(damage.clone());
+        }
         let last_sealed = found.sealed.last().map_or(0, |s| s.index.last_position);
-        let (active, last) = match found.active {
+        let (mut active, last) = match found.active.take() {
             Some(active) => {
                 let last = active.index.last_position.max(last_sealed);
                 let handed_out = last.max(active.base);
@@ -204,6 +222,19 @@ impl Journal {
             None => (first_segment(dir, &*disk)?, (0, 1)),
         };
         let (durable, next_position) = last;
+        for id in headless {
+            // It begins with its reply: what comes before cannot be found any more.
+            active.index.forget(id);
+            if let Some(known) = found.unfinished.get_mut(&id) {
+                known.begin_anew(next_position);
+            }
+        }
+        let sealed = found.sealed.iter().map(|sealed| sealed.base);
+        if let Err(error) = chain::write(dir, sealed.chain([active.base])) {
+            tracing::warn!(
+                "which segments the journal has is not written down: {error}; one that is lost would not be noticed"
+            );
+        }
         let live = found.unfinished.iter().map(|(id, known)| {
             let known = known.clone();
             (
@@ -231,6 +262,7 @@ impl Journal {
             durable,
             closed: false,
             deleted_before: HashMap::new(),
+            damage: Arc::new(register),
         };
         let (sender, watching) = watch::channel(durable);
         let shared = Arc::new(Shared {
@@ -241,6 +273,7 @@ impl Journal {
             work: Condvar::new(),
             room: Notify::new(),
             store: Mutex::new(store),
+            chaining: Mutex::default(),
             durable: Mutex::new(Some(sender)),
             watching,
             healthy: AtomicBool::new(true),
@@ -466,6 +499,11 @@ impl Journal {
         self.0.shared.needed_from.store(position, Ordering::Relaxed);
     }
 
+    /// The position that the next record gets: whatever was taken in before has a lower one.
+    pub fn next_position(&self) -> u64 {
+        lock(&self.0.shared.front).next_position
+    }
+
     /// The position before which nothing is kept.
     pub fn oldest_position(&self) -> u64 {
         lock(&self.0.shared.store).oldest()
@@ -479,6 +517,12 @@ impl Journal {
     /// False while the disk is full or refuses to write.
     pub fn healthy(&self) -> bool {
         self.0.shared.healthy.load(Ordering::Relaxed)
+    }
+
+    /// Every place that was found to be unreadable, at the start or since.
+    pub fn damage(&self) -> Vec<Damage> {
+        let register = Arc::clone(&lock(&self.0.shared.store).damage);
+        register.all()
     }
 
     /// What the start found and did.
@@ -513,13 +557,34 @@ impl Recovery {
                 self.rebuilt_indexes
             );
         }
+        for damage in &self.damage {
+            tracing::error!(
+                "the journal is damaged; the place is set aside, a copy of it is in the journal's folder set-aside: {damage}"
+            );
+        }
+        for (id, why) in &self.set_aside {
+            tracing::error!(submission_id = %id, "submission {id} is not run again: {why}");
+        }
     }
 }
 
+/// A submission whose beginning went with a whole file never runs again, even if it is sent again.
+fn remember_lost(found: &segment::Found, memory: &Memory) -> Result<(), JournalError> {
+    let gone = found.losses.gone.iter();
+    let gone = gone.filter(|entry| !found.unfinished.contains_key(&entry.id));
+    let gone: Vec<_> = gone.map(memory::Remembered::lost).collect();
+    memory.add(&gone)
+}
+
 /// A crash between the deletion of two segments must not bring an ended submission back: it is
-/// unfinished only when its first record is there and its id is not remembered.
-fn drop_ended(found: &mut segment::Found, memory: &Memory) -> Result<(), JournalError> {
-    let mut over = Vec::new();
+/// unfinished only when its first record is there and its id is not remembered. Returns those that are set
+/// aside and have lost that record.
+fn drop_ended(
+    found: &mut segment::Found,
+    memory: &Memory,
+    set_aside: &BTreeMap<SubmissionId, String>,
+) -> Result<Vec<SubmissionId>, JournalError> {
+    let (mut over, mut headless) = (Vec::new(), Vec::new());
     for (id, known) in &found.unfinished {
         let active = found.active.as_ref();
         let after = found.sealed.partition_point(|s| s.base <= known.start);
@@ -531,14 +596,16 @@ fn drop_ended(found: &mut segment::Found, memory: &Memory) -> Result<(), Journal
             None => None,
         };
         let there = first.is_some_and(|first| first.known.start == known.start);
-        if !there || memory.get(*id)?.is_some() {
+        if memory.get(*id)?.is_some() || !there && !set_aside.contains_key(id) {
             over.push(*id);
+        } else if !there {
+            headless.push(*id);
         }
     }
     for id in over {
         found.unfinished.remove(&id);
     }
-    Ok(())
+    Ok(headless)
 }
 
 /// The first segment of a new journal.

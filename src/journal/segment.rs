@@ -5,9 +5,10 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::JournalError;
-use super::frame::{self, Frame, HEADER, Raw, Scan, ScanError};
-use super::index::{OpenIndex, SealedIndex, Unfinished, index_path};
+use super::damage::{self, Losses, Register};
+use super::frame::{self, Frame, HEADER, MARK, Raw, Scan, ScanError};
+use super::index::{Known, OpenIndex, SealedIndex, Unfinished, index_path};
+use super::{JournalError, chain};
 
 /// A segment that is written no more.
 #[derive(Debug)]
@@ -48,6 +49,7 @@ pub(super) struct Found {
     pub(super) unfinished: Unfinished,
     pub(super) torn: Option<TornTail>,
     pub(super) rebuilt: usize,
+    pub(super) losses: Losses,
 }
 
 /// Extension of a segment that is being rewritten and has no name of its own yet.
@@ -66,8 +68,15 @@ pub(super) fn find(dir: &Path) -> Result<Found, JournalError> {
         unfinished: Unfinished::new(),
         torn: None,
         rebuilt: 0,
+        losses: Losses::default(),
     };
     let mut bases = list(dir)?;
+    let misnamed = damage::mend_names(dir, &bases)?;
+    if !misnamed.is_empty() {
+        found.losses.places.extend(misnamed);
+        bases = list(dir)?;
+    }
+    find_missing(dir, &bases, &mut found.losses);
     drop_unborn(dir, &mut bases, &mut found)?;
     let Some(last) = bases.pop() else {
         return Ok(found);
@@ -92,9 +101,19 @@ pub(super) fn find(dir: &Path) -> Result<Found, JournalError> {
                 index
             }
             None => {
-                let index = scan(&file, &path, base, len, &mut found.unfinished)?.whole(&path)?;
+                if let Some((index, before)) = SealedIndex::load_any(&path)
+                    && before > len
+                    && let Ok(entries) = index.all()
+                {
+                    found.losses.lost_end(&path, len, before, entries);
+                }
+                let to = Scanning {
+                    unfinished: &mut found.unfinished,
+                    losses: &mut found.losses,
+                };
+                let scanned = scan(&file, &path, base, len, false, to)?;
                 found.rebuilt += 1;
-                SealedIndex::seal(&index, &found.unfinished, &path, len)?
+                SealedIndex::seal(&scanned.index, &found.unfinished, &path, len)?
             }
         };
         found.sealed.push(Sealed {
@@ -108,9 +127,13 @@ pub(super) fn find(dir: &Path) -> Result<Found, JournalError> {
     let path = segment_path(dir, last);
     let file = open(&path)?;
     let len = file_len(&file, &path)?;
-    let scanned = scan(&file, &path, last, len, &mut found.unfinished)?;
-    if let Some((offset, cause)) = &scanned.damage {
-        found.torn = Some(cut_tail(&file, &path, *offset, len, cause)?);
+    let to = Scanning {
+        unfinished: &mut found.unfinished,
+        losses: &mut found.losses,
+    };
+    let scanned = scan(&file, &path, last, len, true, to)?;
+    if scanned.end < len {
+        found.torn = Some(cut_tail(&file, &path, scanned.end, len)?);
     }
     // The index of an earlier time, when this segment was not the last.
     let _ = std::fs::remove_file(index_path(&path));
@@ -138,12 +161,17 @@ fn list(dir: &Path) -> Result<Vec<u64>, JournalError> {
         match (base, path.extension().and_then(|e| e.to_str())) {
             (Some(base), Some("journal")) => bases.push(base),
             (Some(base), Some("index")) => extra.push((base, path)),
-            (_, Some("index-new" | REWRITTEN)) => extra.push((u64::MAX, path)),
+            (_, Some("index-new" | "new" | REWRITTEN)) => extra.push((u64::MAX, path)),
             _ => {}
         }
     }
     bases.sort_unstable();
+    let known = chain::read(dir);
     for (base, path) in extra {
+        // That of a segment which is missing says what was in it.
+        if known.contains(&base) {
+            continue;
+        }
         if bases.binary_search(&base).is_err() {
             // Only tidiness: an orphan is never read.
             let _ = std::fs::remove_file(path);
@@ -204,81 +232,123 @@ fn file_len(file: &File, path: &Path) -> Result<u64, JournalError> {
     Ok(metadata.len())
 }
 
-/// What a scan of a whole segment gave.
-struct Scanned {
-    index: OpenIndex,
-    /// Where the last whole frame ends.
-    end: u64,
-    /// Where and why it stopped before the file's end.
-    damage: Option<(u64, String)>,
-}
-
-impl Scanned {
-    /// The index of a segment that must have no damage.
-    fn whole(self, path: &Path) -> Result<OpenIndex, JournalError> {
-        match self.damage {
-            None => Ok(self.index),
-            Some((offset, cause)) => Err(JournalError::damaged_segment(path, offset, cause)),
+/// Segments that were there once and are not any more. What their indexes say of them, which are still
+/// there, is used before they are removed.
+fn find_missing(dir: &Path, bases: &[u64], losses: &mut Losses) {
+    for base in chain::read(dir) {
+        if bases.binary_search(&base).is_ok() {
+            continue;
         }
+        let path = segment_path(dir, base);
+        let index = SealedIndex::load_any(&path);
+        let entries = index.and_then(|(index, _)| index.all().ok());
+        let next = bases.iter().find(|next| **next > base).copied();
+        losses.lost_segment(&path, entries, next.unwrap_or(u64::MAX));
+        let _ = std::fs::remove_file(index_path(&path));
     }
 }
 
+/// What a scan of a whole segment gave.
+struct Scanned {
+    index: OpenIndex,
+    /// Where what is whole ends.
+    end: u64,
+}
+
+/// What a scan adds to.
+struct Scanning<'a> {
+    unfinished: &'a mut Unfinished,
+    losses: &'a mut Losses,
+}
+
+/// Indexes a segment. What is no frame is covered; of the last one (`may_be_torn`) what a crash cut off
+/// is left.
 fn scan(
     file: &File,
     path: &Path,
     base: u64,
     len: u64,
-    unfinished: &mut Unfinished,
+    may_be_torn: bool,
+    to: Scanning<'_>,
 ) -> Result<Scanned, JournalError> {
+    let Scanning { unfinished, losses } = to;
+    let failed = |e| JournalError::io("read", path, e);
     let mut start = vec![0; len.min(HEADER) as usize];
-    file.read_exact_at(&mut start, 0)
-        .map_err(|e| JournalError::io("read", path, e))?;
+    file.read_exact_at(&mut start, 0).map_err(failed)?;
     if start != frame::header(base) {
-        let cause = "its header is not that of this journal".to_owned();
-        return Err(JournalError::damaged_segment(path, 0, cause));
+        let cause = "its header is damaged; it is written anew";
+        losses.lost(path, 0, HEADER, cause, None, unfinished);
+        damage::mend_header(file, path, base)?;
     }
+    let len = len.max(HEADER);
     let mut index = OpenIndex::default();
     let mut frames = Scan::new(file, HEADER, len);
     let mut end = HEADER;
-    let damage = loop {
-        let step = match frames.next() {
-            Ok(None) => break None,
-            Ok(Some((offset, length, frame))) => {
-                let applied = match &frame {
-                    Frame::Mark => Ok(()),
-                    Frame::Record(raw) if raw.position < base.max(index.last_position + 1) => {
-                        Err("a position is not larger than the one before".to_owned())
-                    }
-                    Frame::Record(raw) => index.apply_raw(unfinished, raw, offset, length),
-                };
-                if let Err(cause) = applied {
-                    break Some((offset, cause));
-                }
-                length
+    loop {
+        let (length, cause) = match frames.next() {
+            Ok(None) => break,
+            Ok(Some((_, length, Frame::Mark | Frame::Cover))) => (length, None),
+            Ok(Some((_, length, Frame::Unknown))) => {
+                tracing::warn!(
+                    "{} has something at byte {end} that a newer version wrote; it is passed over",
+                    path.display()
+                );
+                (length, None)
             }
-            Err(ScanError::Damage { offset, cause }) => break Some((offset, cause)),
-            Err(ScanError::Io(e)) => return Err(JournalError::io("read", path, e)),
+            Ok(Some((offset, length, Frame::Record(raw)))) => {
+                let backwards = raw.position < base.max(index.last_position + 1);
+                let applied = match backwards {
+                    true => Err("a position is not larger than the one before".to_owned()),
+                    false => {
+                        adopt(&raw, &index, unfinished, losses);
+                        index.apply_raw(unfinished, &raw, offset, length)
+                    }
+                };
+                (length, applied.err())
+            }
+            Err(ScanError::Damage { cause, .. }) => {
+                let next = frame::find_frame(file, end + 1, len).map_err(failed)?;
+                let whole = || frame::was_whole(file, end, len);
+                if next.is_none() && may_be_torn && !whole().map_err(failed)? {
+                    break;
+                }
+                (next.unwrap_or(len) - end, Some(cause))
+            }
+            Err(ScanError::Io(e)) => return Err(failed(e)),
         };
-        frames.advance(step);
-        end += step;
-    };
-    Ok(Scanned { index, end, damage })
+        if let Some(cause) = cause {
+            let to = end + length;
+            let head = frame::head_of(file, end, to);
+            losses.lost(path, end, length, &cause, head, unfinished);
+            match length >= MARK as u64 {
+                true => damage::cover(file, path, end, to)?,
+                // Too little for a frame: the end of a file that is written no more.
+                false if !may_be_torn => {}
+                false => break,
+            }
+        }
+        frames.advance(length);
+        end += length;
+    }
+    Ok(Scanned { index, end })
 }
 
-/// Cuts an unfinished batch. Refuses when something durable follows.
-fn cut_tail(
-    file: &File,
-    path: &Path,
-    offset: u64,
-    len: u64,
-    cause: &str,
-) -> Result<TornTail, JournalError> {
-    let mark =
-        frame::find_mark(file, offset, len).map_err(|e| JournalError::io("read", path, e))?;
-    if let Some(mark) = mark {
-        let cause = format!("{cause}, and whole records follow at byte {mark}");
-        return Err(JournalError::damaged_segment(path, offset, cause));
+/// A record of a submission whose first one could not be read makes it known.
+fn adopt(raw: &Raw<'_>, index: &OpenIndex, unfinished: &mut Unfinished, losses: &mut Losses) {
+    let Some(id) = raw.submission.filter(|_| !raw.received) else {
+        return;
+    };
+    if !losses.may_be_orphan(id) || unfinished.contains_key(&id) || index.entry(id).is_some() {
+        return;
     }
+    if let (Ok(user), Ok(repl)) = (raw.user.parse(), raw.repl.parse()) {
+        unfinished.insert(id, Known::new(user, repl, raw.time, raw.position));
+        losses.orphan(id);
+    }
+}
+
+/// Cuts what a crash left unfinished.
+fn cut_tail(file: &File, path: &Path, offset: u64, len: u64) -> Result<TornTail, JournalError> {
     file.set_len(offset)
         .and_then(|()| file.sync_all())
         .map_err(|e| JournalError::io("cut", path, e))?;
@@ -287,6 +357,23 @@ fn cut_tail(
         offset,
         bytes: len - offset,
     })
+}
+
+/// Passes over what is no frame: the bytes up to the next one, or to the end.
+pub(super) fn pass_over(
+    frames: &mut Scan<'_>,
+    file: &File,
+    path: &Path,
+    (offset, end): (u64, u64),
+    cause: &str,
+    register: &Register,
+) -> Result<(), JournalError> {
+    let next = frame::find_frame(file, offset + 1, end);
+    let next = next.map_err(|e| JournalError::io("read", path, e))?;
+    let bytes = next.unwrap_or(end) - offset;
+    register.met(path, offset, bytes, cause);
+    frames.advance(bytes);
+    Ok(())
 }
 
 /// Shows every record of `from..to` to `visit`, until it says stop (`false`).
@@ -301,7 +388,7 @@ pub(super) fn visit(
     loop {
         let length = match frames.next() {
             Ok(None) => return Ok(true),
-            Ok(Some((_, length, Frame::Mark))) => length,
+            Ok(Some((_, length, Frame::Mark | Frame::Cover | Frame::Unknown))) => length,
             Ok(Some((offset, length, Frame::Record(raw)))) => match visit(&raw, length) {
                 Ok(true) => length,
                 Ok(false) => return Ok(false),

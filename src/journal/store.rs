@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::JournalError;
-use super::frame::{Frame, HEADER, Scan, ScanError};
+use super::damage::Register;
+use super::frame::{self, Frame, HEADER, Scan, ScanError};
 use super::index::{Entry, Extent, Indexed, Unfinished, fingerprint};
 use super::pieces::{Item, LARGE, LargeReply};
 use super::segment::{self, Active, Sealed};
@@ -28,6 +29,8 @@ pub(super) struct Store {
     pub(super) closed: bool,
     /// Users that lost records since the start, and before which position.
     pub(super) deleted_before: HashMap<UserId, u64>,
+    /// What cannot be read.
+    pub(super) damage: Arc<Register>,
 }
 
 /// A submission's records in one file.
@@ -200,6 +203,7 @@ pub(super) fn read_page(
 ) -> Result<Vec<Item>, JournalError> {
     let mut out = Vec::new();
     let mut bytes = 0;
+    let register = Arc::clone(&lock(store).damage);
     for part in parts(store, id, after.position)? {
         if after
             .seq
@@ -218,9 +222,24 @@ pub(super) fn read_page(
                     ScanError::Damage { offset, cause } => damaged(offset, cause),
                     ScanError::Io(e) => JournalError::io("read", &part.path, e),
                 };
-                let (length, item) = match frames.next().map_err(failed)? {
+                // It may be another's; of one that has ended, what is there is shown.
+                let next = match frames.next() {
+                    Err(ScanError::Damage { offset, cause }) => {
+                        let place = (offset, to);
+                        let (file, path) = (&part.file, &part.path);
+                        segment::pass_over(&mut frames, file, path, place, &cause, &register)?;
+                        continue;
+                    }
+                    next => next.map_err(failed)?,
+                };
+                let unknown = |offset, length, cause: &str| {
+                    register.met(&part.path, offset, length, cause);
+                };
+                let (length, item) = match next {
                     None => break,
-                    Some((_, length, Frame::Mark)) => (length, None),
+                    Some((_, length, Frame::Mark | Frame::Cover | Frame::Unknown)) => {
+                        (length, None)
+                    }
                     Some((offset, length, Frame::Record(raw))) => {
                         let wanted = raw.submission == Some(id)
                             && raw.position >= part.entry.known.start
@@ -241,16 +260,19 @@ pub(super) fn read_page(
                                 let mut whole = Scan::new(&part.file, offset, offset + length);
                                 match whole.next().map_err(failed)? {
                                     Some((_, _, Frame::Record(raw))) => {
-                                        let record =
-                                            raw.record().map_err(|c| damaged(offset, c))?;
-                                        Some(Item::Record(Box::new(record)))
+                                        let record = raw.record();
+                                        let record = record
+                                            .inspect_err(|cause| unknown(offset, length, cause));
+                                        record.ok().map(|r| Item::Record(Box::new(r)))
                                     }
                                     _ => None,
                                 }
                             }
                             None => {
-                                let record = raw.record().map_err(|c| damaged(offset, c))?;
-                                Some(Item::Record(Box::new(record)))
+                                let record = raw.record();
+                                let record =
+                                    record.inspect_err(|cause| unknown(offset, length, cause));
+                                record.ok().map(|r| Item::Record(Box::new(r)))
                             }
                         };
                         (length, item)
@@ -270,27 +292,45 @@ pub(super) fn read_page(
     Ok(out)
 }
 
-/// All of a submission's durable records. Blocks.
+/// All of a submission's durable records, or why some of them cannot be read. Blocks.
 pub(super) fn read_submission(
     store: &Mutex<Store>,
     id: SubmissionId,
 ) -> Result<Vec<Record>, JournalError> {
+    let register = Arc::clone(&lock(store).damage);
     let mut out = Vec::new();
     for part in parts(store, id, 0)? {
         for Extent { from, to, .. } in &part.entry.extents {
-            let visit = |raw: &super::frame::Raw<'_>, _| {
-                if raw.submission == Some(id) && raw.position >= part.entry.known.start {
-                    out.push(raw.record()?);
-                }
-                Ok(true)
-            };
-            segment::visit(
-                &part.file,
-                &part.path,
-                u64::from(*from),
-                u64::from(*to),
-                visit,
-            )?;
+            let (from, to) = (u64::from(*from), u64::from(*to));
+            let mut frames = Scan::new(&part.file, from, to);
+            loop {
+                let damaged =
+                    |offset, cause| JournalError::damaged_segment(&part.path, offset, cause);
+                let length = match frames.next() {
+                    Ok(None) => break,
+                    Ok(Some((_, length, Frame::Mark | Frame::Cover | Frame::Unknown))) => length,
+                    Ok(Some((offset, length, Frame::Record(raw)))) => {
+                        if raw.submission == Some(id) && raw.position >= part.entry.known.start {
+                            out.push(raw.record().map_err(|cause| damaged(offset, cause))?);
+                        }
+                        length
+                    }
+                    Err(ScanError::Damage { offset, cause }) => {
+                        let place = (offset, to);
+                        let (file, path) = (&part.file, &part.path);
+                        let head = frame::head_of(file, offset, to);
+                        segment::pass_over(&mut frames, file, path, place, &cause, &register)?;
+                        // Among its records there may be others'.
+                        let other = head.and_then(|head| head.submission);
+                        if other.is_none_or(|other| other == id) {
+                            return Err(damaged(offset, cause));
+                        }
+                        continue;
+                    }
+                    Err(ScanError::Io(e)) => return Err(JournalError::io("read", &part.path, e)),
+                };
+                frames.advance(length);
+            }
         }
     }
     Ok(out)
@@ -322,26 +362,86 @@ pub(super) fn read_from(
     if position > durable {
         return Ok(out);
     }
-    let mut bytes = 0;
-    let mut collect = |raw: &super::frame::Raw<'_>, len: u64| {
-        if raw.position >= position {
-            if bytes > 0 && bytes + len as usize > max_bytes {
-                return Ok(false);
-            }
-            out.push(raw.record()?);
-            bytes += len as usize;
-        }
-        Ok(bytes < max_bytes)
+    let register = Arc::clone(&lock(store).damage);
+    let mut reading = Reading {
+        position,
+        max_bytes,
+        bytes: 0,
+        skipped: None,
+        out: &mut out,
     };
-    for (index, segment) in sealed.iter().enumerate() {
+    for segment in &sealed {
         let at = segment.index.seek(position, HEADER);
-        let next = sealed.get(index + 1).map_or(active.4, |s| s.base);
-        if !segment::visit(&segment.file, &segment.path, at, segment.len, &mut collect)
-            .map_err(|e| e.resuming_at(Some(next)))?
-        {
+        let place = (at, segment.len);
+        if !reading.take(&segment.file, &segment.path, place, &register)? {
             return Ok(out);
         }
     }
-    segment::visit(&active.0, &active.1, active.2, active.3, &mut collect)?;
-    Ok(out)
+    reading.take(&active.0, &active.1, (active.2, active.3), &register)?;
+    let skipped = reading.skipped;
+    match skipped {
+        // Whoever reads on must not ask for the same again.
+        Some((path, offset, cause)) if out.is_empty() => {
+            let error = JournalError::damaged_segment(&path, offset, cause);
+            Err(error.resuming_at(Some(durable + 1)))
+        }
+        _ => Ok(out),
+    }
+}
+
+/// Records being read in the order of the journal.
+struct Reading<'a> {
+    position: u64,
+    max_bytes: usize,
+    bytes: usize,
+    /// The last place that was passed over.
+    skipped: Option<(PathBuf, u64, String)>,
+    out: &'a mut Vec<Record>,
+}
+
+impl Reading<'_> {
+    /// Takes what one segment has; `false`: it is enough. What cannot be read is passed over and counted.
+    fn take(
+        &mut self,
+        file: &File,
+        path: &std::path::Path,
+        (from, to): (u64, u64),
+        register: &Register,
+    ) -> Result<bool, JournalError> {
+        let mut frames = Scan::new(file, from, to);
+        loop {
+            let length = match frames.next() {
+                Ok(None) => return Ok(true),
+                Ok(Some((_, length, Frame::Mark | Frame::Cover | Frame::Unknown))) => length,
+                Ok(Some((offset, length, Frame::Record(raw)))) => {
+                    if raw.position >= self.position {
+                        if self.bytes > 0 && self.bytes + length as usize > self.max_bytes {
+                            return Ok(false);
+                        }
+                        match raw.record() {
+                            Ok(record) => {
+                                self.out.push(record);
+                                self.bytes += length as usize;
+                            }
+                            Err(cause) => {
+                                register.met(path, offset, length, &cause);
+                                self.skipped = Some((path.to_owned(), offset, cause));
+                            }
+                        }
+                    }
+                    if self.bytes >= self.max_bytes && self.bytes > 0 {
+                        return Ok(false);
+                    }
+                    length
+                }
+                Err(ScanError::Damage { offset, cause }) => {
+                    segment::pass_over(&mut frames, file, path, (offset, to), &cause, register)?;
+                    self.skipped = Some((path.to_owned(), offset, cause));
+                    continue;
+                }
+                Err(ScanError::Io(e)) => return Err(JournalError::io("read", path, e)),
+            };
+            frames.advance(length);
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! The journal's promises.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod damage;
 mod faults;
 mod shares;
 
@@ -251,43 +252,6 @@ async fn garbage_after_the_last_batch_is_cut_and_every_truncation_opens() {
         journal.durable(last).await.unwrap();
         assert_eq!(journal.read_submission(id).await.unwrap().len(), 3);
     }
-}
-
-#[tokio::test]
-async fn damage_before_durable_records_is_reported_and_not_skipped() {
-    let dir = TempDir::new().unwrap();
-    let mut middle = 0;
-    {
-        let journal = open(&dir);
-        for n in 0..3 {
-            let last = submit(&journal, SubmissionId::new(), 1).await;
-            journal.durable(last).await.unwrap();
-            if n == 1 {
-                middle = std::fs::metadata(&segments(&dir)[0]).unwrap().len() - 30;
-            }
-        }
-    }
-    let path = &segments(&dir)[0];
-    let file = std::fs::File::options().write(true).open(path).unwrap();
-    file.write_all_at(b"#", middle).unwrap();
-    let error = Journal::open(dir.path(), JournalOptions::default()).unwrap_err();
-    let text = error.to_string();
-    assert!(matches!(error, JournalError::Corrupt { .. }), "{text}");
-    assert!(
-        text.contains("checksum") && text.contains("truncate --size="),
-        "{text}"
-    );
-    // The remedy works.
-    let JournalError::Corrupt { offset, .. } = error else {
-        panic!()
-    };
-    std::fs::File::options()
-        .write(true)
-        .open(path)
-        .unwrap()
-        .set_len(offset)
-        .unwrap();
-    assert!(open(&dir).read_from(0, usize::MAX).await.unwrap().len() >= 4);
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
+use super::chain;
 use super::disk::{Disk, Sink, sync_folder};
 use super::frame::{self, HEADER, MARK};
 use super::front::{Batch, Ill, Shared};
@@ -174,6 +175,7 @@ impl Writer {
             index: super::index::OpenIndex::default(),
         };
         seal(&self.shared, fresh);
+        write_chain(&self.shared);
         // Without a keeper nothing is deleted, and it has said why.
         let _ = self.full.send(());
         Ok(())
@@ -192,6 +194,21 @@ pub(super) fn create(
     sink.sync()?;
     sync_folder(dir)?;
     Ok((sink, std::fs::File::open(path)?))
+}
+
+/// Writes down which segments there are.
+pub(super) fn write_chain(shared: &Shared) {
+    let _one = lock(&shared.chaining);
+    let bases: Vec<u64> = {
+        let store = lock(&shared.store);
+        let sealed = store.sealed.iter().map(|sealed| sealed.base);
+        sealed.chain([store.active.base]).collect()
+    };
+    if let Err(error) = chain::write(&shared.dir, bases.into_iter()) {
+        tracing::warn!(
+            "which segments the journal has is not written down: {error}; one that is lost would not be noticed"
+        );
+    }
 }
 
 /// Puts `fresh` in the place of the active segment, which becomes a sealed one. Readers wait for the

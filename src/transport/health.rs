@@ -25,13 +25,47 @@ const PLATFORM_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct Health {
     /// `ok`.
     status: &'static str,
+    /// What is wrong although submissions are taken.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    details: Vec<String>,
+}
+
+/// Damaged places told one by one.
+const MOST_DETAILS: usize = 20;
+
+/// What of the journal cannot be read. Nobody has to sign in to ask, so that no submission is named.
+fn damage(edge: &Edge) -> Vec<String> {
+    let damage = edge.journal.damage();
+    let mut details: Vec<String> = damage
+        .iter()
+        .take(MOST_DETAILS)
+        .map(|damage| {
+            let file = damage
+                .file
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy();
+            let (offset, bytes) = (damage.offset, damage.bytes);
+            match bytes {
+                0 => format!("journal: {file} is missing"),
+                _ => format!("journal: {bytes} bytes at byte {offset} of {file} are passed over"),
+            }
+        })
+        .collect();
+    if damage.len() > MOST_DETAILS {
+        details.push(format!("journal: {} places in all", damage.len()));
+    }
+    details
 }
 
 /// The server lives
 #[utoipa::path(get, path = "/healthz", tag = "health", security(()),
     responses((status = 200, body = Health)))]
 pub async fn alive() -> axum::Json<Health> {
-    axum::Json(Health { status: "ok" })
+    axum::Json(Health {
+        status: "ok",
+        details: Vec::new(),
+    })
 }
 
 /// The server can take submissions
@@ -58,7 +92,10 @@ pub async fn ready(State(edge): State<Arc<Edge>>) -> Result<axum::Json<Health>, 
         )),
     }
     if causes.is_empty() {
-        Ok(axum::Json(Health { status: "ok" }))
+        Ok(axum::Json(Health {
+            status: "ok",
+            details: damage(&edge),
+        }))
     } else {
         Err(HttpProblem::unavailable(Problem::new(
             "not_ready",
