@@ -174,6 +174,7 @@ pub(super) fn verdict(outcome: &Outcome, limits: &Limits, style: Style) -> Strin
         Status::TestsPassed => "tests passed",
         Status::TestsFailed => "tests failed",
         Status::DeployFailed => "deploy failed",
+        Status::Superseded => "superseded",
         Status::Cancelled => "cancelled",
         Status::Invalid => "invalid",
         Status::Unavailable => "unavailable",

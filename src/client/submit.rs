@@ -172,9 +172,11 @@ async fn follow<V: View>(follower: Follower<'_, V>) -> Result<Exit, Failure> {
 fn exit_of(status: Status) -> Exit {
     match status {
         Status::Deployed | Status::TestsPassed => Exit::Done,
-        Status::TestsFailed | Status::DeployFailed | Status::Invalid | Status::Cancelled => {
-            Exit::Failed
-        }
+        Status::TestsFailed
+        | Status::DeployFailed
+        | Status::Superseded
+        | Status::Invalid
+        | Status::Cancelled => Exit::Failed,
         Status::Unavailable => Exit::Unavailable,
     }
 }
@@ -191,13 +193,14 @@ mod tests {
             TestsPassed,
             TestsFailed,
             DeployFailed,
+            Superseded,
             Cancelled,
             Invalid,
             Unavailable,
         ];
         assert_eq!(
             all.map(|status| exit_of(status) as u8),
-            [0, 0, 1, 1, 1, 1, 3]
+            [0, 0, 1, 1, 1, 1, 1, 3]
         );
     }
 

@@ -27,11 +27,12 @@ const STEPS: [Step; 8] = [
     Step::Deploy,
     Step::Ready,
 ];
-const STATUSES: [Status; 7] = [
+const STATUSES: [Status; 8] = [
     Status::Deployed,
     Status::TestsPassed,
     Status::TestsFailed,
     Status::DeployFailed,
+    Status::Superseded,
     Status::Cancelled,
     Status::Invalid,
     Status::Unavailable,

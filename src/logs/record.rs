@@ -166,6 +166,27 @@ fn parts(event: &Event) -> Parts<'_> {
             "Taken up again by a server that started",
         ),
         Event::PutDown => Parts::new("submission.put_down", "Left to the next server"),
+        Event::Input { data, eof } => Parts {
+            step: Some(Step::Test),
+            in_sandbox: true,
+            ..Parts::new(
+                "input.received",
+                format!(
+                    "Input for the program: {} bytes{}",
+                    data.len(),
+                    if *eof { ", and nothing more" } else { "" }
+                ),
+            )
+        },
+        Event::Cancelled { why } => Parts {
+            level: Level::Warn,
+            error: why.as_ref(),
+            ..Parts::new("submission.cancelled", "Asked to end")
+        },
+        Event::Overtaken { by } => Parts::new(
+            "submission.overtaken",
+            format!("Will not be deployed: {by}"),
+        ),
         Event::Queued => Parts::new("submission.queued", "Waiting for its turn"),
         Event::Step {
             name,
@@ -317,6 +338,7 @@ fn reply_parts(outcome: &Outcome) -> Parts<'_> {
         Status::TestsFailed => ("Tests failed", Level::Warn, FAILURE),
         Status::DeployFailed => ("Deploy failed", Level::Error, FAILURE),
         Status::Cancelled => ("Cancelled", Level::Warn, UNKNOWN),
+        Status::Superseded => ("Superseded", Level::Info, UNKNOWN),
         Status::Invalid => ("Invalid", Level::Warn, FAILURE),
         // Neither a pass nor the user's failure.
         Status::Unavailable => ("Unavailable", Level::Error, UNKNOWN),

@@ -103,6 +103,25 @@ pub enum Event {
     TakenUp,
     /// A server that was asked to end left it to the next one; not streamed.
     PutDown,
+    /// Input for its program came in a frame of its own; not streamed. On the disk before the program
+    /// gets it, so that a server that takes the submission up again has all that was given.
+    Input {
+        /// What of it was new.
+        data: String,
+        /// Nothing follows.
+        eof: bool,
+    },
+    /// It is to end; not streamed.
+    Cancelled {
+        /// Why, when its sender did not ask for it.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        why: Option<Problem>,
+    },
+    /// Something that was asked of its repl later stands, and it is not to be deployed; not streamed.
+    Overtaken {
+        /// What that was, in words.
+        by: String,
+    },
     /// Waiting for its turn.
     Queued,
     /// A step started or ended.
@@ -195,7 +214,12 @@ impl Event {
     pub fn is_awaited(&self) -> bool {
         matches!(
             self,
-            Event::Received { .. } | Event::TakenUp | Event::Reply(_)
+            Event::Received { .. }
+                | Event::TakenUp
+                | Event::Input { .. }
+                | Event::Cancelled { .. }
+                | Event::Overtaken { .. }
+                | Event::Reply(_)
         )
     }
 
@@ -210,6 +234,9 @@ impl Event {
             Event::Received { .. }
             | Event::TakenUp
             | Event::PutDown
+            | Event::Input { .. }
+            | Event::Cancelled { .. }
+            | Event::Overtaken { .. }
             | Event::RunEnded { .. }
             | Event::ProgramOutput { .. }
             | Event::Repl { .. } => false,

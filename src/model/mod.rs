@@ -13,6 +13,7 @@ mod letters;
 mod limits;
 mod module;
 mod network;
+mod order;
 mod outcome;
 mod packages;
 mod problem;
@@ -39,6 +40,7 @@ pub use module::{
     ModuleStatus, Package, scale as module_scale,
 };
 pub use network::{Network, NetworkError};
+pub use order::{Order, SUPERSEDED, superseded};
 pub use outcome::{Outcome, Reason, Status, TestResult, Usage};
 pub use packages::{
     INDEX_FAILED, INDEX_SAID, Install, NO_INSTALLER, Naming, PACKAGE_PROXY, PROXY_VARIABLES,

@@ -16,6 +16,8 @@ pub enum Status {
     TestsFailed,
     /// Tests passed, the release did not come up; the previous release still serves.
     DeployFailed,
+    /// Tests passed; what was asked of the repl later stands, and nothing was deployed.
+    Superseded,
     /// The client asked for it.
     Cancelled,
     /// The message was wrong; nothing ran.
@@ -32,6 +34,7 @@ impl Status {
             Status::TestsPassed => "tests_passed",
             Status::TestsFailed => "tests_failed",
             Status::DeployFailed => "deploy_failed",
+            Status::Superseded => "superseded",
             Status::Cancelled => "cancelled",
             Status::Invalid => "invalid",
             Status::Unavailable => "unavailable",
@@ -156,7 +159,7 @@ pub struct Outcome {
     /// What the tested program used.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub usage: Option<Usage>,
-    /// What went wrong, for `deploy_failed`, `invalid` and `unavailable`.
+    /// What went wrong, for `deploy_failed`, `superseded`, `invalid` and `unavailable`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<Problem>,
     /// The reply's place in the submission's events.

@@ -1,12 +1,16 @@
-//! What may be told to a submission under way: cancel, and input for its program.
+//! What may be told to a submission under way: cancel, and input for its program. Both are in its
+//! record, so that a server that takes it up again knows of them.
 
 use std::sync::{Mutex, PoisonError};
 
+use bytes::Bytes;
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::intake::Kept;
-use crate::model::{Problem, Submission};
-use crate::runner::client::RunHandle;
+use crate::journal::Journal;
+use crate::model::{Problem, ReplId, Submission, UserId};
+use crate::runner::client::{Piece, RunHandle};
 
 /// Most input sent to one submission in frames. The runner keeps what the program has not read.
 const MAX_INPUT: usize = 16 << 20;
@@ -17,9 +21,18 @@ const FRAME_COST: usize = 64;
 /// The controls of one submission.
 #[derive(Debug)]
 pub struct Control {
+    /// Whose it is.
+    pub user: UserId,
+    /// The repl that it goes to.
+    pub repl: ReplId,
+    /// Held while a piece of input is recorded, and while the record is read back: the order of the
+    /// record is the program's.
+    pub recording: tokio::sync::Mutex<()>,
     cancelled: CancellationToken,
     kept: Kept,
     state: Mutex<State>,
+    /// Told when there may be input to hand over.
+    handed: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -27,35 +40,115 @@ struct State {
     run: Option<RunHandle>,
     /// The program is being compiled: what may be cancelled, and takes no input.
     compiler: Option<RunHandle>,
-    /// Input that came before the program ran.
-    early: Vec<(Vec<u8>, bool)>,
-    input: usize,
+    /// Not in memory until the record is read back: it is all in there.
+    input: Option<Input>,
+    /// What its input counts for.
+    cost: usize,
     /// The key that it was sent with, where that is known.
     key: Option<String>,
     /// Why it was cancelled, when its sender did not ask for it.
     why: Option<Problem>,
+    /// What was asked of its repl later, and stands.
+    overtaken: Option<String>,
     /// Past the point where it can be cancelled.
     closed: bool,
 }
 
+/// All input that came in frames.
+#[derive(Debug, Default)]
+struct Input {
+    /// Each with its place in the journal.
+    pieces: Vec<(u64, Piece)>,
+    bytes: u64,
+    eof: bool,
+    /// Pieces that this run has.
+    delivered: usize,
+}
+
+impl Input {
+    fn add(&mut self, position: u64, data: Bytes, eof: bool) {
+        let offset = self.bytes;
+        self.bytes += data.len() as u64;
+        self.eof |= eof;
+        self.pieces.push((position, Piece { offset, data, eof }));
+    }
+}
+
+/// What was recorded of a submission's input.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Received {
+    /// How many bytes.
+    pub bytes: u64,
+    /// Nothing more is taken.
+    pub eof: bool,
+}
+
+/// What asking a submission to stop came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    /// It stops.
+    First,
+    /// It was asked before.
+    Again,
+    /// Its release is being made.
+    TooLate,
+}
+
+/// A piece of input as the journal has it.
+pub type Recorded = (u64, String, bool);
+
 impl Control {
-    /// Of a submission that keeps so much, and was sent with this key.
-    pub fn new(kept: Kept, key: Option<String>) -> Self {
+    /// Of a submission that keeps so much and was sent with this key. Its record has no input yet.
+    pub fn new(kept: Kept, user: UserId, repl: ReplId, key: String) -> Self {
         let state = State {
-            key,
+            key: Some(key),
+            input: Some(Input::default()),
             ..State::default()
         };
+        Self::with(kept, user, repl, state)
+    }
+
+    /// Of one that an earlier server left, and whose record was not read yet.
+    pub fn unread(kept: Kept, user: UserId, repl: ReplId) -> Self {
+        Self::with(kept, user, repl, State::default())
+    }
+
+    fn with(kept: Kept, user: UserId, repl: ReplId, state: State) -> Self {
         Self {
+            user,
+            repl,
+            recording: tokio::sync::Mutex::default(),
             cancelled: CancellationToken::new(),
             kept,
             state: Mutex::new(state),
+            handed: Notify::new(),
         }
     }
 
-    /// The submission was read back from the journal, with the key that it was sent with.
-    pub fn read_back(&self, submission: &Submission, key: Option<String>) {
+    /// The submission was read back from the journal, with the key that it was sent with and all of its
+    /// input. Whoever calls holds `recording`.
+    pub fn read_back(&self, submission: &Submission, key: Option<String>, recorded: Vec<Recorded>) {
         self.kept.read_back(submission);
-        self.locked().key = key;
+        let mut state = self.locked();
+        state.key = key;
+        let mut input = Input::default();
+        let cost: usize = recorded.iter().map(|(_, data, _)| cost(data)).sum();
+        for (position, data, eof) in recorded {
+            input.add(position, data.into(), eof);
+        }
+        // What came since this server started is counted already.
+        self.kept.read_input(cost.saturating_sub(state.cost));
+        state.cost = cost;
+        state.input = Some(input);
+    }
+
+    /// What was recorded of its input; `None` until the record was read back.
+    pub fn received(&self) -> Option<Received> {
+        let state = self.locked();
+        state.input.as_ref().map(|input| Received {
+            bytes: input.bytes,
+            eof: input.eof,
+        })
     }
 
     /// Whether the key that it was sent with is one of these.
@@ -68,25 +161,24 @@ impl Control {
         self.locked().why.clone()
     }
 
-    /// Asks it to stop; `false` when it is too late.
-    pub fn cancel(&self) -> bool {
-        self.cancel_because(None)
-    }
-
     /// Asks it to stop, and has its reply say why.
-    pub fn cancel_because(&self, why: Option<Problem>) -> bool {
+    pub fn cancel_because(&self, why: Option<Problem>) -> Asked {
         let mut state = self.locked();
         if state.closed {
-            return false;
+            return Asked::TooLate;
         }
-        if !self.cancelled.is_cancelled() {
+        let asked = match self.cancelled.is_cancelled() {
+            true => Asked::Again,
+            false => Asked::First,
+        };
+        if asked == Asked::First {
             state.why = why;
         }
         self.cancelled.cancel();
         for run in state.run.iter().chain(&state.compiler) {
             run.cancel();
         }
-        true
+        asked
     }
 
     /// Resolves when it was asked to stop.
@@ -99,16 +191,28 @@ impl Control {
         self.cancelled.is_cancelled()
     }
 
-    /// From here on it can no longer be cancelled: its release is being made.
-    pub fn close(&self) {
-        self.locked().closed = true;
+    /// From here on it can no longer be cancelled: its release is being made. `false`: it was cancelled.
+    pub fn close(&self) -> bool {
+        let mut state = self.locked();
+        state.closed = !self.cancelled.is_cancelled();
+        state.closed
     }
 
-    /// Hands input to the program, now or when it runs.
-    pub fn input(&self, data: Vec<u8>, eof: bool) -> Result<(), Problem> {
+    /// What was asked of its repl later stands: it is not deployed any more.
+    pub fn overtake(&self, by: &str) {
+        self.locked().overtaken.get_or_insert_with(|| by.to_owned());
+    }
+
+    /// What was asked of its repl later, and stands.
+    pub fn overtaken(&self) -> Option<String> {
+        self.locked().overtaken.clone()
+    }
+
+    /// Makes room for more input, or says why there is none.
+    pub fn admit(&self, data: &str) -> Result<(), Problem> {
         let mut state = self.locked();
-        let cost = data.len().max(FRAME_COST);
-        if state.input + cost > MAX_INPUT {
+        let cost = cost(data);
+        if state.cost + cost > MAX_INPUT {
             return Err(Problem::new(
                 "stdin_too_large",
                 "The input was not taken",
@@ -117,16 +221,60 @@ impl Control {
             ));
         }
         self.kept.grow(cost)?;
-        state.input += cost;
-        match &state.run {
-            Some(run) => run.stdin(data, eof),
-            None => state.early.push((data, eof)),
-        }
+        state.cost += cost;
         Ok(())
     }
 
-    /// Compiling has begun: input is kept for the program.
-    pub fn compiling(&self, run: RunHandle) {
+    /// This input is in the journal, at this position. Whoever calls holds `recording`.
+    pub fn recorded(&self, position: u64, data: String, eof: bool) {
+        if let Some(input) = &mut self.locked().input {
+            input.add(position, data.into(), eof);
+        }
+        self.handed.notify_one();
+    }
+
+    /// Hands input to the program while it runs, each piece as soon as it is on the disk: what a program was
+    /// given is given again by a server that takes it up. Ends only with who waits for it.
+    pub async fn hand_over(&self, journal: &Journal) {
+        loop {
+            let next = self.undelivered();
+            match next {
+                None => self.handed.notified().await,
+                Some(position) if journal.durable(position).await.is_ok() => self.deliver(position),
+                // The next server hands it over.
+                Some(_) => std::future::pending().await,
+            }
+        }
+    }
+
+    /// The last piece that the run does not have.
+    fn undelivered(&self) -> Option<u64> {
+        let state = self.locked();
+        state.run.as_ref()?;
+        let input = state.input.as_ref()?;
+        let (position, _) = input.pieces.last()?;
+        (input.delivered < input.pieces.len()).then_some(*position)
+    }
+
+    fn deliver(&self, durable: u64) {
+        let mut state = self.locked();
+        let State {
+            run: Some(run),
+            input: Some(input),
+            ..
+        } = &mut *state
+        else {
+            return;
+        };
+        let pieces = input.pieces[input.delivered..].iter();
+        for (_, piece) in pieces.take_while(|(position, _)| *position <= durable) {
+            run.stdin(piece.clone());
+            input.delivered += 1;
+        }
+    }
+
+    /// A run that takes no input has begun: it is kept for the program.
+    pub fn closed_run(&self, run: RunHandle) {
         let mut state = self.locked();
         if self.cancelled.is_cancelled() {
             run.cancel();
@@ -134,16 +282,17 @@ impl Control {
         state.compiler = Some(run);
     }
 
-    /// A run has begun.
-    pub fn running(&self, run: RunHandle) {
+    /// A run has begun that takes all input from the beginning.
+    pub fn open_run(&self, run: RunHandle) {
         let mut state = self.locked();
         if self.cancelled.is_cancelled() {
             run.cancel();
         }
-        for (data, eof) in state.early.drain(..) {
-            run.stdin(data, eof);
-        }
         state.run = Some(run);
+        if let Some(input) = &mut state.input {
+            input.delivered = 0;
+        }
+        self.handed.notify_one();
     }
 
     /// What ran or compiled has ended.
@@ -155,5 +304,55 @@ impl Control {
 
     fn locked(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a piece of input counts for.
+fn cost(data: &str) -> usize {
+    data.len().max(FRAME_COST)
+}
+
+/// What of this input is new, when so much was received; the error says why it cannot be told.
+/// `offset`: how many bytes its sender says came before it.
+pub fn beyond(data: &str, offset: u64, received: u64) -> Result<&str, Problem> {
+    let refuse = |cause: String| {
+        Problem::new(
+            "stdin_offset",
+            "The input was not taken",
+            cause,
+            format!("Send the input from byte {received} on, with \"offset\":{received}."),
+        )
+    };
+    let Some(known) = received.checked_sub(offset) else {
+        return Err(refuse(format!(
+            "{received} bytes were received, and this begins at byte {offset}: what lies between is missing"
+        )));
+    };
+    let known = usize::try_from(known).unwrap_or(usize::MAX);
+    if known >= data.len() {
+        return Ok("");
+    }
+    data.get(known..).ok_or_else(|| {
+        refuse(format!(
+            "{received} bytes were received, which ends inside a character of this input: it is not what was sent before"
+        ))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn input_that_is_sent_again_is_passed_over_and_a_gap_is_refused() {
+        assert_eq!(beyond("abc", 0, 0).unwrap(), "abc");
+        assert_eq!(beyond("abc", 0, 2).unwrap(), "c");
+        assert_eq!(beyond("abc", 1, 9).unwrap(), "");
+        assert_eq!(beyond("", 4, 4).unwrap(), "");
+        let gap = beyond("abc", 5, 4).unwrap_err();
+        assert_eq!(gap.code, "stdin_offset");
+        assert!(gap.remediation.contains("\"offset\":4"), "{gap}");
+        assert!(beyond("ü", 0, 1).is_err());
     }
 }

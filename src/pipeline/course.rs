@@ -10,7 +10,7 @@ use tokio::time::{sleep, timeout};
 
 use super::Inner;
 use super::claims::AWAY_PATIENCE;
-use super::control::Control;
+use super::control::{Control, Recorded};
 use super::line::{self, Lent};
 use super::plan::{self, Plan};
 use super::queue::Permit;
@@ -21,8 +21,8 @@ use super::verdict::{
 use crate::budget::Spent;
 use crate::journal::{Appended, JournalError, NewRecord};
 use crate::model::{
-    Event, Outcome, OutputStream, Problem, Reason, Record, RunReport, Serves, Status, Step,
-    StepState, Submission, TestFiles, TestResult, Tested, Tests,
+    Event, Order, Outcome, OutputStream, Problem, Reason, Record, RunReport, SUPERSEDED, Serves,
+    Status, Step, StepState, Submission, TestFiles, TestResult, Tested, Tests, superseded,
 };
 use crate::platform::{PlatformError, ReleaseSpec, RunningRelease};
 use crate::runner::client::{Run, RunEvent, Session};
@@ -60,6 +60,16 @@ pub struct History {
     begun: bool,
     /// Servers that ended while it was under way without having been asked to.
     crashes: u32,
+    /// Its place in the journal.
+    position: u64,
+    /// When it was sent.
+    sent: Option<Timestamp>,
+    /// What came in frames of its own.
+    input: Vec<Recorded>,
+    /// It was asked to end, and why.
+    cancelled: Option<Option<Problem>>,
+    /// What was asked of its repl later, and stands.
+    overtaken: Option<String>,
 }
 
 #[derive(Debug, Default, Clone)]
@@ -75,6 +85,15 @@ struct RecordedRun {
 }
 
 impl History {
+    /// Of a submission that was received just now, at this position.
+    pub fn beginning(position: u64) -> Self {
+        Self {
+            position,
+            sent: Some(Timestamp::now()),
+            ..Self::default()
+        }
+    }
+
     /// Reads it back. The first record carries the submission itself.
     pub fn read(records: Vec<Record>) -> Option<(Submission, History)> {
         let mut history = History::default();
@@ -82,7 +101,9 @@ impl History {
         for record in records {
             match record.event {
                 Event::Received { submission, key } => {
+                    history.position = record.position;
                     history.received = Some(record.time);
+                    history.sent = history.received;
                     history.key = key;
                     found = Some(*submission);
                 }
@@ -97,6 +118,9 @@ impl History {
                     history.begun = true;
                 }
                 Event::PutDown => history.begun = false,
+                Event::Input { data, eof } => history.input.push((record.position, data, eof)),
+                Event::Cancelled { why } => history.cancelled = Some(why),
+                Event::Overtaken { by } => history.overtaken = Some(by),
                 Event::Output {
                     stream,
                     data,
@@ -126,6 +150,21 @@ impl History {
     /// The key that it was sent with.
     pub fn key(&self) -> Option<&str> {
         self.key.as_deref()
+    }
+
+    /// Takes what came in frames of its own.
+    pub fn take_input(&mut self) -> Vec<Recorded> {
+        std::mem::take(&mut self.input)
+    }
+
+    /// Whether it was asked to end, and why.
+    pub fn cancelled(&self) -> Option<Option<Problem>> {
+        self.cancelled.clone()
+    }
+
+    /// What was asked of its repl later, and stands.
+    pub fn overtaken(&self) -> Option<&str> {
+        self.overtaken.as_deref()
     }
 
     fn run(&mut self, number: u32) -> &mut RecordedRun {
@@ -170,6 +209,7 @@ impl Course {
 
     /// Takes it to its end. `permit`: its turn has come already.
     pub async fn run(mut self, permit: Option<Permit>) {
+        let (journal, control) = (self.inner.journal.clone(), Arc::clone(&self.control));
         let ended = async {
             let outcome = self.steps(permit).await?;
             let status = outcome.status;
@@ -181,16 +221,29 @@ impl Course {
             self.append(Event::Reply(Box::new(outcome))).await?;
             Ok(status)
         };
-        let status = match ended.await {
+        let ended = tokio::select! {
+            ended = ended => ended,
+            () = control.hand_over(&journal) => Err(JournalError::Closed),
+        };
+        let status = match ended {
             Ok(status) => status,
             Err(JournalError::Closed) => {
                 tracing::info!(submission = %self.submission.id, "left to the next start");
                 return;
             }
-            // There is nowhere to put a reply; the next start takes it up again.
             Err(error) => {
                 tracing::error!(submission = %self.submission.id, %error, "a submission cannot be recorded");
-                return;
+                // Nobody waits for its reply for ever: this one is small.
+                let outcome = self.not_recorded(&error);
+                let status = outcome.status;
+                match self.append(Event::Reply(Box::new(outcome))).await {
+                    Ok(_) => status,
+                    // There is nowhere to put a reply.
+                    Err(error) => {
+                        tracing::error!(submission = %self.submission.id, %error, "a submission cannot be answered");
+                        return;
+                    }
+                }
             }
         };
         metrics::counter!("gantry_submissions_total", "status" => status.as_str()).increment(1);
@@ -274,12 +327,10 @@ impl Course {
             };
         }
         if verdict.status == Status::TestsPassed && self.submission.deploy {
-            if self.control.is_cancelled() {
-                outcome.status = Status::Cancelled;
-            } else {
-                self.control.close();
-                let serves = Serves::of(self.submission.serves, has_listened);
-                self.deploy(&mut outcome, serves).await?;
+            let serves = Serves::of(self.submission.serves, has_listened);
+            match self.control.close() {
+                true => self.deploy(&mut outcome, serves).await?,
+                false => outcome.status = Status::Cancelled,
             }
         }
         Ok(self.ended(outcome))
@@ -453,7 +504,7 @@ impl Course {
     /// One run, from wherever it is to its end.
     async fn one_run(&self, session: &Session, job: Job) -> Result<FinishedRun, JournalError> {
         let (id, patience) = (job.id, job.limits.wall() + RUNNER_GRACE);
-        let builds = !job.output.is_empty();
+        let takes_input = job.stdin_open;
         let before = self.history.runs.get(id.run as usize);
         let before = before.cloned().unwrap_or_default();
         let mut finished = FinishedRun {
@@ -471,9 +522,9 @@ impl Course {
         } else {
             session.attach(id, before.last_seq)
         };
-        match builds {
-            true => self.control.compiling(run.handle()),
-            false => self.control.running(run.handle()),
+        match takes_input {
+            true => self.control.open_run(run.handle()),
+            false => self.control.closed_run(run.handle()),
         }
         let followed = self.follow(session, &mut run, patience, &mut finished, &before);
         let result = followed.await;
@@ -577,7 +628,17 @@ impl Course {
 
     /// Publishes and releases what passed. Safe to do again: a release is found by its submission.
     async fn deploy(&mut self, outcome: &mut Outcome, serves: Serves) -> Result<(), JournalError> {
-        let (repl, id) = (self.submission.repl_id.clone(), self.submission.id);
+        let repl = self.submission.repl_id.clone();
+        let inner = Arc::clone(&self.inner);
+        let _turn = inner.deployments.turn(&repl).await;
+        if let Some(by) = self.control.overtaken() {
+            return self.overtaken(outcome, superseded(&by));
+        }
+        let spec = self.release_spec(serves);
+        // Before its files become the repl's. One that cannot be asked is asked again by the release.
+        if let Ok(Some(problem)) = inner.platform.overtaken(&spec).await {
+            return self.overtaken(outcome, problem);
+        }
         self.step(Step::Publish, StepState::Started).await?;
         // Before anything is stored under the name.
         let user = &self.submission.user_id;
@@ -589,22 +650,17 @@ impl Course {
             self.step(Step::Publish, StepState::Failed).await?;
             return self.deploy_failed(outcome, not.problem(&repl));
         }
+        // From here on whatever is asked of the repl is noted with it; before, there may have been none.
+        if let Some(by) = self.control.overtaken() {
+            self.step(Step::Publish, StepState::Failed).await?;
+            return self.overtaken(outcome, superseded(&by));
+        }
         if let Err(problem) = self.publish().await {
             self.step(Step::Publish, StepState::Failed).await?;
             return self.deploy_failed(outcome, problem);
         }
         self.step(Step::Publish, StepState::Passed).await?;
         self.step(Step::Deploy, StepState::Started).await?;
-        let spec = ReleaseSpec {
-            user_id: self.submission.user_id.clone(),
-            repl_id: repl,
-            submission_id: id,
-            tested: Tested::of(&self.submission.files, &self.submission.tests),
-            argv: plan::argv(&self.submission, &self.submission.args),
-            env: self.submission.env.clone(),
-            database: self.submission.database,
-            serves,
-        };
         let released = self.release(&spec).await;
         match released {
             Ok(running) => {
@@ -614,6 +670,10 @@ impl Course {
                 outcome.release = Some(running.release);
                 outcome.url = Some(running.url);
                 Ok(())
+            }
+            Err(PlatformError::NotReady(problem)) if problem.code == SUPERSEDED => {
+                self.step(Step::Deploy, StepState::Failed).await?;
+                self.overtaken(outcome, problem)
             }
             Err(error) => {
                 let failed = match &error {
@@ -637,6 +697,24 @@ impl Course {
                 };
                 self.deploy_failed(outcome, problem)
             }
+        }
+    }
+
+    /// What is to be released.
+    fn release_spec(&self, serves: Serves) -> ReleaseSpec {
+        let submission = &self.submission;
+        let sent = self.history.sent.unwrap_or_else(Timestamp::now);
+        let journal = self.inner.journal.identity();
+        ReleaseSpec {
+            user_id: submission.user_id.clone(),
+            repl_id: submission.repl_id.clone(),
+            submission_id: submission.id,
+            order: Order::deployment(journal, self.history.position, sent, submission.id),
+            tested: Tested::of(&submission.files, &submission.tests),
+            argv: plan::argv(submission, &submission.args),
+            env: submission.env.clone(),
+            database: submission.database,
+            serves,
         }
     }
 
@@ -688,6 +766,12 @@ impl Course {
         Ok(())
     }
 
+    fn overtaken(&self, outcome: &mut Outcome, problem: Problem) -> Result<(), JournalError> {
+        outcome.status = Status::Superseded;
+        outcome.error = Some(problem);
+        Ok(())
+    }
+
     /// Ends the run that an earlier server began, if it is still there.
     fn end_run(&self) {
         if !self.history.begun {
@@ -717,6 +801,16 @@ impl Course {
             "The submission was not taken up again",
             format!("the server ended {MAX_CRASHES} times while it was under way"),
             "Submit it again under a new submission_id; if the server ends again, the operator finds this submission's id in the server's log.",
+        ))
+    }
+
+    /// What happened to it cannot be recorded, so that it is not known how it ends.
+    fn not_recorded(&self, error: &JournalError) -> Outcome {
+        self.unavailable(Problem::new(
+            "record_failed",
+            "What the submission did could not be recorded",
+            error.to_string(),
+            "Submit it again under a new submission_id, with less output or fewer tests if it was too large.",
         ))
     }
 

@@ -148,6 +148,11 @@ impl Kept {
         self.count(&mut self.intake.locked(), size(submission));
     }
 
+    /// Counts its input, which is read back with it.
+    pub fn read_input(&self, bytes: usize) {
+        self.count(&mut self.intake.locked(), bytes);
+    }
+
     fn count(&self, now: &mut Now, more: usize) {
         *self.bytes.lock().unwrap_or_else(PoisonError::into_inner) += more;
         now.all.bytes += more;

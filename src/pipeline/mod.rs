@@ -4,11 +4,13 @@ mod claims;
 mod control;
 mod course;
 mod fit;
+mod held;
 mod idle;
 mod intake;
 mod line;
 pub mod modules;
 mod names;
+mod order;
 mod places;
 mod plan;
 mod programs;
@@ -23,15 +25,17 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
 
 use crate::budget::Budgets;
-use crate::journal::{Journal, JournalError, NewRecord};
+use crate::journal::{Appended, Item, Journal, JournalError, NewRecord, SubmissionState};
 use crate::model::{
-    Domain, DomainProof, Event, FieldError, LANGUAGES, Language, Limits, Packages, Problem,
-    RelativePath, ReplChange, ReplId, ReplSettings, Submission, SubmissionId, UserId,
+    Domain, DomainProof, Event, FieldError, LANGUAGES, Language, Limits, Order, Outcome, Packages,
+    Problem, RelativePath, ReplChange, ReplId, ReplSettings, Status, Submission, SubmissionId,
+    UserId,
 };
 use crate::platform::tunnel::Meters;
 use crate::platform::{
@@ -39,10 +43,11 @@ use crate::platform::{
 };
 use crate::storage::CodeStore;
 use claims::{CLAIM_PATIENCE, Claims};
-use control::Control;
+use control::{Asked, Control, Received, beyond};
 use course::{Course, History, JOURNAL_PAUSE, MAX_OUTPUT_BYTES};
 use idle::Waking;
 use intake::Intake;
+use order::Deployments;
 use places::Places;
 use queue::FairQueue;
 use save::Saves;
@@ -59,6 +64,9 @@ const READ_AT_ONCE: usize = 2;
 
 /// Longest wait for the disk when the server ends.
 const PUT_DOWN: Duration = Duration::from_secs(2);
+
+/// What a stop is, among what is asked of a repl.
+const STOPPED: &str = "it was stopped";
 
 /// What became of a submission that was sent in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -183,6 +191,7 @@ struct Inner {
     opened: Notify,
     idle_stop: Option<Duration>,
     waking: Waking,
+    deployments: Deployments,
     under_way: Mutex<HashMap<SubmissionId, Arc<Control>>>,
     courses: TaskTracker,
 }
@@ -216,6 +225,7 @@ impl Pipeline {
                 opened: Notify::new(),
                 idle_stop: options.idle_stop,
                 waking: Waking::default(),
+                deployments: Deployments::default(),
                 under_way: Mutex::default(),
                 courses: TaskTracker::new(),
                 journal,
@@ -228,14 +238,21 @@ impl Pipeline {
     /// Takes up what an earlier server left unfinished, and follows released programs.
     pub fn recover(&self) {
         let journal = &self.inner.journal;
+        let set_aside = journal.recovery().set_aside.clone();
         let unfinished = journal.unfinished().into_iter();
         let mut unfinished: Vec<_> = unfinished
             .filter_map(|id| Some((id, journal.submission(id)?)))
             .collect();
         // Those that ran came before those that waited.
-        unfinished.sort_by_key(|(_, state)| state.time);
+        unfinished.sort_by_key(|(_, state)| state.position);
         for (id, state) in unfinished {
-            self.take_up(id, state.user_id);
+            if let Some(why) = set_aside.get(&id).cloned() {
+                let this = self.clone();
+                let courses = &self.inner.courses;
+                courses.spawn(async move { this.answer_damaged(id, state, why).await });
+                continue;
+            }
+            self.take_up(id, state.user_id, state.repl_id);
         }
         let this = self.clone();
         tokio::spawn(async move { this.record_programs().await });
@@ -270,8 +287,8 @@ impl Pipeline {
                 key: Some(key.to_owned()),
             },
         };
-        match self.inner.journal.append(received).await {
-            Ok(_) => {}
+        let appended = match self.inner.journal.append(received).await {
+            Ok(appended) => appended,
             // The same id came twice at once, and the other was first.
             Err(JournalError::Duplicate) => {
                 return match self.known(&submission)? {
@@ -281,8 +298,12 @@ impl Pipeline {
                 };
             }
             Err(error) => return Err(Refusal::Unavailable(journal_problem(&error))),
-        }
-        self.launch(submission, Control::new(kept, Some(key.to_owned())));
+        };
+        let control = {
+            let (user, repl) = (submission.user_id.clone(), submission.repl_id.clone());
+            Control::new(kept, user, repl, key.to_owned())
+        };
+        self.launch(submission, control, appended.position);
         Ok(Admission::Accepted(id))
     }
 
@@ -290,28 +311,114 @@ impl Pipeline {
     pub fn cancel_revoked(&self) {
         for (id, control) in self.under_way().iter() {
             if control.was_sent_with(|key| (self.inner.revoked.0)(key)) {
+                // Nothing is recorded: the key stays revoked, which the next server sees for itself.
                 control.cancel_because(Some(key_revoked()));
                 tracing::info!(submission = %id, "cancelled: its key was revoked");
             }
         }
     }
 
-    /// Stops it; `false` when it is not running or past stopping.
-    pub fn cancel(&self, id: SubmissionId) -> bool {
-        self.control(id).is_some_and(|control| control.cancel())
+    /// Stops it; `false` when it is not running or past stopping. A server that takes it up again knows
+    /// of it.
+    pub async fn cancel(&self, id: SubmissionId) -> bool {
+        let Some(control) = self.control(id) else {
+            return false;
+        };
+        match control.cancel_because(None) {
+            Asked::TooLate => return false,
+            Asked::Again => return true,
+            Asked::First => {}
+        }
+        match self.record(id, Event::Cancelled { why: None }).await {
+            // It has ended by now.
+            Ok(_) | Err(JournalError::Ended | JournalError::Unknown) => {}
+            Err(error) => {
+                tracing::warn!(submission = %id, %error, "a submission is cancelled, but not on the disk: it would run on after a restart");
+            }
+        }
+        true
     }
 
-    /// Hands input to the running program.
-    pub fn stdin(&self, id: SubmissionId, data: Vec<u8>, eof: bool) -> Result<(), Problem> {
-        match self.control(id) {
-            Some(control) => control.input(data, eof),
-            None => Err(Problem::new(
-                "not_running",
+    /// Records input for the program, which gets it once it is on the disk. `offset`: the bytes that its
+    /// sender says came before it, so that what was received already is passed over; then the answer, which
+    /// comes when all of it is on the disk, says how much was received.
+    pub async fn stdin(
+        &self,
+        id: SubmissionId,
+        data: &str,
+        offset: Option<u64>,
+        eof: bool,
+    ) -> Result<Option<u64>, Problem> {
+        let Some(control) = self.control(id) else {
+            return Err(not_running());
+        };
+        let failed = |error: JournalError| stdin_problem(&error);
+        let _one = control.recording.lock().await;
+        let received = match control.received() {
+            Some(received) => received,
+            // Its turn to be read back has not come; what is not asked for is not looked up.
+            None if offset.is_none() => Received::default(),
+            None => self.received(id).await.map_err(failed)?,
+        };
+        let fresh = match offset {
+            Some(offset) => beyond(data, offset, received.bytes)?,
+            None => data,
+        };
+        let known = offset.is_some() && fresh.is_empty() && (received.eof || !eof);
+        if received.eof && !known {
+            return Err(Problem::new(
+                "stdin_closed",
                 "The input was not taken",
-                "the submission has ended",
-                "Send input while the program runs.",
-            )),
+                "an earlier frame said that nothing follows",
+                "Send \"eof\":true with the last input only.",
+            ));
         }
+        if !known {
+            control.admit(fresh)?;
+            let data = fresh.to_owned();
+            let recorded = self.record(id, Event::Input { data, eof }).await;
+            let Appended { position, .. } = recorded.map_err(failed)?;
+            control.recorded(position, fresh.to_owned(), eof);
+            if offset.is_some() {
+                let durable = self.inner.journal.durable(position).await;
+                durable.map_err(failed)?;
+            }
+        }
+        Ok(offset.map(|_| received.bytes + fresh.len() as u64))
+    }
+
+    /// What the journal has of the input of a submission that was not read back.
+    async fn received(&self, id: SubmissionId) -> Result<Received, JournalError> {
+        let journal = &self.inner.journal;
+        let (mut received, mut position) = (Received::default(), 0);
+        loop {
+            let page = journal.page_of_submission(id, position).await?;
+            let Some(last) = page.last() else {
+                return Ok(received);
+            };
+            position = last.position();
+            for item in page {
+                if let Item::Record(record) = item
+                    && let Event::Input { data, eof } = record.event
+                {
+                    received.bytes += data.len() as u64;
+                    received.eof |= eof;
+                }
+            }
+        }
+    }
+
+    /// Adds to what is recorded of a submission.
+    async fn record(&self, id: SubmissionId, event: Event) -> Result<Appended, JournalError> {
+        let journal = &self.inner.journal;
+        let state = journal.submission(id).ok_or(JournalError::Unknown)?;
+        let record = NewRecord {
+            user_id: state.user_id,
+            submission_id: Some(id),
+            repl_id: state.repl_id,
+            event,
+        };
+        journal.append(record).await
     }
 
     /// The most a submission may ask for.
@@ -337,6 +444,8 @@ impl Pipeline {
         self.save_or_gone(repl).await?;
         let running = platform.rollback(repl, release).await?;
         self.inner.saves.forget(repl);
+        let back = format!("it was rolled back to release {}", running.release);
+        self.order(user, repl, back).await?;
         let message = format!("Rolled back to release {}", running.release);
         self.note(
             user,
@@ -384,6 +493,9 @@ impl Pipeline {
         let opened = opened?;
         self.inner.opened.notify_one();
         if opened.created {
+            if !was_idle {
+                self.order(user, repl, "it was started".to_owned()).await?;
+            }
             let message = match was_idle {
                 true => "Started again as it was before it was idle".to_owned(),
                 false => format!("Started from its current files, as {}", language.name),
@@ -518,9 +630,55 @@ impl Pipeline {
         Ok(&LANGUAGES[0])
     }
 
+    /// Notes that this was asked of the user's repl: what was sent before and is under way is not deployed any
+    /// more, by this server, a later one or another replica.
+    async fn order(&self, user: &UserId, repl: &ReplId, what: String) -> Result<(), PlatformError> {
+        let journal = &self.inner.journal;
+        let order = Order::new(
+            journal.identity(),
+            journal.next_position(),
+            Timestamp::now(),
+            what.clone(),
+        );
+        self.overtake(repl, |owner| owner == user, &what).await;
+        self.inner.platform.ordered(repl, &order).await
+    }
+
+    /// The repl of this name is nobody's yet, and is asked to stop: what is under way for it is not deployed.
+    pub async fn stop_unclaimed(&self, repl: &ReplId, may_act_for: impl Fn(&UserId) -> bool) {
+        self.overtake(repl, may_act_for, STOPPED).await;
+    }
+
+    /// Has what is under way for the repl not be deployed.
+    async fn overtake(&self, repl: &ReplId, whose: impl Fn(&UserId) -> bool, by: &str) {
+        let under_way: Vec<_> = {
+            let under_way = self.under_way();
+            let of_repl = under_way
+                .iter()
+                .filter(|(_, control)| control.repl == *repl && whose(&control.user));
+            of_repl
+                .map(|(id, control)| (*id, Arc::clone(control)))
+                .collect()
+        };
+        let mut last = None;
+        for (id, control) in under_way {
+            control.overtake(by);
+            let by = by.to_owned();
+            // One that has just ended takes no more records.
+            if let Ok(appended) = self.record(id, Event::Overtaken { by }).await {
+                last = Some(appended.position);
+            }
+        }
+        // Whoever asked is told that it is done.
+        if let Some(last) = last {
+            let _ = timeout(PUT_DOWN, self.inner.journal.durable(last)).await;
+        }
+    }
+
     /// Stops the user's repl.
     pub async fn stop(&self, user: &UserId, repl: &ReplId) -> Result<(), PlatformError> {
         let was_there = self.inner.platform.owner(repl).await?.is_some();
+        self.order(user, repl, STOPPED.to_owned()).await?;
         self.save_or_gone(repl).await?;
         self.inner.saves.forget(repl);
         self.inner.platform.drop_repl(repl).await?;
@@ -542,6 +700,8 @@ impl Pipeline {
 
     /// Stops the user's repl, removes its files, releases and data, and lets anybody have its name.
     pub async fn release_name(&self, user: &UserId, repl: &ReplId) -> Result<(), PlatformError> {
+        let what = "its name was released".to_owned();
+        self.order(user, repl, what).await?;
         self.inner.platform.drop_repl(repl).await?;
         self.inner.saves.forget(repl);
         // Before the name is free: the next who has it must find nothing of this user's.
@@ -579,17 +739,8 @@ impl Pipeline {
         let left: Vec<SubmissionId> = self.under_way().keys().copied().collect();
         let mut last = None;
         for id in left {
-            let Some(state) = self.inner.journal.submission(id) else {
-                continue;
-            };
-            let record = NewRecord {
-                user_id: state.user_id,
-                submission_id: Some(id),
-                repl_id: state.repl_id,
-                event: Event::PutDown,
-            };
             // One that has just ended takes no more records.
-            if let Ok(appended) = self.inner.journal.append(record).await {
+            if let Ok(appended) = self.record(id, Event::PutDown).await {
                 last = Some(appended.position);
             }
         }
@@ -667,12 +818,13 @@ impl Pipeline {
         })
     }
 
-    fn launch(&self, submission: Submission, control: Control) {
+    fn launch(&self, submission: Submission, control: Control, received: u64) {
         let id = submission.id;
         let control = Arc::new(control);
         self.under_way().insert(id, Arc::clone(&control));
         let inner = Arc::clone(&self.inner);
-        let course = Course::new(inner, submission, control, History::default());
+        let history = History::beginning(received);
+        let course = Course::new(inner, submission, control, history);
         let this = self.clone();
         self.inner.courses.spawn(async move {
             course.run(None).await;
@@ -682,9 +834,9 @@ impl Pipeline {
 
     /// Takes up what an earlier server left. It is read back when its turn has come: however many
     /// there are, no more are in memory than run at one time.
-    fn take_up(&self, id: SubmissionId, user: UserId) {
+    fn take_up(&self, id: SubmissionId, user: UserId, repl: ReplId) {
         let kept = self.inner.intake.take_again(&user);
-        let control = Arc::new(Control::new(kept, None));
+        let control = Arc::new(Control::unread(kept, user.clone(), repl));
         self.under_way().insert(id, Arc::clone(&control));
         let this = self.clone();
         self.inner.courses.spawn(async move {
@@ -717,10 +869,42 @@ impl Pipeline {
                 }
                 Err(error) => {
                     tracing::error!(submission = %id, %error, "a submission cannot be taken up again");
+                    if let Some(state) = this.inner.journal.submission(id) {
+                        this.answer_damaged(id, state, error.to_string()).await;
+                    }
                 }
             }
             this.under_way().remove(&id);
         });
+    }
+
+    /// Gives a submission its reply whose record cannot be read: it is not run from half of it, and nobody
+    /// waits for it for ever.
+    async fn answer_damaged(&self, id: SubmissionId, state: SubmissionState, why: String) {
+        metrics::counter!("gantry_submissions_set_aside_total").increment(1);
+        let mut outcome = Outcome::new(Status::Unavailable);
+        outcome.namespace = Some(state.user_id.namespace());
+        outcome.submission_id = Some(id);
+        outcome.repl_id = Some(state.repl_id);
+        outcome.error = Some(Problem::new(
+            "record_unreadable",
+            "The submission was not taken up again",
+            format!("what was recorded of it cannot be read: {why}"),
+            "Submit it again under a new submission_id, after a look whether its release serves.",
+        ));
+        loop {
+            let reply = Event::Reply(Box::new(outcome.clone()));
+            match self.record(id, reply).await {
+                Err(JournalError::Full | JournalError::Failing { .. }) => {
+                    sleep(JOURNAL_PAUSE).await;
+                }
+                Err(JournalError::Closed | JournalError::Ended) | Ok(_) => return,
+                Err(error) => {
+                    tracing::error!(submission = %id, %error, "a submission cannot be answered");
+                    return;
+                }
+            }
+        }
     }
 
     /// Reads a submission back that an earlier server left.
@@ -730,19 +914,21 @@ impl Pipeline {
         control: &Control,
     ) -> Result<(Submission, History), JournalError> {
         let journal = &self.inner.journal;
-        let state = journal.submission(id).ok_or(JournalError::Unknown)?;
-        let taken_up = NewRecord {
-            user_id: state.user_id,
-            submission_id: Some(id),
-            repl_id: state.repl_id,
-            event: Event::TakenUp,
-        };
+        // Input that comes meanwhile waits: whatever was recorded before is on the disk below.
+        let _one = control.recording.lock().await;
         // On the disk first: should this submission end the server, the next one knows.
-        let appended = journal.append(taken_up).await?;
+        let appended = self.record(id, Event::TakenUp).await?;
         journal.durable(appended.position).await?;
         let records = journal.read_submission(id).await?;
-        let (submission, history) = History::read(records).ok_or(JournalError::Unknown)?;
-        control.read_back(&submission, history.key().map(str::to_owned));
+        let (submission, mut history) = History::read(records).ok_or(JournalError::Unknown)?;
+        let (key, input) = (history.key().map(str::to_owned), history.take_input());
+        control.read_back(&submission, key, input);
+        if let Some(why) = history.cancelled() {
+            control.cancel_because(why);
+        }
+        if let Some(by) = history.overtaken() {
+            control.overtake(by);
+        }
         if control.was_sent_with(|key| (self.inner.revoked.0)(key)) {
             control.cancel_because(Some(key_revoked()));
         }
@@ -784,6 +970,27 @@ impl Pipeline {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn not_running() -> Problem {
+    Problem::new(
+        "not_running",
+        "The input was not taken",
+        "the submission has ended",
+        "Send input while the program runs.",
+    )
+}
+
+fn stdin_problem(error: &JournalError) -> Problem {
+    if let JournalError::Ended | JournalError::Unknown = error {
+        return not_running();
+    }
+    Problem::new(
+        "journal_unavailable",
+        "The input was not taken",
+        error.to_string(),
+        "Send it again while the submission is under way.",
+    )
 }
 
 fn key_revoked() -> Problem {

@@ -8,6 +8,7 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
+use super::held::Held;
 use super::{Pipeline, Share};
 use crate::journal::{Journal, JournalError, NewRecord};
 use crate::model::{Event, ReplId};
@@ -32,7 +33,7 @@ impl Pipeline {
         let platform = &self.inner.platform;
         platform.follow_programs(recorded(self.inner.journal.clone()));
         let Share(mine) = &self.inner.share;
-        let mut standby = Standby::default();
+        let (mut standby, mut held) = (Standby::default(), Held::default());
         let mut look = interval(LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -41,7 +42,15 @@ impl Pipeline {
                 _ = look.tick() => {
                     standby.forget_before(Instant::now() - KEPT);
                     for event in standby.take_over(|repl| mine(repl)) {
-                        self.record_event(event).await;
+                        self.record_event(event, &mut held).await;
+                    }
+                    if self.inner.journal.healthy() && !held.is_empty() {
+                        let journal = self.inner.journal.clone();
+                        let append = |record| {
+                            let journal = journal.clone();
+                            async move { journal.append(record).await.map(drop) }.boxed()
+                        };
+                        held.record(&append).await;
                     }
                     continue;
                 }
@@ -51,24 +60,29 @@ impl Pipeline {
             };
             if mine(&event.repl_id) {
                 for earlier in standby.take(&event.repl_id) {
-                    self.record_event(earlier).await;
+                    self.record_event(earlier, &mut held).await;
                 }
-                self.record_event(event).await;
+                self.record_event(event, &mut held).await;
             } else {
                 standby.keep(Instant::now(), event);
             }
         }
     }
 
-    async fn record_event(&self, happened: ProgramEvent) {
+    async fn record_event(&self, happened: ProgramEvent, held: &mut Held) {
+        if held.has(&happened.repl_id) {
+            return held.keep(happened);
+        }
         let record = NewRecord {
-            user_id: happened.user_id,
+            user_id: happened.user_id.clone(),
             submission_id: None,
-            repl_id: happened.repl_id,
-            event: happened.event,
+            repl_id: happened.repl_id.clone(),
+            event: happened.event.clone(),
         };
-        if let Err(error) = self.inner.journal.append(record).await {
-            tracing::warn!(%error, "a program's output was not recorded");
+        match self.inner.journal.append(record).await {
+            Ok(_) => {}
+            Err(JournalError::Full | JournalError::Failing { .. }) => held.keep(happened),
+            Err(error) => tracing::warn!(%error, "a program's output was not recorded"),
         }
     }
 }

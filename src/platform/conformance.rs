@@ -19,10 +19,10 @@ use super::{
     WorkspaceSpec,
 };
 use crate::model::{
-    Domain, Ending, Limits, Reason, RelativePath, ReleaseState, ReplChange, ReplId, ReplState,
-    RunReport, Serves, SubmissionId, Tested, Tests, UserId,
+    Domain, Ending, Limits, Order, Reason, RelativePath, ReleaseState, ReplChange, ReplId,
+    ReplState, RunReport, Serves, SubmissionId, Tested, Tests, UserId,
 };
-use crate::runner::client::{Run, RunEvent};
+use crate::runner::client::{Piece, Run, RunEvent};
 use crate::runner::confine::{SIGNALS_VERSION, landlock_version};
 use crate::runner::wire::{Job, JobEvent, JobId};
 use crate::storage::CodeStore;
@@ -309,8 +309,13 @@ async fn input_that_comes_before_the_program_runs_reaches_it(
         let mut job = python("import sys; print(repr(sys.stdin.read()))");
         job.stdin_open = true;
         let run = session.start(job);
-        run.handle().stdin(b"early ".to_vec(), false);
-        run.handle().stdin(b"input".to_vec(), true);
+        let piece = |offset, text: &'static str, eof| Piece {
+            offset,
+            data: text.into(),
+            eof,
+        };
+        run.handle().stdin(piece(0, "early ", false));
+        run.handle().stdin(piece(6, "input", true));
         runs.push(run);
     }
     for mut run in runs {
@@ -744,6 +749,7 @@ async fn a_name_is_counted_and_given_back(subject: &Subject) -> anyhow::Result<(
         user_id: one.clone(),
         repl_id: repl.clone(),
         submission_id: SubmissionId::new(),
+        order: Order::now(),
         tested: Tested::of(&BTreeMap::new(), &Tests::ExitCode),
         argv: vec!["python3".to_owned(), "main.py".to_owned()],
         env: BTreeMap::new(),
@@ -799,6 +805,7 @@ async fn release(
         user_id: user("conform-g"),
         repl_id: repl.clone(),
         submission_id,
+        order: Order::now(),
         tested: Tested::of(&files, &Tests::ExitCode),
         argv: vec!["python3".to_owned(), "main.py".to_owned()],
         env: BTreeMap::new(),

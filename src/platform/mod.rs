@@ -21,7 +21,7 @@ use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 
 use crate::model::{
-    Event, FieldError, Language, Origin, Problem, Release, ReplChange, ReplData, ReplId,
+    Event, FieldError, Language, Order, Origin, Problem, Release, ReplChange, ReplData, ReplId,
     ReplSettings, ReplStatus, Serves, SubmissionId, Tested, TicketKey, UserId,
 };
 
@@ -88,6 +88,8 @@ pub struct ReleaseSpec {
     pub repl_id: ReplId,
     /// The submission whose tests passed.
     pub submission_id: SubmissionId,
+    /// When it was sent.
+    pub order: Order,
     /// What those tests were about.
     pub tested: Tested,
     /// Command, entrypoint and arguments.
@@ -164,7 +166,8 @@ pub struct Recorded {
 ///   [`CONNECT_TIMEOUT`]. Closing the stream stops nothing in the sandbox.
 /// - `ensure_release` **returns when the release serves**, and only then does the previous one
 ///   stop. When it fails, the previous one serves on, and the error says why, with the program's
-///   last lines. Again with the same submission: the same release, not a second one.
+///   last lines. Again with the same submission: the same release, not a second one. What was asked of the
+///   repl later stands: then nothing is made, and the error is [`SUPERSEDED`](crate::model::SUPERSEDED).
 /// - `open_workspace` **returns when everything is made**, which is before the program serves. Again, or
 ///   with a release running: nothing changes. A program that ends leaves its workspace there. A later
 ///   release takes its place.
@@ -200,6 +203,14 @@ pub trait Platform: Send + Sync + fmt::Debug {
 
     /// Removes the user's sandbox and everything running in it.
     async fn drop_sandbox(&self, user: &UserId) -> Result<(), PlatformError>;
+
+    /// Why the release is not to be made: something that was asked of its repl later stands. `None` also for
+    /// one that was made already.
+    async fn overtaken(&self, spec: &ReleaseSpec) -> Result<Option<Problem>, PlatformError>;
+
+    /// Notes that this was asked of the repl: no release is made any more that was asked for before. Nothing
+    /// is noted of a repl that is not there.
+    async fn ordered(&self, repl: &ReplId, order: &Order) -> Result<(), PlatformError>;
 
     /// Makes the release serve.
     async fn ensure_release(&self, spec: &ReleaseSpec) -> Result<RunningRelease, PlatformError>;

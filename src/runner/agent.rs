@@ -53,6 +53,9 @@ const GATHER: Duration = Duration::from_millis(4);
 /// server answers `unavailable` for it.
 const MAX_UNTOLD_JOBS: usize = 256;
 
+/// Between two looks whether an agent is idle that waited for a job to end.
+const LEAST_PATIENCE: Duration = Duration::from_secs(1);
+
 /// Longest wait for an emptied slot. On a machine full of work killed processes die late, and a slot
 /// that is given up is lost for good.
 const SLOT_PATIENCE: Duration = Duration::from_secs(30);
@@ -316,7 +319,11 @@ pub async fn run(
     agent.prepare_slots();
     let idle = agent.config.idle_seconds.map(Duration::from_secs);
     loop {
-        let patience = idle.map_or(Duration::MAX, |idle| idle.max(Duration::from_secs(1)));
+        // From when something last happened: what is left of its time, and not all of it again.
+        let patience = idle.map_or(Duration::MAX, |idle| {
+            let left = idle.saturating_sub(agent.active.get().elapsed());
+            left.max(LEAST_PATIENCE)
+        });
         match timeout(patience, listener.accept()).await {
             Ok(accepted) => {
                 let (stream, _) = accepted?;
@@ -542,9 +549,12 @@ impl Agent {
                         None => tell.send(FromRunner::Unknown { job }).await?,
                     }
                 }
-                ToRunner::Stdin { job, data, eof } => {
-                    self.command(job, Command::Stdin(Input { data, eof }));
-                }
+                ToRunner::Stdin {
+                    job,
+                    offset,
+                    data,
+                    eof,
+                } => self.command(job, Command::Stdin(Input { offset, data, eof })),
                 ToRunner::Cancel { job } => self.command(job, Command::Cancel),
                 ToRunner::Ack { job, seq } => self.stored(job, seq),
                 ToRunner::Fetch { job } => match self.builds.of(job) {
@@ -779,15 +789,21 @@ impl Agent {
         env.extend(job.env.iter().cloned());
         if let Some(parked) = parked {
             if warm {
-                let program = parked.run(&job.argv, &env, &job.limits).await?;
-                return Ok(Launched {
-                    program,
-                    given,
-                    proxy: None,
-                    report: None,
-                });
+                match parked.run(&job.argv, &env, &job.limits).await {
+                    Ok(program) => {
+                        return Ok(Launched {
+                            program,
+                            given,
+                            proxy: None,
+                            report: None,
+                        });
+                    }
+                    // Nothing of the run has begun: it starts cold.
+                    Err(error) => tracing::warn!(%error, "a waiting interpreter had died"),
+                }
+            } else {
+                drop(parked);
             }
-            drop(parked);
             slot.tree(vec![self.interpreter_pid.get()])
                 .kill(KILL_PATIENCE)
                 .await?;

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use backon::{BackoffBuilder, ExponentialBuilder};
+use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, sleep, sleep_until, timeout};
@@ -108,8 +109,32 @@ enum Command {
     Start(Box<Job>, mpsc::UnboundedSender<RunEvent>),
     Attach(JobId, u64, mpsc::UnboundedSender<RunEvent>),
     Send(ToRunner),
+    Input(JobId, Piece),
+    Cancel(JobId),
     Fetch(JobId, oneshot::Sender<Result<Vec<u8>, String>>),
     Connect(oneshot::Sender<Result<(), String>>),
+}
+
+/// A piece of a program's input. Cheap to clone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece {
+    /// Bytes that came before it.
+    pub offset: u64,
+    /// The bytes.
+    pub data: Bytes,
+    /// Nothing follows.
+    pub eof: bool,
+}
+
+impl Piece {
+    fn frame(&self, job: JobId) -> ToRunner {
+        ToRunner::Stdin {
+            job,
+            offset: self.offset,
+            data: self.data.to_vec(),
+            eof: self.eof,
+        }
+    }
 }
 
 /// A session. Cheap to clone; ends when the last clone is dropped.
@@ -204,7 +229,7 @@ impl Session {
 
     /// Ends this job, if it runs.
     pub fn cancel(&self, job: JobId) {
-        self.command(Command::Send(ToRunner::Cancel { job }));
+        self.command(Command::Cancel(job));
     }
 
     /// Ends the runner and everything in its sandbox.
@@ -255,11 +280,9 @@ impl Run {
 }
 
 impl RunHandle {
-    /// More input; `eof`: nothing follows.
-    pub fn stdin(&self, data: Vec<u8>, eof: bool) {
-        let job = self.id;
-        self.session
-            .command(Command::Send(ToRunner::Stdin { job, data, eof }));
+    /// More input. It is sent again when the connection breaks.
+    pub fn stdin(&self, piece: Piece) {
+        self.session.command(Command::Input(self.id, piece));
     }
 
     /// Kills the run's whole process tree.
@@ -274,9 +297,30 @@ struct Active {
     starts: u32,
     last: u64,
     tell: mpsc::UnboundedSender<RunEvent>,
+    /// All that it was given: its runner passes over what it has already. The server bounds it.
+    input: Vec<Piece>,
+    cancelled: bool,
 }
 
 impl Active {
+    fn new(job: Option<Box<Job>>, last: u64, tell: mpsc::UnboundedSender<RunEvent>) -> Self {
+        Self {
+            job,
+            starts: 0,
+            last,
+            tell,
+            input: Vec::new(),
+            cancelled: false,
+        }
+    }
+
+    /// What follows the opening on a new connection.
+    fn told(&self, id: JobId) -> impl Iterator<Item = ToRunner> {
+        let input = self.input.iter().map(move |piece| piece.frame(id));
+        let cancel = self.cancelled.then_some(ToRunner::Cancel { job: id });
+        input.chain(cancel)
+    }
+
     /// What to send on a new connection: a start, while nothing was heard of it; else re-attach.
     fn opening(&mut self, id: JobId) -> ToRunner {
         match &self.job {
@@ -354,7 +398,12 @@ async fn keep(
         .await;
         connection.send_replace(false);
         // What is not known to have arrived is told again where twice is as good as once.
-        unsent.retain(|frame| matches!(frame, ToRunner::Ack { .. }));
+        unsent.retain(|frame| {
+            matches!(
+                frame,
+                ToRunner::Ack { .. } | ToRunner::Cancel { .. } | ToRunner::Forget { .. }
+            )
+        });
         // Whoever waits for one asks again.
         builds.clear();
         match ended {
@@ -381,24 +430,20 @@ fn admit(command: Command, runs: &mut Runs, builds: &mut Builds) -> Option<ToRun
             let _ = tell.send(Ok(()));
             return None;
         }
-        Command::Start(job, tell) => {
-            let active = Active {
-                starts: 0,
-                last: 0,
-                tell,
-                job: Some(job.clone()),
-            };
-            (job.id, active)
+        Command::Input(job, piece) => {
+            let run = runs.get_mut(&job)?;
+            let frame = piece.frame(job);
+            run.input.push(piece);
+            return Some(frame);
         }
-        Command::Attach(id, last, tell) => {
-            let active = Active {
-                starts: 0,
-                last,
-                tell,
-                job: None,
-            };
-            (id, active)
+        Command::Cancel(job) => {
+            if let Some(run) = runs.get_mut(&job) {
+                run.cancelled = true;
+            }
+            return Some(ToRunner::Cancel { job });
         }
+        Command::Start(job, tell) => (job.id, Active::new(Some(job), 0, tell)),
+        Command::Attach(id, last, tell) => (id, Active::new(None, last, tell)),
     };
     runs.insert(id, active);
     None
@@ -416,6 +461,8 @@ async fn reconnect(connect: &impl Connect) -> Result<(Reader, Writer), String> {
         let why = match connect.connect().await {
             Ok(stream) => match greet(stream).await {
                 Ok(connection) => return Ok(connection),
+                // It will speak the same the next time.
+                Err(error @ WireError::Version { .. }) => ConnectError::Lasting(error.to_string()),
                 Err(error) => ConnectError::Passing(error.to_string()),
             },
             Err(error) => error,
@@ -476,6 +523,9 @@ async fn converse(
 ) -> Result<Over, WireError> {
     for (id, run) in runs.iter_mut() {
         say(&mut writer, &[run.opening(*id)]).await?;
+        for frame in run.told(*id) {
+            say(&mut writer, &[frame]).await?;
+        }
     }
     say(&mut writer, unsent).await?;
     unsent.clear();
@@ -496,7 +546,11 @@ async fn converse(
                     let id = match &command {
                         Command::Start(job, _) => Some(job.id),
                         Command::Attach(id, ..) => Some(*id),
-                        Command::Send(_) | Command::Fetch(..) | Command::Connect(_) => None,
+                        Command::Send(_)
+                        | Command::Input(..)
+                        | Command::Cancel(_)
+                        | Command::Fetch(..)
+                        | Command::Connect(_) => None,
                     };
                     let frame = admit(command, runs, builds);
                     let opening = id.and_then(|id| Some(runs.get_mut(&id)?.opening(id)));
@@ -663,5 +717,68 @@ mod tests {
             told.recv().await,
             Some(Seen::Frame(ToRunner::Cancel { job }))
         );
+    }
+
+    /// A runner whose first connection breaks at the first word of input.
+    struct Breaks(mpsc::UnboundedSender<Seen>, std::sync::atomic::AtomicBool);
+
+    #[async_trait]
+    impl Connect for Breaks {
+        async fn connect(&self) -> Result<Box<dyn ByteStream>, ConnectError> {
+            let breaks = !self.1.swap(true, std::sync::atomic::Ordering::Relaxed);
+            let (ours, theirs) = tokio::io::duplex(4_096);
+            let tell = self.0.clone();
+            tokio::spawn(async move {
+                tell.send(Seen::Connected).unwrap();
+                let (mut reader, mut writer) = frames(theirs);
+                while let Ok(frame) = reader.next::<ToRunner>().await {
+                    match frame {
+                        ToRunner::Hello { version } => {
+                            writer.send(&FromRunner::Hello { version }).await.unwrap();
+                        }
+                        ToRunner::Ping => {}
+                        // It is lost with the connection.
+                        ToRunner::Stdin { .. } if breaks => return,
+                        frame => tell.send(Seen::Frame(frame)).unwrap(),
+                    }
+                }
+            });
+            Ok(Box::new(ours))
+        }
+    }
+
+    #[tokio::test]
+    async fn input_and_a_cancellation_survive_a_broken_connection() {
+        let (tell, mut told) = mpsc::unbounded_channel();
+        let session = Session::open(Breaks(tell, Default::default()));
+        let job = JobId {
+            submission: crate::model::SubmissionId::new(),
+            run: 0,
+        };
+        let run = session.attach(job, 3);
+        let attach = || Some(Seen::Frame(ToRunner::Attach { job, after: 3 }));
+        assert_eq!(told.recv().await, Some(Seen::Connected));
+        assert_eq!(told.recv().await, attach());
+        let piece = |offset, text: &'static str, eof| Piece {
+            offset,
+            data: Bytes::from_static(text.as_bytes()),
+            eof,
+        };
+        run.handle().stdin(piece(0, "one", false));
+        run.handle().stdin(piece(3, "two", true));
+        run.handle().cancel();
+        assert_eq!(told.recv().await, Some(Seen::Connected));
+        assert_eq!(told.recv().await, attach());
+        let mut seen = Vec::new();
+        let mut cancelled = false;
+        while seen.len() < 2 || !cancelled {
+            match told.recv().await.unwrap() {
+                Seen::Frame(ToRunner::Stdin { offset, data, .. }) => seen.push((offset, data)),
+                Seen::Frame(ToRunner::Cancel { .. }) => cancelled = true,
+                other => panic!("{other:?}"),
+            }
+        }
+        seen.dedup();
+        assert_eq!(seen, [(0, b"one".to_vec()), (3, b"two".to_vec())]);
     }
 }

@@ -17,7 +17,7 @@ use super::listening::listening;
 use super::process::{Exit, Pressure, Tree};
 use super::slot::Slot;
 use super::warm::Program;
-use super::wire::{Job, JobEvent, JobId};
+use super::wire::{Job, JobEvent, JobId, MAX_FRAME_BYTES};
 use crate::model::{Ending, Limits, OutputStream, Reason, RunReport, Usage};
 
 /// How often a running job is measured. Memory can grow by some 40 MB in this time, which the
@@ -50,6 +50,8 @@ pub enum Command {
 /// A piece of a program's standard input.
 #[derive(Debug)]
 pub struct Input {
+    /// Bytes that came before it.
+    pub offset: u64,
     /// The bytes.
     pub data: Vec<u8>,
     /// Nothing follows.
@@ -511,6 +513,8 @@ fn drain(pipe: &pipe::Receiver, data: &mut Vec<u8>) -> bool {
 struct StandardInput {
     pipe: Option<pipe::Sender>,
     waiting: VecDeque<u8>,
+    /// Bytes that came after the first ones.
+    received: u64,
     open: bool,
 }
 
@@ -519,6 +523,7 @@ impl StandardInput {
         let mut input = Self {
             pipe: Some(pipe),
             waiting: first.iter().copied().collect(),
+            received: 0,
             open,
         };
         input.close_if_done();
@@ -529,10 +534,14 @@ impl StandardInput {
         self.pipe.is_some() && !self.waiting.is_empty()
     }
 
-    fn add(&mut self, Input { data, eof }: Input) {
-        if self.open && self.pipe.is_some() && self.waiting.len() + data.len() <= MAX_WAITING_INPUT
+    fn add(&mut self, Input { offset, data, eof }: Input) {
+        // A server that lost the connection sends again what it does not know to have arrived.
+        let known = usize::try_from(self.received.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let fresh = data.get(known..).unwrap_or_default();
+        self.received = self.received.max(offset + data.len() as u64);
+        if self.open && self.pipe.is_some() && self.waiting.len() + fresh.len() <= MAX_WAITING_INPUT
         {
-            self.waiting.extend(data);
+            self.waiting.extend(fresh);
         }
         self.open &= !eof;
         self.close_if_done();
@@ -561,5 +570,33 @@ impl StandardInput {
     }
 }
 
-/// Most input kept for a program that does not read it.
-const MAX_WAITING_INPUT: usize = 16 << 20;
+/// Most input kept for a program that does not read it: what the server takes in frames for one
+/// submission, and what a job can begin with.
+const MAX_WAITING_INPUT: usize = (16 << 20) + MAX_FRAME_BYTES;
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[tokio::test]
+    async fn input_that_comes_again_is_passed_over() {
+        let (pipe, _reader) = pipe::pipe().unwrap();
+        let mut input = StandardInput::new(pipe, b"first ", true);
+        let piece = |offset, text: &str, eof| Input {
+            offset,
+            data: text.as_bytes().to_vec(),
+            eof,
+        };
+        input.add(piece(0, "one ", false));
+        input.add(piece(4, "two ", false));
+        // All of it again, on a new connection, and something more.
+        input.add(piece(0, "one ", false));
+        input.add(piece(4, "two three", false));
+        input.add(piece(13, "", true));
+        input.add(piece(13, "too late", false));
+        let all: Vec<u8> = input.waiting.iter().copied().collect();
+        assert_eq!(String::from_utf8(all).unwrap(), "first one two three");
+        assert!(!input.open);
+    }
+}

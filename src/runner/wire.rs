@@ -36,7 +36,7 @@ pub struct Activity {
 }
 
 /// The version of these frames. Raised when a frame changes shape.
-pub const VERSION: u16 = 5;
+pub const VERSION: u16 = 6;
 
 /// Largest frame: a job carries at most 8 MiB of code, and its arguments and input beside it.
 pub const MAX_FRAME_BYTES: usize = 12 << 20;
@@ -132,6 +132,9 @@ pub enum ToRunner {
     Stdin {
         /// For which job.
         job: JobId,
+        /// Bytes of input frames before this one: what a runner has already is passed over, so that all of
+        /// it can be sent again on a new connection.
+        offset: u64,
         /// The bytes.
         data: Vec<u8>,
         /// Nothing follows.

@@ -183,6 +183,12 @@ pub async fn stop(
     })?;
     let stopped = match edge.platform.owner(&repl).await {
         Ok(Some(user)) if caller.may_act_for(&user) => edge.pipeline.stop(&user, &repl).await,
+        Ok(None) => {
+            let pipeline = &edge.pipeline;
+            let own = |user: &UserId| caller.may_act_for(user);
+            pipeline.stop_unclaimed(&repl, own).await;
+            Ok(())
+        }
         // Another's repl looks like one that is not there, and stopping that is fine.
         Ok(_) => Ok(()),
         Err(error) => Err(error),

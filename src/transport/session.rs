@@ -374,7 +374,7 @@ impl Reader<'_> {
                 None => self.elsewhere(cancel.id, text).await,
                 Some(_) => {
                     // One that has ended stays as it ended; its reply is on its way or was read.
-                    self.edge.pipeline.cancel(cancel.id);
+                    self.edge.pipeline.cancel(cancel.id).await;
                     Ok(())
                 }
             },
@@ -517,12 +517,11 @@ impl Reader<'_> {
         if known.ended {
             return Ok(());
         }
-        match self
-            .edge
-            .pipeline
-            .stdin(stdin.id, stdin.data.into_bytes(), stdin.eof)
-        {
-            Ok(()) => Ok(()),
+        let pipeline = &self.edge.pipeline;
+        let taken = pipeline.stdin(stdin.id, &stdin.data, stdin.offset, stdin.eof);
+        match taken.await {
+            Ok(None) => Ok(()),
+            Ok(Some(received)) => self.send(wire::stdin_received(stdin.id, received)).await,
             Err(problem) => self.send(wire::stdin_refused(stdin.id, &problem)).await,
         }
     }

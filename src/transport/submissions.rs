@@ -318,6 +318,9 @@ impl Writing {
             | Event::Output { .. }
             | Event::TakenUp
             | Event::PutDown
+            | Event::Input { .. }
+            | Event::Cancelled { .. }
+            | Event::Overtaken { .. }
             | Event::RunEnded { .. }
             | Event::Test(_)
             | Event::ProgramOutput { .. }

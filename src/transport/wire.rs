@@ -43,7 +43,7 @@ pub struct Cancel {
     pub id: SubmissionId,
 }
 
-/// `{"stdin":id,"data":"…","eof":bool}`
+/// `{"stdin":id,"data":"…","offset":bytes,"eof":bool}`
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Stdin {
@@ -53,6 +53,10 @@ pub struct Stdin {
     /// What to write.
     #[serde(default)]
     pub data: String,
+    /// Bytes of input that were sent before it: what was received already is passed over, and the answer
+    /// says how much was received.
+    #[serde(default)]
+    pub offset: Option<u64>,
     /// Nothing follows.
     #[serde(default)]
     pub eof: bool,
@@ -364,6 +368,9 @@ pub fn event_frame(record: &Record) -> Option<EventFrame<'_>> {
         Event::Received { .. }
         | Event::TakenUp
         | Event::PutDown
+        | Event::Input { .. }
+        | Event::Cancelled { .. }
+        | Event::Overtaken { .. }
         | Event::RunEnded { .. }
         | Event::Reply(_)
         | Event::ProgramOutput { .. }
@@ -462,6 +469,19 @@ pub fn not_found(id: SubmissionId) -> Outcome {
         )),
         ..Outcome::new(Status::Invalid)
     }
+}
+
+/// Says how much input is on the disk, for a client that counts what it sends. Not a reply.
+pub fn stdin_received(id: SubmissionId, received: u64) -> String {
+    #[derive(Serialize)]
+    struct StdinReceived {
+        submission_id: SubmissionId,
+        received: u64,
+    }
+    text(&StdinReceived {
+        submission_id: id,
+        received,
+    })
 }
 
 /// Says that input did not reach the program. Not a reply: the submission goes on.

@@ -11,7 +11,7 @@ import { duration } from "./format.js";
 const PAGE = 50;
 /** New submissions of other people show up without a reload. */
 const POLL_MS = 4_000;
-const STATUSES = ["deployed", "tests_passed", "tests_failed", "deploy_failed", "cancelled", "invalid", "unavailable"];
+const STATUSES = ["deployed", "tests_passed", "tests_failed", "deploy_failed", "superseded", "cancelled", "invalid", "unavailable"];
 
 function Filters({ query }) {
   const set = (name) => (value) => replaceQuery({ ...route.peek().query, [name]: value });

@@ -31,6 +31,7 @@ const STATUS_WORDS = {
   tests_passed: "Passed",
   tests_failed: "Failed",
   deploy_failed: "Deploy failed",
+  superseded: "Superseded",
   cancelled: "Cancelled",
   invalid: "Not accepted",
   unavailable: "Unavailable",

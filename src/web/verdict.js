@@ -24,6 +24,7 @@ const HEADLINES = {
   tests_passed: "Tests passed",
   tests_failed: "Failed",
   deploy_failed: "Tests passed, deploying failed",
+  superseded: "Tests passed, not deployed",
   cancelled: "Cancelled",
   invalid: "Not accepted",
   unavailable: "No verdict",
@@ -39,6 +40,8 @@ function explanation(reply) {
       return REASONS[reply.reason]?.(reply) ?? "The program failed.";
     case "deploy_failed":
       return "The new release did not come up; the previous release, if there was one, still serves.";
+    case "superseded":
+      return "What was asked of this repl later stands, so this was not deployed.";
     case "cancelled":
       return "It was stopped because you asked for it.";
     case "invalid":

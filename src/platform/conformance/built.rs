@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, ensure};
 
 use super::{Subject, ended_page, finish, python, user};
-use crate::model::{BUILD_FOLDER, Ending, Limits, ReplId, Serves, Tested, Tests};
+use crate::model::{BUILD_FOLDER, Ending, Limits, Order, ReplId, Serves, Tested, Tests};
 use crate::platform::{ReleaseSpec, Sessions};
 use crate::runner::client::Session;
 use crate::runner::wire::{Job, JobId};
@@ -69,6 +69,7 @@ pub(super) async fn what_was_built_runs_and_is_released(subject: &Subject) -> an
         user_id: user,
         repl_id: repl.clone(),
         submission_id: build.submission,
+        order: Order::now(),
         tested: Tested::of(&files, &Tests::ExitCode),
         argv: program(),
         env: BTreeMap::new(),

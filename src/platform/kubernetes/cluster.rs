@@ -458,6 +458,16 @@ impl Failure {
         }
     }
 
+    /// What was read is not what was written.
+    pub fn damaged(what: &str, why: &dyn std::fmt::Display) -> Self {
+        Self {
+            what: what.to_owned(),
+            why: why.to_string(),
+            // As the API server says of what it cannot understand: to wait is no help.
+            code: Some(422),
+        }
+    }
+
     /// The first list of a kind did not come.
     pub fn not_listed(kind: &str, within: Duration) -> Self {
         Self {

@@ -66,6 +66,12 @@ pub const TESTS_DIGEST: &str = "gantry.dev/tests-digest";
 /// Annotation: the image the tests ran in.
 pub const IMAGE: &str = "gantry.dev/image";
 
+/// Annotation of a test pod: when the server started that made it, in microseconds of the Unix clock.
+pub const MADE_BY: &str = "gantry.dev/made-by";
+
+/// Annotation of a test pod: the version of the runner's frames that its server speaks.
+pub const FRAMES: &str = "gantry.dev/frames";
+
 /// Annotation of a user's namespace, to the hour, and of a module's Deployment: when it was last used.
 pub const USED: &str = "gantry.dev/last-used";
 

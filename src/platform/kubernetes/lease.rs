@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use kube::core::DynamicObject;
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -21,6 +21,8 @@ pub struct Lease {
     /// The last sign of life of another holder, and when it was seen here: clocks of two machines
     /// differ, so their times are never compared.
     seen: Option<(Value, Instant)>,
+    /// How far this machine's clock was from the API server's, when the lease was last renewed.
+    skew: Option<SignedDuration>,
 }
 
 impl Lease {
@@ -39,7 +41,13 @@ impl Lease {
             holder,
             lasts,
             seen: None,
+            skew: None,
         }
+    }
+
+    /// How far this machine's clock was from the API server's, when the lease was last renewed.
+    pub fn skew(&self) -> Option<SignedDuration> {
+        self.skew
     }
 
     /// Takes the lease when it is free or its holder was not heard of for as long as it lasts; renews
@@ -54,7 +62,10 @@ impl Lease {
                 let metadata = json!({ "name": self.name, "namespace": self.namespace });
                 let body = json!({ "metadata": metadata, "spec": self.spec(&Value::Null) });
                 let lease = Manifest::new(Kind::Lease, body);
-                self.cluster.create(&lease).await.map(drop)
+                self.cluster
+                    .create(&lease)
+                    .await
+                    .map(|made| self.look_at_clock(&made))
             }
             Some(mut lease) => {
                 if !self.may_take(&lease) {
@@ -87,9 +98,21 @@ impl Lease {
         }
     }
 
-    async fn replace(&self, mut lease: DynamicObject) -> Result<(), Failure> {
+    async fn replace(&mut self, mut lease: DynamicObject) -> Result<(), Failure> {
         lease.metadata.managed_fields = None;
-        self.cluster.replace(Kind::Lease, &lease).await.map(drop)
+        let replaced = self.cluster.replace(Kind::Lease, &lease).await?;
+        self.look_at_clock(&replaced);
+        Ok(())
+    }
+
+    /// The API server writes down by its own clock when an object was changed.
+    fn look_at_clock(&mut self, written: &DynamicObject) {
+        let fields = written.metadata.managed_fields.iter().flatten();
+        let newest = fields
+            .filter_map(|field| field.time.as_ref())
+            .map(|time| time.0)
+            .max();
+        self.skew = newest.map(|theirs| Timestamp::now().duration_since(theirs));
     }
 
     fn may_take(&mut self, lease: &DynamicObject) -> bool {

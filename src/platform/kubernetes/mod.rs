@@ -45,7 +45,7 @@ use super::{
     PlatformError, ProgramEvent, Recorded, ReleaseSpec, RunningRelease, Services, WorkspaceSpec,
 };
 use crate::model::{
-    Limits, MAX_REPL_REPLICAS, Network, Problem, Release, ReplChange, ReplData, ReplId,
+    Limits, MAX_REPL_REPLICAS, Network, Order, Problem, Release, ReplChange, ReplData, ReplId,
     ReplSettings, ReplStatus, TicketKey, UserId,
 };
 use crate::storage::S3Store;
@@ -208,6 +208,7 @@ impl KubernetesPlatform {
             KubernetesServices::start(&cluster, &namespaces, &config.namespace, rules, &stop);
         let services = services.await.context("services cannot be watched")?;
         let pod_config = TestPodConfig {
+            started: Timestamp::now(),
             image: config.runner_image.clone(),
             maximum: config.maximum,
             network: config.network,
@@ -457,6 +458,14 @@ impl Platform for KubernetesPlatform {
     async fn drop_sandbox(&self, user: &UserId) -> Result<(), PlatformError> {
         let removed = self.test_pods.remove(user).await;
         removed.map_err(|f| f.unavailable("The test pod could not be removed"))
+    }
+
+    async fn overtaken(&self, spec: &ReleaseSpec) -> Result<Option<Problem>, PlatformError> {
+        self.releases.overtaken(spec).await
+    }
+
+    async fn ordered(&self, repl: &ReplId, order: &Order) -> Result<(), PlatformError> {
+        self.releases.ordered(repl, order).await
     }
 
     async fn ensure_release(&self, spec: &ReleaseSpec) -> Result<RunningRelease, PlatformError> {

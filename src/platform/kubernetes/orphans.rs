@@ -20,7 +20,7 @@ use super::cluster::{Failure, Kind};
 use super::labels::{KEEP, MODULE, PACKAGE_CACHE, REPL, USED, USER};
 use super::lease::Lease;
 use super::namespace::of_stopped;
-use super::record::{Record, StoredState};
+use super::record::{Look, Record, StoredState};
 use super::releases::{Releases, STOPPED_KINDS, kept_env_name, kept_given_name};
 use super::test_pod::TestPods;
 use crate::model::{Problem, ReplId, SubmissionId, UserId};
@@ -35,6 +35,9 @@ const MAX_REMOVED: usize = 500;
 
 /// Longest round. The Lease lasts longer, so that no second replica begins meanwhile.
 const ROUND: Duration = Duration::from_secs(10 * 60);
+
+/// How far this machine's clock may be from the API server's: what is old by a wrong one may be new.
+const MOST_SKEW: Duration = Duration::from_secs(10 * 60);
 
 /// How the cleaning is done.
 #[derive(Debug, Clone)]
@@ -144,6 +147,11 @@ impl Cleaner {
         let mut last_round: Option<tokio::time::Instant> = None;
         loop {
             match lease.hold().await {
+                Ok(true) if !is_right(lease.skew()) => {
+                    tracing::warn!(
+                        "this machine's clock is not the API server's; nothing is cleaned up by it"
+                    );
+                }
                 Ok(true) if last_round.is_none_or(|at| at.elapsed() >= self.options.every) => {
                     last_round = Some(tokio::time::Instant::now());
                     let round = tokio::time::timeout(ROUND, self.round());
@@ -247,8 +255,13 @@ impl Cleaner {
             if !settled || known.as_ref().is_some_and(serves) {
                 continue;
             }
-            let fresh = self.releases.records.fresh(&repl).await?;
-            if !fresh.as_ref().is_some_and(serves) {
+            let needed = match self.releases.records.look(&repl).await? {
+                Look::Absent => false,
+                Look::Record(record) => serves(&record),
+                // It may be of one that serves: nothing of it is touched.
+                Look::Damaged => true,
+            };
+            if !needed {
                 found.push(Orphan::Objects { namespace, repl });
             }
         }
@@ -279,9 +292,10 @@ impl Cleaner {
 
     /// Whether a release of the repl has its variables in the Secret of this name.
     async fn has_release(&self, repl: &ReplId, secret: &str) -> Result<bool, Failure> {
-        let record = self.releases.records.fresh(repl).await?;
-        let Some(record) = record else {
-            return Ok(false);
+        let record = match self.releases.records.look(repl).await? {
+            Look::Absent => return Ok(false),
+            Look::Damaged => return Ok(true),
+            Look::Record(record) => record,
         };
         let own = record.releases.iter();
         let own = own.map(|stored| kept_env_name(repl, stored.release));
@@ -328,6 +342,10 @@ impl Cleaner {
         if used.is_some_and(|used| used > before(self.options.idle)) {
             return None;
         }
+        // A record that cannot be read may be of a repl that serves.
+        if self.releases.records.damaged_of().contains(user.as_str()) {
+            return None;
+        }
         let records = self.releases.records.all();
         let serves = records.iter().any(|(_, record)| is_needed(record, &name));
         let deployments = self.releases.rollouts.deployments.of(&name);
@@ -344,10 +362,11 @@ impl Cleaner {
                 let Some(repl) = last_part::<ReplId>(&prefix) else {
                     continue;
                 };
-                let kept = match self.releases.records.fresh(&repl).await? {
-                    Some(_) if root == "code/" => continue,
-                    Some(record) => kept_releases(&record),
-                    None => HashSet::new(),
+                let kept = match self.releases.records.look(&repl).await? {
+                    Look::Record(_) if root == "code/" => continue,
+                    Look::Damaged => continue,
+                    Look::Record(record) => kept_releases(&record),
+                    Look::Absent => HashSet::new(),
                 };
                 let candidates = match root {
                     "code/" => vec![prefix],
@@ -377,9 +396,10 @@ impl Cleaner {
             Orphan::Objects { namespace, repl } => {
                 let changing = self.releases.changing(repl);
                 let _one = changing.lock().await;
-                let record = self.releases.records.fresh(repl).await?;
-                if record.is_some_and(|record| is_needed(&record, namespace)) {
-                    return Ok(false);
+                match self.releases.records.look(repl).await? {
+                    Look::Damaged => return Ok(false),
+                    Look::Record(record) if is_needed(&record, namespace) => return Ok(false),
+                    Look::Record(_) | Look::Absent => {}
                 }
                 let labels = format!("{},{}", of_stopped(repl), cluster.made_here());
                 for kind in STOPPED_KINDS {
@@ -436,6 +456,11 @@ fn last_part<T: std::str::FromStr>(prefix: &str) -> Option<T> {
         .next()?
         .parse()
         .ok()
+}
+
+/// Whether ages can be told by this machine's clock.
+fn is_right(skew: Option<SignedDuration>) -> bool {
+    skew.is_none_or(|skew| skew.unsigned_abs() < MOST_SKEW)
 }
 
 /// So long ago.

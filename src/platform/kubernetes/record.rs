@@ -17,8 +17,8 @@ use super::cache::{Cache, WATCH_LAG, Watched};
 use super::cluster::{Cluster, Failure, Kind, Manifest};
 use super::labels::{GANTRY, MANAGED_BY, REPL, USER};
 use crate::model::{
-    Domain, MAX_RELEASES, Release, ReleaseState, ReplId, Scale, Serves, SubmissionId, UserId,
-    forgotten_first,
+    Domain, MAX_RELEASES, Order, Problem, Release, ReleaseState, ReplId, Scale, Serves,
+    SubmissionId, UserId, forgotten_first,
 };
 
 /// Most bytes of a record: a ConfigMap may have 1 MiB.
@@ -104,6 +104,26 @@ pub struct Stored {
     pub image: String,
 }
 
+/// Who makes something of a repl serve now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Making {
+    /// The turn's name, which no other has.
+    pub by: String,
+    /// Signs of life since.
+    pub beat: u64,
+}
+
+/// What is known of a repl.
+#[derive(Debug)]
+pub enum Look {
+    /// Nothing.
+    Absent,
+    /// Its record.
+    Record(Box<Record>),
+    /// There is a record that cannot be read: the repl may be anything.
+    Damaged,
+}
+
 /// A repl's record.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
@@ -134,6 +154,12 @@ pub struct Record {
     /// How many replicas, when somebody has said so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scale: Option<Scale>,
+    /// The last that was asked of it and done: nothing that was asked for before is done any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub order: Option<Order>,
+    /// Which server makes something of it serve now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub making: Option<Making>,
 }
 
 impl Stored {
@@ -163,7 +189,8 @@ impl Stored {
 }
 
 impl Record {
-    fn new(user: &UserId) -> Self {
+    /// Of a name that was just claimed.
+    pub fn new(user: &UserId) -> Self {
         Self {
             user_id: user.clone(),
             wanted: false,
@@ -175,6 +202,42 @@ impl Record {
             given: None,
             domains: Vec::new(),
             scale: None,
+            order: None,
+            making: None,
+        }
+    }
+
+    /// This was asked of it, and done.
+    pub fn ordered(&mut self, order: &Order) {
+        if self.order.as_ref().is_none_or(|last| last.is_before(order)) {
+            self.order = Some(order.clone());
+        }
+    }
+
+    /// Why what was asked for then is not done any more.
+    pub fn overtaken(&self, order: &Order) -> Option<Problem> {
+        let last = self.order.as_ref().filter(|last| order.is_before(last))?;
+        Some(last.superseded())
+    }
+
+    /// The same of a submission; one that was released before stays as it is.
+    pub fn is_too_late(&self, submission: SubmissionId, order: &Order) -> Option<Problem> {
+        let mut own = self.releases.iter();
+        let own = own.find(|stored| stored.submission_id == submission);
+        let made =
+            |stored: &Stored| !matches!(stored.state, StoredState::Pending | StoredState::Failed);
+        match own.is_some_and(made) {
+            true => None,
+            false => self.overtaken(order),
+        }
+    }
+
+    /// The submission is not to be released any more.
+    pub fn give_up(&mut self, submission: SubmissionId) {
+        for stored in &mut self.releases {
+            if stored.submission_id == submission && stored.state == StoredState::Pending {
+                stored.state = StoredState::Failed;
+            }
         }
     }
 
@@ -400,8 +463,33 @@ impl Records {
 
     /// The record as it is now.
     pub async fn fresh(&self, repl: &ReplId) -> Result<Option<Record>, Failure> {
-        let object = self.read(repl).await?;
-        Ok(object.and_then(|object| read(&object.try_parse::<ConfigMap>().ok()?)))
+        match self.look(repl).await? {
+            Look::Absent => Ok(None),
+            Look::Record(record) => Ok(Some(*record)),
+            Look::Damaged => Err(broken(
+                repl,
+                &"it is damaged; restore the ConfigMap, or delete it to forget the repl",
+            )),
+        }
+    }
+
+    /// What is there of the record now. One that cannot be read is not taken for one that is not there.
+    pub async fn look(&self, repl: &ReplId) -> Result<Look, Failure> {
+        let Some(object) = self.read(repl).await? else {
+            return Ok(Look::Absent);
+        };
+        let object = object.try_parse::<ConfigMap>().ok();
+        let record = object.and_then(|object| read(&object));
+        Ok(record.map_or(Look::Damaged, |record| Look::Record(Box::new(record))))
+    }
+
+    /// Users with a record that cannot be read, as the watch last saw them.
+    pub fn damaged_of(&self) -> BTreeSet<String> {
+        let objects: Vec<Arc<ConfigMap>> = self.cache.all();
+        let damaged = objects.iter().filter(|object| read(object).is_none());
+        damaged
+            .filter_map(|object| super::cache::label(object.as_ref(), USER).map(str::to_owned))
+            .collect()
     }
 
     /// How many names are the user's, as the watch last saw them.
@@ -422,7 +510,7 @@ impl Records {
             return Ok(None);
         };
         let text = object.data["data"]["record"].as_str().unwrap_or_default();
-        let record: Record = serde_json::from_str(text).map_err(|e| broken(repl, e))?;
+        let record: Record = serde_json::from_str(text).map_err(|e| broken(repl, &e))?;
         if !used && (record.is_used() || !record.releases.is_empty()) {
             return Ok(None);
         }
@@ -446,7 +534,7 @@ impl Records {
             return Ok(known.user_id);
         }
         let mut record = Record::new(user);
-        let text = record.text().map_err(|e| broken(repl, e))?;
+        let text = record.text().map_err(|e| broken(repl, &e))?;
         let labels = json!({
             MANAGED_BY: GANTRY, USER: user.as_str(), REPL: repl.as_str(), "gantry.dev/record": "repl",
         });
@@ -490,7 +578,7 @@ impl Records {
                 return Ok(None);
             };
             let text = object.data["data"]["record"].as_str().unwrap_or_default();
-            let before: Record = serde_json::from_str(text).map_err(|e| broken(repl, e))?;
+            let before: Record = serde_json::from_str(text).map_err(|e| broken(repl, &e))?;
             let mut record = before.clone();
             let result = change(&mut record);
             if record == before {
@@ -499,7 +587,7 @@ impl Records {
                 }
                 continue;
             }
-            object.data["data"]["record"] = record.text().map_err(|e| broken(repl, e))?.into();
+            object.data["data"]["record"] = record.text().map_err(|e| broken(repl, &e))?.into();
             object.metadata.managed_fields = None;
             match self.cluster.replace(Kind::ConfigMap, &object).await {
                 Ok(changed) => {
@@ -561,7 +649,9 @@ fn name(repl: &ReplId) -> String {
 }
 
 fn read(object: &ConfigMap) -> Option<Record> {
-    let text = object.data.as_ref()?.get("record")?;
+    let empty = String::new();
+    let data = object.data.as_ref();
+    let text = data.and_then(|data| data.get("record")).unwrap_or(&empty);
     match serde_json::from_str(text) {
         Ok(record) => Some(record),
         Err(error) => {
@@ -571,11 +661,8 @@ fn read(object: &ConfigMap) -> Option<Record> {
     }
 }
 
-fn broken(repl: &ReplId, error: serde_json::Error) -> Failure {
-    Failure::new(
-        &format!("read the record of {repl}"),
-        kube::Error::SerdeError(error),
-    )
+fn broken(repl: &ReplId, why: &dyn std::fmt::Display) -> Failure {
+    Failure::damaged(&format!("read the record of {repl}"), why)
 }
 
 #[cfg(test)]

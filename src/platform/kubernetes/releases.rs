@@ -7,6 +7,7 @@ mod data;
 mod idle;
 mod keys;
 mod settings;
+mod turn;
 mod workspace;
 
 use std::collections::{BTreeMap, HashMap};
@@ -29,10 +30,11 @@ use super::release::{
     Owner, ReleaseConfig, autoscaler, database_name, database_secret, env_key, env_name,
     env_secret, given_name,
 };
-use super::rollout::{Rollouts, is_rolled_out};
+use super::rollout::{REPLACED, Rollouts, is_rolled_out};
 use super::test_pod;
-use crate::model::{Problem, Release, ReplId, Scale, UserId};
+use crate::model::{Order, Problem, Release, ReplId, SUPERSEDED, Scale, UserId};
 use crate::platform::{AWAY, PlatformError, ReleaseSpec, RunningRelease};
+use turn::Turn;
 
 /// How long what was removed may be seen in the watches.
 const GONE_WITHIN: Duration = Duration::from_secs(10);
@@ -110,15 +112,23 @@ impl Releases {
             repl: spec.repl_id.clone(),
         };
         let wanted = self.stored(spec);
-        let reserve = |record: &mut Record| record.reserve(wanted.clone());
+        let reserve =
+            |record: &mut Record| match record.is_too_late(wanted.submission_id, &spec.order) {
+                Some(problem) => {
+                    record.give_up(wanted.submission_id);
+                    Err(problem)
+                }
+                None => Ok(record.reserve(wanted.clone())),
+            };
         let reserved = self
             .records
             .change(&owner.repl, reserve)
             .await
             .map_err(failed)?;
-        let Some(stored) = reserved else {
+        let Some(reserved) = reserved else {
             return Err(PlatformError::NotFound(format!("the repl {}", owner.repl)));
         };
+        let stored = reserved.map_err(PlatformError::NotReady)?;
         let done = match stored.state {
             StoredState::Current => self.serves(&owner, &stored),
             // It served, and what came later was wanted later.
@@ -133,7 +143,21 @@ impl Releases {
                 .await
                 .map_err(failed)?;
         }
-        self.switch(&owner, &stored).await
+        self.switch(&owner, &stored, Some(&spec.order)).await
+    }
+
+    /// See [`Platform::overtaken`](crate::platform::Platform::overtaken).
+    pub async fn overtaken(&self, spec: &ReleaseSpec) -> Result<Option<Problem>, PlatformError> {
+        let record = self.records.fresh(&spec.repl_id).await;
+        let record = record.map_err(|f| f.unavailable("The repl's record could not be read"))?;
+        Ok(record.and_then(|record| record.is_too_late(spec.submission_id, &spec.order)))
+    }
+
+    /// See [`Platform::ordered`](crate::platform::Platform::ordered).
+    pub async fn ordered(&self, repl: &ReplId, order: &Order) -> Result<(), PlatformError> {
+        let noted = self.records.change(repl, |record| record.ordered(order));
+        let noted = noted.await.map(drop);
+        noted.map_err(|f| f.unavailable("What was asked of the repl could not be recorded"))
     }
 
     /// See [`Platform::rollback`](crate::platform::Platform::rollback).
@@ -159,7 +183,7 @@ impl Releases {
         };
         let mut target = target.clone();
         target.domains = self.nameable(&owner, record, target.domains).await;
-        let switched = self.switch(&owner, &target).await;
+        let switched = self.switch(&owner, &target, None).await;
         let (kept, given_up) = match &switched {
             Ok(_) => (&target.domains, &record.domains),
             Err(_) => (&record.domains, &target.domains),
@@ -273,33 +297,82 @@ impl Releases {
         })
     }
 
-    /// Makes a release serve, and the one before it go; or everything as it was before.
+    /// Makes a release serve, and the one before it go; or everything as it was before. One server does so at
+    /// a time.
     async fn switch(
         &self,
         owner: &Owner,
         stored: &Stored,
+        order: Option<&Order>,
+    ) -> Result<RunningRelease, PlatformError> {
+        let started = Instant::now();
+        loop {
+            let turn = self.take_turn(&owner.repl, order).await?;
+            let switched = tokio::select! {
+                switched = self.switch_in_turn(owner, stored, order, &turn) => switched,
+                () = self.keep_turn(&owner.repl, &turn) => Err(turn::lost()),
+            };
+            self.end_turn(&owner.repl, &turn).await;
+            match switched {
+                Err(PlatformError::Unavailable(problem))
+                    if problem.code == turn::LOST && started.elapsed() < AWAY_PATIENCE =>
+                {
+                    tracing::warn!(repl = %owner.repl, "another replica made a release of the repl meanwhile; this one is made again");
+                }
+                switched => return switched,
+            }
+        }
+    }
+
+    async fn switch_in_turn(
+        &self,
+        owner: &Owner,
+        stored: &Stored,
+        order: Option<&Order>,
+        turn: &Turn,
     ) -> Result<RunningRelease, PlatformError> {
         match self.roll_out(owner, stored).await {
             Ok(()) => {}
+            // Somebody applied something else. It is not this release that failed: it is made again, unless
+            // something that was asked for later took its place.
+            Err(PlatformError::NotReady(problem)) if problem.code == REPLACED => {
+                return Err(turn::lost());
+            }
             // Nothing can be put back either; what was asked for is asked for again.
             Err(PlatformError::Unavailable(problem)) if problem.code == AWAY => {
                 return Err(PlatformError::Unavailable(problem));
             }
             Err(error) => {
-                self.roll_back(owner, stored, &error).await;
+                self.roll_back(owner, stored, &error, turn).await;
                 return Err(error);
             }
         }
         let mut was_idle = false;
         let switched = self.records.change(&owner.repl, |record| {
+            if !record.is_turn_of(turn) {
+                return Err(turn::lost());
+            }
+            if let Some(problem) = order.and_then(|order| record.overtaken(order)) {
+                return Err(PlatformError::NotReady(problem));
+            }
             let before = record.current().cloned();
             was_idle = record.idle.is_some();
             record.switch(stored.release);
             record.name(stored.domains.clone());
-            before.filter(|before| before.release != stored.release)
+            if let Some(order) = order {
+                record.ordered(order);
+            }
+            record.making = None;
+            Ok(before.filter(|before| before.release != stored.release))
         });
         let switched = switched.await;
-        let before = switched.map_err(|f| f.unavailable("The release could not be recorded"))?;
+        let switched = switched.map_err(|f| f.unavailable("The release could not be recorded"))?;
+        let before = switched.transpose();
+        if let Err(error @ PlatformError::NotReady(_)) = &before {
+            // It was stopped, say, while this came up.
+            self.roll_back(owner, stored, error, turn).await;
+        }
+        let before = before?;
         if was_idle {
             self.lead_back_once_up(owner, stored);
         }
@@ -380,7 +453,9 @@ impl Releases {
     }
 
     /// Puts back what served before; it never stopped serving.
-    async fn roll_back(&self, owner: &Owner, failed: &Stored, error: &PlatformError) {
+    async fn roll_back(&self, owner: &Owner, failed: &Stored, error: &PlatformError, turn: &Turn) {
+        let overtaken =
+            matches!(error, PlatformError::NotReady(problem) if problem.code == SUPERSEDED);
         let why = match error {
             PlatformError::NotReady(problem) | PlatformError::Unavailable(problem) => {
                 problem.to_string()
@@ -388,15 +463,21 @@ impl Releases {
             PlatformError::NotFound(what) => format!("{what} does not exist"),
         };
         let noted = self.records.change(&owner.repl, |record| {
-            record.fail(failed.release, &why);
-            (record.runs(), record.current().cloned())
+            if overtaken || !record.is_turn_of(turn) {
+                record.give_up(failed.submission_id);
+            } else {
+                record.fail(failed.release, &why);
+            }
+            // Another server makes something else: what it makes is not to be touched.
+            let own = record.is_turn_of(turn);
+            own.then(|| (record.runs(), record.current().cloned()))
         });
         let undone = match noted.await {
-            Ok(Some((true, Some(before)))) if before.release != failed.release => {
+            Ok(Some(Some((true, Some(before))))) if before.release != failed.release => {
                 self.put_back(owner, &before).await
             }
-            Ok(Some((true, Some(_))) | None) => Ok(()),
-            Ok(Some(_)) => self.prune(owner).await,
+            Ok(Some(Some((true, Some(_))) | None) | None) => Ok(()),
+            Ok(Some(Some(_))) => self.prune(owner).await,
             Err(failure) => Err(failure),
         };
         match undone {

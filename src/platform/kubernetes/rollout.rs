@@ -33,6 +33,9 @@ const CAUSE_AFTER: Duration = Duration::from_secs(10);
 /// is seen by the kubelet at its next look, some ten seconds later.
 const LACK_AFTER: Duration = Duration::from_secs(20);
 
+/// The code of a problem that means: something else of the repl was applied meanwhile.
+pub const REPLACED: &str = "replaced";
+
 /// How often time itself is looked at, when nothing else wakes.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
@@ -108,8 +111,12 @@ impl Rollouts {
                 Progress::Done => return Ok(()),
                 Progress::Ended(why) => return Err(self.failed(why, pod).await),
                 Progress::Replaced => {
-                    let why = "another release of the repl was made at the same time".to_owned();
-                    return Err(self.failed(why, None).await);
+                    return Err(Problem::new(
+                        REPLACED,
+                        "The release did not come up",
+                        "another release of the repl was made at the same time",
+                        "Send it again.",
+                    ));
                 }
                 Progress::Held(cause) if waited >= told_after(&cause) => {
                     return Err(self.held(cause, pod).await);

@@ -4,19 +4,20 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use serde_json::json;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::cache::{Cache, Now};
+use super::cache::{Cache, Now, annotation};
 use super::cluster::{Cluster, Failure, Kind, Manifest};
 use super::explain::{Blocked, CRASH_LOOP, blocked, events};
-use super::labels::{ROLE, TEST, of_user};
+use super::labels::{FRAMES, MADE_BY, ROLE, TEST, of_user};
 use super::namespace::{Namespaces, TEST_ACCOUNT};
 use crate::model::{Limits, Problem, UserId};
 use crate::platform::PlatformError;
-use crate::runner::wire::{BUILD_SCRATCH_BYTES, scratch_bytes};
+use crate::runner::wire::{BUILD_SCRATCH_BYTES, VERSION, scratch_bytes};
 
 /// The container that the runner lives in.
 pub const CONTAINER: &str = "runner";
@@ -44,6 +45,8 @@ const RUNNER_MEMORY: u64 = 512 << 20;
 pub struct TestPodConfig {
     /// The runner image.
     pub image: String,
+    /// When this server started. Of two whose images differ, the one that started last says which is used.
+    pub started: Timestamp,
     /// The most a run may ask for.
     pub maximum: Limits,
     /// Whether test runs may use the network.
@@ -116,7 +119,13 @@ pub fn manifest(user: &UserId, config: &TestPodConfig) -> Manifest {
             folder("run", 16 << 20),
         ],
     });
-    let metadata = json!({ "name": name(user), "namespace": user.namespace(), "labels": labels });
+    let made_by = json!({
+        MADE_BY: config.started.as_microsecond().to_string(),
+        FRAMES: VERSION.to_string(),
+    });
+    let metadata = json!({
+        "name": name(user), "namespace": user.namespace(), "labels": labels, "annotations": made_by,
+    });
     Manifest::new(Kind::Pod, json!({ "metadata": metadata, "spec": spec }))
 }
 
@@ -164,7 +173,7 @@ enum Standing {
     Leaving,
 }
 
-fn standing(pod: Option<&Pod>, image: &str) -> Standing {
+fn standing(pod: Option<&Pod>, config: &TestPodConfig) -> Standing {
     let Some(pod) = pod else {
         return Standing::Absent;
     };
@@ -176,11 +185,18 @@ fn standing(pod: Option<&Pod>, image: &str) -> Standing {
     if matches!(phase, Some("Failed" | "Succeeded")) {
         return Standing::Dead;
     }
-    // A runner of another image may speak other frames.
+    // A runner of another image may speak other frames. One that a later server made stays: two replicas,
+    // one of which is being replaced, would remove each other's pods, and what runs in them, for ever.
+    let made_by = annotation(pod, MADE_BY).and_then(|text| text.parse::<i64>().ok());
+    let newer = made_by.is_some_and(|made_by| made_by > config.started.as_microsecond());
+    // The same image by name may be an older one: it was made for a server that spoke other frames.
+    let version = VERSION.to_string();
+    let speaks_other = annotation(pod, FRAMES) != Some(version.as_str());
     let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
     if containers
         .filter(|c| c.name == CONTAINER)
-        .any(|c| c.image.as_deref() != Some(image))
+        .any(|c| speaks_other || c.image.as_deref() != Some(config.image.as_str()))
+        && !newer
     {
         return Standing::Dead;
     }
@@ -258,7 +274,7 @@ impl TestPods {
         let mut made_anew = false;
         loop {
             let pod = now.borrow_and_update().clone();
-            let wait_until = match standing(pod.as_deref(), &self.config.image) {
+            let wait_until = match standing(pod.as_deref(), &self.config) {
                 Standing::Alive(life) => return Ok(life),
                 Standing::Absent => {
                     self.create(user, deadline).await?;
@@ -381,6 +397,7 @@ mod tests {
     fn config() -> TestPodConfig {
         TestPodConfig {
             image: "gantry-runner:latest".to_owned(),
+            started: Timestamp::UNIX_EPOCH,
             maximum: Limits::MAXIMUM,
             network: false,
             log_refused: false,
@@ -459,9 +476,9 @@ mod tests {
 
     #[test]
     fn a_dead_pod_is_told_from_one_that_is_coming() {
-        let image = config().image;
-        let of = |pod: &Pod| standing(Some(pod), &image);
-        assert_eq!(standing(None, &image), Standing::Absent);
+        let config = config();
+        let of = |pod: &Pod| standing(Some(pod), &config);
+        assert_eq!(standing(None, &config), Standing::Absent);
         assert_eq!(of(&pod(json!({ "phase": "Pending" }))), Standing::Coming);
         assert_eq!(
             of(&pod(json!({ "phase": "Failed", "reason": "Evicted" }))),
@@ -476,8 +493,19 @@ mod tests {
             uid: "u".to_owned(),
             container: "c".to_owned(),
         };
-        assert_eq!(of(&alive), Standing::Alive(life));
-        assert_eq!(standing(Some(&alive), "other:1"), Standing::Dead);
+        assert_eq!(of(&alive), Standing::Alive(life.clone()));
+        let other = |started: i64| TestPodConfig {
+            image: "other:1".to_owned(),
+            started: Timestamp::from_second(started).unwrap(),
+            ..config.clone()
+        };
+        assert_eq!(standing(Some(&alive), &other(1)), Standing::Dead);
+        let mut older = alive.clone();
+        let annotations = older.metadata.annotations.as_mut().unwrap();
+        annotations.insert(FRAMES.to_owned(), (VERSION - 1).to_string());
+        assert_eq!(of(&older), Standing::Dead);
+        // Of two servers with different images, one replaces the other's pod, and not both.
+        assert_eq!(standing(Some(&alive), &other(-1)), Standing::Alive(life));
         alive.metadata.deletion_timestamp =
             serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap();
         assert_eq!(of(&alive), Standing::Leaving);

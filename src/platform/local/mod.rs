@@ -25,7 +25,7 @@ use super::{
     ProgramEvent, ReleaseSpec, RunningRelease, WorkspaceSpec,
 };
 use crate::model::{
-    DiskBounds, Language, Limits, Packages, Problem, Release, ReplChange, ReplData, ReplId,
+    DiskBounds, Language, Limits, Order, Packages, Problem, Release, ReplChange, ReplData, ReplId,
     ReplSettings, ReplStatus, TicketKey, UserId,
 };
 use crate::storage::DirectoryStore;
@@ -163,6 +163,14 @@ impl Platform for LocalPlatform {
     async fn drop_sandbox(&self, user: &UserId) -> Result<(), PlatformError> {
         self.sandboxes.drop_user(user).await;
         Ok(())
+    }
+
+    async fn overtaken(&self, spec: &ReleaseSpec) -> Result<Option<Problem>, PlatformError> {
+        Ok(self.releases.overtaken(spec))
+    }
+
+    async fn ordered(&self, repl: &ReplId, order: &Order) -> Result<(), PlatformError> {
+        self.releases.ordered(repl, order).await
     }
 
     async fn ensure_release(&self, spec: &ReleaseSpec) -> Result<RunningRelease, PlatformError> {

@@ -1,5 +1,6 @@
 //! Repls and their releases on this machine: a record per repl, a program per current release.
 
+mod again;
 mod disk;
 mod idle;
 mod settings;
@@ -22,10 +23,10 @@ use super::program::{Owner, Program};
 use super::record::{Record, Stored};
 use super::sandboxes::{Sandboxes, Tenant};
 use super::{DEPLOY_PATIENCE, LocalConfig, unavailable};
-use crate::beneath::Folder;
+use crate::beneath::{Folder, waiting};
 use crate::model::{
-    Limits, Problem, Release, ReleaseState, ReplId, ReplState, ReplStatus, TicketKey, UserId,
-    idle_cause,
+    Limits, Order, Problem, Release, ReleaseState, ReplId, ReplState, ReplStatus, TicketKey,
+    UserId, idle_cause,
 };
 use crate::platform::{
     ByteStream, LAST_LINES, LISTEN_OR_END, PlatformError, ProgramEvent, ReleaseSpec, RunningRelease,
@@ -182,7 +183,10 @@ impl Releases {
                 });
             }
             // An earlier server released it and was killed before it said so.
-            return self.switch(&spec.repl_id, known).await;
+            return self.switch(&spec.repl_id, known, None).await;
+        }
+        if let Some(problem) = self.overtaken(spec) {
+            return Err(PlatformError::NotReady(problem));
         }
         let known = self.with(&spec.repl_id, |repl| {
             (repl.record.last_number(), repl.record.given.clone())
@@ -202,7 +206,26 @@ impl Releases {
             database: spec.database,
             serves: Some(spec.serves),
         };
-        self.switch(&spec.repl_id, stored).await
+        let order = Some(&spec.order);
+        self.switch(&spec.repl_id, stored, order).await
+    }
+
+    /// See [`Platform::overtaken`](crate::platform::Platform::overtaken).
+    pub fn overtaken(&self, spec: &ReleaseSpec) -> Option<Problem> {
+        self.with(&spec.repl_id, |repl| {
+            match repl.record.of(spec.submission_id) {
+                Some(_) => None,
+                None => repl.record.overtaken(&spec.order),
+            }
+        })?
+    }
+
+    /// See [`Platform::ordered`](crate::platform::Platform::ordered).
+    pub async fn ordered(&self, repl: &ReplId, order: &Order) -> Result<(), PlatformError> {
+        let changing = self.changing(repl);
+        let _one = changing.lock().await;
+        self.with(repl, |repl| repl.record.ordered(order));
+        self.save(repl)
     }
 
     /// See [`Platform::rollback`](crate::platform::Platform::rollback).
@@ -221,7 +244,7 @@ impl Releases {
             })
         })?;
         target.given.domains = self.nameable(repl, target.given.domains);
-        self.switch(repl, target).await
+        self.switch(repl, target, None).await
     }
 
     /// Stops the repl. Its releases, code and database stay.
@@ -404,7 +427,12 @@ impl Releases {
     }
 
     /// Starts a release and, when it serves, lets it take over from the previous one.
-    async fn switch(&self, repl: &ReplId, stored: Stored) -> Result<RunningRelease, PlatformError> {
+    async fn switch(
+        &self,
+        repl: &ReplId,
+        stored: Stored,
+        order: Option<&Order>,
+    ) -> Result<RunningRelease, PlatformError> {
         let number = stored.release.release;
         let program = match self.start(repl, &stored, false).await {
             Ok(program) => program,
@@ -430,7 +458,12 @@ impl Releases {
             self.note_failure(repl, stored).await?;
             return Err(PlatformError::NotReady(problem));
         }
-        self.with(repl, |repl| repl.record.serves(stored));
+        self.with(repl, |repl| {
+            repl.record.serves(stored);
+            if let Some(order) = order {
+                repl.record.ordered(order);
+            }
+        });
         self.remember(repl).await?;
         self.install(repl, program);
         Ok(RunningRelease {
@@ -458,11 +491,18 @@ impl Releases {
 
     /// Makes it the one that callers reach; the previous one finishes what it is answering.
     fn install(&self, repl: &ReplId, program: Program) {
+        self.install_again(repl, program, 0);
+    }
+
+    /// The same of one that was started again as often, soon after a start.
+    fn install_again(&self, repl: &ReplId, program: Program, early: u32) {
+        let program = Arc::new(program);
         let replaced = self.with(repl, |repl| {
             repl.lost = None;
-            repl.program.replace(Arc::new(program))
+            repl.program.replace(Arc::clone(&program))
         });
         self.inner.installed.send_replace(());
+        self.keep_up(repl, &program, early);
         if let Some(Some(replaced)) = replaced {
             let drain = self.inner.config.drain;
             let (this, repl) = (self.clone(), repl.clone());
@@ -648,7 +688,7 @@ impl Releases {
             File::open(&folder)?.sync_all()?;
             Ok(())
         };
-        write().map_err(|error| {
+        waiting(write).map_err(|error| {
             unavailable(
                 "The repl's record could not be stored",
                 &error,

@@ -7,11 +7,13 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 use tokio::sync::OnceCell;
+use tokio::time::timeout;
 
 use super::LocalConfig;
 use super::cgroup::Cgroup;
@@ -25,13 +27,17 @@ use crate::runner::sandbox::{
     FIRST_SLOT_UID, HOOK_FOLDER, IDS, Isolation, Placed, Role, SandboxSpec,
 };
 use crate::runner::slot::{FOLDER_SLOTS, Ground};
-use crate::runner::wire::{BUILD_SCRATCH_BYTES, scratch_bytes};
+use crate::runner::wire::{BUILD_SCRATCH_BYTES, FromRunner, VERSION, frames, scratch_bytes};
 
 /// Files and folders in one slot's scratch space: enough for test runners and their caches.
 const SCRATCH_FILES: u64 = 16_384;
 
-/// An agent that has had no server and no job for this long ends itself.
+/// An agent that has had no server and no job for this long ends itself, and its sandbox with it, whatever it
+/// has to tell: its server may never come back.
 const IDLE_SECONDS: u64 = 1_800;
+
+/// An agent that does not greet within this time, two heartbeats, is dead: it has nothing to do before.
+const AGENT_SILENCE: Duration = Duration::from_secs(10);
 
 /// Memory of a sandbox beside its runs: the agent and the waiting interpreters.
 const RUNNER_MEMORY: u64 = 512 << 20;
@@ -148,10 +154,13 @@ impl Sandboxes {
         let entry = self.entry(user);
         let mut sandbox = entry.lock().await;
         let name = format!("user-{user}");
-        if sandbox.is_some_and(|found| found.process.is_alive())
-            && let Ok(stream) = self.dial(&name).await
-        {
-            return Ok(stream);
+        if sandbox.is_some_and(|found| found.process.is_alive()) {
+            match self.dial_living(&name).await {
+                Ok(stream) => return Ok(stream),
+                Err(why) => {
+                    tracing::warn!(%user, %why, "a sandbox is made anew; what ran in it is lost");
+                }
+            }
         }
         if let Some(dead) = sandbox.take() {
             self.forget(&name, dead).await;
@@ -180,6 +189,20 @@ impl Sandboxes {
         self.dial(&name)
             .await
             .context("the new sandbox does not answer")
+    }
+
+    /// A connection to an agent that was heard to live and to speak this server's frames.
+    async fn dial_living(&self, name: &str) -> anyhow::Result<UnixStream> {
+        // The kernel takes connections for one that is stopped, so that a first one is asked for a greeting.
+        let (mut reader, _writer) = frames(self.dial(name).await?);
+        let greeted = timeout(AGENT_SILENCE, reader.next::<FromRunner>()).await;
+        match greeted.context("its agent does not speak")?? {
+            FromRunner::Hello { version: VERSION } => Ok(self.dial(name).await?),
+            FromRunner::Hello { version } => anyhow::bail!(
+                "its agent speaks version {version} of the runner's frames, and this server {VERSION}"
+            ),
+            other => anyhow::bail!("its agent greets with {other:?}"),
+        }
     }
 
     /// Ends the user's sandbox.
@@ -271,8 +294,10 @@ impl Sandboxes {
         let process = launched.await??;
         let sandbox = Sandbox { process, number };
         let text = serde_json::to_vec(&sandbox)?;
+        let written = tokio::task::spawn_blocking(move || write_down(&folder, &text)).await;
+        let written = written.map_err(io::Error::other).flatten();
         // What is not recorded would not be found again.
-        fs::write(folder.join("process.json"), text).inspect_err(|_| self.end(sandbox))?;
+        written.inspect_err(|_| self.end(sandbox))?;
         Ok(sandbox)
     }
 
@@ -354,6 +379,11 @@ impl Sandboxes {
             reach.push(self::reach(&scratch.join(FOLDER_SLOTS), true));
             reach.push(self::reach(&scratch.join(HOOK_FOLDER), false));
             reach.extend(["/dev", "/proc"].map(reach_of));
+            if tenant.network {
+                let files = ["/etc/resolv.conf", "/etc/hosts"].map(Path::new);
+                let files = files.iter().filter_map(|file| fs::canonicalize(file).ok());
+                reach.extend(files.map(|file| self::reach(&file, false)));
+            }
             let placed = tenant.placed.iter();
             reach.extend(placed.map(|placed| self::reach(&placed.from, placed.writable)));
             reach
@@ -425,6 +455,15 @@ fn remove(folder: &Path) -> io::Result<()> {
         return Ok(());
     };
     Folder::open(above)?.remove(name)
+}
+
+/// Records a sandbox's first process, whole or not at all, and on the disk when it returns.
+fn write_down(folder: &Path, text: &[u8]) -> io::Result<()> {
+    let (staged, whole) = (folder.join("process.new"), folder.join("process.json"));
+    fs::write(&staged, text)?;
+    File::open(&staged)?.sync_all()?;
+    fs::rename(&staged, &whole)?;
+    File::open(folder)?.sync_all()
 }
 
 const SOCKET: &str = "socket";

@@ -53,7 +53,7 @@ impl Releases {
         };
         let stored = Stored { given, ..current };
         if !stored.is_workspace() {
-            return self.switch(repl, stored).await.map(drop);
+            return self.switch(repl, stored, None).await.map(drop);
         }
         // Its files were saved; two of it would be edited apart.
         let program = self.with(repl, |repl| repl.program.take());

@@ -1,0 +1,95 @@
+//! When something was asked of a repl, among all that is asked of it: what was asked later stands.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::{Problem, SubmissionId};
+
+/// The code of a problem that means: something that was asked of the repl later stands.
+pub const SUPERSEDED: &str = "superseded";
+
+/// What was asked of a repl, and when.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Order {
+    /// The journal of the server that was asked.
+    journal: String,
+    /// The place in it.
+    position: u64,
+    /// When, by that server's clock: between journals there is nothing better.
+    time: Timestamp,
+    /// What, in words.
+    what: String,
+}
+
+impl Order {
+    /// What was asked at this place of this journal.
+    pub fn new(journal: &str, position: u64, time: Timestamp, what: String) -> Self {
+        Self {
+            journal: journal.to_owned(),
+            position,
+            time,
+            what,
+        }
+    }
+
+    /// The deployment of a submission that was received at this place of this journal.
+    pub fn deployment(
+        journal: &str,
+        position: u64,
+        time: Timestamp,
+        submission: SubmissionId,
+    ) -> Self {
+        let what = format!("submission {submission} was deployed");
+        Self::new(journal, position, time, what)
+    }
+
+    /// Of whoever has no journal: by the clock, to the microsecond.
+    pub fn now() -> Self {
+        let time = Timestamp::now();
+        let position = u64::try_from(time.as_microsecond()).unwrap_or(0);
+        Self::new("", position, time, "something else was deployed".to_owned())
+    }
+
+    /// Whether it was asked for before the other. A clock that was changed counts between journals only.
+    pub fn is_before(&self, other: &Self) -> bool {
+        match self.journal == other.journal {
+            true => self.position < other.position,
+            false => self.time < other.time,
+        }
+    }
+
+    /// Why what was asked for before is not done.
+    pub fn superseded(&self) -> Problem {
+        superseded(&self.what)
+    }
+}
+
+/// Why a submission is not deployed: this was asked of its repl later.
+pub fn superseded(what: &str) -> Problem {
+    Problem::new(
+        SUPERSEDED,
+        "It was not deployed",
+        format!("what was asked of its repl later stands: {what}"),
+        "Nothing is wrong with it. To have it serve, send it again under a new submission_id.",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn the_place_counts_and_between_journals_the_time() {
+        let order = |journal: &str, position, second| {
+            let time = Timestamp::from_second(second).unwrap();
+            Order::new(journal, position, time, String::new())
+        };
+        // The clock was set back in between.
+        assert!(order("a", 1, 90).is_before(&order("a", 2, 10)));
+        assert!(!order("a", 2, 10).is_before(&order("a", 1, 90)));
+        assert!(!order("a", 1, 1).is_before(&order("a", 1, 1)));
+        assert!(order("a", 9, 1).is_before(&order("b", 2, 2)));
+        assert!(!order("a", 1, 3).is_before(&order("b", 2, 2)));
+    }
+}
