@@ -11,6 +11,8 @@ mod bench;
 mod faults;
 #[path = "kubernetes/hostile.rs"]
 mod hostile;
+#[path = "kubernetes/orders.rs"]
+mod orders;
 #[path = "kubernetes/outages.rs"]
 mod outages;
 #[path = "kubernetes/security.rs"]

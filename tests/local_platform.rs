@@ -4,6 +4,9 @@
 //! once more with less: as another user, or behind a filter that forbids namespaces.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+#[path = "local_platform/agents.rs"]
+mod agents;
+
 use std::collections::BTreeMap;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
@@ -12,7 +15,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use gantry::model::{DiskBounds, Ending, Limits, Serves, SubmissionId, Tested, Tests};
+use gantry::model::{DiskBounds, Ending, Limits, Order, Serves, SubmissionId, Tested, Tests};
 use gantry::platform::conformance::{Subject, all, finish, python};
 use gantry::platform::local::{LocalConfig, LocalPlatform};
 use gantry::platform::{Finding, Platform, ReleaseSpec, Sessions};
@@ -33,6 +36,10 @@ const NOBODY: u32 = 65_534;
 const CHILD_PATIENCE: Duration = Duration::from_secs(300);
 
 async fn platform(data: &Path) -> (Arc<LocalPlatform>, DirectoryStore) {
+    platform_with(data, false).await
+}
+
+async fn platform_with(data: &Path, network: bool) -> (Arc<LocalPlatform>, DirectoryStore) {
     let store = DirectoryStore::open(data.join("store")).unwrap();
     let config = LocalConfig {
         data: data.to_owned(),
@@ -41,7 +48,7 @@ async fn platform(data: &Path) -> (Arc<LocalPlatform>, DirectoryStore) {
             .into(),
         runs_per_user: 4,
         maximum: Limits::MAXIMUM,
-        network: false,
+        network,
         packages: Default::default(),
         log_refused: false,
         drain: Duration::from_secs(10),
@@ -101,6 +108,7 @@ async fn a_submission_that_is_back_before_its_release_is_released_once() {
         user_id: "back".parse().unwrap(),
         repl_id: "back-prod".parse().unwrap(),
         submission_id: SubmissionId::new(),
+        order: Order::now(),
         tested: Tested::of(&files, &Tests::ExitCode),
         argv: vec!["python3".to_owned(), "main.py".to_owned()],
         env: BTreeMap::new(),

@@ -10,6 +10,9 @@
 #[path = "protocol/server.rs"]
 mod server;
 
+#[path = "restart/orders.rs"]
+mod orders;
+
 use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
 use std::net::SocketAddr;

@@ -7,7 +7,9 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use gantry::model::{Limits, RelativePath, ReplId, Serves, SubmissionId, Tested, Tests, UserId};
+use gantry::model::{
+    Limits, Order, RelativePath, ReplId, Serves, SubmissionId, Tested, Tests, UserId,
+};
 use gantry::platform::conformance::Subject;
 use gantry::platform::kubernetes::{
     BUILT_IN_TEMPLATE, KubernetesConfig, KubernetesPlatform, PipIndex, Template, WakeService,
@@ -147,6 +149,7 @@ impl Bed {
             user_id: user.clone(),
             repl_id: repl.clone(),
             submission_id,
+            order: Order::now(),
             tested: Tested::of(&files, &Tests::ExitCode),
             argv: vec!["python3".to_owned(), "main.py".to_owned()],
             env,

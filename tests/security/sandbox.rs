@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gantry::model::{
-    DiskBounds, Ending, Limits, Reason, Serves, SubmissionId, Tested, Tests, UserId,
+    DiskBounds, Ending, Limits, Order, Reason, Serves, SubmissionId, Tested, Tests, UserId,
 };
 use gantry::platform::conformance::{Ended, finish, python};
 use gantry::platform::local::{LocalConfig, LocalPlatform};
@@ -72,6 +72,7 @@ impl Machine {
             user_id: user.parse().unwrap(),
             repl_id: repl.parse().unwrap(),
             submission_id: SubmissionId::new(),
+            order: Order::now(),
             tested: Tested::of(&files, &Tests::ExitCode),
             argv: vec!["python3".to_owned(), "main.py".to_owned()],
             env: BTreeMap::new(),

@@ -1,0 +1,105 @@
+//! Two replicas and one repl: what was asked for last serves, and nobody puts back what another replaced.
+
+use gantry::model::{Order, SUPERSEDED};
+use gantry::platform::kubernetes::CleanUp;
+use gantry::platform::{PlatformError, ReleaseSpec};
+
+use super::*;
+
+/// Deployments that both replicas make at a time; a nightly run has more.
+const ROUNDS: usize = 5;
+const ROUNDS_IN_FULL: usize = 100;
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a cluster"]
+async fn two_replicas_that_deploy_to_one_repl_leave_the_latest_serving() {
+    let full = std::env::var_os("GANTRY_TEST_FULL").is_some();
+    let rounds = if full { ROUNDS_IN_FULL } else { ROUNDS };
+    let (one, other) = (Bed::start().await, Bed::start().await);
+    let user = one.user("orders");
+    let repl = one.repl(&user);
+    for round in 0..rounds {
+        let version = |name: &str| format!("VERSION = '{name}-{round}'\n{SERVER}");
+        let first = one
+            .spec(&user, &repl, &version("first"), BTreeMap::new())
+            .await;
+        let second = one
+            .spec(&user, &repl, &version("second"), BTreeMap::new())
+            .await;
+        assert!(first.order.is_before(&second.order));
+        // The one that was sent first begins first in every second round.
+        let late = |wait: bool| Duration::from_millis(if wait { 300 } else { 0 });
+        let deploy = async |bed: &Bed, spec: &ReleaseSpec, wait: bool| {
+            tokio::time::sleep(late(wait)).await;
+            bed.platform.ensure_release(spec).await
+        };
+        let (early, last) = tokio::join!(
+            deploy(&one, &first, round % 2 == 1),
+            deploy(&other, &second, round % 2 == 0)
+        );
+        last.unwrap();
+        match early {
+            Ok(_) => {}
+            Err(PlatformError::NotReady(problem)) => assert_eq!(problem.code, SUPERSEDED),
+            Err(error) => panic!("{error:?}"),
+        }
+        let page = other.page(&repl).await;
+        assert!(page.contains(&format!("second-{round}")), "{round}: {page}");
+        let releases = one.platform.releases(&repl).await.unwrap();
+        let current = releases.iter().filter(|r| r.state == ReleaseState::Current);
+        let current: Vec<_> = current.map(|r| r.submission_id).collect();
+        assert_eq!(current, [second.submission_id], "{round}");
+    }
+    // A stop that one replica was asked for is not undone by what the other was asked for before.
+    let before = one.spec(&user, &repl, SERVER, BTreeMap::new()).await;
+    let order = Order::now();
+    other.platform.ordered(&repl, &order).await.unwrap();
+    other.platform.drop_repl(&repl).await.unwrap();
+    let refused = one.platform.ensure_release(&before).await.unwrap_err();
+    assert!(
+        matches!(&refused, PlatformError::NotReady(problem) if problem.code == SUPERSEDED),
+        "{refused:?}"
+    );
+    assert!(one.platform.dial(&repl).await.is_err());
+    one.forget(user.as_str()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a cluster"]
+async fn the_cleaner_leaves_a_repl_alone_whose_record_cannot_be_read() {
+    let bed = Bed::start().await;
+    let user = bed.user("damaged");
+    let repl = bed.repl(&user);
+    let code = format!("VERSION = 'live'\n{SERVER}");
+    let spec = bed.spec(&user, &repl, &code, BTreeMap::new()).await;
+    bed.platform.ensure_release(&spec).await.unwrap();
+    let records: Api<ConfigMap> = Api::namespaced(bed.client.clone(), NAMESPACE);
+    let name = format!("repl-{repl}");
+    let whole = records.get(&name).await.unwrap().data.unwrap()["record"].clone();
+    let set = async |text: &str| {
+        let patch = serde_json::json!({ "data": { "record": text } });
+        let patch = Patch::Merge(&patch);
+        let changed = records.patch(&name, &PatchParams::default(), &patch);
+        changed.await.unwrap();
+    };
+    set("{\"user_id\": \"damag").await;
+    let options = CleanUp {
+        settled: Duration::ZERO,
+        idle: Duration::ZERO,
+        ..CleanUp::new(false, Duration::ZERO)
+    };
+    let cleaner = bed.platform.cleaner(bed.store.clone(), options);
+    let found = cleaner.round().await.unwrap();
+    let own = |text: String| text.contains(repl.as_str()) || text.contains(user.as_str());
+    assert!(
+        !found.iter().any(|orphan| own(orphan.to_string())),
+        "{found:?}"
+    );
+    set(&whole).await;
+    eventually("the repl serves as before", || async {
+        bed.platform.dial(&repl).await.is_ok() && bed.page(&repl).await.contains("live")
+    })
+    .await;
+    bed.platform.drop_repl(&repl).await.unwrap();
+    bed.forget(user.as_str()).await;
+}
