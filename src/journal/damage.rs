@@ -142,42 +142,23 @@ impl Losses {
         if bytes < frame::SHORTEST_RECORD {
             return;
         }
-        match head {
-            // About a repl, not about a submission.
-            Some(Head {
-                submission: None, ..
-            }) => return,
-            Some(ref head) => {
-                if let Some(id) = head.submission {
-                    // Should its id be what is damaged, its other records make it known.
-                    self.blind |= head.received;
-                    if head.received && !unfinished.contains_key(&id) {
-                        let known = Known::new(
-                            head.user.clone(),
-                            head.repl.clone(),
-                            head.time,
-                            head.position,
-                        );
-                        unfinished.insert(id, known);
-                        self.suspects.insert(id, why);
-                        return;
-                    }
-                    if unfinished.contains_key(&id) {
-                        self.suspects.insert(id, why);
-                        return;
-                    }
-                }
+        let first = head.filter(|head| head.received);
+        match (submission, first) {
+            (Some(id), _) if unfinished.contains_key(&id) => {
+                self.suspects.insert(id, why);
+                return;
             }
-            None => {}
+            (Some(id), Some(head)) => {
+                let known = Known::new(head.user, head.repl, head.time, head.position);
+                unfinished.insert(id, known);
+                self.suspects.insert(id, why.clone());
+            }
+            _ => {}
         }
-        // Nobody can say whose it was: nothing that was under way then, of its user where that is known, is
-        // run from half of what was recorded.
+        // Any part of the head may be what is damaged, so nobody can say whose it was: nothing that was under
+        // way then is run from half of what was recorded.
         self.blind = true;
-        let user = head.map(|head| head.user);
-        let under_way = unfinished.iter();
-        let of_user =
-            under_way.filter(|(_, known)| user.as_ref().is_none_or(|user| known.user == *user));
-        for (id, _) in of_user {
+        for id in unfinished.keys() {
             self.suspects.entry(*id).or_insert_with(|| why.clone());
         }
     }

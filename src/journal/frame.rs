@@ -31,7 +31,7 @@ pub(super) const SHORTEST_RECORD: u64 = (PREFIX + RECORD_HEAD) as u64;
 /// Longest name of a user or repl: a DNS label.
 const LONGEST_NAME: u8 = 63;
 /// JSON text holds no NUL, so no event can contain a mark.
-const MARK_MAGIC: &[u8; 8] = b"\x01\0GJMARK";
+pub(super) const MARK_MAGIC: &[u8; 8] = b"\x01\0GJMARK";
 const RECORD_KIND: u8 = 2;
 const RECORD_HEAD: usize = 44;
 const HAS_SUBMISSION: u8 = 1;

@@ -320,9 +320,11 @@ pub(super) fn read_submission(
                         let (file, path) = (&part.file, &part.path);
                         let head = frame::head_of(file, offset, to);
                         segment::pass_over(&mut frames, file, path, place, &cause, &register)?;
-                        // Among its records there may be others'.
+                        // Among its records there may be others'; an id that nobody has is what is damaged.
                         let other = head.and_then(|head| head.submission);
-                        if other.is_none_or(|other| other == id) {
+                        let others = other
+                            .is_some_and(|other| other != id && parts(store, other, 0).is_ok());
+                        if !others {
                             return Err(damaged(offset, cause));
                         }
                         continue;

@@ -81,6 +81,14 @@ fn reopen(dir: &TempDir) -> Journal {
     Journal::open(dir.path(), options(SMALL, 1 << 30)).unwrap()
 }
 
+/// Where the last batch begins.
+fn last_mark(path: &Path) -> u64 {
+    let bytes = std::fs::read(path).unwrap();
+    let mut windows = bytes.windows(frame::MARK_MAGIC.len());
+    let found = windows.rposition(|window| window == frame::MARK_MAGIC);
+    found.unwrap() as u64
+}
+
 fn flip(path: &Path, offset: u64, bit: u64) {
     let file = std::fs::File::options()
         .read(true)
@@ -134,6 +142,10 @@ async fn a_flipped_bit_costs_at_most_what_it_is_in_and_is_named() {
         let paths = segments(&damaged);
         let path = &paths[numbers.next(paths.len() as u64) as usize];
         let offset = numbers.next(std::fs::metadata(path).unwrap().len());
+        // Damage in the last batch looks like one that was torn by a crash, which nobody was told of.
+        if Some(path) == paths.last() && offset >= last_mark(path) {
+            continue;
+        }
         flip(path, offset, numbers.next(8));
         if flipped % 2 == 0 {
             // Every segment is looked through.
@@ -152,7 +164,11 @@ async fn a_flipped_bit_costs_at_most_what_it_is_in_and_is_named() {
             if whole.waiting.contains_key(id) {
                 // It is not run from half of its record: the start says so, or whoever reads it.
                 let found = journal.read_submission(*id).await;
-                assert!(set_aside.contains_key(id) || found.is_err(), "{place}");
+                assert!(
+                    set_aside.contains_key(id) || found.is_err(),
+                    "{place}: {id} {set_aside:?} {:?} {found:?}",
+                    journal.damage()
+                );
             }
         }
         for id in whole.ended.keys().filter(|id| unfinished.contains(id)) {
