@@ -324,7 +324,7 @@ fn read_cases(path: &Path) -> Result<Vec<Case>, Failure> {
         Failure::usage(
             format!("{} does not hold test cases", path.display()),
             error.to_string(),
-            "Write an array: [{\"name\":\"adds\",\"stdin\":\"1 2\\n\",\"expected_stdout\":\"3\\n\"}]; args and timeout_ms may stand there too.",
+            "Write an array: [{\"name\":\"adds\",\"stdin\":\"1 2\\n\",\"expected_stdout\":\"3\\n\"}]; args, compare and timeout_ms may stand there too.",
         )
     })
 }

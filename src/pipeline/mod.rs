@@ -1,6 +1,7 @@
 //! What happens next: admission → test → publish → release → reply.
 
 mod claims;
+mod compare;
 mod control;
 mod course;
 mod fit;
