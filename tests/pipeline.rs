@@ -247,7 +247,7 @@ async fn a_submission_under_way_waits_for_room_on_the_disk() {
     let server = Server::start();
     let mut client = Client::of(&server).await;
     let id = client
-        .send(message("patient", "print(input()); print('end')"))
+        .send(interactive("patient", "print(input()); print('end')"))
         .await;
     client
         .until(&id, |frame| {
@@ -501,7 +501,7 @@ async fn programs_get_what_a_shell_would_give_them() {
     }
     // Input in frames, some of it before the program runs.
     let id = client
-        .send(message(
+        .send(interactive(
             "shell",
             "import sys\nfor line in sys.stdin: print('got', line.strip(), flush=True)",
         ))
@@ -515,6 +515,53 @@ async fn programs_get_what_a_shell_would_give_them() {
         .await;
     let reply = client.reply(&id).await;
     assert_eq!(reply["stdout"], "got one\ngot two ü\n", "{reply}");
+}
+
+fn interactive(user: &str, code: &str) -> Value {
+    with(message(user, code), json!({ "interactive": true }))
+}
+
+#[tokio::test]
+async fn input_ends_at_once_unless_the_submission_says_that_more_comes() {
+    let server = Server::start();
+    let mut client = Client::of(&server).await;
+    let begun = Instant::now();
+    let reply = client.ask(message("quiet", "print(input())")).await;
+    assert_eq!(reply["reason"], "exit_code", "{reply}");
+    assert!(
+        reply["stderr"].as_str().unwrap().contains("EOFError"),
+        "{reply}"
+    );
+    assert!(
+        begun.elapsed() < Duration::from_secs(8),
+        "{:?}",
+        begun.elapsed()
+    );
+    // Frames for it are refused, and say what to do.
+    let id = client
+        .send(message(
+            "quiet",
+            "import time; print('up', flush=True); time.sleep(1)",
+        ))
+        .await;
+    client.until(&id, |frame| frame["data"] == "up\n").await;
+    client.tell(json!({ "stdin": id, "data": "x" })).await;
+    let refused = client
+        .until(&id, |frame| frame.get("error").is_some())
+        .await;
+    assert_eq!(refused["error"]["code"], "not_interactive", "{refused}");
+    assert_eq!(client.reply(&id).await["status"], "tests_passed");
+    // What is sent along comes first.
+    let code = "print(input(), input())";
+    let both = with(interactive("quiet", code), json!({ "stdin": "one\n" }));
+    let id = client.send(both).await;
+    client
+        .tell(json!({ "stdin": id, "data": "two\n", "eof": true }))
+        .await;
+    assert_eq!(client.reply(&id).await["stdout"], "one two\n");
+    let cases = json!({ "tests": [{ "name": "a" }] });
+    let reply = client.ask(with(interactive("quiet", code), cases)).await;
+    assert_eq!(reply["status"], "invalid", "{reply}");
 }
 
 #[tokio::test]

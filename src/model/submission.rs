@@ -245,6 +245,7 @@ pub struct SubmissionRequest {
     database: Option<bool>,
     serves: Option<bool>,
     stream: Option<bool>,
+    interactive: Option<bool>,
 }
 
 /// A submission that is whole and within bounds.
@@ -266,7 +267,7 @@ pub struct Submission {
     /// The program's arguments.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub args: Vec<String>,
-    /// Standard input sent with it. `None`: the client may send it later in `stdin` frames.
+    /// Standard input sent with it; without any the program finds its end at once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stdin: Option<String>,
     /// The program's own environment variables.
@@ -284,6 +285,9 @@ pub struct Submission {
     /// Whether the release listens on its port. `None`: the client did not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serves: Option<bool>,
+    /// More standard input may come in `stdin` frames while it waits and runs.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub interactive: bool,
 }
 
 impl SubmissionRequest {
@@ -345,6 +349,13 @@ impl SubmissionRequest {
                 )
             })?,
         };
+        let interactive = self.interactive.unwrap_or(false);
+        if interactive && tests != Tests::ExitCode {
+            return Err(FieldError::new(
+                "interactive",
+                "is for a program that runs by itself: a test case has its input in its own stdin",
+            ));
+        }
         Ok(Submission {
             id: self.submission_id.unwrap_or_default(),
             user_id: self.user_id,
@@ -361,6 +372,7 @@ impl SubmissionRequest {
             deploy: runs && self.deploy.unwrap_or(true),
             database: self.database.unwrap_or(true),
             serves: self.serves,
+            interactive,
         })
     }
 }
@@ -601,7 +613,8 @@ mod tests {
     fn null_is_the_same_as_left_out() {
         let request = r#"{"user_id":"t","code":"","files":null,"language":null,"repl_id":null,
             "submission_id":null,"entrypoint":null,"args":null,"stdin":null,"env":null,"tests":null,
-            "limits":null,"deploy":null,"database":null,"serves":null,"stream":null}"#;
+            "limits":null,"deploy":null,"database":null,"serves":null,"stream":null,
+            "interactive":null}"#;
         let request: SubmissionRequest = serde_json::from_str(request).unwrap();
         assert!(!request.stream());
         let nulls = request.validate(&Limits::MAXIMUM).unwrap();
@@ -665,20 +678,16 @@ mod tests {
                 r#"{"user_id":"t","code":"","tests":[{"name":""}]}"#,
                 "tests[0].name",
             ),
+            (
+                r#"{"user_id":"t","code":"","tests":[{"name":"a"}],"interactive":true}"#,
+                "interactive",
+            ),
         ];
         for (json, field) in cases {
             assert_eq!(parse(json).unwrap_err().field, field, "{json}");
         }
     }
 
-    #[test]
-    fn test_files_join_the_files() {
-        let s = parse(r#"{"user_id":"t","code":"","tests":{"test_a.py":"def test_a(): pass"}}"#)
-            .unwrap();
-        assert_eq!(s.files.len(), 2);
-        assert_eq!(s.entrypoint.unwrap().as_str(), "main.py");
-    }
-}
     #[test]
     fn how_outputs_are_compared_has_a_default_and_bounds() {
         let compare = |field: &str| {
@@ -697,3 +706,11 @@ mod tests {
         assert_eq!(serde_json::to_string(&usual).unwrap(), r#"{"name":"a"}"#);
     }
 
+    #[test]
+    fn test_files_join_the_files() {
+        let s = parse(r#"{"user_id":"t","code":"","tests":{"test_a.py":"def test_a(): pass"}}"#)
+            .unwrap();
+        assert_eq!(s.files.len(), 2);
+        assert_eq!(s.entrypoint.unwrap().as_str(), "main.py");
+    }
+}
