@@ -471,8 +471,9 @@ pub struct Exit {
 #[derive(Debug)]
 pub struct PeakBefore(OwnedFd);
 
-/// What a process may gain between the note of its peak and its program's execution.
-const PEAK_SLACK: u64 = 256 << 10;
+/// What a process may gain between the note of its peak and its program's execution, and by how much the
+/// kernel's counters may be behind.
+const PEAK_SLACK: u64 = 2 << 20;
 
 impl PeakBefore {
     /// Has the command's process note it. The last thing that it does before the program.
