@@ -430,7 +430,7 @@ fn what_is_typed_while_a_program_runs_reaches_it() {
     let server = Server::start();
     let greet = server.file(
         "greet.py",
-        "print('name?', flush=True)\nprint('hello', input())\nimport sys\nprint(repr(sys.stdin.read()))\n",
+        "print('name?', flush=True)\nprint('hello', input(), flush=True)\nimport sys\nprint(repr(sys.stdin.read()))\n",
     );
     let mut child = start(
         server
