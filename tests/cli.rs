@@ -426,6 +426,37 @@ fn code_comes_from_a_folder_or_standard_input_with_arguments_input_and_variables
 }
 
 #[test]
+fn what_is_typed_while_a_program_runs_reaches_it() {
+    let server = Server::start();
+    let greet = server.file(
+        "greet.py",
+        "print('name?', flush=True)\nprint('hello', input(), flush=True)\nimport sys\nprint(repr(sys.stdin.read()))\n",
+    );
+    let mut child = start(
+        server
+            .command(&["submit", &greet, "--no-deploy", "--interactive"])
+            .stdin(Stdio::piped()),
+    );
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    wait_for_line(&mut output, "name?");
+    let mut input = child.stdin.take().unwrap();
+    input.write_all("Zoë\n".as_bytes()).unwrap();
+    wait_for_line(&mut output, "hello Zoë");
+    input.write_all(b"rest").unwrap();
+    drop(input);
+    wait_for_line(&mut output, "'rest'");
+    finish(child).exits(0);
+    // Without it nothing is waited for, as nobody is there to type.
+    let child = start(
+        server
+            .command(&["submit", &greet, "--no-deploy"])
+            .stdin(Stdio::piped()),
+    );
+    let ran = finish(child).exits(1);
+    assert!(ran.stderr.contains("EOFError"), "{ran:#?}");
+}
+
+#[test]
 fn tests_are_cases_or_files_and_failures_are_shown() {
     let server = Server::start();
     let app = server.file("app.py", "print(sum(map(int, input().split())))\n");

@@ -220,7 +220,8 @@ async fn what_is_typed_while_it_compiles_is_the_programs_and_warnings_are_not_it
     let mut client = Client::of(&server).await;
     let code = "#include <stdio.h>\n#warning careful\n\
         int main(void) { char word[9]; while (scanf(\"%8s\", word) == 1) puts(word); }";
-    let id = client.send(c("typing", code)).await;
+    let typed = with(c("typing", code), json!({ "interactive": true }));
+    let id = client.send(typed).await;
     client.tell(json!({ "stdin": id, "data": "early\n" })).await;
     client
         .until(&id, |frame| {

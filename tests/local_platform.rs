@@ -15,10 +15,13 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use gantry::model::{DiskBounds, Ending, Limits, Order, Serves, SubmissionId, Tested, Tests};
+use gantry::model::{
+    DiskBounds, Ending, Limits, Order, Reason, Serves, SubmissionId, Tested, Tests,
+};
 use gantry::platform::conformance::{Subject, all, finish, python};
 use gantry::platform::local::{LocalConfig, LocalPlatform};
 use gantry::platform::{Finding, Platform, ReleaseSpec, Sessions};
+use gantry::runner::client::RunEvent;
 use gantry::storage::{CodeStore, DirectoryStore};
 
 /// The test that a child process runs.
@@ -93,6 +96,102 @@ async fn the_local_platform_keeps_the_contract() {
     result.unwrap();
     let left = below(data.path());
     assert!(left.is_empty(), "processes are left behind: {left:?}");
+}
+
+/// Who is stopped while a program goes on, or does not.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Stopped {
+    /// The processes that supervise it.
+    Supervisor,
+    /// All, as by a machine that sleeps.
+    Everything,
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_program_that_ended_while_its_supervisor_was_stopped_is_not_out_of_time() {
+    let data = tempfile::tempdir().unwrap();
+    let (platform, _) = platform(data.path()).await;
+    let sessions = Sessions::new(Arc::clone(&platform) as Arc<dyn Platform>);
+    for stopped in [Stopped::Supervisor, Stopped::Everything] {
+        let session = sessions.of(&"paused".parse().unwrap());
+        // One forked from the waiting interpreter, one started by itself, and one that has no end.
+        let mut jobs = [
+            python("import time; print('up', flush=True); time.sleep(1)"),
+            python(""),
+            python(""),
+        ];
+        for (job, code) in jobs[1..].iter_mut().zip(["sleep 1", "sleep 60"]) {
+            job.files[0] = ("main.sh".to_owned(), format!("echo up; {code}"));
+            job.argv = vec!["bash".to_owned(), "main.sh".to_owned()];
+        }
+        let mut runs = Vec::new();
+        for mut job in jobs {
+            job.limits.wall_ms = 2_000;
+            runs.push(session.start(job));
+        }
+        for run in &mut runs {
+            let up = tokio::time::timeout(Duration::from_secs(20), run.next()).await;
+            assert!(matches!(up, Ok(RunEvent::Event { .. })), "{up:?}");
+        }
+        let these = those(stopped, data.path());
+        assert!(!these.is_empty());
+        let send = |signal| {
+            for pid in &these {
+                let _ = rustix::process::kill_process(*pid, signal);
+            }
+        };
+        send(rustix::process::Signal::STOP);
+        tokio::time::sleep(Duration::from_millis(2_500)).await;
+        send(rustix::process::Signal::CONT);
+        let mut endings = Vec::new();
+        for mut run in runs {
+            endings.push(finish(&mut run).await.unwrap().report.ending);
+        }
+        let expected = [
+            Ending::Exited(0),
+            Ending::Exited(0),
+            Ending::Limit(Reason::Timeout),
+        ];
+        assert_eq!(endings, expected, "{stopped:?}");
+    }
+    platform.shutdown().await;
+}
+
+/// The processes of this folder's sandboxes that are to be stopped: their runners, which write to a log there.
+fn those(stopped: Stopped, folder: &Path) -> Vec<rustix::process::Pid> {
+    let all: Vec<(i32, i32)> = std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|entry| {
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            let stat = std::fs::read_to_string(entry.path().join("stat")).ok()?;
+            let (_, rest) = stat.rsplit_once(") ")?;
+            Some((pid, rest.split(' ').nth(1)?.parse().ok()?))
+        })
+        .collect();
+    let logs = |pid: &i32| {
+        let stderr = std::fs::read_link(format!("/proc/{pid}/fd/2"));
+        stderr.is_ok_and(|file| file.starts_with(folder))
+    };
+    let mut found: Vec<i32> = all.iter().map(|(pid, _)| *pid).filter(logs).collect();
+    let mut next = if stopped == Stopped::Everything {
+        0
+    } else {
+        found.len()
+    };
+    while let Some(parent) = found.get(next).copied() {
+        let children = all.iter().filter(|(_, above)| *above == parent);
+        let children: Vec<i32> = children.map(|(pid, _)| *pid).collect();
+        found.extend(
+            children
+                .iter()
+                .filter(|pid| !found.contains(pid))
+                .collect::<Vec<_>>(),
+        );
+        next += 1;
+    }
+    let pids = found.into_iter();
+    pids.filter_map(rustix::process::Pid::from_raw).collect()
 }
 
 /// One thread: what the start leaves to a task of its own runs after the submission is back.

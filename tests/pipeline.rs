@@ -57,6 +57,10 @@ async fn cases_are_held_against_what_the_program_wrote() {
         (&failed["status"], &failed["reason"]),
         (&json!("tests_failed"), &json!("tests"))
     );
+    assert_eq!(
+        failed["test_counts"],
+        json!({ "passed": 1, "failed": 2, "skipped": 0, "todo": 0 })
+    );
     let tests = failed["tests"].as_array().unwrap();
     let held: Vec<_> = tests
         .iter()
@@ -74,6 +78,16 @@ async fn cases_are_held_against_what_the_program_wrote() {
             .contains("exit code 3"),
         "{failed}"
     );
+    assert_eq!(
+        (
+            &tests[0]["reason"],
+            &tests[2]["reason"],
+            &tests[2]["exit_code"]
+        ),
+        (&json!("tests"), &json!("exit_code"), &json!(3))
+    );
+    assert_eq!(tests[2]["stdout"], "['bad'] \n", "{failed}");
+    assert!(tests[1]["usage"]["memory_bytes"].as_u64() > Some(0));
     let told = client.frames[&id]
         .iter()
         .filter(|frame| frame["event"] == "test")
@@ -84,6 +98,84 @@ async fn cases_are_held_against_what_the_program_wrote() {
         .ask(with(message("cases", "import time; time.sleep(20)"), slow))
         .await;
     assert_eq!(slow["reason"], "timeout", "{slow}");
+}
+
+/// As DOMjudge's own programs that check a judge: each is a run error and no wrong answer.
+#[tokio::test]
+async fn a_case_in_which_the_program_fails_is_no_wrong_answer() {
+    let server = Server::start();
+    let mut client = Client::of(&server).await;
+    for (code, reason, exit_code, signal) in [
+        ("print(1 // 0)", "exit_code", json!(1), Value::Null),
+        (
+            "import sys; print(1); sys.exit(42)",
+            "exit_code",
+            json!(42),
+            Value::Null,
+        ),
+        (
+            "import os; os.kill(os.getpid(), 11)",
+            "signal",
+            Value::Null,
+            json!("SIGSEGV"),
+        ),
+        (
+            "import os; os.abort()",
+            "signal",
+            Value::Null,
+            json!("SIGABRT"),
+        ),
+        ("print(2)", "tests", json!(0), Value::Null),
+    ] {
+        let tests = json!([{ "name": "one", "expected_stdout": "1\n" }]);
+        let asked = with(message("judged", code), json!({ "tests": tests }));
+        let reply = client.ask(asked).await;
+        let test = &reply["tests"][0];
+        for told in [&reply, test] {
+            let found = (&told["reason"], &told["exit_code"], &told["signal"]);
+            assert_eq!(found, (&json!(reason), &exit_code, &signal), "{reply}");
+        }
+        assert_eq!(test["outcome"], "failed");
+    }
+}
+
+#[tokio::test]
+async fn how_outputs_are_compared_is_the_cases_own() {
+    let server = Server::start();
+    let mut client = Client::of(&server).await;
+    let code = "print('1.0000001  2 \\r')";
+    let case = |name: &str, expected: &str, compare: Value| {
+        let mut case = json!({ "name": name, "expected_stdout": expected });
+        if !compare.is_null() {
+            case["compare"] = compare;
+        }
+        case
+    };
+    let tests = json!([
+        case("usual", "1.0000001  2", Value::Null),
+        case("tokens", "1.0000001 2", json!("tokens")),
+        case("floats", "1 2.0", json!({ "floats": 1e-6 })),
+        case("exact", "1.0000001  2 \r\n", json!("exact")),
+        case("not exact", "1.0000001  2", json!("exact")),
+        case("not the same", "1.0000001 2", json!("trailing")),
+    ]);
+    let reply = client
+        .ask(with(message("compared", code), json!({ "tests": tests })))
+        .await;
+    let tests = reply["tests"].as_array().unwrap();
+    let held: Vec<bool> = tests.iter().map(|test| test["passed"] == true).collect();
+    assert_eq!(held, [true, true, true, true, false, false], "{reply}");
+    assert_eq!(
+        tests[4]["message"],
+        r#"stdout differs at line 1, column 13: expected the end of the output, found " \r\n""#
+    );
+    assert_eq!(
+        tests[5]["message"],
+        r#"stdout differs at line 1, column 11: expected "2", found " 2""#
+    );
+    let wrong = json!({ "tests": [case("x", "", json!("roughly"))] });
+    let reply = client.ask(with(message("compared", code), wrong)).await;
+    assert_eq!(reply["status"], "invalid", "{reply}");
 }
 
 #[tokio::test]
@@ -155,7 +247,7 @@ async fn a_submission_under_way_waits_for_room_on_the_disk() {
     let server = Server::start();
     let mut client = Client::of(&server).await;
     let id = client
-        .send(message("patient", "print(input()); print('end')"))
+        .send(interactive("patient", "print(input()); print('end')"))
         .await;
     client
         .until(&id, |frame| {
@@ -265,6 +357,106 @@ async fn test_files_are_reported_test_by_test() {
     }
 }
 
+/// Names, outcomes and the error of a submission of test files.
+async fn outcomes(client: &mut Client, more: Value) -> (Value, Vec<(String, String)>) {
+    let limits =
+        json!({ "limits": { "wall_ms": 60_000, "cpu_ms": 30_000, "memory_bytes": 512 << 20 } });
+    let reply = client
+        .ask(with(with(message("files", ""), limits), more))
+        .await;
+    let tests = reply["tests"].as_array().cloned().unwrap_or_default();
+    let word = |test: &Value, field: &str| test[field].as_str().unwrap().to_owned();
+    let tests = tests
+        .iter()
+        .map(|test| (word(test, "name"), word(test, "outcome")));
+    let tests = tests.collect();
+    (reply, tests)
+}
+
+#[tokio::test]
+async fn what_nodes_runner_tells_is_told_whole() {
+    if !has("node", &["--version"]) {
+        return;
+    }
+    let server = Server::start();
+    let mut client = Client::of(&server).await;
+    let node = |files: Value| json!({ "language": "node", "tests": files });
+    let begin = "const { test, describe, it, after } = require('node:test');\n";
+    let good = format!(
+        "{begin}test('control \\x01 \\x1b', () => {{}});\n\
+         test('later', {{ todo: true }}, () => {{ throw new Error('not yet') }});\n\
+         test('left out', {{ skip: true }}, () => {{ throw new Error('no') }});\n\
+         describe('outer', () => describe('inner', () => it('deep', () => {{}})));"
+    );
+    let (reply, tests) = outcomes(&mut client, node(json!({ "a.test.js": good }))).await;
+    assert_eq!(reply["status"], "tests_passed", "{reply}");
+    let told: Vec<(&str, &str)> = tests
+        .iter()
+        .map(|(n, o)| (n.as_str(), o.as_str()))
+        .collect();
+    let expected = [
+        ("control \u{1} \u{1b}", "passed"),
+        ("later", "todo"),
+        ("left out", "skipped"),
+        ("outer > inner > deep", "passed"),
+    ];
+    assert_eq!(told, expected);
+    let bad = format!(
+        "{begin}test('parent', async (t) => {{ await t.test('child', () => {{}}); throw new Error('itself') }});\n\
+         describe('hooked', () => {{ after(() => {{ throw new Error('hook') }}); it('fine', () => {{}}) }});"
+    );
+    let files = json!({ "a.test.js": bad, "b.test.js": "console.log('nothing')" });
+    let (reply, tests) = outcomes(&mut client, node(files)).await;
+    assert_eq!(reply["reason"], "tests", "{reply}");
+    let failed: Vec<&str> = tests
+        .iter()
+        .filter(|(_, o)| o == "failed")
+        .map(|(n, _)| n.as_str())
+        .collect();
+    let expected = ["a.test.js > parent", "a.test.js > hooked", "b.test.js"];
+    assert_eq!(failed, expected, "{reply}");
+    // Marked as todo or left out, all of them: nothing has been tested.
+    let nothing = format!("{begin}test('later', {{ todo: true }}, () => {{}});");
+    let (reply, _) = outcomes(&mut client, node(json!({ "a.test.js": nothing }))).await;
+    assert_eq!(reply["error"]["code"], "no_test_ran", "{reply}");
+}
+
+#[tokio::test]
+async fn very_many_tests_are_counted_and_those_that_failed_are_listed_first() {
+    let server = Server::start();
+    let mut client = Client::of(&server).await;
+    let counts = |passed: u64, failed: u64| json!({ "passed": passed, "failed": failed, "skipped": 0, "todo": 0 });
+    if has("python3", &["-m", "pytest", "--version"]) {
+        let many = "import pytest\n@pytest.mark.parametrize('x', ['y' * 240 + str(i) for i in range(4500)])\n\
+            def test_many(x): pass\n";
+        let tests = json!({ "tests": { "test_many.py": many } });
+        let (reply, _) = outcomes(&mut client, tests).await;
+        assert_eq!(reply["status"], "tests_passed", "{}", reply["error"]);
+        assert_eq!(reply["test_counts"], counts(4_500, 0));
+        let last =
+            json!({ "tests": { "test_many.py": format!("{many}def test_last(): assert 0\n") } });
+        let (reply, tests) = outcomes(&mut client, last).await;
+        assert_eq!(reply["reason"], "tests", "{}", reply["error"]);
+        assert_eq!(
+            tests[0],
+            ("test_many::test_last".to_owned(), "failed".to_owned())
+        );
+        assert_eq!(reply["test_counts"], counts(4_500, 1));
+        let none = json!({ "tests": { "test_none.py": "X = 1\n" } });
+        let (reply, _) = outcomes(&mut client, none).await;
+        assert_eq!(reply["error"]["code"], "no_test_ran", "{reply}");
+    }
+    if has("node", &["--version"]) {
+        let many = "const { test } = require('node:test');\n\
+            for (let i = 0; i < 3000; i += 1) test('y'.repeat(240) + i, () => {});\n\
+            test('last', () => { throw new Error('x') });";
+        let node = json!({ "language": "node", "tests": { "many.test.js": many } });
+        let (reply, tests) = outcomes(&mut client, node).await;
+        assert_eq!(tests[0], ("last".to_owned(), "failed".to_owned()));
+        assert_eq!(reply["test_counts"], counts(3_000, 1));
+    }
+}
+
 #[tokio::test]
 async fn programs_get_what_a_shell_would_give_them() {
     let server = Server::start();
@@ -309,7 +501,7 @@ async fn programs_get_what_a_shell_would_give_them() {
     }
     // Input in frames, some of it before the program runs.
     let id = client
-        .send(message(
+        .send(interactive(
             "shell",
             "import sys\nfor line in sys.stdin: print('got', line.strip(), flush=True)",
         ))
@@ -323,6 +515,53 @@ async fn programs_get_what_a_shell_would_give_them() {
         .await;
     let reply = client.reply(&id).await;
     assert_eq!(reply["stdout"], "got one\ngot two ü\n", "{reply}");
+}
+
+fn interactive(user: &str, code: &str) -> Value {
+    with(message(user, code), json!({ "interactive": true }))
+}
+
+#[tokio::test]
+async fn input_ends_at_once_unless_the_submission_says_that_more_comes() {
+    let server = Server::start();
+    let mut client = Client::of(&server).await;
+    let begun = Instant::now();
+    let reply = client.ask(message("quiet", "print(input())")).await;
+    assert_eq!(reply["reason"], "exit_code", "{reply}");
+    assert!(
+        reply["stderr"].as_str().unwrap().contains("EOFError"),
+        "{reply}"
+    );
+    assert!(
+        begun.elapsed() < Duration::from_secs(8),
+        "{:?}",
+        begun.elapsed()
+    );
+    // Frames for it are refused, and say what to do.
+    let id = client
+        .send(message(
+            "quiet",
+            "import time; print('up', flush=True); time.sleep(1)",
+        ))
+        .await;
+    client.until(&id, |frame| frame["data"] == "up\n").await;
+    client.tell(json!({ "stdin": id, "data": "x" })).await;
+    let refused = client
+        .until(&id, |frame| frame.get("error").is_some())
+        .await;
+    assert_eq!(refused["error"]["code"], "not_interactive", "{refused}");
+    assert_eq!(client.reply(&id).await["status"], "tests_passed");
+    // What is sent along comes first.
+    let code = "print(input(), input())";
+    let both = with(interactive("quiet", code), json!({ "stdin": "one\n" }));
+    let id = client.send(both).await;
+    client
+        .tell(json!({ "stdin": id, "data": "two\n", "eof": true }))
+        .await;
+    assert_eq!(client.reply(&id).await["stdout"], "one two\n");
+    let cases = json!({ "tests": [{ "name": "a" }] });
+    let reply = client.ask(with(interactive("quiet", code), cases)).await;
+    assert_eq!(reply["status"], "invalid", "{reply}");
 }
 
 #[tokio::test]

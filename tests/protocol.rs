@@ -293,8 +293,7 @@ async fn places_on_a_connection_are_free_again_when_their_submissions_end() {
     let server = Server::start();
     let mut socket = server.connect(&server.admin).await;
     let id = uuid::Uuid::now_v7();
-    let waiting =
-        json!({ "user_id": "ann", "code": "input()", "deploy": false, "submission_id": id });
+    let waiting = json!({ "user_id": "ann", "code": "input()", "deploy": false, "interactive": true, "submission_id": id });
     socket.send(waiting.to_string()).await;
     let resume = json!({ "resume": id, "after": 1_000_000 }).to_string();
     for _ in 1..PLACES {

@@ -137,7 +137,9 @@ async fn input_and_cancelling_reach_the_replica_that_runs_it() {
     let mut second = other.connect(&one.admin).await;
     let (asking, sleeping) = (new_id(), new_id());
     let code = "print('name?', flush=True); print('hello', input())";
-    first.send(message(&asking, code).to_string()).await;
+    let mut asks = message(&asking, code);
+    asks["interactive"] = json!(true);
+    first.send(asks.to_string()).await;
     started(&mut first).await;
     let input = json!({ "stdin": asking, "data": "Ada\n", "eof": true });
     second.send(input.to_string()).await;

@@ -24,8 +24,8 @@ use anyhow::ensure;
 use cases::{Case, Control};
 use container::{Attach, CAPABILITIES, Container, Privileges};
 use gantry::model::{Ending, TicketKey};
-use gantry::platform::conformance::{Ended, finish, python};
-use gantry::runner::client::Session;
+use gantry::platform::conformance::{Ended, a_runs_memory_is_its_own, finish, python};
+use gantry::runner::client::{RunEvent, Session};
 use programs::Surroundings;
 
 /// Longest wait for what takes milliseconds.
@@ -231,6 +231,35 @@ async fn no_interpreter_of_the_runners_reads_what_is_in_a_runs_home() {
         let who = ask(if number > 240 { "wait" } else { "" }).await;
         assert_eq!(who, "nobody\n", "in run {number}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_runs_memory_is_not_the_agents() {
+    if can_make_containers() {
+        let session = Session::open(Attach(agent(&[])));
+        a_runs_memory_is_its_own(&session).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_program_that_ends_while_the_agent_is_stopped_is_not_out_of_time() {
+    use rustix::process::{Pid, Signal, kill_process};
+    if !can_make_containers() {
+        return;
+    }
+    let agent = agent(&[]);
+    let session = Session::open(Attach(Arc::clone(&agent)));
+    let mut job = python("import time; print('up', flush=True); time.sleep(1)");
+    job.limits.wall_ms = 2_000;
+    let mut run = session.start(job);
+    let up = tokio::time::timeout(SOON, run.next()).await;
+    assert!(matches!(up, Ok(RunEvent::Event { .. })), "{up:?}");
+    let runner = Pid::from_raw(agent.runner).unwrap();
+    kill_process(runner, Signal::STOP).unwrap();
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
+    kill_process(runner, Signal::CONT).unwrap();
+    let ended = finish(&mut run).await.unwrap();
+    assert_eq!(ended.report.ending, Ending::Exited(0), "{ended:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

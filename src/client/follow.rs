@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Error as WsError, Message as WsMessage};
@@ -19,6 +20,7 @@ use super::frame::Frame;
 use super::http::Api;
 use super::message::Message;
 use super::progress::{Progress, Taken};
+use super::typed::Typed;
 use crate::model::Status;
 
 /// Where submissions go.
@@ -53,6 +55,7 @@ enum Talk {
 /// The next thing that happens on a connection.
 enum Happening {
     Received(Option<Result<WsMessage, WsError>>),
+    Typed(Typed),
     Interrupted,
     Tick,
     CancelTimeout,
@@ -64,6 +67,8 @@ pub(super) struct Follower<'a, V> {
     message: Message,
     view: V,
     progress: Progress,
+    /// What is handed on to the program.
+    input: Option<mpsc::Receiver<Typed>>,
     interrupts: Signal,
     patience: Patience,
     /// After Ctrl+C: when the reply is no longer waited for.
@@ -84,10 +89,17 @@ impl<'a, V: View> Follower<'a, V> {
             progress: Progress::new(message.id),
             message,
             view,
+            input: None,
             interrupts,
             patience: Patience::default(),
             cancel_until: None,
         })
+    }
+
+    /// Hands this on to the program while it runs.
+    pub(super) fn with_input(mut self, input: Option<mpsc::Receiver<Typed>>) -> Self {
+        self.input = input;
+        self
     }
 
     pub(super) async fn run(mut self) -> Result<End, Failure> {
@@ -161,6 +173,15 @@ impl<'a, V: View> Follower<'a, V> {
                         return Ok(talk);
                     }
                 }
+                Happening::Typed(typed) => {
+                    let frame = self.progress.input(&typed);
+                    if typed.is_none() {
+                        self.input = None;
+                    }
+                    if let Err(cause) = send(&mut socket, frame).await {
+                        return Ok(Talk::Lost(cause));
+                    }
+                }
                 Happening::Interrupted if self.cancel_until.is_some() => {
                     return Ok(Talk::End(End::Interrupted));
                 }
@@ -186,7 +207,9 @@ impl<'a, V: View> Follower<'a, V> {
 
     async fn next(&mut self, socket: &mut Socket, pulse: &mut Pulse) -> Happening {
         let cancel_until = self.cancel_until;
+        let input = self.input.as_mut();
         tokio::select! {
+            typed = next_of(input) => Happening::Typed(typed),
             received = socket.next() => Happening::Received(received),
             _ = self.interrupts.recv() => Happening::Interrupted,
             () = pulse.due() => Happening::Tick,
@@ -240,6 +263,15 @@ impl<'a, V: View> Follower<'a, V> {
                 Ok(Some(Talk::End(end)))
             }
         }
+    }
+}
+
+/// The next piece; without any input, nothing ever.
+async fn next_of(input: Option<&mut mpsc::Receiver<Typed>>) -> Typed {
+    match input {
+        // Its thread says when nothing follows.
+        Some(input) => input.recv().await.flatten(),
+        None => std::future::pending().await,
     }
 }
 

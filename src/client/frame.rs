@@ -98,7 +98,7 @@ mod tests {
             })
         ));
         let test = kind(r#"{"event":"test","seq":4,"name":"a","passed":true,"duration_ms":1}"#);
-        assert!(matches!(test, Kind::Event(Event::Test(result)) if result.passed));
+        assert!(matches!(test, Kind::Event(Event::Test(result)) if !result.failed()));
         assert!(matches!(
             kind(r#"{"event":"sparkle","seq":5}"#),
             Kind::Event(Event::Unknown)

@@ -49,6 +49,14 @@ pub(super) fn gather(args: &SubmitArgs) -> Result<Program, Failure> {
             "Put one of them into a file.",
         ));
     }
+    let taken = from_stdin(&args.source) || args.stdin.as_deref().is_some_and(from_stdin);
+    if args.interactive && taken {
+        return Err(Failure::usage(
+            "standard input cannot be sent with the submission and while it runs",
+            "--interactive and - are both given",
+            "Put the code or the input into a file, or leave out --interactive.",
+        ));
+    }
     let mut left_out = Vec::new();
     let (language, mut source) = if from_stdin(&args.source) {
         code(args, collect::standard_input()?)?
@@ -104,6 +112,9 @@ pub(super) fn compose(
         put("repl_id", json!(repl));
     }
     put("stdin", json!(program.stdin));
+    if args.interactive {
+        put("interactive", json!(true));
+    }
     put("args", json!(args.args));
     put(
         "env",
@@ -324,7 +335,7 @@ fn read_cases(path: &Path) -> Result<Vec<Case>, Failure> {
         Failure::usage(
             format!("{} does not hold test cases", path.display()),
             error.to_string(),
-            "Write an array: [{\"name\":\"adds\",\"stdin\":\"1 2\\n\",\"expected_stdout\":\"3\\n\"}]; args and timeout_ms may stand there too.",
+            "Write an array: [{\"name\":\"adds\",\"stdin\":\"1 2\\n\",\"expected_stdout\":\"3\\n\"}]; args, compare and timeout_ms may stand there too.",
         )
     })
 }

@@ -26,6 +26,7 @@ mod sse;
 mod start;
 mod stdout;
 mod submit;
+mod typed;
 mod units;
 
 use std::process::ExitCode;

@@ -5,6 +5,7 @@ use tokio_tungstenite::tungstenite::Message as WsMessage;
 
 use super::frame::{Frame, Kind};
 use super::message::Message;
+use super::typed::Typed;
 use crate::model::{Outcome, Status, SubmissionId};
 
 /// What became of a frame.
@@ -57,6 +58,15 @@ impl Progress {
         self.sent = true;
         self.resuming = false;
         WsMessage::text(message.text.as_str())
+    }
+
+    /// Input for the program; nothing follows the end.
+    pub(super) fn input(&self, typed: &Typed) -> WsMessage {
+        let frame = match typed {
+            Some(text) => json!({"stdin": self.id, "data": text}),
+            None => json!({"stdin": self.id, "data": "", "eof": true}),
+        };
+        WsMessage::text(frame.to_string())
     }
 
     pub(super) fn cancel(&mut self) -> WsMessage {

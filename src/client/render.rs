@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::io::IsTerminal;
 
-use crate::model::{Limits, Outcome, Problem, Reason, Status, TestResult};
+use crate::model::{Limits, Outcome, Problem, Reason, Status, TestCounts, TestOutcome, TestResult};
 
 /// Lines of an expected or actual output that are shown; the rest is in the record.
 const MAX_BLOCK_LINES: usize = 20;
@@ -121,12 +121,17 @@ pub(super) fn step(name: &str, passed: bool, duration_ms: Option<u64>, style: St
 /// One test's result; what was expected and what came out when it did not hold.
 pub(super) fn test(result: &TestResult, style: Style) -> String {
     let took = style.dim(&milliseconds(result.duration_ms));
-    let mut text = format!(
-        "  {} {}  {took}\n",
-        style.mark(result.passed),
-        printable(&result.name)
-    );
-    if result.passed {
+    let mark = match result.outcome {
+        TestOutcome::Passed | TestOutcome::Failed => style.mark(!result.failed()),
+        TestOutcome::Skipped | TestOutcome::Todo => style.dim("-"),
+    };
+    let name = printable(&result.name);
+    let left_out = match result.outcome {
+        TestOutcome::Passed | TestOutcome::Failed => String::new(),
+        TestOutcome::Skipped | TestOutcome::Todo => format!(" ({})", result.outcome.as_str()),
+    };
+    let mut text = format!("  {mark} {name}{left_out}  {took}\n");
+    if !result.failed() {
         return text;
     }
     if let Some(message) = &result.message {
@@ -138,6 +143,12 @@ pub(super) fn test(result: &TestResult, style: Style) -> String {
             // Quoted: a missing or extra space or line end is what most such failures are about.
             let _ = writeln!(text, "    {title:8} {}", cut(&format!("{value:?}")));
         } else {
+            let _ = writeln!(text, "    {title}");
+            text.push_str(&block("      | ", value));
+        }
+    }
+    for (title, value) in [("stdout", &result.stdout), ("stderr", &result.stderr)] {
+        if let Some(value) = value {
             let _ = writeln!(text, "    {title}");
             text.push_str(&block("      | ", value));
         }
@@ -250,10 +261,11 @@ fn reason(outcome: &Outcome, limits: &Limits) -> Option<String> {
         Reason::Compile if outcome.error.is_some() => "it could not be built".to_owned(),
         Reason::Compile => "it does not compile".to_owned(),
         Reason::Tests => {
-            let failed = outcome.tests.iter().filter(|test| !test.passed).count();
-            match failed {
+            let listed = || TestCounts::of(&outcome.tests);
+            let counts = outcome.test_counts.unwrap_or_else(listed);
+            match counts.failed {
                 0 => "the test runner reported a failure".to_owned(),
-                _ => format!("{failed} of {} tests", outcome.tests.len()),
+                failed => format!("{failed} of {} tests", counts.all()),
             }
         }
     };
@@ -378,12 +390,9 @@ mod tests {
     #[test]
     fn a_failing_test_shows_expected_and_actual() {
         let one_line = TestResult {
-            name: "adds".to_owned(),
-            passed: false,
-            duration_ms: 12,
-            message: None,
             expected: Some("3\n".to_owned()),
             actual: Some("3".to_owned()),
+            ..TestResult::new("adds", TestOutcome::Failed, 12)
         };
         insta::assert_snapshot!(test(&one_line, Style::Plain), @r#"
           ✗ adds  12 ms
@@ -402,6 +411,20 @@ mod tests {
             "{text}"
         );
         assert!(text.ends_with("      | … 5 more lines\n"), "{text}");
+        let ended = TestResult {
+            message: Some("ended with exit code 1".to_owned()),
+            stderr: Some("Traceback\nError".to_owned()),
+            ..TestResult::new("divides", TestOutcome::Failed, 3)
+        };
+        insta::assert_snapshot!(test(&ended, Style::Plain), @r"
+          ✗ divides  3 ms
+            ended with exit code 1
+            stderr
+              | Traceback
+              | Error
+        ");
+        let skipped = TestResult::new("later", TestOutcome::Skipped, 0);
+        assert_eq!(test(&skipped, Style::Plain), "  - later (skipped)  0 ms\n");
     }
 
     #[test]
@@ -411,12 +434,12 @@ mod tests {
             "a\\u{1b}[2Jb\\r\\n\\u{202e}c\\u{9b}"
         );
         let hostile = TestResult {
-            name: "\x1b[2J".to_owned(),
-            passed: false,
-            duration_ms: 0,
             message: Some("\x1b]0;x\x07".to_owned()),
             expected: Some("\x1b".to_owned()),
             actual: Some("\x1b\n\x1b".to_owned()),
+            stdout: Some("\x1b".to_owned()),
+            stderr: Some("\x1b".to_owned()),
+            ..TestResult::new("\x1b[2J", TestOutcome::Failed, 0)
         };
         assert!(!test(&hostile, Style::Plain).contains('\x1b'));
     }

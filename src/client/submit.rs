@@ -11,6 +11,7 @@ use super::message;
 use super::render;
 use super::screen::{Json, Screen};
 use super::server::ServerArgs;
+use super::typed;
 use super::units::{parse_duration, parse_size};
 use crate::model::{Language, Limits, LimitsRequest, ReplId, Status};
 
@@ -58,6 +59,10 @@ pub struct SubmitArgs {
     /// What the program reads from standard input; - for this command's own
     #[arg(long, value_name = "FILE")]
     pub(super) stdin: Option<PathBuf>,
+
+    /// Hand on what comes in on this command's own standard input while the program runs
+    #[arg(long, short, conflicts_with = "tests")]
+    pub(super) interactive: bool,
 
     /// An argument of the program; may be repeated
     #[arg(long = "arg", value_name = "TEXT", allow_hyphen_values = true)]
@@ -150,15 +155,12 @@ pub(super) async fn run(args: SubmitArgs) -> Result<Exit, Failure> {
     let api = args.server.api()?;
     let user = args.server.acting_user(&api).await?;
     let message = message::compose(&args, program, &user)?;
+    let typed = args.interactive.then(typed::read);
     if args.json {
-        follow(Follower::new(&api, message, Json::new())?).await
+        follow(Follower::new(&api, message, Json::new())?.with_input(typed)).await
     } else {
-        follow(Follower::new(
-            &api,
-            message,
-            Screen::new(args.limits.resolved()),
-        )?)
-        .await
+        let screen = Screen::new(args.limits.resolved());
+        follow(Follower::new(&api, message, screen)?.with_input(typed)).await
     }
 }
 

@@ -200,18 +200,14 @@ fn parts(event: &Event) -> Parts<'_> {
         },
         Event::RunEnded { report, .. } => run_parts(report),
         Event::Test(result) => {
-            let message = match (&result.message, result.passed) {
-                (_, true) => format!("{} passed", result.name),
-                (Some(message), false) => format!("{} failed: {message}", result.name),
-                (None, false) => format!("{} failed", result.name),
+            let (failed, ended) = (result.failed(), result.outcome.as_str());
+            let message = match &result.message {
+                Some(message) if failed => format!("{} {ended}: {message}", result.name),
+                _ => format!("{} {ended}", result.name),
             };
             Parts {
-                level: if result.passed {
-                    Level::Info
-                } else {
-                    Level::Warn
-                },
-                outcome: if result.passed { SUCCESS } else { FAILURE },
+                level: if failed { Level::Warn } else { Level::Info },
+                outcome: if failed { FAILURE } else { SUCCESS },
                 duration_ms: Some(result.duration_ms),
                 step: Some(Step::Test),
                 in_sandbox: true,

@@ -41,7 +41,7 @@ pub use module::{
 };
 pub use network::{Network, NetworkError};
 pub use order::{Order, SUPERSEDED, superseded};
-pub use outcome::{Outcome, Reason, Status, TestResult, Usage};
+pub use outcome::{Outcome, Reason, Status, TestCounts, TestOutcome, TestResult, Usage};
 pub use packages::{
     INDEX_FAILED, INDEX_SAID, Install, NO_INSTALLER, Naming, PACKAGE_PROXY, PROXY_VARIABLES,
     PackageIndex, Packages, Place, Registry, index_failed, package_place, patient,
@@ -59,6 +59,8 @@ pub use settings::{
     Autoscale, MAX_REPL_REPLICAS, ReplChange, ReplSettings, Scale, ScaleRequest, SecretText,
     Variables, VariablesChange, workspace_not_scaled,
 };
-pub use submission::{Case, FieldError, RelativePath, Submission, SubmissionRequest, Tests, cut};
+pub use submission::{
+    Case, Compare, FieldError, RelativePath, Submission, SubmissionRequest, Tests, Tolerance, cut,
+};
 pub use tested::Tested;
 pub use ticket::TicketKey;

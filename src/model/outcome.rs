@@ -92,15 +92,85 @@ pub struct Usage {
     pub memory_bytes: u64,
 }
 
+/// How a test ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TestOutcome {
+    /// It ran and held.
+    Passed,
+    /// It did not hold, or could not be run.
+    Failed,
+    /// It was left out.
+    Skipped,
+    /// It is still to be written, or to be made to pass: whether it holds does not count.
+    Todo,
+}
+
+impl TestOutcome {
+    /// The word on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            TestOutcome::Passed => "passed",
+            TestOutcome::Failed => "failed",
+            TestOutcome::Skipped => "skipped",
+            TestOutcome::Todo => "todo",
+        }
+    }
+}
+
+/// A test's outcome as two fields: `passed`, which was there first, and `outcome`.
+mod held {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::TestOutcome;
+
+    #[derive(Serialize, Deserialize)]
+    struct Held {
+        passed: bool,
+        /// Absent in what older servers recorded.
+        #[serde(default)]
+        outcome: Option<TestOutcome>,
+    }
+
+    pub fn serialize<S: Serializer>(outcome: &TestOutcome, to: S) -> Result<S::Ok, S::Error> {
+        let held = Held {
+            passed: *outcome == TestOutcome::Passed,
+            outcome: Some(*outcome),
+        };
+        held.serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<TestOutcome, D::Error> {
+        let held = Held::deserialize(from)?;
+        Ok(held.outcome.unwrap_or(match held.passed {
+            true => TestOutcome::Passed,
+            false => TestOutcome::Failed,
+        }))
+    }
+}
+
 /// One test's result.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TestResult {
-    /// Its name.
+    /// Its name, with what it is in before it.
     pub name: String,
-    /// Whether it held.
-    pub passed: bool,
+    /// How it ended; also on the wire as `passed`.
+    #[serde(flatten, with = "held")]
+    pub outcome: TestOutcome,
     /// Milliseconds it took.
     pub duration_ms: u64,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub reason: Option<Reason>,
+    /// The exit code of its run, where it had one of its own.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub exit_code: Option<i32>,
+    /// The name of the signal that ended its run.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub signal: Option<String>,
+    /// What its run used.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub usage: Option<Usage>,
     /// What it said when it did not hold.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub message: Option<String>,
@@ -110,6 +180,81 @@ pub struct TestResult {
     /// What came out.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub actual: Option<String>,
+    /// The end of what its own run wrote to stdout, when it failed.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub stdout: Option<String>,
+    /// The end of what its own run wrote to stderr, when it failed.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub stderr: Option<String>,
+    /// Its run wrote more than is here.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub truncated: bool,
+}
+
+impl TestResult {
+    /// Nothing but how it ended.
+    pub fn new(name: impl Into<String>, outcome: TestOutcome, duration_ms: u64) -> Self {
+        Self {
+            name: name.into(),
+            outcome,
+            duration_ms,
+            reason: None,
+            exit_code: None,
+            signal: None,
+            usage: None,
+            message: None,
+            expected: None,
+            actual: None,
+            stdout: None,
+            stderr: None,
+            truncated: false,
+        }
+    }
+
+    /// Whether it makes the whole fail.
+    pub fn failed(&self) -> bool {
+        self.outcome == TestOutcome::Failed
+    }
+}
+
+/// How many tests ended how.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TestCounts {
+    /// Ran and held.
+    pub passed: usize,
+    /// Did not hold.
+    pub failed: usize,
+    /// Were left out.
+    pub skipped: usize,
+    /// Do not count yet.
+    pub todo: usize,
+}
+
+impl TestCounts {
+    /// Of these tests.
+    pub fn of(tests: &[TestResult]) -> Self {
+        let mut counts = Self::default();
+        tests.iter().for_each(|test| counts.add(test.outcome));
+        counts
+    }
+
+    /// One more.
+    pub fn add(&mut self, outcome: TestOutcome) {
+        let count = match outcome {
+            TestOutcome::Passed => &mut self.passed,
+            TestOutcome::Failed => &mut self.failed,
+            TestOutcome::Skipped => &mut self.skipped,
+            TestOutcome::Todo => &mut self.todo,
+        };
+        *count = count.saturating_add(1);
+    }
+
+    /// All of them.
+    pub fn all(&self) -> usize {
+        [self.passed, self.failed, self.skipped, self.todo]
+            .into_iter()
+            .fold(0, usize::saturating_add)
+    }
 }
 
 /// The reply to a submission: exactly one each, always the last frame for it.
@@ -150,9 +295,13 @@ pub struct Outcome {
     /// Output went past its limit and was cut.
     #[serde(skip_serializing_if = "std::ops::Not::not", default)]
     pub truncated: bool,
-    /// Every test's result, where tests were sent.
+    /// The tests' results, where tests were sent. Of very many not all are here: those that failed come first
+    /// then.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub tests: Vec<TestResult>,
+    /// How many tests ended how, all of them.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub test_counts: Option<TestCounts>,
     /// Milliseconds from receipt to reply.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub duration_ms: Option<u64>,
@@ -184,10 +333,43 @@ impl Outcome {
             stderr: None,
             truncated: false,
             tests: Vec::new(),
+            test_counts: None,
             duration_ms: None,
             usage: None,
             error: None,
             seq: None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn what_an_older_server_recorded_of_a_test_is_read() {
+        let read = |passed: &str| {
+            let text = format!(r#"{{"name":"a","passed":{passed},"duration_ms":1}}"#);
+            serde_json::from_str::<TestResult>(&text).unwrap()
+        };
+        assert_eq!(read("true").outcome, TestOutcome::Passed);
+        assert_eq!(read("false").outcome, TestOutcome::Failed);
+    }
+
+    #[test]
+    fn only_a_test_that_passed_says_so() {
+        for (outcome, passed) in [
+            (TestOutcome::Passed, true),
+            (TestOutcome::Failed, false),
+            (TestOutcome::Skipped, false),
+            (TestOutcome::Todo, false),
+        ] {
+            let test = TestResult::new("a", outcome, 1);
+            let text = serde_json::to_value(&test).unwrap();
+            assert_eq!(text["passed"], passed);
+            assert_eq!(text["outcome"], outcome.as_str());
+            assert_eq!(serde_json::from_value::<TestResult>(text).unwrap(), test);
         }
     }
 }

@@ -129,12 +129,68 @@ pub struct Case {
     /// Its arguments; absent: the submission's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub args: Option<Vec<String>>,
-    /// What must come out on stdout, to the byte; absent: exit code 0 is enough.
+    /// What must come out on stdout; absent: exit code 0 is enough.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expected_stdout: Option<String>,
+    /// When that counts as the same.
+    #[serde(default, skip_serializing_if = "Compare::is_usual")]
+    pub compare: Compare,
     /// Wall-clock limit of this case alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_ms: Option<u64>,
+}
+
+/// When two outputs count as the same.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Compare {
+    /// Byte by byte.
+    Exact,
+    /// Line by line, without white space at the ends of lines and empty lines at the end; a line may end with
+    /// CR LF as well.
+    #[default]
+    Trailing,
+    /// Word by word; white space between words does not count.
+    Tokens,
+    /// Word by word, and numbers may differ by this much, absolutely or relatively.
+    Floats(Tolerance),
+}
+
+impl Compare {
+    fn is_usual(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// By how much numbers may differ.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "f64", into = "f64")]
+pub struct Tolerance(f64);
+
+// It is never NaN.
+impl Eq for Tolerance {}
+
+impl Tolerance {
+    /// Whether this number is close enough to the expected one.
+    pub fn allows(self, expected: f64, actual: f64) -> bool {
+        (expected - actual).abs() <= self.0 * expected.abs().max(1.0)
+    }
+}
+
+impl TryFrom<f64> for Tolerance {
+    type Error = String;
+    fn try_from(number: f64) -> Result<Self, String> {
+        match (0.0..=1.0).contains(&number) {
+            true => Ok(Self(number)),
+            false => Err(format!("{number} is not a tolerance from 0 to 1")),
+        }
+    }
+}
+
+impl From<Tolerance> for f64 {
+    fn from(tolerance: Tolerance) -> f64 {
+        tolerance.0
+    }
 }
 
 /// What decides whether the code is good.
@@ -189,6 +245,7 @@ pub struct SubmissionRequest {
     database: Option<bool>,
     serves: Option<bool>,
     stream: Option<bool>,
+    interactive: Option<bool>,
 }
 
 /// A submission that is whole and within bounds.
@@ -210,7 +267,7 @@ pub struct Submission {
     /// The program's arguments.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub args: Vec<String>,
-    /// Standard input sent with it. `None`: the client may send it later in `stdin` frames.
+    /// Standard input sent with it; without any the program finds its end at once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stdin: Option<String>,
     /// The program's own environment variables.
@@ -228,6 +285,9 @@ pub struct Submission {
     /// Whether the release listens on its port. `None`: the client did not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serves: Option<bool>,
+    /// More standard input may come in `stdin` frames while it waits and runs.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub interactive: bool,
 }
 
 impl SubmissionRequest {
@@ -289,6 +349,13 @@ impl SubmissionRequest {
                 )
             })?,
         };
+        let interactive = self.interactive.unwrap_or(false);
+        if interactive && tests != Tests::ExitCode {
+            return Err(FieldError::new(
+                "interactive",
+                "is for a program that runs by itself: a test case has its input in its own stdin",
+            ));
+        }
         Ok(Submission {
             id: self.submission_id.unwrap_or_default(),
             user_id: self.user_id,
@@ -305,6 +372,7 @@ impl SubmissionRequest {
             deploy: runs && self.deploy.unwrap_or(true),
             database: self.database.unwrap_or(true),
             serves: self.serves,
+            interactive,
         })
     }
 }
@@ -545,7 +613,8 @@ mod tests {
     fn null_is_the_same_as_left_out() {
         let request = r#"{"user_id":"t","code":"","files":null,"language":null,"repl_id":null,
             "submission_id":null,"entrypoint":null,"args":null,"stdin":null,"env":null,"tests":null,
-            "limits":null,"deploy":null,"database":null,"serves":null,"stream":null}"#;
+            "limits":null,"deploy":null,"database":null,"serves":null,"stream":null,
+            "interactive":null}"#;
         let request: SubmissionRequest = serde_json::from_str(request).unwrap();
         assert!(!request.stream());
         let nulls = request.validate(&Limits::MAXIMUM).unwrap();
@@ -609,10 +678,32 @@ mod tests {
                 r#"{"user_id":"t","code":"","tests":[{"name":""}]}"#,
                 "tests[0].name",
             ),
+            (
+                r#"{"user_id":"t","code":"","tests":[{"name":"a"}],"interactive":true}"#,
+                "interactive",
+            ),
         ];
         for (json, field) in cases {
             assert_eq!(parse(json).unwrap_err().field, field, "{json}");
         }
+    }
+
+    #[test]
+    fn how_outputs_are_compared_has_a_default_and_bounds() {
+        let compare = |field: &str| {
+            let case = format!(r#"{{"name":"a"{field}}}"#);
+            serde_json::from_str::<Case>(&case).map(|case| case.compare)
+        };
+        assert_eq!(compare("").unwrap(), Compare::Trailing);
+        assert_eq!(compare(r#","compare":"exact""#).unwrap(), Compare::Exact);
+        let floats = Compare::Floats(Tolerance::try_from(1e-6).unwrap());
+        assert_eq!(compare(r#","compare":{"floats":1e-6}"#).unwrap(), floats);
+        for wrong in ["-1", "1e9", "null", "\"x\""] {
+            assert!(compare(&format!(r#","compare":{{"floats":{wrong}}}"#)).is_err());
+        }
+        assert!(compare(r#","compare":"roughly""#).is_err());
+        let usual: Case = serde_json::from_str(r#"{"name":"a"}"#).unwrap();
+        assert_eq!(serde_json::to_string(&usual).unwrap(), r#"{"name":"a"}"#);
     }
 
     #[test]

@@ -44,6 +44,8 @@ struct State {
     input: Option<Input>,
     /// What its input counts for.
     cost: usize,
+    /// Whether it takes input in frames; not known before it was read back.
+    interactive: Option<bool>,
     /// The key that it was sent with, where that is known.
     key: Option<String>,
     /// Why it was cancelled, when its sender did not ask for it.
@@ -99,12 +101,14 @@ pub type Recorded = (u64, String, bool);
 
 impl Control {
     /// Of a submission that keeps so much and was sent with this key. Its record has no input yet.
-    pub fn new(kept: Kept, user: UserId, repl: ReplId, key: String) -> Self {
+    pub fn new(kept: Kept, submission: &Submission, key: String) -> Self {
         let state = State {
             key: Some(key),
             input: Some(Input::default()),
+            interactive: Some(submission.interactive),
             ..State::default()
         };
+        let (user, repl) = (submission.user_id.clone(), submission.repl_id.clone());
         Self::with(kept, user, repl, state)
     }
 
@@ -131,7 +135,13 @@ impl Control {
         self.kept.read_back(submission);
         let mut state = self.locked();
         state.key = key;
+        state.interactive = Some(submission.interactive);
         let mut input = Input::default();
+        let recorded = match submission.interactive {
+            true => recorded,
+            // It came before that was known, and no run takes it.
+            false => Vec::new(),
+        };
         let cost: usize = recorded.iter().map(|(_, data, _)| cost(data)).sum();
         for (position, data, eof) in recorded {
             input.add(position, data.into(), eof);
@@ -140,6 +150,24 @@ impl Control {
         self.kept.read_input(cost.saturating_sub(state.cost));
         state.cost = cost;
         state.input = Some(input);
+    }
+
+    /// Whether it takes input in frames is known, before all of its record is read back.
+    pub fn note_interactive(&self, interactive: bool) {
+        self.locked().interactive = Some(interactive);
+    }
+
+    /// Refuses input in frames where the submission did not say that it takes any.
+    pub fn takes_input(&self) -> Result<(), Problem> {
+        if self.locked().interactive != Some(false) {
+            return Ok(());
+        }
+        Err(Problem::new(
+            "not_interactive",
+            "The input was not taken",
+            "the submission did not say that it takes input while it runs, so its program found the end of its input",
+            "Send \"interactive\": true with the submission, or all of its input in \"stdin\".",
+        ))
     }
 
     /// What was recorded of its input; `None` until the record was read back.

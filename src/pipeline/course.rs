@@ -32,6 +32,9 @@ use crate::runner::wire::{Job, JobEvent, JobId, scratch_bytes};
 /// a slot may have to be waited for, and a lost connection made anew, both within a minute.
 const RUNNER_GRACE: Duration = Duration::from_secs(60);
 
+/// Wait for what a runner may have said already.
+const NEWS_PATIENCE: Duration = Duration::from_secs(5);
+
 /// Most bytes that all runs of a submission write together; the one that passes it is stopped at its
 /// output limit. A test case has at most a quarter of it, and everything is in memory at the verdict.
 pub const MAX_OUTPUT_BYTES: u64 = 64 << 20;
@@ -556,15 +559,24 @@ impl Course {
         let (mut covered, mut recorded) = (before.last_seq, before.beyond);
         let JobId { run: number, .. } = run.id();
         let mut decoders = [TextDecoder::default(), TextDecoder::default()];
+        let (mut silent, mut wait) = (false, patience);
         loop {
-            let (seq, event) = match timeout(patience, run.next()).await {
-                Ok(RunEvent::Event { seq, event }) => (seq, event),
+            let (seq, event) = match timeout(wait, run.next()).await {
+                Ok(RunEvent::Event { seq, event }) => {
+                    (silent, wait) = (false, patience);
+                    (seq, event)
+                }
                 Ok(RunEvent::Lost(why)) => {
                     finished.lost = Some(why);
                     return Ok(None);
                 }
                 // The session tries on for as long as there is hope, and says when there is none.
                 Err(_) if !session.is_connected() => continue,
+                // This server may have been stopped itself, with what it was told waiting to be read.
+                Err(_) if !silent => {
+                    (silent, wait) = (true, NEWS_PATIENCE);
+                    continue;
+                }
                 Err(_) => {
                     finished.lost = Some(format!(
                         "the sandbox said nothing for {} s, which is longer than the run may last",

@@ -1,12 +1,15 @@
 //! Texts cut to what one record of the journal, and so one frame, can hold: 64 MiB of JSON, in
 //! which a control character takes six bytes.
 
-/// Most bytes of a reply's stdout and stderr together, as JSON. With [`MAX_ACTUAL`] for each of 500
-/// tests and what they expected, a reply stays below the journal's bound.
+/// Most bytes of a reply's stdout and stderr together, as JSON. With [`MAX_ACTUAL`] and
+/// [`MAX_SAID`] for each of 500 tests and what they expected, a reply stays below the journal's bound.
 const MAX_OUTPUT: usize = 36 << 20;
 
 /// Most bytes of what one test wrote, as JSON: enough to see where it went wrong.
 pub const MAX_ACTUAL: usize = 48 << 10;
+
+/// Most bytes of the end of one stream of a failed test's run, as JSON: enough for the last words.
+pub const MAX_SAID: usize = 2 << 10;
 
 /// Most bytes that a byte of UTF-8 can take as JSON.
 const LARGEST_ESCAPE: usize = 6;
@@ -21,6 +24,18 @@ pub fn cut(text: &str, room: usize) -> &str {
         match left.checked_sub(size(character)) {
             Some(rest) => left = rest,
             None => return text.get(..at).unwrap_or_default(),
+        }
+    }
+    text
+}
+
+/// The end of a text that takes at most this many bytes as JSON.
+pub fn end_within(text: &str, room: usize) -> &str {
+    let mut left = room;
+    for (at, character) in text.char_indices().rev() {
+        match left.checked_sub(size(character)) {
+            Some(rest) => left = rest,
+            None => return text.get(at + character.len_utf8()..).unwrap_or_default(),
         }
     }
     text
@@ -69,6 +84,12 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn what_is_kept_fits_and_no_more_would(text in "[\\x00-\\x7f\u{80}-\u{ffff}]{0,40}", room in 0_usize..120) {
+            let end = end_within(&text, room);
+            proptest::prop_assert!(text.ends_with(end) && json(end) <= room);
+            if let Some(before) = text[..text.len() - end.len()].chars().next_back() {
+                let more = format!("{before}{end}");
+                proptest::prop_assert!(json(&more) > room);
+            }
             let kept = cut(&text, room);
             proptest::prop_assert!(text.starts_with(kept) && json(kept) <= room);
             if let Some(next) = text[kept.len()..].chars().next() {

@@ -1,6 +1,7 @@
 //! What happens next: admission → test → publish → release → reply.
 
 mod claims;
+mod compare;
 mod control;
 mod course;
 mod fit;
@@ -299,10 +300,7 @@ impl Pipeline {
             }
             Err(error) => return Err(Refusal::Unavailable(journal_problem(&error))),
         };
-        let control = {
-            let (user, repl) = (submission.user_id.clone(), submission.repl_id.clone());
-            Control::new(kept, user, repl, key.to_owned())
-        };
+        let control = Control::new(kept, &submission, key.to_owned());
         self.launch(submission, control, appended.position);
         Ok(Admission::Accepted(id))
     }
@@ -358,8 +356,9 @@ impl Pipeline {
             Some(received) => received,
             // Its turn to be read back has not come; what is not asked for is not looked up.
             None if offset.is_none() => Received::default(),
-            None => self.received(id).await.map_err(failed)?,
+            None => self.received(id, &control).await.map_err(failed)?,
         };
+        control.takes_input()?;
         let fresh = match offset {
             Some(offset) => beyond(data, offset, received.bytes)?,
             None => data,
@@ -388,7 +387,11 @@ impl Pipeline {
     }
 
     /// What the journal has of the input of a submission that was not read back.
-    async fn received(&self, id: SubmissionId) -> Result<Received, JournalError> {
+    async fn received(
+        &self,
+        id: SubmissionId,
+        control: &Control,
+    ) -> Result<Received, JournalError> {
         let journal = &self.inner.journal;
         let (mut received, mut position) = (Received::default(), 0);
         loop {
@@ -398,11 +401,18 @@ impl Pipeline {
             };
             position = last.position();
             for item in page {
-                if let Item::Record(record) = item
-                    && let Event::Input { data, eof } = record.event
-                {
-                    received.bytes += data.len() as u64;
-                    received.eof |= eof;
+                let Item::Record(record) = item else {
+                    continue;
+                };
+                match record.event {
+                    Event::Received { submission, .. } => {
+                        control.note_interactive(submission.interactive);
+                    }
+                    Event::Input { data, eof } => {
+                        received.bytes += data.len() as u64;
+                        received.eof |= eof;
+                    }
+                    _ => {}
                 }
             }
         }

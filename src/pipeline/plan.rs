@@ -302,13 +302,12 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Without `stdin` in the submission, input may come later in frames of its own, as from a terminal.
+    /// Where the submission says so, input may come later in frames of its own, as from a terminal.
     fn whole_program(&self) -> Job {
         let mut job = self.test_job(0, argv(self.submission, &self.submission.args));
-        match &self.submission.stdin {
-            Some(text) => job.stdin = text.clone().into_bytes(),
-            None => job.stdin_open = true,
-        }
+        let stdin = self.submission.stdin.clone();
+        job.stdin = stdin.unwrap_or_default().into_bytes();
+        job.stdin_open = self.submission.interactive;
         job
     }
 }

@@ -6,7 +6,7 @@
 
 use serde::Deserialize;
 
-use crate::model::TestResult;
+use crate::model::{Reason, TestCounts, TestOutcome, TestResult};
 
 /// Longest report. The runner takes less from its descriptor.
 const MAX_BYTES: usize = 3 << 20;
@@ -17,20 +17,18 @@ const MAX_NAME: usize = 2 << 10;
 /// Longest message kept of one test, as JSON.
 const MAX_MESSAGE: usize = 16 << 10;
 
-/// Most tests whose results are kept; the rest are judged and counted.
+/// Most tests whose results are kept; the rest are counted.
 const MAX_TESTS: usize = 2_000;
 
 /// What a report says.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Report {
-    /// The first tests, in order.
+    /// Tests in order; where not all are kept, those that failed come first.
     pub tests: Vec<TestResult>,
-    /// How many passed.
-    pub passed: usize,
-    /// How many failed.
-    pub failed: usize,
-    /// How many were skipped.
-    pub skipped: usize,
+    /// How many ended how, also of those that are not kept.
+    pub counts: TestCounts,
+    /// Why it does not count as a whole one. What could be read of it is above.
+    pub defect: Option<Defect>,
 }
 
 /// Why a text is no report that counts.
@@ -40,9 +38,7 @@ pub enum Defect {
     #[error("it is longer than {MAX_BYTES} bytes")]
     Long,
     /// It ends before the test runner does.
-    #[error(
-        "it ends early: the process ended before its test runner did, or the report is too long"
-    )]
+    #[error("it ends early: the process ended before its test runner did")]
     Early,
     /// Tests that were found are not in it.
     #[error("{collected} tests were found, and {ended} of them ended")]
@@ -66,6 +62,8 @@ pub enum Defect {
 enum Line {
     Collected(usize),
     Test(Test),
+    /// Tests that there was no room for.
+    Untold(Untold),
     End(usize),
 }
 
@@ -78,130 +76,199 @@ struct Test {
     message: Option<String>,
 }
 
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Untold {
+    passed: usize,
+    failed: usize,
+    skipped: usize,
+    todo: usize,
+    empty: usize,
+}
+
 #[derive(Deserialize, Clone, Copy, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
 enum Outcome {
     Passed,
     Failed,
     Skipped,
+    Todo,
     /// A test file in which no test ran.
     Empty,
 }
 
-/// A report's tests; `Err` when it does not count as one.
-pub fn parse(text: &str) -> Result<Report, Defect> {
+/// A report's tests, as far as they can be read.
+pub fn parse(text: &str) -> Report {
     if text.len() > MAX_BYTES {
-        return Err(Defect::Long);
+        return Report::broken(Defect::Long);
     }
     let mut report = Report::default();
-    let (mut collected, mut results, mut end) = (None, 0, None);
+    let mut late = Vec::new();
+    let (mut collected, mut end) = (None, None);
     for line in text.split_terminator('\n') {
-        if end.is_some() {
-            return Err(Defect::Foreign);
-        }
-        match serde_json::from_str::<Line>(line).map_err(|_| Defect::Foreign)? {
-            Line::Collected(count) => collected = Some(count),
-            Line::Test(test) => {
-                results += 1;
-                report.add(test);
+        let line = match end {
+            None => serde_json::from_str::<Line>(line).ok(),
+            // Nothing follows the end.
+            Some(_) => None,
+        };
+        match line {
+            Some(Line::Collected(count)) => collected = Some(count),
+            Some(Line::Test(test)) => report.add(test, &mut late),
+            Some(Line::Untold(untold)) => report.count(&untold),
+            Some(Line::End(count)) => end = Some(count),
+            None => {
+                report.defect = Some(Defect::Foreign);
+                break;
             }
-            Line::End(count) => end = Some(count),
         }
     }
-    let ended = end.ok_or(Defect::Early)?;
-    let collected = collected.unwrap_or(ended);
-    if report.failed == 0 && (ended < collected || results < ended) {
-        let ended = ended.min(results);
-        return Err(Defect::Missing { collected, ended });
+    report.keep(late);
+    if report.defect.is_none() {
+        report.defect = report.missing(collected, end);
     }
-    Ok(report)
+    report
 }
 
 impl Report {
-    fn add(&mut self, test: Test) {
+    /// One of which nothing can be read.
+    pub fn broken(defect: Defect) -> Self {
+        Self {
+            defect: Some(defect),
+            ..Self::default()
+        }
+    }
+
+    /// What is not in it.
+    fn missing(&self, collected: Option<usize>, end: Option<usize>) -> Option<Defect> {
+        let Some(ended) = end else {
+            return Some(Defect::Early);
+        };
+        let (results, collected) = (self.counts.all(), collected.unwrap_or(ended));
+        let ended_all = ended >= collected && results >= ended;
+        // A test runner may stop at the first failure.
+        (!ended_all && self.counts.failed == 0).then(|| Defect::Missing {
+            collected,
+            ended: ended.min(results),
+        })
+    }
+
+    fn add(&mut self, test: Test, late: &mut Vec<TestResult>) {
         let Test {
             name,
             outcome,
             ms,
             message,
         } = test;
-        let passed = match outcome {
-            Outcome::Passed => {
-                self.passed += 1;
-                true
-            }
-            Outcome::Skipped => {
-                self.skipped += 1;
-                true
-            }
-            Outcome::Failed | Outcome::Empty => {
-                self.failed += 1;
-                false
-            }
+        let (outcome, message) = match outcome {
+            Outcome::Passed => (TestOutcome::Passed, None),
+            Outcome::Skipped => (TestOutcome::Skipped, None),
+            Outcome::Todo => (TestOutcome::Todo, None),
+            Outcome::Failed => (TestOutcome::Failed, message),
+            Outcome::Empty => (TestOutcome::Failed, Some(EMPTY.to_owned())),
         };
-        if self.tests.len() == MAX_TESTS {
-            return;
-        }
-        let message = match outcome {
-            Outcome::Empty => Some(
-                "no test ran in this file: it holds none, or the process ended while it was loaded"
-                    .to_owned(),
-            ),
-            _ => message.filter(|_| !passed),
-        };
+        self.counts.add(outcome);
         let short = |text: &str, most| super::fit::cut(text, most).to_owned();
-        self.tests.push(TestResult {
-            name: short(&name, MAX_NAME),
-            passed,
-            duration_ms: ms,
+        let kept = match self.tests.len() < MAX_TESTS {
+            true => &mut self.tests,
+            // What failed takes the place of what did not.
+            false if outcome == TestOutcome::Failed && late.len() < MAX_TESTS => late,
+            false => return,
+        };
+        kept.push(TestResult {
+            reason: (outcome == TestOutcome::Failed).then_some(Reason::Tests),
             message: message.map(|text| short(&text, MAX_MESSAGE)),
-            expected: None,
-            actual: None,
+            ..TestResult::new(short(&name, MAX_NAME), outcome, ms)
         });
     }
+
+    fn count(&mut self, untold: &Untold) {
+        let counts = &mut self.counts;
+        for (count, more) in [
+            (&mut counts.passed, untold.passed),
+            (
+                &mut counts.failed,
+                untold.failed.saturating_add(untold.empty),
+            ),
+            (&mut counts.skipped, untold.skipped),
+            (&mut counts.todo, untold.todo),
+        ] {
+            *count = count.saturating_add(more);
+        }
+    }
+
+    /// Those that failed come first in a list that is not whole.
+    fn keep(&mut self, late: Vec<TestResult>) {
+        if self.counts.all() == self.tests.len() {
+            return;
+        }
+        self.tests.extend(late);
+        self.tests.sort_by_key(|test| !test.failed());
+        self.tests.truncate(MAX_TESTS);
+    }
 }
+
+/// Why a test file in which no test ran does not pass.
+const EMPTY: &str =
+    "no test ran in this file: it holds none, or the process ended while it was loaded";
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::*;
     use std::time::Duration;
+
+    use super::*;
 
     fn test(name: &str, outcome: &str) -> String {
         format!("{{\"test\":{{\"name\":\"{name}\",\"outcome\":\"{outcome}\",\"ms\":7}}}}\n")
     }
 
+    fn counts(report: &Report) -> [usize; 4] {
+        let TestCounts {
+            passed,
+            failed,
+            skipped,
+            todo,
+        } = report.counts;
+        [passed, failed, skipped, todo]
+    }
+
     #[test]
     fn tests_are_read_one_by_one() {
         let bad = r#"{"test":{"name":"b","outcome":"failed","ms":1,"message":"1 == 2"}}"#;
-        let (good, skipped) = (test("a", "passed"), test("c", "skipped"));
+        let [good, skipped, todo] = ["passed", "skipped", "todo"].map(|word| test(word, word));
         let report = parse(&format!(
-            "{{\"collected\":3}}\n{good}{bad}\n{skipped}{{\"end\":3}}\n"
+            "{{\"collected\":4}}\n{good}{bad}\n{skipped}{todo}{{\"end\":4}}\n"
         ));
-        let report = report.unwrap();
-        assert_eq!((report.passed, report.failed, report.skipped), (1, 1, 1));
-        let held: Vec<_> = report.tests.iter().map(|test| test.passed).collect();
-        assert_eq!(held, [true, false, true]);
+        assert_eq!((counts(&report), &report.defect), ([1, 1, 1, 1], &None));
+        use TestOutcome::{Failed, Passed, Skipped, Todo};
+        let outcomes: Vec<_> = report.tests.iter().map(|test| test.outcome).collect();
+        assert_eq!(outcomes, [Passed, Failed, Skipped, Todo]);
         assert_eq!(report.tests[1].message.as_deref(), Some("1 == 2"));
+        assert_eq!(report.tests[1].reason, Some(Reason::Tests));
         assert_eq!(report.tests[0].duration_ms, 7);
     }
 
     #[test]
-    fn a_report_that_is_not_whole_does_not_count() {
+    fn a_report_that_is_not_whole_says_so_and_what_is_in_it_is_read() {
         let (one, end) = (test("a", "passed"), "{\"end\":1}\n");
-        assert!(parse(&format!("{one}{end}")).is_ok());
-        for early in [String::new(), one.clone(), "{\"collected\":1}\n".to_owned()] {
-            assert_eq!(parse(&early), Err(Defect::Early), "{early}");
+        let read = |text: String| {
+            let report = parse(&text);
+            (report.counts.passed, report.defect)
+        };
+        assert_eq!(read(format!("{one}{end}")), (1, None));
+        assert_eq!(read(one.clone()), (1, Some(Defect::Early)));
+        for early in [String::new(), "{\"collected\":1}\n".to_owned()] {
+            assert_eq!(read(early), (0, Some(Defect::Early)));
         }
         let (collected, ended) = (2, 1);
-        let missing = parse(&format!("{{\"collected\":2}}\n{one}{end}"));
-        assert_eq!(missing, Err(Defect::Missing { collected, ended }));
+        let missing = read(format!("{{\"collected\":2}}\n{one}{end}"));
+        assert_eq!(missing, (1, Some(Defect::Missing { collected, ended })));
         for foreign in ["{\"foreign\":0}\n", "x\n", "\n", "{\"end\":1}\n"] {
-            let foreign = parse(&format!("{one}{end}{foreign}"));
-            assert_eq!(foreign, Err(Defect::Foreign));
+            let foreign = read(format!("{one}{end}{foreign}"));
+            assert_eq!(foreign, (1, Some(Defect::Foreign)));
         }
-        let empty = parse(&format!("{}{end}", test("a", "empty"))).unwrap();
-        assert_eq!((empty.passed, empty.failed), (0, 1));
+        let empty = parse(&format!("{}{end}", test("a", "empty")));
+        assert_eq!((counts(&empty), empty.defect), ([0, 1, 0, 0], None));
     }
 
     #[test]
@@ -213,7 +280,9 @@ mod tests {
             let nested = "{\"test\":".repeat(300_000);
             let names: String = (0..100_000).map(|n| format!("\"a{n}\":1,")).collect();
             let many = format!("{{\"test\":{{{names}\"name\":\"a\"}}}}");
-            [deep, nested, many, "x".repeat(4 << 20)].map(|text| parse(&text))
+            let all = usize::MAX;
+            let counts = format!("{{\"untold\":{{\"passed\":{all}}}}}\n").repeat(3);
+            [deep, nested, many, "x".repeat(4 << 20), counts].map(|text| parse(&text).defect)
         });
         let judged = judged.unwrap().join().unwrap();
         let expected = [
@@ -221,15 +290,28 @@ mod tests {
             Defect::Foreign,
             Defect::Foreign,
             Defect::Long,
+            Defect::Early,
         ];
-        assert_eq!(judged, expected.map(Err));
+        assert_eq!(judged, expected.map(Some));
         assert!(begun.elapsed() < Duration::from_secs(2));
     }
 
     #[test]
-    fn a_failure_beyond_the_tests_that_are_kept_counts() {
-        let text = test("a", "passed").repeat(MAX_TESTS) + &test("b", "failed") + "{\"end\":1}";
-        let report = parse(&text).unwrap();
-        assert_eq!((report.tests.len(), report.failed), (MAX_TESTS, 1));
+    fn what_failed_comes_first_when_not_all_are_kept() {
+        let text = test("a", "passed").repeat(MAX_TESTS) + &test("b", "failed");
+        let report = parse(&(text + "{\"untold\":{\"passed\":9,\"failed\":1}}\n{\"end\":2011}"));
+        assert_eq!(report.defect, None);
+        assert_eq!(counts(&report), [MAX_TESTS + 9, 2, 0, 0]);
+        assert_eq!(report.tests.len(), MAX_TESTS);
+        let first: Vec<&str> = report
+            .tests
+            .iter()
+            .map(|t| t.name.as_str())
+            .take(2)
+            .collect();
+        assert_eq!(first, ["b", "a"]);
+        // A list that is whole stays in order.
+        let whole = parse(&(test("a", "passed") + &test("b", "failed") + "{\"end\":2}"));
+        assert!(!whole.tests[0].failed());
     }
 }

@@ -1,12 +1,13 @@
 //! What the runs of a submission mean. Pure: made from the runner's reports alone, so that it comes
 //! out the same after a restart.
 
-use super::fit::{MAX_ACTUAL, cut, cut_outputs};
+use super::compare::difference;
+use super::fit::{MAX_ACTUAL, MAX_SAID, cut, cut_outputs, end_within};
 use super::report::{self, Defect, Report};
 use crate::model::{
     self, Case, Ending, INDEX_FAILED, Install, Limits, NO_INSTALLER, Outcome, Problem, Proof,
-    Reason, RelativePath, RunReport, Status, Submission, TestFiles, TestResult, TestRunner, Tests,
-    Usage,
+    Reason, RelativePath, RunReport, Status, Submission, TestCounts, TestFiles, TestOutcome,
+    TestResult, TestRunner, Tests, Usage,
 };
 use crate::runner::wire::{BUILD_SCRATCH_BYTES, DISK_SAID, MAX_BUILD_BYTES, MAX_UNPACKED_BYTES};
 
@@ -22,7 +23,7 @@ pub struct FinishedRun {
     /// What it wrote to stderr.
     pub stderr: String,
     /// What the test runner reported, where there was a report.
-    pub tests: Option<Result<Report, Defect>>,
+    pub tests: Option<Report>,
 }
 
 impl FinishedRun {
@@ -34,8 +35,9 @@ impl FinishedRun {
             return;
         };
         let read = tokio::task::spawn_blocking(move || report::parse(&text));
-        let failed = |error: tokio::task::JoinError| Err(Defect::Unread(error.to_string()));
-        self.tests = Some(read.await.unwrap_or_else(failed));
+        let failed = |error: tokio::task::JoinError| Defect::Unread(error.to_string());
+        let read = read.await.map_err(failed);
+        self.tests = Some(read.unwrap_or_else(Report::broken));
     }
 }
 
@@ -46,8 +48,10 @@ pub struct Verdict {
     pub status: Status,
     /// How the program failed.
     pub reason: Option<Reason>,
-    /// Every test's result.
+    /// The tests' results.
     pub tests: Vec<TestResult>,
+    /// How many ended how.
+    pub counts: TestCounts,
     /// For [`Status::Unavailable`].
     pub error: Option<Problem>,
     /// The run whose exit code and signal the reply shows.
@@ -60,6 +64,7 @@ pub fn decide(submission: &Submission, runs: &[FinishedRun]) -> Verdict {
         status: Status::TestsPassed,
         reason: None,
         tests: Vec::new(),
+        counts: TestCounts::default(),
         error: None,
         shown: runs.len().saturating_sub(1),
     };
@@ -75,7 +80,7 @@ pub fn decide(submission: &Submission, runs: &[FinishedRun]) -> Verdict {
         (Tests::Cases(cases), _) => {
             let results = cases.iter().zip(runs);
             let results = results.map(|(case, run)| judge_case(case, run)).collect();
-            judge_tests(results, runs, &mut verdict);
+            judge_tests(results, &mut verdict);
         }
         (Tests::Files(files), [first, ..]) => match &submission.language.tests {
             TestFiles::Runner(runner) => judge_files(runner, first, &mut verdict),
@@ -83,7 +88,7 @@ pub fn decide(submission: &Submission, runs: &[FinishedRun]) -> Verdict {
                 let results = files.iter().zip(runs);
                 let results = results.map(|(file, run)| judge_file(command.proof, file, run));
                 let results = results.collect();
-                judge_tests(results, runs, &mut verdict);
+                judge_tests(results, &mut verdict);
             }
         },
         (Tests::ExitCode, [run, ..]) => {
@@ -233,6 +238,7 @@ fn judge_build(run: &FinishedRun) -> Option<Verdict> {
         status: Status::TestsFailed,
         reason: Some(Reason::Compile),
         tests: Vec::new(),
+        counts: TestCounts::default(),
         error: None,
         // A compiler's exit code is not the program's.
         shown: usize::MAX,
@@ -303,86 +309,108 @@ fn reason_of(ending: &Ending) -> Option<Reason> {
     }
 }
 
-/// Of tests that had a run each.
-fn judge_tests(results: Vec<TestResult>, runs: &[FinishedRun], verdict: &mut Verdict) {
-    verdict.tests = results;
-    let failed = verdict.tests.iter().position(|test| !test.passed);
-    if let Some(index) = failed {
+/// Of tests that had a run each: the first that failed says why.
+fn judge_tests(results: Vec<TestResult>, verdict: &mut Verdict) {
+    verdict.counts = TestCounts::of(&results);
+    if let Some(index) = results.iter().position(TestResult::failed) {
         verdict.status = Status::TestsFailed;
         verdict.shown = index;
-        let ending = runs
-            .get(index)
-            .and_then(|run| run.report.as_ref())
-            .map(|r| &r.ending);
-        // A limit says more than that a test did not hold.
-        verdict.reason = Some(match ending {
-            Some(Ending::Limit(reason)) => *reason,
-            _ => Reason::Tests,
-        });
+        verdict.reason = results[index].reason;
+    }
+    verdict.tests = results;
+}
+
+/// What the result of a test says of the run that it had by itself.
+fn of_run(name: impl Into<String>, failed: Option<Reason>, run: &FinishedRun) -> TestResult {
+    let outcome = match failed {
+        Some(_) => TestOutcome::Failed,
+        None => TestOutcome::Passed,
+    };
+    let report = run.report.as_ref();
+    let ending = report.map(|report| &report.ending);
+    TestResult {
+        reason: failed,
+        exit_code: match ending {
+            Some(Ending::Exited(code)) => Some(*code),
+            _ => None,
+        },
+        signal: match ending {
+            Some(Ending::Signalled(signal)) => Some(signal_name(*signal)),
+            _ => None,
+        },
+        usage: report.map(|report| report.usage),
+        ..TestResult::new(name, outcome, report.map_or(0, |report| report.duration_ms))
     }
 }
 
 /// One case's result.
 pub fn judge_case(case: &Case, run: &FinishedRun) -> TestResult {
-    let mut result = TestResult {
-        name: case.name.clone(),
-        passed: false,
-        duration_ms: run.report.as_ref().map_or(0, |report| report.duration_ms),
-        message: None,
-        expected: None,
-        actual: None,
-    };
     let ending = run.report.as_ref().map(|report| &report.ending);
-    match ending {
-        Some(Ending::Exited(0)) => match &case.expected_stdout {
-            Some(expected) if *expected != run.stdout => {
-                let actual = cut(&run.stdout, MAX_ACTUAL);
-                let shown = if actual.len() < run.stdout.len() {
-                    "; its beginning is shown"
-                } else {
-                    ""
-                };
-                result.message = Some(format!("stdout is not as expected{shown}"));
-                result.expected = Some(expected.clone());
-                result.actual = Some(actual.to_owned());
-            }
-            _ => result.passed = true,
-        },
-        Some(ending) => result.message = Some(in_words(ending)),
-        None => result.message = Some("its outcome is unknown".to_owned()),
+    let expected = case.expected_stdout.as_deref();
+    let differs = expected.and_then(|expected| difference(case.compare, expected, &run.stdout));
+    let failed = match ending {
+        Some(Ending::Exited(0)) => differs.as_ref().map(|_| Reason::Tests),
+        Some(ending) => Some(reason_of(ending).unwrap_or(Reason::Tests)),
+        None => Some(Reason::Tests),
+    };
+    let mut result = of_run(case.name.clone(), failed, run);
+    if failed.is_none() {
+        return result;
     }
+    match (ending, differs) {
+        (Some(Ending::Exited(0)), Some(difference)) => {
+            let actual = cut(&run.stdout, MAX_ACTUAL);
+            let shown = if actual.len() < run.stdout.len() {
+                "; its beginning is shown"
+            } else {
+                ""
+            };
+            result.truncated = actual.len() < run.stdout.len();
+            result.message = Some(format!("{difference}{shown}"));
+            result.expected = Some(expected.unwrap_or_default().to_owned());
+            result.actual = Some(actual.to_owned());
+        }
+        (ending, _) => {
+            result.message = Some(in_words(ending));
+            result.stdout = said(&run.stdout, &mut result.truncated);
+        }
+    }
+    result.stderr = said(&run.stderr, &mut result.truncated);
     result
 }
 
-/// Most of a failed test file's output that its result has; the reply has more.
-const MAX_SAID: usize = 4 << 10;
+/// The end of what a run wrote; nothing where it wrote nothing.
+fn said(text: &str, truncated: &mut bool) -> Option<String> {
+    let end = end_within(text, MAX_SAID);
+    *truncated |= end.len() < text.len();
+    (!end.is_empty()).then(|| end.to_owned())
+}
+
+/// Most of a failed test file's output that its message has; the reply has more.
+const MAX_LAST_WORDS: usize = 4 << 10;
 
 /// One test file's result, where each has a run of its own.
 pub fn judge_file(proof: Proof, file: &RelativePath, run: &FinishedRun) -> TestResult {
     let ending = run.report.as_ref().map(|report| &report.ending);
     let ended_well = ending == Some(&Ending::Exited(0));
-    let passed = ended_well && proof.is_in(&run.stdout);
-    let message = (!passed).then(|| {
-        let words = match ending {
-            None => "its outcome is unknown".to_owned(),
-            Some(_) if ended_well => {
-                "no test ran: the file holds none, or the program ended the process first"
-                    .to_owned()
-            }
-            Some(ending) => in_words(ending),
+    let failed = match ending {
+        _ if ended_well && proof.is_in(&run.stdout) => None,
+        // An assertion that does not hold ends a test so.
+        None | Some(Ending::Exited(_) | Ending::Signalled(libc::SIGABRT)) => Some(Reason::Tests),
+        Some(ending) => Some(reason_of(ending).unwrap_or(Reason::Tests)),
+    };
+    let mut result = of_run(file.to_string(), failed, run);
+    result.message = failed.map(|_| {
+        let words = match ended_well {
+            true => "no test ran: the file holds none, or the program ended the process first"
+                .to_owned(),
+            false => in_words(ending),
         };
-        let said = [&run.stdout, &run.stderr].map(|text| end_of(text.trim_end(), MAX_SAID));
+        let said = [&run.stdout, &run.stderr].map(|text| end_of(text.trim_end(), MAX_LAST_WORDS));
         let said = said.into_iter().filter(|text| !text.is_empty());
         said.fold(words, |all, text| format!("{all}\n{text}"))
     });
-    TestResult {
-        name: file.to_string(),
-        passed,
-        duration_ms: run.report.as_ref().map_or(0, |report| report.duration_ms),
-        message,
-        expected: None,
-        actual: None,
-    }
+    result
 }
 
 /// The last whole characters of a text.
@@ -392,7 +420,10 @@ fn end_of(text: &str, most: usize) -> &str {
     &text[from.unwrap_or(text.len())..]
 }
 
-fn in_words(ending: &Ending) -> String {
+fn in_words(ending: Option<&Ending>) -> String {
+    let Some(ending) = ending else {
+        return "its outcome is unknown".to_owned();
+    };
     match ending {
         Ending::Exited(code) => format!("ended with exit code {code}"),
         Ending::Signalled(signal) => format!("was ended by {}", signal_name(*signal)),
@@ -407,20 +438,26 @@ fn judge_files(runner: &TestRunner, run: &FinishedRun, verdict: &mut Verdict) {
     let Some(report) = &run.report else {
         return;
     };
-    if let Some(Ok(tests)) = &run.tests {
-        verdict.tests.clone_from(&tests.tests);
-    }
+    let none = Report::default();
+    let tests = run.tests.as_ref().unwrap_or(&none);
+    verdict.tests.clone_from(&tests.tests);
+    verdict.counts = tests.counts;
+    let (failed, defect) = (tests.counts.failed > 0, tests.defect.as_ref());
+    let damaged = || defect.map(|defect| damaged(runner, defect));
     match reason_of(&report.ending) {
         // Exit code 0 alone proves nothing: the program may have ended the test run from inside.
-        None => match &run.tests {
-            Some(Ok(tests)) if tests.failed > 0 => fail(verdict, Reason::Tests),
-            Some(Ok(tests)) if tests.passed > 0 => {}
-            unproved => {
-                fail(verdict, Reason::Tests);
-                verdict.error = Some(unproven(runner, unproved.as_ref()));
-            }
-        },
-        Some(Reason::ExitCode) if !verdict.tests.is_empty() => fail(verdict, Reason::Tests),
+        None if failed => {
+            fail(verdict, Reason::Tests);
+            verdict.error = damaged();
+        }
+        None if tests.counts.passed > 0 && defect.is_none() => {}
+        None => {
+            fail(verdict, Reason::Tests);
+            verdict.error = Some(match &run.tests {
+                None => no_report(runner),
+                Some(tests) => damaged().unwrap_or_else(|| no_test_ran(runner, tests.counts)),
+            });
+        }
         Some(Reason::ExitCode) if is_absent(runner.name, run) => {
             let (name, install) = (runner.name, runner.install);
             verdict.status = Status::Unavailable;
@@ -431,35 +468,73 @@ fn judge_files(runner: &TestRunner, run: &FinishedRun, verdict: &mut Verdict) {
                 format!("Install it on the server ({install}), or send tests as cases."),
             ));
         }
+        Some(Reason::ExitCode) if failed => {
+            fail(verdict, Reason::Tests);
+            verdict.error = damaged();
+        }
+        Some(Reason::ExitCode) => {
+            fail(verdict, Reason::ExitCode);
+            verdict.error = match &run.tests {
+                None => None,
+                Some(tests) if defect.is_none() && tests.counts.passed == 0 => {
+                    verdict.reason = Some(Reason::Tests);
+                    Some(no_test_ran(runner, tests.counts))
+                }
+                Some(_) => damaged().or_else(|| Some(failed_otherwise(runner, &report.ending))),
+            };
+        }
+        // It was ended from outside, and its report with it.
         Some(reason) => fail(verdict, reason),
     }
 }
 
-/// Why a test run that ended with exit code 0 does not count.
-fn unproven(runner: &TestRunner, tests: Option<&Result<Report, Defect>>) -> Problem {
+fn no_test_ran(runner: &TestRunner, counts: TestCounts) -> Problem {
     let name = runner.name;
-    match tests {
-        Some(Ok(tests)) => {
-            let cause = match tests.skipped {
-                0 => format!("{name} found no test"),
-                skipped => format!("{name} skipped all {skipped} tests"),
-            };
-            let help = "Check that the test files hold tests and that the program does not end while they load it.";
-            Problem::new("no_test_ran", "No test ran", cause, help)
+    let TestCounts { skipped, todo, .. } = counts;
+    let cause = match (skipped, todo) {
+        (0, 0) => format!("{name} found no test"),
+        (skipped, 0) => format!("{name} skipped all {skipped} tests"),
+        (0, todo) => format!("all {todo} tests are marked as todo"),
+        (skipped, todo) => {
+            format!("{name} skipped {skipped} tests, and {todo} are marked as todo")
         }
-        Some(Err(defect)) => Problem::new(
-            "test_report_invalid",
-            format!("{name}'s report cannot be read"),
-            defect.to_string(),
-            "Check that neither the program nor its tests end the process, as os._exit does, or write to the report.",
-        ),
-        None => Problem::new(
-            "test_report_missing",
-            format!("{name} ended without a report"),
-            "exit code 0 without a report: something ended the test run before its tests were over",
-            "Check that neither the program nor its tests end the process, as os._exit does.",
-        ),
-    }
+    };
+    Problem::new(
+        "no_test_ran",
+        "No test ran",
+        cause,
+        "Check that the test files hold tests and that the program does not end while they load it.",
+    )
+}
+
+/// What is wrong with a report of which something may have been read.
+fn damaged(runner: &TestRunner, defect: &Defect) -> Problem {
+    Problem::new(
+        "test_report_invalid",
+        format!("{}'s report is not whole", runner.name),
+        defect.to_string(),
+        "Check that neither the program nor its tests end the process, as os._exit does, or write to the report. The tests that could be read are listed.",
+    )
+}
+
+fn no_report(runner: &TestRunner) -> Problem {
+    Problem::new(
+        "test_report_missing",
+        format!("{} ended without a report", runner.name),
+        "exit code 0 without a report: something ended the test run before its tests were over",
+        "Check that neither the program nor its tests end the process, as os._exit does.",
+    )
+}
+
+/// Every test that it lists held.
+fn failed_otherwise(runner: &TestRunner, ending: &Ending) -> Problem {
+    let name = runner.name;
+    Problem::new(
+        "test_run_failed",
+        format!("{name} failed, and none of its tests did"),
+        format!("it {}", in_words(Some(ending))),
+        format!("Look at {name}'s output in stdout and stderr: what failed is outside the tests."),
+    )
 }
 
 fn fail(verdict: &mut Verdict, reason: Reason) {
@@ -473,6 +548,7 @@ impl Verdict {
         let mut outcome = Outcome::new(self.status);
         outcome.reason = self.reason;
         outcome.tests.clone_from(&self.tests);
+        outcome.test_counts = (self.counts.all() > 0).then_some(self.counts);
         outcome.error.clone_from(&self.error);
         let reports = || runs.iter().filter_map(|run| run.report.as_ref());
         outcome.truncated = reports().any(|report| report.truncated);
@@ -626,49 +702,149 @@ mod tests {
     }
 
     #[test]
-    fn a_case_holds_to_the_byte() {
+    fn a_case_compares_what_came_out() {
         let s = submission(
             r#"{"user_id":"t","code":"","tests":[{"name":"a","expected_stdout":"1\n"},{"name":"b"}]}"#,
         );
-        let good = decide(
-            &s,
-            &[run(Ending::Exited(0), "1\n"), run(Ending::Exited(0), "?")],
-        );
-        assert_eq!(good.status, Status::TestsPassed);
-        let bad = decide(
-            &s,
-            &[run(Ending::Exited(0), "1"), run(Ending::Exited(0), "?")],
-        );
+        let decided = |out: &str| {
+            decide(
+                &s,
+                &[run(Ending::Exited(0), out), run(Ending::Exited(0), "?")],
+            )
+        };
+        for good in ["1\n", "1", "1 \r\n"] {
+            assert_eq!(decided(good).status, Status::TestsPassed, "{good:?}");
+        }
+        let bad = decided("2\n");
         assert_eq!(
             (bad.status, bad.reason),
             (Status::TestsFailed, Some(Reason::Tests))
         );
-        assert_eq!(bad.tests[0].actual.as_deref(), Some("1"));
+        assert_eq!(bad.tests[0].actual.as_deref(), Some("2\n"));
+        let said = bad.tests[0].message.as_deref().unwrap();
+        assert!(said.contains("line 1, column 1"), "{said}");
+        let exact = submission(
+            r#"{"user_id":"t","code":"","tests":[{"name":"a","expected_stdout":"1\n","compare":"exact"}]}"#,
+        );
+        let verdict = decide(&exact, &[run(Ending::Exited(0), "1")]);
+        assert_eq!(verdict.status, Status::TestsFailed);
     }
 
     #[test]
-    fn a_test_run_without_a_report_never_passes() {
+    fn a_case_keeps_its_reason_and_the_first_that_failed_gives_the_replys() {
+        let cases = |count: usize| {
+            let cases: Vec<String> = (0..count).map(|n| format!(r#"{{"name":"{n}"}}"#)).collect();
+            let cases = cases.join(",");
+            submission(&format!(r#"{{"user_id":"t","code":"","tests":[{cases}]}}"#))
+        };
+        let endings = [
+            (Ending::Exited(0), None, None, None),
+            (Ending::Exited(3), Some(Reason::ExitCode), Some(3), None),
+            (
+                Ending::Signalled(11),
+                Some(Reason::Signal),
+                None,
+                Some("SIGSEGV"),
+            ),
+            (
+                Ending::Limit(Reason::Memory),
+                Some(Reason::Memory),
+                None,
+                None,
+            ),
+        ];
+        let runs: Vec<FinishedRun> = endings
+            .iter()
+            .map(|(ending, ..)| FinishedRun {
+                stderr: format!("{}end", "x".repeat(9_000)),
+                ..run(ending.clone(), "out")
+            })
+            .collect();
+        let verdict = decide(&cases(4), &runs);
+        assert_eq!(verdict.reason, Some(Reason::ExitCode));
+        let outcome = verdict.outcome(&runs);
+        assert_eq!((outcome.exit_code, outcome.signal), (Some(3), None));
+        for (test, (_, reason, exit_code, signal)) in verdict.tests.iter().zip(&endings) {
+            assert_eq!(&test.reason, reason);
+            assert_eq!(&test.signal.as_deref(), signal);
+            assert_eq!(test.exit_code, exit_code.or(reason.is_none().then_some(0)));
+            assert!(test.usage.is_some());
+            let said = test.stderr.as_deref().unwrap_or_default();
+            assert_eq!(
+                said.ends_with("end") && said.len() <= MAX_SAID,
+                reason.is_some()
+            );
+            assert_eq!(test.truncated, reason.is_some());
+        }
+        let counts = TestCounts {
+            passed: 1,
+            failed: 3,
+            ..TestCounts::default()
+        };
+        assert_eq!(outcome.test_counts, Some(counts));
+        let signalled = decide(&cases(2), &runs[2..]);
+        assert_eq!(signalled.reason, Some(Reason::Signal));
+    }
+
+    #[test]
+    fn a_test_run_without_a_whole_report_never_passes() {
         let s = submission(r#"{"user_id":"t","code":"","tests":{"test_a.py":""}}"#);
-        let verdict = |report: Option<&str>| {
-            let mut run = run(Ending::Exited(0), "");
+        let verdict = |report: Option<&str>, ending| {
+            let mut run = run(ending, "");
             run.tests = report.map(report::parse);
             let verdict = decide(&s, &[run]);
-            (verdict.status, verdict.error.map(|error| error.code))
+            let error = verdict.error.map(|error| error.code);
+            (verdict.status, verdict.reason, error, verdict.tests.len())
         };
-        let failed = |code: &str| (Status::TestsFailed, Some(code.to_owned()));
-        assert_eq!(verdict(None), failed("test_report_missing"));
-        assert_eq!(verdict(Some("{")), failed("test_report_invalid"));
-        assert_eq!(verdict(Some("{\"end\":0}")), failed("no_test_ran"));
+        let ended = |report: &str| verdict(Some(report), Ending::Exited(0));
+        let failed = |code: &str, tests| {
+            let code = Some(code.to_owned());
+            (Status::TestsFailed, Some(Reason::Tests), code, tests)
+        };
+        assert_eq!(
+            verdict(None, Ending::Exited(0)),
+            failed("test_report_missing", 0)
+        );
+        assert_eq!(ended("{"), failed("test_report_invalid", 0));
+        assert_eq!(ended("{\"end\":0}"), failed("no_test_ran", 0));
         let one = |outcome: &str| {
-            format!(
-                "{{\"test\":{{\"name\":\"b\",\"outcome\":\"{outcome}\",\"ms\":0}}}}\n{{\"end\":1}}"
-            )
+            format!("{{\"test\":{{\"name\":\"b\",\"outcome\":\"{outcome}\",\"ms\":0}}}}\n")
         };
-        assert_eq!(verdict(Some(&one("skipped"))), failed("no_test_ran"));
-        let passed = verdict(Some(&one("passed")));
-        assert_eq!(passed, (Status::TestsPassed, None));
-        let empty = verdict(Some(&one("empty")));
-        assert_eq!(empty, (Status::TestsFailed, None));
+        let whole = |outcome: &str| one(outcome) + "{\"end\":1}";
+        for left_out in ["skipped", "todo"] {
+            assert_eq!(ended(&whole(left_out)), failed("no_test_ran", 1));
+            let ended = verdict(Some(&whole(left_out)), Ending::Exited(5));
+            assert_eq!(ended, failed("no_test_ran", 1));
+        }
+        let passed = ended(&whole("passed"));
+        assert_eq!(passed, (Status::TestsPassed, None, None, 1));
+        let empty = ended(&whole("empty"));
+        assert_eq!(empty, (Status::TestsFailed, Some(Reason::Tests), None, 1));
+        // What can be read of it is listed, whatever the exit code is.
+        let damaged = one("passed") + "x";
+        assert_eq!(ended(&damaged), failed("test_report_invalid", 1));
+        let (status, reason, code, tests) = verdict(Some(&damaged), Ending::Exited(1));
+        assert_eq!((status, tests), (Status::TestsFailed, 1));
+        assert_eq!(
+            (reason, code.as_deref()),
+            (Some(Reason::ExitCode), Some("test_report_invalid"))
+        );
+        let damaged = one("failed") + "x";
+        for code in [0, 1] {
+            let ended = verdict(Some(&damaged), Ending::Exited(code));
+            assert_eq!(ended, failed("test_report_invalid", 1));
+        }
+        // Nobody but the limit ended it early.
+        let timeout = verdict(Some(&one("passed")), Ending::Limit(Reason::Timeout));
+        assert_eq!(
+            timeout,
+            (Status::TestsFailed, Some(Reason::Timeout), None, 1)
+        );
+        let (_, reason, code, _) = verdict(Some(&whole("passed")), Ending::Exited(1));
+        assert_eq!(
+            (reason, code.as_deref()),
+            (Some(Reason::ExitCode), Some("test_run_failed"))
+        );
     }
 
     #[test]

@@ -22,7 +22,7 @@ use crate::model::{
     Domain, Ending, Limits, Order, Reason, RelativePath, ReleaseState, ReplChange, ReplId,
     ReplState, RunReport, Serves, SubmissionId, Tested, Tests, UserId,
 };
-use crate::runner::client::{Piece, Run, RunEvent};
+use crate::runner::client::{Piece, Run, RunEvent, Session};
 use crate::runner::confine::{SIGNALS_VERSION, landlock_version};
 use crate::runner::wire::{Job, JobEvent, JobId};
 use crate::storage::CodeStore;
@@ -147,6 +147,9 @@ pub async fn all(subject: &Subject) -> anyhow::Result<()> {
     a_cut_stream_loses_nothing(subject)
         .await
         .with_context(context("a cut stream loses nothing and runs nothing twice"))?;
+    a_runs_memory_is_its_own(&of(subject, "conform-m"))
+        .await
+        .with_context(context("a run's memory is its own"))?;
     input_that_comes_before_the_program_runs_reaches_it(subject)
         .await
         .with_context(context(
@@ -295,6 +298,44 @@ async fn a_cut_stream_loses_nothing(subject: &Subject) -> anyhow::Result<()> {
     ensure!(
         repeated.report == rest.report,
         "the same job ran a second time"
+    );
+    Ok(())
+}
+
+fn of(subject: &Subject, name: &str) -> Session {
+    Sessions::new(Arc::clone(&subject.platform)).of(&user(name))
+}
+
+/// After runs for which the runner itself needs much memory: many small writes, and a large build.
+pub async fn a_runs_memory_is_its_own(session: &Session) -> anyhow::Result<()> {
+    let mut writes = python("import os\nfor _ in range(100_000): os.write(1, b'x')");
+    writes.limits = Limits::MAXIMUM;
+    let ended = finish(&mut session.start(writes)).await?;
+    ensure!(ended.report.ending == Ending::Exited(0), "{ended:?}");
+    ensure!(ended.stdout.len() == 100_000, "{}", ended.stdout.len());
+    let mut builds = python("import os\nopen('out/large', 'wb').write(os.urandom(48 << 20))");
+    builds.output = vec!["out".to_owned()];
+    builds.builds = true;
+    builds.limits = Limits::MAXIMUM;
+    let built = builds.id;
+    let ended = finish(&mut session.start(builds)).await?;
+    ensure!(ended.report.ending == Ending::Exited(0), "{ended:?}");
+    let mut small = python("");
+    small.files[0] = ("main.sh".to_owned(), "echo x".to_owned());
+    small.argv = vec!["bash".to_owned(), "main.sh".to_owned()];
+    small.limits.memory_bytes = 24 << 20;
+    let ended = finish(&mut session.start(small)).await?;
+    session.forget(built);
+    let RunReport { ending, usage, .. } = ended.report;
+    ensure!(
+        ending == Ending::Exited(0) && ended.stdout == b"x\n",
+        "echo ended by {ending:?} with {} bytes of memory",
+        usage.memory_bytes
+    );
+    ensure!(
+        (1..24 << 20).contains(&usage.memory_bytes),
+        "echo used {} bytes of memory",
+        usage.memory_bytes
     );
     Ok(())
 }

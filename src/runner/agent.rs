@@ -27,7 +27,7 @@ use super::confine::{Calls, Confinement, Identity, Reach, SIGNALS_VERSION, landl
 use super::job::{Command, Input, JobLog, KILL_PATIENCE, Supervisor};
 use super::line::{Lines, Proxy};
 use super::network::Network;
-use super::process::{Exit, MemoryGroup, die_first, reap};
+use super::process::{Exit, MemoryGroup, PeakBefore, die_first, reap};
 use super::report::{Report, with_folder};
 use super::slot::{Ground, Slot};
 use super::warm::{HOOK_FOLDER, Interpreter, Parked, Program, needs_cold_start, pipes};
@@ -189,6 +189,13 @@ impl Exits {
         }
     }
 
+    /// Collects the runner's own children that have ended by now.
+    pub fn collect(&self) {
+        while let Some((pid, uid, exit)) = reap() {
+            self.collected(pid, uid, exit);
+        }
+    }
+
     /// A child of the runner's own has ended: one that is waited for, or an orphan of a job.
     fn collected(&self, pid: i32, uid: u32, exit: Exit) {
         if self.0.borrow().waiting.contains_key(&pid) {
@@ -342,9 +349,7 @@ pub fn collect_children(exits: Exits) -> io::Result<impl Future<Output = ()>> {
     let mut ended = signal(SignalKind::child())?;
     Ok(async move {
         loop {
-            while let Some((pid, uid, exit)) = reap() {
-                exits.collected(pid, uid, exit);
-            }
+            exits.collect();
             if ended.recv().await.is_none() {
                 return;
             }
@@ -675,7 +680,8 @@ impl Agent {
             }) => {
                 // Where all share one user id, only the job's own process tree is its own.
                 let tree = slot.tree(known(0));
-                let supervisor = Supervisor::new(job, &slot, tree, orphans, log, given);
+                let supervisor =
+                    Supervisor::new(job, &slot, tree, (orphans, self.exits.clone()), log, given);
                 let mut report = supervisor.watch(program, early, commands).await;
                 // Nobody in a sandbox can make the kernel do this but by using up its memory.
                 if report.ending == Ending::Signalled(libc::SIGKILL) && self.memory.kills() > kills
@@ -689,16 +695,14 @@ impl Agent {
                     report.test_report = read.ok().and_then(Result::ok);
                 }
                 if job.builds && report.ending == Ending::Limit(Reason::Disk) {
-                    let (stream, data) = (OutputStream::Stderr, why_full(job, &slot).into_bytes());
-                    log.push(JobEvent::Output { stream, data });
+                    log.output(OutputStream::Stderr, why_full(job, &slot).as_bytes());
                 }
                 if !job.output.is_empty() && report.ending == Ending::Exited(0) {
                     // Nor to what it built.
                     let still = slot.tree(known(0)).kill(KILL_PATIENCE).await;
                     if let Err(why) = self.keep_build(&slot, job, still).await {
                         let words = format!("{DISK_SAID}what was built cannot be kept: {why}\n");
-                        let (stream, data) = (OutputStream::Stderr, words.into_bytes());
-                        log.push(JobEvent::Output { stream, data });
+                        log.output(OutputStream::Stderr, words.as_bytes());
                         report.ending = Ending::Limit(Reason::Disk);
                     }
                 }
@@ -863,6 +867,7 @@ impl Agent {
             slot.workspace(),
             &job.limits,
         )?;
+        let peak_before = PeakBefore::of(&mut command)?;
         // Last: what is done before needs descriptors, and one of them may have the report's number.
         let report = match job.report {
             true => Some(Report::of(&mut command)?),
@@ -871,13 +876,16 @@ impl Agent {
         let started = command
             .spawn()
             .map_err(|error| anyhow::anyhow!("{name} could not be started: {error}"))?;
+        let peak_before = peak_before.read()?;
         let pid = i32::try_from(started.id())?;
         die_first(pid);
         let program = Program {
             stdin: parent.stdin,
             stdout: parent.stdout,
             stderr: parent.stderr,
+            pid,
             exit: self.exits.wait_for(pid),
+            peak_before,
             cpu_before: Duration::ZERO,
         };
         Ok((program, report))
@@ -936,13 +944,16 @@ async fn cancelled(commands: &mut mpsc::UnboundedReceiver<Command>, early: &mut 
 
 async fn forward(log: Rc<JobLog>, mut after: u64, tell: mpsc::Sender<FromRunner>) {
     let mut gathered = after;
-    while let Some((seq, event)) = log.after(after).await {
+    while log.is_more(after).await {
         let job = log.id;
-        if seq > gathered {
+        if after >= gathered {
             // Sooner or later it goes; whether the job has ended by then shows in what follows.
             let _ = timeout(GATHER, log.ended()).await;
             gathered = log.last();
         }
+        let Some((seq, event)) = log.after(after) else {
+            return;
+        };
         if tell
             .send(FromRunner::Event { job, seq, event })
             .await

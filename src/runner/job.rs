@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, timeout};
 
-use super::agent::Orphans;
+use super::agent::{Exits, Orphans};
 use super::listening::listening;
-use super::process::{Exit, Pressure, Tree};
+use super::process::{Exit, Pressure, Tree, has_ended, peak_of};
 use super::slot::Slot;
 use super::warm::Program;
 use super::wire::{Job, JobEvent, JobId, MAX_FRAME_BYTES};
@@ -73,7 +73,30 @@ pub struct JobLog {
 struct Events {
     kept: VecDeque<(u64, JobEvent)>,
     last: u64,
+    /// Up to here they were given away, and stay as they are.
+    given: u64,
     ended: bool,
+}
+
+/// Events that nobody was given yet, after which a stream's output joins its last event also when the other
+/// stream wrote in between: a program that writes to both by turns, byte by byte, makes no more.
+const MOST_BY_TURNS: u64 = 64;
+
+impl Events {
+    /// The event that more output of this stream belongs to.
+    fn open_for(&mut self, stream: OutputStream, more: usize) -> Option<&mut Vec<u8>> {
+        let (given, waiting) = (self.given, self.last - self.given);
+        let reach = if waiting < MOST_BY_TURNS { 1 } else { 2 };
+        let mut last = self.kept.iter_mut().rev().take(reach);
+        last.find_map(|(number, event)| match event {
+            JobEvent::Output { stream: of, data }
+                if *number > given && *of == stream && data.len() + more <= READ_BYTES =>
+            {
+                Some(data)
+            }
+            _ => None,
+        })
+    }
 }
 
 impl JobLog {
@@ -98,22 +121,44 @@ impl JobLog {
         self.changed.notify_waiters();
     }
 
-    /// The first event after `seq`, waiting for it if need be; `None` after the last.
-    pub async fn after(&self, seq: u64) -> Option<(u64, JobEvent)> {
+    /// Adds what it wrote: to its last event while nobody was given that, so that a program that writes byte
+    /// by byte costs no event for each.
+    pub fn output(&self, stream: OutputStream, data: &[u8]) {
+        let mut events = self.events.borrow_mut();
+        if let Some(before) = events.open_for(stream, data.len()) {
+            before.extend_from_slice(data);
+            drop(events);
+            self.changed.notify_waiters();
+            return;
+        }
+        drop(events);
+        let data = data.to_vec();
+        self.push(JobEvent::Output { stream, data });
+    }
+
+    /// Whether an event follows `seq`, waiting for one if need be; `false` after the last.
+    pub async fn is_more(&self, seq: u64) -> bool {
         loop {
             let changed = self.changed.notified();
             {
                 let events = self.events.borrow();
-                // Their numbers have no gaps: a program that writes byte by byte makes many.
-                let first = events.kept.front().map_or(0, |(number, _)| *number);
-                let at = usize::try_from((seq + 1).saturating_sub(first)).ok();
-                let next = at.and_then(|at| events.kept.get(at));
-                if next.is_some() || events.ended {
-                    return next.cloned();
+                if events.last > seq || events.ended {
+                    return events.last > seq;
                 }
             }
             changed.await;
         }
+    }
+
+    /// The first event after `seq` that is still kept.
+    pub fn after(&self, seq: u64) -> Option<(u64, JobEvent)> {
+        let mut events = self.events.borrow_mut();
+        // Their numbers have no gaps: there may be many.
+        let first = events.kept.front().map_or(0, |(number, _)| *number);
+        let at = usize::try_from((seq + 1).saturating_sub(first)).ok();
+        let next = events.kept.get(at?).cloned()?;
+        events.given = events.given.max(next.0);
+        Some(next)
     }
 
     /// Forgets what the server has stored. `true` when nothing is left to tell.
@@ -157,6 +202,7 @@ pub struct Supervisor<'a> {
     slot: &'a Slot,
     tree: Tree,
     orphans: Orphans,
+    exits: Exits,
     log: &'a Rc<JobLog>,
     /// Bytes of the largest file that was there before it started, built by an earlier job.
     given: u64,
@@ -166,8 +212,16 @@ pub struct Supervisor<'a> {
     peak: u64,
     /// Something of it listened on a TCP port.
     listened: bool,
+    /// See [`Program::peak_before`].
+    peak_before: u64,
     /// What the machine kept from it.
     pressure: Pressure,
+    /// When the runner last looked at anything of it.
+    looked: Instant,
+    /// For how long the runner was stopped since the last measure of pressure.
+    away: Duration,
+    /// What was read of a pipe.
+    read: Vec<u8>,
     measured: u32,
     /// It has used as much of the processors as one of them has in its time: whatever it waited for,
     /// it has had its chance.
@@ -194,7 +248,7 @@ impl<'a> Supervisor<'a> {
         job: &'a Job,
         slot: &'a Slot,
         tree: Tree,
-        orphans: Orphans,
+        (orphans, exits): (Orphans, Exits),
         log: &'a Rc<JobLog>,
         given: u64,
     ) -> Self {
@@ -203,6 +257,7 @@ impl<'a> Supervisor<'a> {
             slot,
             tree,
             orphans,
+            exits,
             log,
             given,
             started: Instant::now(),
@@ -213,6 +268,10 @@ impl<'a> Supervisor<'a> {
             truncated: false,
             peak: 0,
             listened: false,
+            peak_before: 0,
+            looked: Instant::now(),
+            away: Duration::ZERO,
+            read: Vec::with_capacity(READ_BYTES),
             closer_look: None,
             stopped: None,
             gone_since: None,
@@ -222,13 +281,20 @@ impl<'a> Supervisor<'a> {
     /// Runs until the program has ended, by itself or at a limit. `early` came before it was started.
     pub async fn watch(
         mut self,
-        mut program: Program,
+        program: Program,
         early: Vec<Input>,
         commands: &mut mpsc::UnboundedReceiver<Command>,
     ) -> RunReport {
         let limits = self.job.limits;
         let mut input = StandardInput::new(program.stdin, &self.job.stdin, self.job.stdin_open);
         early.into_iter().for_each(|piece| input.add(piece));
+        let mut end = End {
+            pid: program.pid,
+            cpu_before: program.cpu_before,
+            told: program.exit,
+        };
+        self.peak_before = program.peak_before;
+        self.look_at_peak(end.pid);
         let deadline = tokio::time::sleep(limits.wall());
         tokio::pin!(deadline);
         let mut measure = measuring(self.started);
@@ -236,10 +302,7 @@ impl<'a> Supervisor<'a> {
         let exit = loop {
             // The select only says what happened; the match below acts on it.
             let happening = tokio::select! {
-                exit = &mut program.exit => Happening::Exited(exit.ok().map(|exit| Exit {
-                    cpu: exit.cpu.saturating_sub(program.cpu_before),
-                    ..exit
-                })),
+                exit = end.told() => Happening::Exited(exit),
                 // An error shows again, as an end, when the pipe is read.
                 _ = program.stdout.readable(), if stdout_open =>
                     Happening::Output(OutputStream::Stdout),
@@ -251,7 +314,9 @@ impl<'a> Supervisor<'a> {
                 resident = looked(&mut self.closer_look) => Happening::Looked(resident),
                 () = &mut deadline => Happening::OutOfTime,
             };
-            match happening {
+            self.note_absence();
+            // A limit that it has met, unless it has ended before it was looked at.
+            let limit = match happening {
                 Happening::Exited(exit) => break exit,
                 Happening::Output(stream) => {
                     let (pipe, open) = match stream {
@@ -259,26 +324,49 @@ impl<'a> Supervisor<'a> {
                         OutputStream::Stderr => (&program.stderr, &mut stderr_open),
                     };
                     *open = self.collect(stream, pipe).await;
+                    None
                 }
                 Happening::Measure => {
-                    self.measure().await;
+                    self.look_at_peak(end.pid);
+                    let limit = self.measure();
                     if self
                         .gone_since
                         .is_some_and(|since| since.elapsed() > EXIT_NEWS)
                     {
-                        break None;
+                        break end.by_now(&self.exits).await;
                     }
+                    limit
                 }
-                Happening::Looked(resident) => self.resident(resident).await,
+                Happening::Looked(resident) => self.resident(resident),
                 // Killed long ago, and its end was never told: the reason is known all the same.
-                Happening::OutOfTime if self.stopped.is_some() => break None,
+                Happening::OutOfTime if self.stopped.is_some() => {
+                    break end.by_now(&self.exits).await;
+                }
                 Happening::OutOfTime => match self.more_time() {
-                    Some(until) => deadline.as_mut().reset(until),
-                    None => self.stop(self.too_late()).await,
+                    Some(until) => {
+                        deadline.as_mut().reset(until);
+                        None
+                    }
+                    None => Some(self.too_late()),
                 },
-                Happening::Told(Some(Command::Stdin(piece))) => input.add(piece),
-                Happening::Told(Some(Command::Cancel)) => self.stop(Ending::Cancelled).await,
-                Happening::Told(None) => told = false,
+                Happening::Told(Some(Command::Stdin(piece))) => {
+                    input.add(piece);
+                    None
+                }
+                Happening::Told(Some(Command::Cancel)) => {
+                    self.stop(Ending::Cancelled).await;
+                    None
+                }
+                Happening::Told(None) => {
+                    told = false;
+                    None
+                }
+            };
+            if let Some(limit) = limit.filter(|_| self.stopped.is_none()) {
+                if let Some(exit) = end.by_now(&self.exits).await {
+                    break Some(exit);
+                }
+                self.stop(limit).await;
             }
             if self.stopped.is_some() && !ending {
                 ending = true;
@@ -294,9 +382,9 @@ impl<'a> Supervisor<'a> {
     /// Takes what is in the pipe now. `false` when it was closed.
     async fn collect(&mut self, stream: OutputStream, pipe: &pipe::Receiver) -> bool {
         loop {
-            let mut data = Vec::with_capacity(READ_BYTES.min(4096));
-            let open = drain(pipe, &mut data);
-            if data.is_empty() {
+            self.read.clear();
+            let open = drain(pipe, &mut self.read);
+            if self.read.is_empty() {
                 return open;
             }
             let room = self
@@ -304,14 +392,15 @@ impl<'a> Supervisor<'a> {
                 .limits
                 .output_bytes
                 .saturating_sub(self.output_bytes);
-            let whole = data.len() as u64;
-            if whole > room {
-                data.truncate(usize::try_from(room).unwrap_or(usize::MAX));
+            let whole = self.read.len();
+            if whole as u64 > room {
+                self.read
+                    .truncate(usize::try_from(room).unwrap_or(usize::MAX));
                 self.truncated = true;
             }
-            self.output_bytes += data.len() as u64;
-            if !data.is_empty() {
-                self.log.push(JobEvent::Output { stream, data });
+            self.output_bytes += self.read.len() as u64;
+            if !self.read.is_empty() {
+                self.log.output(stream, &self.read);
             }
             if self.truncated {
                 self.stop(Ending::Limit(Reason::Output)).await;
@@ -319,7 +408,7 @@ impl<'a> Supervisor<'a> {
             if !open {
                 return false;
             }
-            if (whole as usize) < READ_BYTES {
+            if whole < READ_BYTES {
                 return true;
             }
         }
@@ -329,7 +418,8 @@ impl<'a> Supervisor<'a> {
     /// within bounds.
     fn more_time(&mut self) -> Option<Instant> {
         let cpu = self.tree.usage().cpu + self.orphans.cpu();
-        self.pressure.look(&self.tree, cpu);
+        let away = std::mem::take(&mut self.away);
+        self.pressure.look(&self.tree, cpu, away);
         let wall = self.job.limits.wall();
         self.had_its_time = self.pressure.used() >= wall;
         if self.had_its_time {
@@ -350,12 +440,30 @@ impl<'a> Supervisor<'a> {
         Ending::Limit(Reason::Timeout)
     }
 
-    async fn measure(&mut self) {
+    /// Whether the runner has been stopped meanwhile, with the machine or by itself.
+    fn note_absence(&mut self) {
+        let passed = self.looked.elapsed();
+        self.looked += passed;
+        if passed > MOST_BETWEEN_LOOKS {
+            self.away += passed;
+        }
+    }
+
+    /// Looks at the peak of a program that may stay below what the kernel will tell at its end.
+    fn look_at_peak(&mut self, pid: i32) {
+        if self.peak < self.peak_before {
+            self.peak = self.peak.max(peak_of(pid).unwrap_or(0));
+        }
+    }
+
+    /// What it uses now. `Some`: it has met a limit.
+    fn measure(&mut self) -> Option<Ending> {
         let mut usage = self.tree.usage();
         usage.cpu += self.orphans.cpu();
         self.measured += 1;
         if self.measured.is_multiple_of(MEASURES_OF_PRESSURE) {
-            self.pressure.look(&self.tree, usage.cpu);
+            let away = std::mem::take(&mut self.away);
+            self.pressure.look(&self.tree, usage.cpu, away);
             self.look_for_listeners();
         }
         self.gone_since = match usage.processes {
@@ -373,10 +481,9 @@ impl<'a> Supervisor<'a> {
             self.closer_look = Some(look);
         }
         if usage.cpu.as_millis() > u128::from(self.job.limits.cpu_ms) {
-            self.stop(Ending::Limit(Reason::Cpu)).await;
-        } else if self.slot.is_full() {
-            self.stop(Ending::Limit(Reason::Disk)).await;
+            return Some(Ending::Limit(Reason::Cpu));
         }
+        self.slot.is_full().then_some(Ending::Limit(Reason::Disk))
     }
 
     /// A program that listens while it is tested is expected to when it is released.
@@ -393,13 +500,11 @@ impl<'a> Supervisor<'a> {
         self.listened = pid.is_some_and(|pid| !listening(Some(pid), uid).is_empty());
     }
 
-    /// Its memory was found to be this much, shared pages counted once.
-    async fn resident(&mut self, bytes: u64) {
+    /// Its memory was found to be this much, shared pages counted once. `Some`: it has met its limit.
+    fn resident(&mut self, bytes: u64) -> Option<Ending> {
         self.closer_look = None;
         self.peak = self.peak.max(bytes);
-        if bytes > self.job.limits.memory_bytes {
-            self.stop(Ending::Limit(Reason::Memory)).await;
-        }
+        (bytes > self.job.limits.memory_bytes).then_some(Ending::Limit(Reason::Memory))
     }
 
     /// Kills the job's whole tree. The first reason stands.
@@ -414,7 +519,8 @@ impl<'a> Supervisor<'a> {
 
     fn report(&self, exit: Option<Exit>) -> RunReport {
         let limits = self.job.limits;
-        let peak = self.peak.max(exit.map_or(0, |exit| exit.peak));
+        let own = |exit: Exit| (exit.peak > self.peak_before).then_some(exit.peak);
+        let peak = self.peak.max(exit.and_then(own).unwrap_or(0));
         let exit = exit.map(|exit| Exit {
             cpu: exit.cpu + self.orphans.cpu(),
             ..exit
@@ -472,6 +578,38 @@ const END_PATIENCE: Duration = Duration::from_secs(1);
 /// microseconds; it is lost only with the waiting interpreter that had to bring it.
 const EXIT_NEWS: Duration = Duration::from_secs(2);
 
+/// Longest between two looks of a runner that is not stopped: it looks every 20 ms, and on a machine full of
+/// work its turn may come late.
+const MOST_BETWEEN_LOOKS: Duration = Duration::from_millis(500);
+
+/// The end of a program, and the news of it.
+struct End {
+    pid: i32,
+    cpu_before: Duration,
+    told: oneshot::Receiver<Exit>,
+}
+
+impl End {
+    /// Resolves when it has ended; `None` when that will never be told. Safe to drop at any time.
+    async fn told(&mut self) -> Option<Exit> {
+        let exit = (&mut self.told).await.ok()?;
+        Some(Exit {
+            cpu: exit.cpu.saturating_sub(self.cpu_before),
+            ..exit
+        })
+    }
+
+    /// Its end, if that has come, also when the news is still under way: whoever is kept from looking must not
+    /// take a program that ended in time for one that did not.
+    async fn by_now(&mut self, exits: &Exits) -> Option<Exit> {
+        if !has_ended(self.pid) {
+            return None;
+        }
+        exits.collect();
+        timeout(EXIT_NEWS, self.told()).await.ok()?
+    }
+}
+
 /// What the look finds; without one, nothing ever. Safe to drop at any time.
 async fn looked(look: &mut Option<JoinHandle<u64>>) -> u64 {
     match look {
@@ -497,14 +635,12 @@ fn drain(pipe: &pipe::Receiver, data: &mut Vec<u8>) -> bool {
         if data.len() >= READ_BYTES {
             return true;
         }
+        // It has room for as much.
         match pipe.try_read_buf(data) {
             Ok(0) => return false,
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
             Err(_) => return false,
-        }
-        if data.len() == data.capacity() {
-            data.reserve(READ_BYTES - data.len().min(READ_BYTES));
         }
     }
 }
@@ -577,7 +713,74 @@ const MAX_WAITING_INPUT: usize = (16 << 20) + MAX_FRAME_BYTES;
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use OutputStream::{Stderr, Stdout};
+
     use super::*;
+    use crate::model::SubmissionId;
+
+    fn log() -> JobLog {
+        let id = JobId {
+            submission: SubmissionId::new(),
+            run: 0,
+        };
+        JobLog::new(id, mpsc::unbounded_channel().0)
+    }
+
+    fn all(log: &JobLog) -> Vec<(u64, JobEvent)> {
+        let mut seen: Vec<(u64, JobEvent)> = Vec::new();
+        while let Some(next) = log.after(seen.last().map_or(0, |(number, _)| *number)) {
+            seen.push(next);
+        }
+        seen
+    }
+
+    #[test]
+    fn output_joins_the_last_event_until_that_is_given_away() {
+        let log = log();
+        let output = |stream, data: &[u8]| {
+            let data = data.to_vec();
+            JobEvent::Output { stream, data }
+        };
+        log.output(Stdout, b"a");
+        log.output(Stdout, b"b");
+        log.output(Stderr, b"c");
+        log.output(Stdout, b"d");
+        assert_eq!(log.after(0), Some((1, output(Stdout, b"ab"))));
+        log.output(Stdout, b"e");
+        let rest = [(2, output(Stderr, b"c")), (3, output(Stdout, b"de"))];
+        assert_eq!(all(&log)[1..], rest);
+        // All were given away by now.
+        log.output(Stdout, b"f");
+        assert_eq!(log.after(3), Some((4, output(Stdout, b"f"))));
+        assert_eq!(log.after(1), Some(rest[0].clone()));
+    }
+
+    #[test]
+    fn writes_of_one_byte_cost_what_their_bytes_do() {
+        let log = log();
+        for _ in 0..200_000 {
+            log.output(Stdout, b"x");
+            log.output(Stderr, b"y");
+        }
+        let events = all(&log);
+        assert!(events.len() < 100, "{} events", events.len());
+        let mut written = [0, 0];
+        let mut room = 0;
+        for (_, event) in events {
+            let JobEvent::Output { stream, data } = event else {
+                unreachable!("nothing has ended");
+            };
+            written[stream as usize] += data.len();
+            assert!(data.len() <= READ_BYTES);
+        }
+        for (_, event) in &log.events.borrow().kept {
+            if let JobEvent::Output { data, .. } = event {
+                room += data.capacity();
+            }
+        }
+        assert_eq!(written, [200_000, 200_000]);
+        assert!(room < 1 << 20, "{room} bytes are held");
+    }
 
     #[tokio::test]
     async fn input_that_comes_again_is_passed_over() {

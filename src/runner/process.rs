@@ -2,10 +2,15 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::{Duration, Instant};
+
+use rustix::pipe::PipeFlags;
 
 use crate::model::Limits;
 
@@ -297,8 +302,9 @@ impl Pressure {
         self.used
     }
 
-    /// Looks again. `cpu` is what the processes have used by now.
-    pub fn look(&mut self, tree: &Tree, cpu: Duration) {
+    /// Looks again. `cpu` is what the processes have used by now; for `away` since the last look nobody
+    /// could have looked: the runner itself was stopped, and who knows whether they were.
+    pub fn look(&mut self, tree: &Tree, cpu: Duration, away: Duration) {
         let passed = self.looked.elapsed();
         self.looked += passed;
         let taken = stolen();
@@ -317,7 +323,8 @@ impl Pressure {
         let used = ran.max(cpu.saturating_sub(self.cpu));
         self.cpu = cpu;
         self.used += used;
-        self.lost += lost(passed, used, longest, stolen);
+        let stopped = away.min(passed.saturating_sub(used));
+        self.lost += lost(passed, used, longest, stolen).max(stopped);
     }
 }
 
@@ -454,8 +461,81 @@ pub struct Exit {
     pub status: i32,
     /// Processor time of it and of all descendants it waited for.
     pub cpu: Duration,
-    /// Peak resident bytes of the largest of these processes.
+    /// Peak resident bytes of the largest of these processes. The kernel counts what a process had of its
+    /// parent's memory before its program was executed: see [`PeakBefore`].
     pub peak: u64,
+}
+
+/// The peak that a command's process has before its program is executed: it is a copy of the runner until
+/// then, and the kernel keeps that peak as its own.
+#[derive(Debug)]
+pub struct PeakBefore(OwnedFd);
+
+/// What a process may gain between the note of its peak and its program's execution, and by how much the
+/// kernel's counters may be behind.
+const PEAK_SLACK: u64 = 2 << 20;
+
+impl PeakBefore {
+    /// Has the command's process note it. The last thing that it does before the program.
+    pub fn of(command: &mut Command) -> io::Result<Self> {
+        let (noted, note) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+        // SAFETY: getrusage and write are async-signal-safe; the descriptor and the number live in the closure.
+        unsafe {
+            command.pre_exec(move || {
+                let mut usage: libc::rusage = std::mem::zeroed();
+                if libc::getrusage(libc::RUSAGE_SELF, &mut usage) < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                let kib = u64::try_from(usage.ru_maxrss).unwrap_or(0).to_ne_bytes();
+                match libc::write(note.as_raw_fd(), kib.as_ptr().cast(), kib.len()) {
+                    8 => Ok(()),
+                    _ => Err(io::Error::last_os_error()),
+                }
+            });
+        }
+        Ok(Self(noted))
+    }
+
+    /// What the started process noted. Up to here its peak says nothing of its program.
+    pub fn read(self) -> io::Result<u64> {
+        let mut kib = [0; 8];
+        // The command holds the other end as well, so that this would wait for a note that is not there; a
+        // process that was started has noted it.
+        fs::File::from(self.0).read_exact(&mut kib)?;
+        Ok(u64::from_ne_bytes(kib) * 1024 + PEAK_SLACK)
+    }
+}
+
+/// Peak resident bytes of a living process since its program was executed.
+pub fn peak_of(pid: i32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Whether all threads of a process have ended, collected or not.
+pub fn has_ended(pid: i32) -> bool {
+    match fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Ok(text) => ended_by_stat(&text),
+        Err(error) => {
+            error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
+        }
+    }
+}
+
+fn ended_by_stat(text: &str) -> bool {
+    let Some((_, rest)) = text.rsplit_once(") ") else {
+        return false;
+    };
+    let mut fields = rest.split(' ');
+    let dead = fields
+        .next()
+        .is_some_and(|state| state == "Z" || state == "X");
+    // proc_pid_stat(5): the number of threads is field 20. The first one can end before the others.
+    dead && fields.nth(16).and_then(|threads| threads.parse().ok()) <= Some(1)
 }
 
 /// Collects one ended child of this process, if there is one, and says which user it was.
@@ -491,7 +571,53 @@ pub fn reap() -> Option<(i32, u32, Exit)> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(
+        clippy::unwrap_used,
+        clippy::cast_possible_wrap,
+        clippy::cast_sign_loss
+    )]
     use super::*;
+
+    #[test]
+    fn a_peak_before_the_program_is_known() {
+        // A parent that is much larger than what it starts.
+        let large = vec![1_u8; 96 << 20];
+        let mut command = Command::new("/bin/true");
+        let before = PeakBefore::of(&mut command).unwrap();
+        let mut child = command.spawn().unwrap();
+        let before = before.read().unwrap();
+        assert!(large.iter().all(|byte| *byte == 1) && before > 96 << 20);
+        while !has_ended(child.id() as i32) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // SAFETY: rusage is plain old data, for which all zeroes is a value.
+        let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+        let mut status = 0;
+        let pid = child.id() as i32;
+        // SAFETY: both pointers are to live locals of the right type.
+        let collected = unsafe { libc::wait4(pid, &mut status, 0, &mut usage) };
+        assert_eq!(collected, pid);
+        let counted = usage.ru_maxrss as u64 * 1024;
+        assert!(
+            (96 << 20..=before).contains(&counted),
+            "{counted} of {before}"
+        );
+        let _ = child.try_wait();
+        assert!(peak_of(std::process::id() as i32).unwrap() > 96 << 20);
+    }
+
+    #[test]
+    fn a_process_has_ended_when_its_last_thread_has() {
+        let stat = |state, threads| {
+            let between = "0 ".repeat(16);
+            format!("7 (a) Z (b) {state} {between}{threads} 0 0")
+        };
+        assert!(ended_by_stat(&stat("Z", 1)));
+        assert!(!ended_by_stat(&stat("Z", 2)));
+        assert!(!ended_by_stat(&stat("S", 1)));
+        assert!(!has_ended(std::process::id() as i32));
+        assert!(has_ended(i32::MAX));
+    }
 
     #[test]
     fn what_is_lost_is_what_others_took() {

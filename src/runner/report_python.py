@@ -9,7 +9,13 @@ import os
 import sys
 
 DESCRIPTOR = 3
+MOST_NAME = 1000
 MOST_MESSAGE = 8192
+# Bytes of the whole report, of which the runner takes 1 MiB. Tests that held leave room for those that did
+# not, and messages for names; beyond that, tests are counted.
+MOST_HELD = 400 << 10
+MOST_MESSAGES = 800 << 10
+MOST_REPORT = 950 << 10
 
 
 def channel():
@@ -25,10 +31,18 @@ def channel():
         word += byte
     word, write, encode = word[:-1] + b" ", os.write, json.dumps
 
-    def say(**what):
+    said = 0
+
+    def say(most=None, **what):
+        """Whether there was room for it."""
+        nonlocal said
         line = word + encode(what).encode() + b"\n"
+        if most is not None and said + len(line) > most:
+            return False
+        said += len(line)
         while line:
             line = line[write(DESCRIPTOR, line) :]
+        return True
 
     return say
 
@@ -50,6 +64,7 @@ class Reporter:
         self.say = say
         self.ended = set()
         self.tests = {}
+        self.untold = {}
 
     def pytest_collection_finish(self, session):
         self.say(collected=len(session.items))
@@ -75,10 +90,13 @@ class Reporter:
             self.tell(report.nodeid, outcome, seconds, message)
 
     def tell(self, nodeid, outcome, seconds, message):
-        test = {"name": named(nodeid), "outcome": outcome, "ms": int(seconds * 1000)}
-        if outcome == "failed":
-            test["message"] = message[:MOST_MESSAGE]
-        self.say(test=test)
+        name = named(nodeid)[:MOST_NAME]
+        test = {"name": name, "outcome": outcome, "ms": int(seconds * 1000)}
+        failed = outcome == "failed"
+        if failed and self.say(MOST_MESSAGES, test={**test, "message": message[:MOST_MESSAGE]}):
+            return
+        if not self.say(MOST_REPORT if failed else MOST_HELD, test=test):
+            self.untold[outcome] = self.untold.get(outcome, 0) + 1
 
 
 def main():
@@ -95,6 +113,8 @@ def main():
     sys.path.insert(0, os.getcwd())
     reporter = Reporter(say)
     code = int(pytest.main(sys.argv[1:], plugins=[reporter]))
+    if reporter.untold:
+        say(untold=reporter.untold)
     say(end=len(reporter.ended))
     return code
 

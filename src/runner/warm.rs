@@ -51,8 +51,12 @@ pub struct Program {
     pub stdout: pipe::Receiver,
     /// Its standard error.
     pub stderr: pipe::Receiver,
+    /// Its process.
+    pub pid: i32,
     /// Resolves when it has ended.
     pub exit: oneshot::Receiver<Exit>,
+    /// Up to here the peak at its end is not its own, but what its process had before it was executed.
+    pub peak_before: u64,
     /// Processor time it had used before it was given its run.
     pub cpu_before: Duration,
 }
@@ -280,7 +284,10 @@ impl Interpreter {
                 stdin: parent.stdin,
                 stdout: parent.stdout,
                 stderr: parent.stderr,
+                pid,
                 exit: self.exits.wait_for(pid),
+                // The interpreter's memory is the program's.
+                peak_before: 0,
                 cpu_before: Duration::ZERO,
             },
             control,

@@ -36,7 +36,7 @@ pub struct Activity {
 }
 
 /// The version of these frames. Raised when a frame changes shape.
-pub const VERSION: u16 = 6;
+pub const VERSION: u16 = 7;
 
 /// Largest frame: a job carries at most 8 MiB of code, and its arguments and input beside it.
 pub const MAX_FRAME_BYTES: usize = 12 << 20;

@@ -143,7 +143,7 @@ fn field_error(path: String, message: &str) -> FieldError {
     if path == "tests" && message.contains("did not match any variant") {
         return FieldError::new(
             path,
-            "must be cases [{name, stdin, args, expected_stdout, timeout_ms}], file names \
+            "must be cases [{name, stdin, args, expected_stdout, compare, timeout_ms}], file names \
              [\"test_a.py\"] or files {\"test_a.py\": \"…\"}",
         );
     }
@@ -501,6 +501,7 @@ pub fn stdin_refused(id: SubmissionId, error: &Problem) -> String {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::model::TestOutcome;
 
     const ID: &str = "01900000-0000-7000-8000-000000000001";
 
@@ -672,17 +673,13 @@ mod tests {
             text(&event_frame(&queued).unwrap()),
             format!(r#"{{"event":"queued",{head}}}"#)
         );
-        let test = record(Event::Test(TestResult {
-            name: "a".to_owned(),
-            passed: true,
-            duration_ms: 1,
-            message: None,
-            expected: None,
-            actual: None,
-        }));
+        let test = TestResult::new("a", TestOutcome::Passed, 1);
+        let test = record(Event::Test(test));
         assert_eq!(
             text(&event_frame(&test).unwrap()),
-            format!(r#"{{"event":"test",{head},"name":"a","passed":true,"duration_ms":1}}"#)
+            format!(
+                r#"{{"event":"test",{head},"name":"a","passed":true,"outcome":"passed","duration_ms":1}}"#
+            )
         );
     }
 

@@ -14,10 +14,18 @@ const REASONS = {
   disk: () => "It wrote more to disk than its limit.",
   compile: (reply) => (reply.error ? "It could not be built." : "It could not be compiled."),
   tests: (reply) => {
-    const failed = (reply.tests ?? []).filter((test) => !test.passed).length;
-    return failed ? `${failed} of ${count(reply.tests.length, "test")} failed.` : "Its tests failed.";
+    const tests = reply.tests ?? [];
+    // Of very many tests not all are listed.
+    const counts = reply.test_counts ?? { failed: tests.filter((test) => outcome(test) === "failed").length };
+    const all = reply.test_counts ? Object.values(counts).reduce((sum, one) => sum + one, 0) : tests.length;
+    return counts.failed ? `${counts.failed} of ${count(all, "test")} failed.` : "Its tests failed.";
   },
 };
+
+/** How a test ended; records of older servers only say whether it passed. */
+const outcome = (test) => test.outcome ?? (test.passed ? "passed" : "failed");
+
+const TEST_MARKS = { passed: ["ok", "✓"], failed: ["bad", "✕"], skipped: ["", "–"], todo: ["", "–"] };
 
 const HEADLINES = {
   deployed: "Deployed",
@@ -88,18 +96,25 @@ function Diff({ expected, actual }) {
 
 function Test({ test }) {
   const comparable = typeof test.expected === "string" && typeof test.actual === "string";
+  const ended = outcome(test);
+  const [tone, mark] = TEST_MARKS[ended] ?? ["", "?"];
+  const leftOut = ended === "skipped" || ended === "todo";
   const label = html`
-    <span class=${`test-mark ${test.passed ? "ok" : "bad"}`} aria-hidden="true">${test.passed ? "✓" : "✕"}</span>
-    <span class="visually-hidden">${test.passed ? "passed" : "failed"}</span>
+    <span class=${`test-mark ${tone}`} aria-hidden="true">${mark}</span>
+    <span class="visually-hidden">${leftOut ? "" : ended}</span>
     <span class="test-name">${test.name}</span>
+    ${leftOut && html`<span class="muted">${ended}</span>`}
     <span class="muted">${duration(test.duration_ms)}</span>
   `;
-  if (test.passed) return html`<li class="test passed">${label}</li>`;
+  if (ended !== "failed") return html`<li class=${`test ${ended}`}>${label}</li>`;
   return html`
     <li class="test failed">
       <details open><summary>${label}</summary>
         ${test.message && html`<pre class="test-message" tabindex="0">${test.message}</pre>`}
         ${comparable && html`<${Diff} expected=${test.expected} actual=${test.actual} />`}
+        ${["stdout", "stderr"].map(
+          (name) => test[name] && html`<pre class="test-message" tabindex="0" aria-label=${name}>${test[name]}</pre>`,
+        )}
       </details>
     </li>
   `;
@@ -107,7 +122,7 @@ function Test({ test }) {
 
 export function Tests({ tests }) {
   if (!tests.length) return null;
-  const failedFirst = [...tests].sort((a, b) => Number(a.passed) - Number(b.passed));
+  const failedFirst = [...tests].sort((a, b) => Number(outcome(b) === "failed") - Number(outcome(a) === "failed"));
   return html`<ul class="tests" aria-label="Tests">${failedFirst.map((test, i) => html`<${Test} key=${i} test=${test} />`)}</ul>`;
 }
 

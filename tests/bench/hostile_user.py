@@ -184,7 +184,7 @@ class Attacker:
 
     def input(self):
         ws = WebSocket(self.port, self.key)
-        ws.send(self.message("import time; time.sleep(9)", stream=True))
+        ws.send(self.message("import time; time.sleep(9)", stream=True, interactive=True))
         one = ws.receive()["submission_id"]
         for _ in range(40):
             ws.send({"stdin": one, "data": "x" * 900_000})

@@ -165,7 +165,8 @@ impl Seen {
 }
 
 async fn give_input(way: &Way, user: &str, seen: &mut Seen) {
-    let message = json!({ "user_id": user, "code": format!("{NONCE}{READER}"), "deploy": false });
+    let code = format!("{NONCE}{READER}");
+    let message = json!({ "user_id": user, "code": code, "deploy": false, "interactive": true });
     let mut sent = [Sent::new(message, input)];
     follow(way, &mut sent).await;
     let [sent] = &sent;
@@ -333,8 +334,7 @@ async fn input_and_cancellations_of_what_waits_survive_a_kill_and_a_polite_end()
         let way = Way::to(&server);
         let busy =
             json!({ "user_id": "busy", "code": "import time; time.sleep(3)", "deploy": false });
-        let reader =
-            json!({ "user_id": "reads", "code": format!("{NONCE}{READER}"), "deploy": false });
+        let reader = json!({ "user_id": "reads", "code": format!("{NONCE}{READER}"), "deploy": false, "interactive": true });
         let sleeper =
             json!({ "user_id": "sleeps", "code": "import time; time.sleep(9)", "deploy": false });
         let mut sent = [

@@ -338,6 +338,7 @@ async fn input_that_waits_is_bounded_for_its_user() {
     for id in &ids {
         let mut message = submission(id, "writer", code);
         message["limits"] = json!({ "wall_ms": 60_000 });
+        message["interactive"] = json!(true);
         socket.send(message.to_string()).await;
         until_step(&mut socket, id, "receive").await;
     }

@@ -6,7 +6,7 @@ use super::super::ecs;
 use super::{output, received};
 use crate::model::{
     Ending, Event, Outcome, Problem, Reason, Record, RunReport, Status, Step, StepState,
-    SubmissionId, TestResult, Usage,
+    SubmissionId, TestOutcome, TestResult, Usage,
 };
 
 fn shape(event: Event, seq: Option<u64>) -> Value {
@@ -80,14 +80,10 @@ fn actions_levels_and_outcomes_tell_whose_failure_it_is() {
             listened: false,
         },
     };
-    let test = |passed| {
+    let test = |outcome| {
         Event::Test(TestResult {
-            name: "adds".to_owned(),
-            passed,
-            duration_ms: 2,
             message: Some("1 is not 2".to_owned()),
-            expected: None,
-            actual: None,
+            ..TestResult::new("adds", outcome, 2)
         })
     };
     let id = SubmissionId::new();
@@ -149,9 +145,15 @@ fn actions_levels_and_outcomes_tell_whose_failure_it_is() {
             "failure",
             "Stopped at its limit: memory",
         ),
-        (test(true), "test.result", "info", "success", "adds passed"),
         (
-            test(false),
+            test(TestOutcome::Passed),
+            "test.result",
+            "info",
+            "success",
+            "adds passed",
+        ),
+        (
+            test(TestOutcome::Failed),
             "test.result",
             "warn",
             "failure",
