@@ -111,7 +111,9 @@ async fn a_stopped_agent_is_replaced_after_its_heartbeats_are_missed() {
     let ended = machine.run("halted", python("print('again')")).await;
     assert_eq!(ended.report.ending, Ending::Exited(0));
     assert_ne!(machine.first_process("user-halted"), stopped);
-    assert!(!Path::new(&format!("/proc/{stopped}")).exists());
+    // Whoever adopted it may not have looked yet.
+    let state = std::fs::read_to_string(format!("/proc/{stopped}/stat")).unwrap_or_default();
+    assert!(state.is_empty() || state.contains(") Z "), "{state}");
     machine.platform.shutdown().await;
 }
 
