@@ -56,7 +56,7 @@ pub use claims::{NameRules, NotYours};
 pub use idle::Awake;
 pub use intake::Bounds;
 pub use names::Names;
-pub use save::{NotSaved, Saved};
+pub use save::{LastSave, NotSaved, Saved};
 
 /// Submissions that were cancelled while they waited to be taken up again and are read back for
 /// their replies at one time: each may be as large as all that a program wrote.
@@ -437,16 +437,17 @@ impl Pipeline {
         user: &UserId,
         repl: &ReplId,
         release: Option<u64>,
-    ) -> Result<RunningRelease, PlatformError> {
+    ) -> Result<(RunningRelease, LastSave), PlatformError> {
         let platform = &self.inner.platform;
         let _place = self.inner.places.take(&**platform, user, repl).await?;
         // A workspace gives way to the release: what was edited in it is kept first.
-        self.save_or_gone(repl).await?;
+        let last = self.save_before(repl).await;
+        let last = last.map_err(PlatformError::Unavailable)?;
         let running = platform.rollback(repl, release).await?;
         self.inner.saves.forget(repl);
         let back = format!("it was rolled back to release {}", running.release);
         self.order(user, repl, back).await?;
-        let message = format!("Rolled back to release {}", running.release);
+        let message = format!("Rolled back to release {}{}", running.release, last.told());
         self.note(
             user,
             repl,
@@ -455,7 +456,7 @@ impl Pipeline {
             Some(running.release),
         )
         .await;
-        Ok(running)
+        Ok((running, last))
     }
 
     /// Starts the user's repl from its current files. Without a language it is the one whose entrypoint or
@@ -564,9 +565,11 @@ impl Pipeline {
         repl: &ReplId,
         change: &ReplChange,
     ) -> Result<ReplSettings, ConfigureError> {
+        let mut last = LastSave::default();
         if let ReplChange::Variables(_) = change {
             // A workspace is started anew from what is in the code store.
-            self.save_or_gone(repl).await?;
+            let saved = self.save_before(repl).await;
+            last = saved.map_err(PlatformError::Unavailable)?;
         }
         let now = self.inner.platform.configure(repl, change).await?;
         let (action, message) = match change {
@@ -580,7 +583,7 @@ impl Pipeline {
                     .chain(&now.secrets)
                     .map(String::as_str)
                     .collect();
-                let message = format!("Given the variables {}", names.join(", "));
+                let message = format!("Given the variables {}{}", names.join(", "), last.told());
                 ("repl.variables", message)
             }
             ReplChange::Domains(domains) => {
@@ -675,18 +678,18 @@ impl Pipeline {
         }
     }
 
-    /// Stops the user's repl.
-    pub async fn stop(&self, user: &UserId, repl: &ReplId) -> Result<(), PlatformError> {
+    /// Stops the user's repl, whatever of its workspace can be kept.
+    pub async fn stop(&self, user: &UserId, repl: &ReplId) -> Result<LastSave, PlatformError> {
         let was_there = self.inner.platform.owner(repl).await?.is_some();
         self.order(user, repl, STOPPED.to_owned()).await?;
-        self.save_or_gone(repl).await?;
+        let last = self.save_at_last(repl).await;
         self.inner.saves.forget(repl);
         self.inner.platform.drop_repl(repl).await?;
         if was_there {
-            self.note(user, repl, "repl.stopped", "Stopped".to_owned(), None)
-                .await;
+            let message = format!("Stopped{}", last.told());
+            self.note(user, repl, "repl.stopped", message, None).await;
         }
-        Ok(())
+        Ok(last)
     }
 
     /// Deletes what the user's repl keeps beside its code, for good.
@@ -718,19 +721,6 @@ impl Pipeline {
     async fn give_back(&self, repl: &ReplId) {
         if let Err(error) = self.inner.platform.forget_unused(repl).await {
             tracing::warn!(%repl, %error, "the name of a repl that did not start stays taken");
-        }
-    }
-
-    /// The last save of a workspace before it goes.
-    async fn save_or_gone(&self, repl: &ReplId) -> Result<(), PlatformError> {
-        match self.save(repl).await {
-            Ok(_) => Ok(()),
-            // What does not answer any more has nothing left to save.
-            Err(NotSaved::Gone(error)) => {
-                tracing::debug!(%repl, %error, "stopped without a last save");
-                Ok(())
-            }
-            Err(NotSaved::Failed(problem)) => Err(PlatformError::Unavailable(problem)),
         }
     }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, ensure};
 use async_trait::async_trait;
 
-use super::CodeStore;
+use super::{CodeStore, FILE_REFUSED};
 use crate::model::{BUILD_ARCHIVE, RelativePath, ReplId, SubmissionId};
 
 /// Paths and texts, as they were found.
@@ -148,6 +148,19 @@ async fn current_code_is_the_last_published(
     }
     let current = look.current(repl).await?;
     ensure!(current == found(&edited), "edited it is {current:?}");
+    // What was a folder becomes a file, and a folder again.
+    for (gone, name) in [("a/new/file é", "a"), ("a", "a/b/c"), ("a/b/c", "a/b")] {
+        store.remove_current(repl, &path(gone)?).await?;
+        store.put_current(repl, &path(name)?, name.into()).await?;
+        let current = look.current(repl).await?;
+        let expected = [(name, name), ("main.py", "edited")];
+        ensure!(current == found(&expected), "turned it is {current:?}");
+    }
+    let long = path(&format!("{}/{}", vec!["d"; 380].join("/"), "n".repeat(255)))?;
+    match store.put_current(repl, &long, Vec::new()).await {
+        Ok(()) => store.remove_current(repl, &long).await?,
+        Err(problem) => ensure!(problem.code == FILE_REFUSED, "{problem}"),
+    }
     Ok(())
 }
 

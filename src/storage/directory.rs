@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 
-use super::{CodeStore, LANES, lane};
+use super::{CodeStore, FILE_REFUSED, LANES, lane};
 use crate::beneath::Folder;
 use crate::model::{BUILD_ARCHIVE, Problem, RelativePath, ReplId, SubmissionId};
 
@@ -111,21 +111,21 @@ impl CodeStore for DirectoryStore {
         content: Vec<u8>,
     ) -> Result<(), Problem> {
         let (code, path) = (self.current(repl), path.clone());
-        self.alone(repl, move || write_one(&code, &path, &content))
-            .await
+        let put = self.alone(repl, move || Ok(write_one(&code, &path, &content)));
+        let problem = match put.await? {
+            Ok(()) => return Ok(()),
+            Err(error) if is_files_own(&error) => Problem {
+                code: FILE_REFUSED.to_owned(),
+                ..failed(&error)
+            },
+            Err(error) => failed(&error),
+        };
+        Err(problem)
     }
 
     async fn remove_current(&self, repl: &ReplId, path: &RelativePath) -> Result<(), Problem> {
         let (code, path) = (self.current(repl), path.clone());
-        self.alone(repl, move || match own_folder(&code, &path, false) {
-            Ok(folder) => match fs::remove_file(folder.join(name_of(&path))) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-                result => result,
-            },
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
-        })
-        .await
+        self.alone(repl, move || remove_one(&code, &path)).await
     }
 
     async fn remove_repl(&self, repl: &ReplId) -> Result<(), Problem> {
@@ -175,6 +175,12 @@ fn failed(error: &io::Error) -> Problem {
     )
 }
 
+/// Whether it is this file that cannot be put where it belongs, and no fault of the disk's.
+fn is_files_own(error: &io::Error) -> bool {
+    use io::ErrorKind::{DirectoryNotEmpty, InvalidFilename, IsADirectory, NotADirectory};
+    [DirectoryNotEmpty, InvalidFilename, IsADirectory, NotADirectory].contains(&error.kind())
+}
+
 fn name_of(path: &RelativePath) -> &str {
     let path = path.as_str();
     path.rsplit_once('/').map_or(path, |(_, name)| name)
@@ -197,10 +203,8 @@ fn own_folder(code: &Path, path: &RelativePath, make: bool) -> io::Result<PathBu
                 sync_folder(folder.parent().unwrap_or(code))?;
             }
             Ok(_) => {
-                return Err(io::Error::other(format!(
-                    "{} is no folder",
-                    folder.display()
-                )));
+                let why = format!("{} is no folder", folder.display());
+                return Err(io::Error::new(io::ErrorKind::NotADirectory, why));
             }
             Err(error) => return Err(error),
         }
@@ -216,8 +220,46 @@ fn write_one(code: &Path, path: &RelativePath, content: &[u8]) -> io::Result<()>
     let mut file = File::create(&staged)?;
     file.write_all(content)?;
     file.sync_data()?;
-    fs::rename(&staged, folder.join(name_of(path)))?;
+    let target = folder.join(name_of(path));
+    if fs::symlink_metadata(&target).is_ok_and(|about| about.is_dir()) {
+        remove_folders(&target)?;
+    }
+    fs::rename(&staged, target)?;
     sync_folder(&folder)
+}
+
+/// Removes a file, and the folders above it that have nothing left in them.
+fn remove_one(code: &Path, path: &RelativePath) -> io::Result<()> {
+    use io::ErrorKind::{IsADirectory, NotADirectory, NotFound};
+    // Where something else stands meanwhile, the file is gone as well.
+    let is_gone = |error: &io::Error| [IsADirectory, NotADirectory, NotFound].contains(&error.kind());
+    let folder = match own_folder(code, path, false) {
+        Err(error) if is_gone(&error) => return Ok(()),
+        folder => folder?,
+    };
+    match fs::remove_file(folder.join(name_of(path))) {
+        Err(error) if !is_gone(&error) => return Err(error),
+        _ => {}
+    }
+    for empty in folder.ancestors().take_while(|above| *above != code) {
+        if fs::remove_dir(empty).is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Removes folders that have no file in them; one with a file stays, with an error.
+fn remove_folders(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if !entry.file_type()?.is_dir() {
+            let why = format!("{} is a folder with files in it", folder.display());
+            return Err(io::Error::new(io::ErrorKind::DirectoryNotEmpty, why));
+        }
+        remove_folders(&entry.path())?;
+    }
+    fs::remove_dir(folder)
 }
 
 /// Writes a folder beside its place and moves it there, so that it is seen whole or not at all.

@@ -46,7 +46,8 @@ pub trait CodeStore: Send + Sync + fmt::Debug {
         build: Option<Vec<u8>>,
     ) -> Result<(), Problem>;
 
-    /// Puts one file among the repl's current files, durably and whole or not at all.
+    /// Puts one file among the repl's current files, durably and whole or not at all. A folder with no file in it
+    /// gives way. What the store cannot take of this file alone is a problem with the code [`FILE_REFUSED`].
     async fn put_current(
         &self,
         repl: &ReplId,
@@ -66,6 +67,9 @@ pub trait CodeStore: Send + Sync + fmt::Debug {
     /// Names of those current files that are in no folder.
     async fn top_current(&self, repl: &ReplId) -> Result<BTreeSet<String>, Problem>;
 }
+
+/// The code of a problem that is one file's own: the store takes others, and does not take this one later either.
+pub const FILE_REFUSED: &str = "store_file_refused";
 
 /// Changes of current code that may go on at one time in one server; one repl's never overlap.
 const LANES: usize = 64;

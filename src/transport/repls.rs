@@ -14,6 +14,7 @@ use super::caller::Authenticated;
 use super::problem::HttpProblem;
 use crate::auth::Caller;
 use crate::model::{FieldError, Problem, Release, ReplId, ReplStatus, UserId};
+use crate::pipeline::LastSave;
 use crate::platform::PlatformError;
 
 /// The repls of a caller.
@@ -94,6 +95,10 @@ pub struct RolledBack {
     release: u64,
     /// Where.
     url: String,
+    /// Of a workspace that gave way: `unsaved`, what could not be kept, and why.
+    #[serde(flatten)]
+    #[schema(value_type = Object)]
+    last: LastSave,
 }
 
 /// Make an earlier release serve again
@@ -108,7 +113,7 @@ pub async fn rollback(
     Json(Rollback { release }): Json<Rollback>,
 ) -> Result<axum::Json<RolledBack>, HttpProblem> {
     let (repl, user) = owned(&edge, &caller, &id).await?;
-    let running = edge
+    let (running, last) = edge
         .pipeline
         .rollback(&user, &repl, release)
         .await
@@ -128,6 +133,7 @@ pub async fn rollback(
         repl_id: repl.into(),
         release: running.release,
         url: running.url,
+        last,
     }))
 }
 
@@ -144,7 +150,10 @@ pub async fn release_name(
     let released = edge.pipeline.release_name(&user, &repl).await;
     released.map_err(platform_problem)?;
     tracing::info!(%repl, %user, key = %caller.key_id, "a repl's name was released");
-    Ok(axum::Json(Stopped { success: true }))
+    Ok(axum::Json(Stopped {
+        success: true,
+        last: LastSave::default(),
+    }))
 }
 
 /// What `POST /stop` answers.
@@ -152,6 +161,11 @@ pub async fn release_name(
 pub struct Stopped {
     /// Always true here; errors carry false.
     success: bool,
+    /// Of a workspace: `unsaved`, what could not be kept, and why, as `[{path, reason}]`; `unsaved_more`, how much
+    /// more there is; `saveError`, why what was changed lately is not kept.
+    #[serde(flatten)]
+    #[schema(value_type = Object)]
+    last: LastSave,
 }
 
 /// What `POST /stop` takes. For the description only: the route itself says what is wrong in its
@@ -187,14 +201,21 @@ pub async fn stop(
             let pipeline = &edge.pipeline;
             let own = |user: &UserId| caller.may_act_for(user);
             pipeline.stop_unclaimed(&repl, own).await;
-            Ok(())
+            Ok(LastSave::default())
         }
         // Another's repl looks like one that is not there, and stopping that is fine.
-        Ok(_) => Ok(()),
+        Ok(_) => Ok(LastSave::default()),
         Err(error) => Err(error),
     };
+    let done = |last| {
+        Ok(axum::Json(Stopped {
+            success: true,
+            last,
+        }))
+    };
     match stopped {
-        Ok(()) | Err(PlatformError::NotFound(_)) => Ok(axum::Json(Stopped { success: true })),
+        Ok(last) => done(last),
+        Err(PlatformError::NotFound(_)) => done(LastSave::default()),
         Err(PlatformError::Unavailable(problem) | PlatformError::NotReady(problem)) => {
             tracing::error!(repl_id = %repl, error = %problem, "a repl could not be stopped");
             let failed = HttpProblem::new(StatusCode::INTERNAL_SERVER_ERROR, problem.clone());

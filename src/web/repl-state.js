@@ -30,16 +30,50 @@ export function readiness({ ready, replicas }) {
   return ready == null ? "" : `${ready}/${replicas ?? 1} ready`;
 }
 
-/** Stops it when the person says so; `fail` hears why it did not. */
+/** Shown by name of what cannot be kept. */
+const MOST_NAMED = 5;
+
+/** `[{path, reason}]` in words; `more`: how many there are beyond those. */
+export function unsavedWords(unsaved = [], more = 0) {
+  const rest = unsaved.length - MOST_NAMED + more;
+  const named = unsaved.slice(0, MOST_NAMED).map(({ path, reason }) => `${path} (${reason})`);
+  return named.join(", ") + (rest > 0 ? ` and ${rest} more` : "");
+}
+
+/** What a save, a stop or a rollback could not keep, as a problem; null: it kept everything. */
+export function unsavedProblem({ unsaved = [], unsaved_more: more, saveError } = {}, title) {
+  if (!unsaved.length && !saveError) return null;
+  return {
+    title,
+    detail: unsaved.length ? unsavedWords(unsaved, more) : undefined,
+    reason: saveError && `What was changed lately could not be saved: ${saveError.message}: ${saveError.cause}`,
+  };
+}
+
+/** What stopping a workspace would lose. It is saved for that; what keeps it from being saved is told as well. */
+async function losses(repl) {
+  try {
+    const { unsaved = [], unsaved_more: more } = await api.save(repl.replId);
+    return unsaved.length ? ` These cannot be kept and will be lost: ${unsavedWords(unsaved, more)}.` : "";
+  } catch (problem) {
+    return ` Now it cannot be saved (${problem.reason ?? problem.message}): what was changed lately may be lost.`;
+  }
+}
+
+/** Stops it when the person says so; `fail` hears why it did not, and what could not be kept. */
 export async function stopRepl(repl, fail) {
   const yes = await confirmed({
     title: `Stop ${repl.replId}?`,
     detail: isWorkspace(repl)
-      ? "Its program and its terminals are ended. Its files are saved first; starting it again brings them back."
+      ? `Its program and its terminals are ended. Its files are saved first; starting it again brings them back.${await losses(repl)}`
       : "Its program is ended and its address stops answering. The next submission that deploys brings it back, and so does a rollback.",
     action: "Stop it",
   });
-  if (yes) await attempt(() => api.stop(repl.replId), fail);
+  if (!yes) return;
+  let stopped;
+  if (await attempt(async () => { stopped = await api.stop(repl.replId); }, fail)) {
+    fail(unsavedProblem(stopped, `${repl.replId} is stopped. Not everything was kept`));
+  }
 }
 
 /** Does it, and says how it went: `fail(null)` or `fail(problem)`. */

@@ -4,7 +4,7 @@ import { api } from "./api.js";
 import { finishedRuns } from "./run.js";
 import { href, route } from "./router.js";
 import { Settings } from "./repl-settings.js";
-import { POLL_MS, StateBadge, attempt, isIdle, isStopped, readiness, stopRepl } from "./repl-state.js";
+import { POLL_MS, StateBadge, attempt, isIdle, isStopped, readiness, stopRepl, unsavedProblem } from "./repl-state.js";
 import { Split } from "./split.js";
 import { StartDialog } from "./start-dialog.js";
 import { AppLink } from "./verdict.js";
@@ -23,7 +23,10 @@ function Releases({ replId, reloadRepls, fail }) {
       action: `Serve release ${release}`,
     });
     if (!yes) return;
-    await attempt(() => api.rollback(replId, release), fail);
+    let done;
+    if (await attempt(async () => { done = await api.rollback(replId, release); }, fail)) {
+      fail(unsavedProblem(done, `Release ${release} serves. Not everything of the workspace was kept`));
+    }
     reload();
     reloadRepls();
   };
