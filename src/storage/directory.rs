@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -146,24 +146,53 @@ impl CodeStore for DirectoryStore {
             .is_ok_and(|about| about.is_file()))
     }
 
-    async fn top_current(&self, repl: &ReplId) -> Result<BTreeSet<String>, Problem> {
+    async fn list_current(&self, repl: &ReplId) -> Result<BTreeMap<String, u64>, Problem> {
         let code = DirectoryStore::current(self, repl);
         self.alone(repl, move || {
-            let entries = match fs::read_dir(code) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
-                entries => entries?,
-            };
-            let mut names = BTreeSet::new();
-            for entry in entries {
-                let entry = entry?;
-                if entry.file_type()?.is_file() {
-                    names.insert(entry.file_name().to_string_lossy().into_owned());
-                }
+            let mut found = BTreeMap::new();
+            if fs::symlink_metadata(&code).is_ok_and(|about| about.is_dir()) {
+                list(&code, "", &mut found)?;
             }
-            Ok(names)
+            Ok(found)
         })
         .await
     }
+
+    async fn read_current(
+        &self,
+        repl: &ReplId,
+        path: &RelativePath,
+        most: u64,
+    ) -> Result<Option<Vec<u8>>, Problem> {
+        let (code, path) = (DirectoryStore::current(self, repl), path.clone());
+        let read = move || {
+            // Whatever somebody else put there, nothing is read through a link.
+            let file = Folder::open(&code).and_then(|folder| folder.read(path.as_str()));
+            let Ok(file) = file else { return Ok(None) };
+            let mut content = Vec::new();
+            file.take(most + 1).read_to_end(&mut content)?;
+            Ok((content.len() as u64 <= most).then_some(content))
+        };
+        self.alone(repl, read).await
+    }
+}
+
+/// Most files that are listed of one repl.
+const MAX_LISTED: usize = 100_000;
+
+/// Adds the files in this folder and in those below it.
+fn list(folder: &Path, above: &str, found: &mut BTreeMap<String, u64>) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let path = format!("{above}{}", entry.file_name().to_string_lossy());
+        let about = entry.metadata()?;
+        if about.is_dir() {
+            list(&entry.path(), &format!("{path}/"), found)?;
+        } else if about.is_file() && found.len() < MAX_LISTED {
+            found.insert(path, about.len());
+        }
+    }
+    Ok(())
 }
 
 fn failed(error: &io::Error) -> Problem {
@@ -178,7 +207,13 @@ fn failed(error: &io::Error) -> Problem {
 /// Whether it is this file that cannot be put where it belongs, and no fault of the disk's.
 fn is_files_own(error: &io::Error) -> bool {
     use io::ErrorKind::{DirectoryNotEmpty, InvalidFilename, IsADirectory, NotADirectory};
-    [DirectoryNotEmpty, InvalidFilename, IsADirectory, NotADirectory].contains(&error.kind())
+    [
+        DirectoryNotEmpty,
+        InvalidFilename,
+        IsADirectory,
+        NotADirectory,
+    ]
+    .contains(&error.kind())
 }
 
 fn name_of(path: &RelativePath) -> &str {
@@ -232,7 +267,8 @@ fn write_one(code: &Path, path: &RelativePath, content: &[u8]) -> io::Result<()>
 fn remove_one(code: &Path, path: &RelativePath) -> io::Result<()> {
     use io::ErrorKind::{IsADirectory, NotADirectory, NotFound};
     // Where something else stands meanwhile, the file is gone as well.
-    let is_gone = |error: &io::Error| [IsADirectory, NotADirectory, NotFound].contains(&error.kind());
+    let is_gone =
+        |error: &io::Error| [IsADirectory, NotADirectory, NotFound].contains(&error.kind());
     let folder = match own_folder(code, path, false) {
         Err(error) if is_gone(&error) => return Ok(()),
         folder => folder?,

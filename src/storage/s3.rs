@@ -596,19 +596,45 @@ impl CodeStore for S3Store {
         }
     }
 
-    async fn top_current(&self, repl: &ReplId) -> Result<BTreeSet<String>, Problem> {
+    async fn list_current(&self, repl: &ReplId) -> Result<BTreeMap<String, u64>, Problem> {
         let prefix = format!("code/{repl}/");
-        let request = self.client.list_objects_v2().bucket(&self.bucket);
-        let request = request.prefix(&prefix).delimiter("/");
-        let mut pages = request.into_paginator().send();
-        let mut names = BTreeSet::new();
-        while names.len() < MAX_LISTED
-            && let Some(page) = pages.next().await
-        {
-            let page = page.map_err(|error| self.problem("be listed", &error))?;
-            let keys = page.contents().iter().filter_map(|object| object.key());
-            names.extend(keys.filter_map(|key| Some(key.strip_prefix(&prefix)?.to_owned())));
+        let objects = self.list(&prefix, MAX_LISTED).await?;
+        let file = |object: Object| {
+            let path = object.key.strip_prefix(&prefix)?;
+            // Consoles show folders by empty objects with a slash at the end.
+            let is_file = !path.is_empty() && !path.ends_with('/');
+            is_file.then(|| (path.to_owned(), object.bytes))
+        };
+        Ok(objects.into_iter().filter_map(file).collect())
+    }
+
+    async fn read_current(
+        &self,
+        repl: &ReplId,
+        path: &RelativePath,
+        most: u64,
+    ) -> Result<Option<Vec<u8>>, Problem> {
+        let key = format!("code/{repl}/{path}");
+        let request = self.client.get_object().bucket(&self.bucket).key(&key);
+        let answer = match request.send().await {
+            Ok(answer) => answer,
+            Err(SdkError::ServiceError(error)) if error.err().is_no_such_key() => return Ok(None),
+            Err(error) => return Err(self.problem(&format!("give {key}"), &error)),
+        };
+        let size = answer
+            .content_length()
+            .and_then(|size| u64::try_from(size).ok());
+        if size.is_none_or(|size| size > most) {
+            return Ok(None);
         }
-        Ok(names)
+        let body = answer.body.collect().await.map_err(|error| {
+            Problem::new(
+                "store_failed",
+                format!("The code store did not give the whole of {key}"),
+                innermost(&error),
+                "Check that the store is up and that the network lets Gantry reach it.",
+            )
+        })?;
+        Ok(Some(body.into_bytes().into()))
     }
 }

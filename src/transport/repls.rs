@@ -9,12 +9,12 @@ use serde_json::{Value, json};
 use utoipa::ToSchema;
 
 use super::Edge;
-use super::body::{Json, ProblemBody, field_refused};
+use super::body::{Json, ProblemBody, Query, field_refused};
 use super::caller::Authenticated;
 use super::problem::HttpProblem;
 use crate::auth::Caller;
 use crate::model::{FieldError, Problem, Release, ReplId, ReplStatus, UserId};
-use crate::pipeline::LastSave;
+use crate::pipeline::{Holdings, LastSave};
 use crate::platform::PlatformError;
 
 /// The repls of a caller.
@@ -137,23 +137,86 @@ pub async fn rollback(
     }))
 }
 
-/// Give a repl's name back: it is stopped, its files, releases and data are removed, and anybody can have the name
-#[utoipa::path(delete, path = "/repls/{id}/name", tag = "repls", params(("id" = String, Path)),
-    responses((status = 200, body = Stopped), (status = 404, body = ProblemBody),
-              (status = 503, body = ProblemBody)))]
-pub async fn release_name(
+/// What confirms that a repl is to be deleted.
+#[derive(Debug, Default, Deserialize)]
+pub struct Confirmation {
+    confirm: Option<String>,
+}
+
+/// A repl that was deleted.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Deleted {
+    /// Always true here; errors carry none.
+    success: bool,
+}
+
+/// Delete a repl for good: it is stopped, its files, releases, variables and data are removed, and anybody can have
+/// its name. `confirm` is its name; without it, 409 `not_confirmed` tells what would be deleted
+#[utoipa::path(delete, path = "/repls/{id}", tag = "repls",
+    params(("id" = String, Path), ("confirm" = Option<String>, Query, description = "the repl's name once more")),
+    responses((status = 200, body = Deleted), (status = 404, body = ProblemBody),
+              (status = 409, body = ProblemBody), (status = 503, body = ProblemBody)))]
+pub async fn delete(
     State(edge): State<Arc<Edge>>,
     Authenticated(caller): Authenticated,
     Path(id): Path<String>,
-) -> Result<axum::Json<Stopped>, HttpProblem> {
+    Query(Confirmation { confirm }): Query<Confirmation>,
+) -> Result<axum::Json<Deleted>, HttpProblem> {
     let (repl, user) = owned(&edge, &caller, &id).await?;
-    let released = edge.pipeline.release_name(&user, &repl).await;
-    released.map_err(platform_problem)?;
-    tracing::info!(%repl, %user, key = %caller.key_id, "a repl's name was released");
-    Ok(axum::Json(Stopped {
-        success: true,
-        last: LastSave::default(),
-    }))
+    if confirm.as_deref() != Some(repl.as_str()) {
+        let holdings = edge.pipeline.holdings(&repl).await;
+        return Err(not_confirmed(&repl, &holdings.map_err(platform_problem)?));
+    }
+    let deleted = edge.pipeline.delete(&user, &repl).await;
+    deleted.map_err(platform_problem)?;
+    tracing::info!(%repl, %user, key = %caller.key_id, "a repl was deleted");
+    Ok(axum::Json(Deleted { success: true }))
+}
+
+fn not_confirmed(repl: &ReplId, holdings: &Holdings) -> HttpProblem {
+    let data = match holdings.data.bytes {
+        Some(0) => "no data".to_owned(),
+        Some(bytes) => format!("{bytes} bytes of data"),
+        None => "a database of unknown size".to_owned(),
+    };
+    let Holdings {
+        files,
+        releases,
+        variables,
+        domains,
+        data: _,
+    } = holdings;
+    let counted = |count: usize, one: &str| match count {
+        1 => format!("1 {one}"),
+        _ => format!("{count} {one}s"),
+    };
+    let cause = format!(
+        "{}, {}, {}, {} and {data} would be deleted for good",
+        counted(*files, "file"),
+        counted(*releases, "release"),
+        counted(*variables, "variable"),
+        counted(domains.len(), "domain")
+    );
+    let problem = Problem::new(
+        "not_confirmed",
+        format!("{repl} is not deleted without a confirmation"),
+        cause,
+        format!("If nobody needs that, ask for it with ?confirm={repl}."),
+    );
+    HttpProblem::new(StatusCode::CONFLICT, problem).with("deletes", json!(holdings))
+}
+
+/// The same, by an earlier name of this route
+#[utoipa::path(delete, path = "/repls/{id}/name", tag = "repls", params(("id" = String, Path)),
+    responses((status = 200, body = Deleted), (status = 404, body = ProblemBody),
+              (status = 503, body = ProblemBody)))]
+pub async fn release_name(
+    state: State<Arc<Edge>>,
+    caller: Authenticated,
+    Path(id): Path<String>,
+) -> Result<axum::Json<Deleted>, HttpProblem> {
+    let confirm = Some(id.clone());
+    delete(state, caller, Path(id), Query(Confirmation { confirm })).await
 }
 
 /// What `POST /stop` answers.

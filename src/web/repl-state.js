@@ -1,7 +1,7 @@
 // How a repl is doing, in words and colours, and what can be done with all of it.
 import { html } from "./vendor/preact.js";
 import { api } from "./api.js";
-import { confirmed } from "./ui.js";
+import { asked, confirmed } from "./ui.js";
 
 /** Restarts and readiness change by themselves; a few seconds late is soon enough. */
 export const POLL_MS = 3_000;
@@ -74,6 +74,35 @@ export async function stopRepl(repl, fail) {
   if (await attempt(async () => { stopped = await api.stop(repl.replId); }, fail)) {
     fail(unsavedProblem(stopped, `${repl.replId} is stopped. Not everything was kept`));
   }
+}
+
+/** Deletes it when the person types its name, having been told what goes with it. Whether it was deleted. */
+export async function deleteRepl({ replId }, fail) {
+  let deletes;
+  try {
+    await api.deleteRepl(replId);
+    return true;
+  } catch (problem) {
+    if (problem.code !== "not_confirmed") {
+      fail(problem);
+      return false;
+    }
+    deletes = problem.reason;
+  }
+  const typed = await asked({
+    title: `Delete ${replId} for good?`,
+    detail: `It is stopped, and ${deletes.replace("would be deleted for good", "are deleted")}. Nothing brings them back, and anybody can take its name.`,
+    label: `Type ${replId} to delete it`,
+    value: "",
+    action: "Delete it",
+    danger: true,
+  });
+  if (typed === null) return false;
+  if (typed !== replId) {
+    fail({ title: `${replId} is not deleted`, detail: "Its name was not typed as it is written." });
+    return false;
+  }
+  return attempt(() => api.deleteRepl(replId, replId), fail);
 }
 
 /** Does it, and says how it went: `fail(null)` or `fail(problem)`. */
