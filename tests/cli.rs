@@ -594,6 +594,37 @@ fn a_repl_is_started_entered_and_stopped() {
     );
 }
 
+#[test]
+fn a_repl_is_deleted_when_its_name_is_typed() {
+    let server = Server::start();
+    let files = server.folder.path().join("data/store/code/shop");
+    fs::create_dir_all(&files).unwrap();
+    fs::write(files.join("main.py"), "print('Hello')").unwrap();
+    server.run(&["start", "shop"]).exits(0);
+    let answer = |typed: &str| {
+        let mut command = server.command(&["repl", "delete", "shop"]);
+        let mut child = start(command.stdin(Stdio::piped()));
+        child
+            .stdin
+            .take()
+            .unwrap()
+            .write_all(typed.as_bytes())
+            .unwrap();
+        finish(child)
+    };
+    let ran = answer("shopp\n").exits(2);
+    assert!(ran.stderr.contains("1 file, 0 releases"), "{ran:?}");
+    assert!(files.exists());
+    answer("shop\n").exits(0);
+    assert!(!files.exists());
+    let ran = server.run(&["start", "shop"]).exits(3);
+    assert!(ran.stderr.contains("no files"), "{ran:?}");
+    let ran = server.run(&["ps"]).exits(0);
+    assert!(!ran.stdout.contains("shop"), "{ran:?}");
+    let ran = server.run(&["repl", "delete", "shop", "--yes"]).exits(1);
+    assert!(ran.stderr.contains("repl"), "{ran:?}");
+}
+
 /// A command in a terminal of 99 columns and 33 rows.
 struct Window {
     child: Child,

@@ -244,6 +244,180 @@ async fn the_language_is_seen_by_the_files_and_a_failure_stays_to_be_looked_at()
     );
 }
 
+#[tokio::test]
+async fn what_a_submission_of_the_files_would_run_is_started() {
+    let server = Server::start();
+    let says = |text: &str| format!("console.log('from ' + '{text}')");
+    let package =
+        |start: &str| format!(r#"{{"scripts":{{"start":"node {start}"}},"main":"index.js"}}"#);
+    let cases: &[(&str, &[(&str, String)], &str)] = &[
+        ("index", &[("index.js", says("index"))], "from index"),
+        (
+            "server",
+            &[("server.js", says("server")), ("lib/x.js", String::new())],
+            "from server",
+        ),
+        (
+            "main-of",
+            &[
+                ("package.json", r#"{"main":"./lib/start.js"}"#.to_owned()),
+                ("lib/start.js", says("main")),
+                ("index.js", says("index")),
+            ],
+            "from main",
+        ),
+        (
+            "start-of",
+            &[
+                ("package.json", package("bin/www.js")),
+                ("bin/www.js", says("scripts")),
+                ("index.js", says("index")),
+            ],
+            "from scripts",
+        ),
+        (
+            "app",
+            &[
+                ("app.py", "import util\nprint('from', util.NAME)".to_owned()),
+                ("util.py", "NAME = 'app'".to_owned()),
+                ("static/app.js", says("a page")),
+            ],
+            "from app",
+        ),
+        (
+            "only",
+            &[("hello.sh", "echo from the only file".to_owned())],
+            "from the only file",
+        ),
+    ];
+    for (repl, files, expected) in cases {
+        for (name, text) in *files {
+            put(&server, repl, name, text);
+        }
+        let (status, told) = start(&server, json!({ "replId": repl, "userId": "ann" })).await;
+        assert_eq!(status, 200, "{repl}: {told}");
+        let (_, text) = page_with(&server, repl, "exit code 0").await;
+        assert!(text.contains(expected), "{repl}: {text}");
+        stop(&server, repl).await;
+    }
+    // Named by the request, as the services that call it do.
+    let body = json!({ "replId": "start-of", "language": "node" });
+    assert_eq!(start(&server, body).await.0, 200);
+    let (_, text) = page_with(&server, "start-of", "exit code 0").await;
+    assert!(text.contains("from scripts"), "{text}");
+}
+
+#[tokio::test]
+async fn a_start_without_files_takes_no_name() {
+    let server = Server::start();
+    let body = json!({ "replId": "nosuch", "userId": "ann" });
+    for body in [
+        body.clone(),
+        json!({ "replId": "nosuch", "language": "node" }),
+    ] {
+        let (status, told) = start(&server, body).await;
+        assert_eq!((status, &told["error"]["code"]), (500, &json!("no_files")));
+    }
+    let asked = server.get("/repls/nosuch");
+    let answer = asked.header("x-api-key", &server.admin).send().await;
+    assert_eq!(answer.unwrap().status(), 404);
+    // It is anybody's still.
+    let (_, bob) = server.user("bob").await;
+    put(&server, "nosuch", "main.py", "print('mine')");
+    let (status, told) = post(
+        &server,
+        &bob,
+        "/start",
+        &json!({ "replId": "nosuch", "language": "python" }),
+    )
+    .await;
+    assert_eq!((status, &told["namespace"]), (200, &json!("user-bob")));
+    // One that runs goes on, whatever became of its files in the store.
+    std::fs::remove_dir_all(current(&server, "nosuch")).unwrap();
+    let (status, told) = start(&server, json!({ "replId": "nosuch", "language": "python" })).await;
+    assert_eq!((status, &told["podCreated"]), (200, &json!(false)));
+}
+
+async fn delete(server: &Server, key: &str, path: &str) -> (u16, Value) {
+    let request = client().delete(server.url(path));
+    let answer = request.header("x-api-key", key).send().await.unwrap();
+    let status = answer.status().as_u16();
+    (status, answer.json().await.unwrap())
+}
+
+#[tokio::test]
+async fn a_repl_is_deleted_with_all_it_has_when_its_name_confirms_it() {
+    let server = Server::start();
+    let (_, ann) = server.user("ann").await;
+    let (_, bob) = server.user("bob").await;
+    let mut socket = server.connect(&ann).await;
+    let code = "import os\nif os.path.isdir('/data'): open('/data/kept', 'w').write('x' * 5000)\nprint('made')";
+    let submission = json!({ "user_id": "ann", "repl_id": "shop", "code": code, "database": true });
+    let reply = socket.ask(submission.to_string()).await;
+    assert_eq!(reply["status"], "deployed", "{reply}");
+    let settings = json!({ "env": { "COLOUR": "red" } });
+    assert_eq!(
+        configure(&server, &ann, "/repls/shop/env", &settings)
+            .await
+            .0,
+        200
+    );
+    let folders = || {
+        let data = server.data.path();
+        [
+            "store/code/shop",
+            "store/releases/shop",
+            "local/databases/shop",
+            "local/repls/shop.json",
+        ]
+        .map(|name| data.join(name).exists())
+    };
+    assert_eq!(folders(), [true; 4]);
+    for path in [
+        "/repls/shop",
+        "/repls/shop?confirm=",
+        "/repls/shop?confirm=other",
+    ] {
+        let (status, told) = delete(&server, &ann, path).await;
+        assert_eq!(
+            (status, &told["code"]),
+            (409, &json!("not_confirmed")),
+            "{told}"
+        );
+        let deletes = &told["deletes"];
+        let counts = ["files", "releases", "variables"].map(|name| deletes[name].as_u64());
+        assert_eq!(counts, [Some(1), Some(1), Some(1)], "{told}");
+        assert!(
+            deletes["data"]["bytes"].as_u64().unwrap() >= 5_000,
+            "{told}"
+        );
+        assert!(
+            told["cause"].as_str().unwrap().contains("bytes of data"),
+            "{told}"
+        );
+    }
+    assert_eq!(
+        delete(&server, &bob, "/repls/shop?confirm=shop").await.0,
+        404
+    );
+    assert_eq!(folders(), [true; 4]);
+    let (status, told) = delete(&server, &ann, "/repls/shop?confirm=shop").await;
+    assert_eq!((status, &told["success"]), (200, &json!(true)), "{told}");
+    assert_eq!(folders(), [false; 4]);
+    assert_eq!(page(&server, "shop").await.0, 404);
+    assert_eq!(
+        delete(&server, &ann, "/repls/shop?confirm=shop").await.0,
+        404
+    );
+    // Its name is anybody's, and an admin deletes everybody's, also what runs.
+    let mine = json!({ "replId": "shop", "language": "python", "files": { "main.py": SERVER } });
+    assert_eq!(post(&server, &bob, "/start", &mine).await.0, 200);
+    state(&server, "shop", "running").await;
+    let deleted = delete(&server, &server.admin, "/repls/shop?confirm=shop").await;
+    assert_eq!(deleted.0, 200, "{}", deleted.1);
+    assert_eq!(folders(), [false; 4]);
+}
+
 /// Starts at once: more than the machine has processors for, so that everything comes late.
 const SHORT_PROGRAMS: usize = 12;
 

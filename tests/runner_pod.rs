@@ -872,6 +872,33 @@ const FULL: &str =
     "mkfifo -m 666 /run/log\nexec 3<>/run/log\nhead -c 65536 /dev/zero >&3\nexec >&3 3>&-";
 
 #[test]
+fn a_workspaces_links_empty_folders_and_execute_bits_are_put_back_once() {
+    if !can_make_containers() {
+        return;
+    }
+    let code = "import os\nprint(os.readlink('inside'), os.access('bin/run', os.X_OK), os.path.isdir('empty/deep'), sorted(os.listdir()))";
+    let extras = r#"{"folders":["empty/deep"],"links":{"inside":"bin/run","outside":"/etc"},"executable":["bin/run"]}"#;
+    let commands = format!(
+        "mkdir /workspace/bin\necho > /workspace/bin/run\necho '{extras}' > /workspace/.gantry-workspace.json\nchown -R 1000 /workspace"
+    );
+    let stays = [("GANTRY_WORKSPACE", "1")];
+    let pod = prepared(code, &stays, &commands);
+    let page = comes_to(&pod, "198.18.0.7:3002", "/", "200");
+    let expected = "bin/run True True ['bin', 'empty', 'inside', 'main.py']";
+    assert!(
+        page.replace("&#x27;", "'").contains(expected),
+        "{page} {}",
+        pod.log()
+    );
+    assert!(pod.log().contains("outside"), "{}", pod.log());
+    // Of a release these are no more than files that nobody asked for.
+    let pod = prepared("import os\nprint(os.listdir('.'))", &[], &commands);
+    let page = comes_to(&pod, "198.18.0.7:3002", "/", "200");
+    assert!(page.contains("bin") && !page.contains("inside"), "{page}");
+    assert!(!page.contains("gantry-workspace"), "{page}");
+}
+
+#[test]
 fn what_a_program_wrote_is_shown_however_late_its_log_is_taken() {
     if !can_make_containers() {
         return;

@@ -364,12 +364,22 @@ async fn files_are_edited_watched_and_kept() {
         ]
     );
     let saved = post(&server, "/repls/shop/save", json!({})).await;
-    assert_eq!(saved, json!({ "written": 3, "removed": 0 }));
+    let unsaved = json!([
+        { "path": "link", "reason": "the link leads out of the workspace" },
+        { "path": "pipe", "reason": "it is a pipe, a socket or a device" },
+    ]);
+    assert_eq!(
+        saved,
+        json!({ "written": 3, "removed": 0, "unsaved": unsaved })
+    );
     client
         .done("files.delete", json!({ "path": "big.bin" }))
         .await;
     let saved = post(&server, "/repls/shop/save", json!({})).await;
-    assert_eq!(saved, json!({ "written": 0, "removed": 1 }));
+    assert_eq!(
+        (&saved["written"], &saved["removed"]),
+        (&json!(0), &json!(1))
+    );
     client
         .done(
             "files.write",
@@ -382,6 +392,165 @@ async fn files_are_edited_watched_and_kept() {
     assert_eq!(kept("last.txt").as_deref(), Some("unsaved"));
     assert_eq!(kept("main.py").as_deref(), Some(QUIET));
     assert!(kept("big.bin").is_none() && kept("link").is_none());
+}
+
+/// Types commands, and waits until they are done.
+async fn does(client: &mut Client, commands: &str) {
+    client.open("one").await;
+    // What was shown before is shown again.
+    let mark = client.last;
+    let typed = format!("{commands}; echo do'ne'-{mark}\n");
+    client.type_in("one", &typed).await;
+    client.sees(&format!("done-{mark}")).await;
+}
+
+/// What was left out, by its path: why.
+fn unsaved(answer: &Value) -> std::collections::BTreeMap<&str, &str> {
+    let all = answer["unsaved"].as_array().into_iter().flatten();
+    all.map(|one| {
+        (
+            one["path"].as_str().unwrap(),
+            one["reason"].as_str().unwrap(),
+        )
+    })
+    .collect()
+}
+
+#[tokio::test]
+async fn what_is_legal_is_kept_over_a_stop_and_the_rest_is_named() {
+    let server = Server::start();
+    opened(&server, "shop", QUIET).await;
+    let mut client = Client::by_key(&server, "shop").await;
+    let made = "mkdir -p empty/deep bin; printf '#!/bin/sh\\necho r''an\\n' > bin/run; chmod +x bin/run; \
+                ln -s bin/run inside; ln -s /etc/passwd outside; head -c 73400320 /dev/zero > seventy; \
+                truncate -s 200M large; mkfifo pipe";
+    does(&mut client, made).await;
+    let saved = post(&server, "/repls/shop/save", json!({})).await;
+    let left = unsaved(&saved);
+    assert_eq!(
+        left.keys().collect::<Vec<_>>(),
+        [&"large", &"outside", &"pipe"],
+        "{saved}"
+    );
+    assert!(left["large"].contains("larger than"), "{saved}");
+    let tree = client.ask("files.tree", json!({})).await;
+    let entry = |path: &str| {
+        let mut files = tree["files"].as_array().unwrap().iter();
+        files.find(|entry| entry["path"] == path).unwrap().clone()
+    };
+    assert!(entry("outside")["unkept"].as_str().unwrap().contains("out"));
+    assert!(entry("inside").get("unkept").is_none());
+    assert_eq!(entry("bin/run")["executable"], true);
+    let stopped = post(&server, "/stop", json!({ "replId": "shop" })).await;
+    assert_eq!(stopped["success"], true);
+    assert_eq!(unsaved(&stopped), left);
+    start(&server, "shop").await;
+    let mut client = Client::by_key(&server, "shop").await;
+    client.open("one").await;
+    let look = "./inside; readlink inside; test -d empty/deep && echo emp''ty; stat -c s''ize=%s seventy; \
+                ls .gantry-workspace.json outside large; echo loo''ked\n";
+    client.type_in("one", look).await;
+    for shown in ["ran", "bin/run", "empty", "size=73400320", "looked"] {
+        client.sees(shown).await;
+    }
+    // What is taken away stays away.
+    does(
+        &mut client,
+        "rm inside seventy; rmdir empty/deep; chmod -x bin/run",
+    )
+    .await;
+    stop(&server, "shop").await;
+    start(&server, "shop").await;
+    let mut client = Client::by_key(&server, "shop").await;
+    let tree = client.ask("files.tree", json!({})).await;
+    let paths: Vec<&str> = tree["files"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|entry| entry["path"].as_str().unwrap())
+        .collect();
+    let mut paths = paths;
+    paths.sort_unstable();
+    assert_eq!(paths, ["bin", "bin/run", "empty", "main.py"]);
+    assert!(!tree.to_string().contains("executable"), "{tree}");
+}
+
+#[tokio::test]
+async fn a_workspace_with_too_much_is_saved_without_it_and_stopped() {
+    let server = Server::start();
+    opened(&server, "shop", QUIET).await;
+    let mut client = Client::by_key(&server, "shop").await;
+    does(
+        &mut client,
+        "mkdir many; touch many/$(seq -s ' many/' 10050); mkdir -p $(printf 'd/%.0s' $(seq 80)); echo mine > own.txt",
+    )
+    .await;
+    let saved = post(&server, "/repls/shop/save", json!({})).await;
+    let left = saved["unsaved_more"].as_u64().unwrap() + unsaved(&saved).len() as u64;
+    assert!((100..300).contains(&left), "{left}: {saved}");
+    assert!(saved.to_string().contains("at most 10000 files"));
+    let tree = client.ask("files.tree", json!({})).await;
+    assert!(tree.to_string().contains("deeper than 64"));
+    client
+        .done("files.write", json!({ "path": "own.txt", "text": "later" }))
+        .await;
+    let stopped = post(&server, "/stop", json!({ "replId": "shop" })).await;
+    assert_eq!(stopped["success"], true);
+    assert!(stopped["unsaved"].is_array() && stopped.get("saveError").is_none());
+    let kept = store(&server, "shop");
+    assert_eq!(
+        std::fs::read_to_string(kept.join("own.txt")).unwrap(),
+        "later"
+    );
+    start(&server, "shop").await;
+    let mut client = Client::by_key(&server, "shop").await;
+    let read = client.ask("files.read", json!({ "path": "own.txt" })).await;
+    assert_eq!(read["text"], "later");
+}
+
+#[tokio::test]
+async fn a_file_becomes_a_folder_and_a_folder_a_file() {
+    let server = Server::start();
+    opened(&server, "shop", QUIET).await;
+    let mut client = Client::by_key(&server, "shop").await;
+    let kept = |name: &str| std::fs::read_to_string(store(&server, "shop").join(name)).ok();
+    does(
+        &mut client,
+        "echo 1 > was-file; mkdir -p was/folder; echo 2 > was/folder/x",
+    )
+    .await;
+    post(&server, "/repls/shop/save", json!({})).await;
+    assert_eq!(kept("was/folder/x").as_deref(), Some("2\n"));
+    let turn = "rm -r was-file was; mkdir -p was-file/deep; echo 3 > was-file/deep/y; echo 4 > was";
+    does(&mut client, turn).await;
+    let saved = post(&server, "/repls/shop/save", json!({})).await;
+    assert!(saved.get("unsaved").is_none(), "{saved}");
+    assert_eq!(kept("was-file/deep/y").as_deref(), Some("3\n"));
+    assert_eq!(kept("was").as_deref(), Some("4\n"));
+    // Nothing is left of folders that have no file any more.
+    does(&mut client, "rm -r was-file").await;
+    stop(&server, "shop").await;
+    assert!(!store(&server, "shop").join("was-file").exists());
+}
+
+#[tokio::test]
+async fn a_store_that_takes_nothing_keeps_no_workspace_running() {
+    let server = Server::start();
+    opened(&server, "shop", QUIET).await;
+    let mut client = Client::by_key(&server, "shop").await;
+    let edit = json!({ "path": "edited.txt", "text": "lost" });
+    client.done("files.write", edit).await;
+    let staged = store(&server, "shop").with_file_name(".shop.one");
+    std::os::unix::fs::symlink("/nonexistent/file", staged).unwrap();
+    let request = server.post("/repls/shop/save");
+    let request = request.header("x-api-key", &server.admin);
+    assert_eq!(request.send().await.unwrap().status(), 503);
+    let stopped = post(&server, "/stop", json!({ "replId": "shop" })).await;
+    assert_eq!(stopped["success"], true);
+    assert_eq!(stopped["saveError"]["code"], "store_failed", "{stopped}");
+    let request = server.get("/repls/shop").header("x-api-key", &server.admin);
+    let told: Value = request.send().await.unwrap().json().await.unwrap();
+    assert_eq!(told["state"], "stopped");
 }
 
 #[tokio::test]

@@ -1,7 +1,7 @@
 //! `gantry repl`: what a repl runs with.
 
 use std::collections::BTreeMap;
-use std::io::Read;
+use std::io::{BufRead, Read};
 
 use clap::{Args, Subcommand};
 use serde::Deserialize;
@@ -23,8 +23,9 @@ pub enum ReplCommand {
     Scale(ScaleArgs),
     /// Show a repl's own domains, or change them; a new one has to be proved by a TXT record
     Domains(DomainsArgs),
-    /// Give a repl's name back: it is stopped, and its files, releases and data are removed
-    Release(ReleaseArgs),
+    /// Delete a repl for good: it is stopped, its files, releases, variables and data are removed, and its name is free
+    #[command(alias = "release")]
+    Delete(DeleteArgs),
     /// Show the variables, or change some of them; what runs is started anew with them
     Env(EnvArgs),
     /// Show how much a repl keeps beside its code, such as its database, or delete it for good
@@ -80,11 +81,11 @@ pub struct EnvArgs {
 }
 
 #[derive(Debug, Args)]
-pub struct ReleaseArgs {
+pub struct DeleteArgs {
     /// The repl
     repl: ReplId,
-    /// Its files, releases and data may be removed
-    #[arg(long, required = true)]
+    /// Do not ask; without it, what would be deleted is told, and the repl's name has to be typed
+    #[arg(long)]
     yes: bool,
     #[command(flatten)]
     server: ServerArgs,
@@ -121,7 +122,7 @@ pub(super) async fn run(command: ReplCommand) -> Result<Exit, Failure> {
         ReplCommand::Env(args) => env(args).await,
         ReplCommand::Domains(args) => domains(args).await,
         ReplCommand::Data(args) => data(args).await,
-        ReplCommand::Release(args) => release(args).await,
+        ReplCommand::Delete(args) => delete(args).await,
     }
 }
 
@@ -178,11 +179,36 @@ async fn scale(args: ScaleArgs) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-async fn release(args: ReleaseArgs) -> Result<Exit, Failure> {
+async fn delete(args: DeleteArgs) -> Result<Exit, Failure> {
     let api = args.server.api()?;
-    let path = format!("/repls/{}/name", args.repl);
-    let _: Value = api.delete(&path, &[]).await?;
-    eprintln!("{} is removed; anybody can have its name", args.repl);
+    let path = format!("/repls/{}", args.repl);
+    if !args.yes {
+        // Without a confirmation the server only says what would be deleted.
+        let told: Result<Value, Failure> = api.delete(&path, &[]).await;
+        match told {
+            Err(failure) if failure.problem.code == "not_confirmed" => {
+                let cause = render::printable(&failure.problem.cause);
+                eprint!("{cause}\nType {} to delete it: ", args.repl);
+            }
+            Err(failure) => return Err(failure),
+            Ok(_) => {
+                eprintln!("{} is deleted", args.repl);
+                return Ok(Exit::Done);
+            }
+        }
+        let mut typed = String::new();
+        let read = std::io::stdin().lock().take(1 << 10).read_line(&mut typed);
+        if read.is_err() || typed.trim() != args.repl.as_str() {
+            return Err(Failure::usage(
+                format!("{} is not deleted", args.repl),
+                "its name was not typed",
+                "Type the name, or give --yes.",
+            ));
+        }
+    }
+    let confirmed = [("confirm", args.repl.to_string())];
+    let _: Value = api.delete(&path, &confirmed).await?;
+    eprintln!("{} is deleted; its name is free", args.repl);
     Ok(Exit::Done)
 }
 

@@ -2,14 +2,15 @@
 
 use clap::Args;
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::failure::{Exit, Failure};
 use super::http::Api;
+use super::render;
 use super::server::ServerArgs;
 use super::shell;
 use super::stdout;
-use crate::model::{ReplId, UserId};
+use crate::model::{Problem, ReplId, Unsaved, UserId};
 
 #[derive(Debug, Args)]
 pub struct StartArgs {
@@ -79,9 +80,41 @@ async fn owner(api: &Api, repl: &ReplId) -> Result<Option<UserId>, Failure> {
 
 pub(super) async fn stop(args: ReplArgs) -> Result<Exit, Failure> {
     let api = args.server.api()?;
-    let _: Value = api.post("/stop", &json!({ "replId": args.repl })).await?;
-    eprintln!("{} is stopped", args.repl);
+    let stopped: Stopped = api.post("/stop", &json!({ "replId": args.repl })).await?;
+    eprint!("{} is stopped\n{}", args.repl, stopped.told());
     Ok(Exit::Done)
+}
+
+/// What could not be kept of a workspace.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct Stopped {
+    #[serde(default)]
+    unsaved: Vec<Unsaved>,
+    #[serde(default)]
+    unsaved_more: usize,
+    #[serde(default, rename = "saveError")]
+    problem: Option<Problem>,
+}
+
+impl Stopped {
+    /// The same in lines.
+    pub(super) fn told(&self) -> String {
+        let unsaved = self.unsaved.iter();
+        let mut told: String = unsaved
+            .map(|one| {
+                let path = render::printable(&one.path);
+                format!("not kept: {path}: {}\n", render::printable(&one.reason))
+            })
+            .collect();
+        if self.unsaved_more > 0 {
+            told += &format!("not kept: {} more\n", self.unsaved_more);
+        }
+        if let Some(problem) = &self.problem {
+            let problem = render::printable(&problem.to_string()).to_string();
+            told += &format!("what was changed lately is not kept: {problem}\n");
+        }
+        told
+    }
 }
 
 pub(super) async fn restart(args: ReplArgs) -> Result<Exit, Failure> {
@@ -89,4 +122,23 @@ pub(super) async fn restart(args: ReplArgs) -> Result<Exit, Failure> {
     shell::ask(&api, &args.repl, json!({ "op": "program.restart" })).await?;
     eprintln!("the program of {} is started again", args.repl);
     Ok(Exit::Done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_not_kept_is_told_in_lines_and_printable() {
+        assert_eq!(Stopped::default().told(), "");
+        let stopped: Stopped = serde_json::from_value(json!({
+            "success": true, "unsaved_more": 2,
+            "unsaved": [{ "path": "a\u{1b}", "reason": "it is large" }],
+            "saveError": { "code": "c", "message": "m", "cause": "why", "remediation": "r" },
+        }))
+        .unwrap_or_default();
+        let expected = "not kept: a\\u{1b}: it is large\nnot kept: 2 more\n\
+                        what was changed lately is not kept: m: why\n";
+        assert_eq!(stopped.told(), expected);
+    }
 }

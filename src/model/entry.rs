@@ -10,7 +10,8 @@ use std::collections::BTreeMap;
 
 pub use cargo::{Binary, test_target};
 pub use declared::{Start, start};
-pub use scan::{folder, is_for_linux, is_program, main_class, runs_as_module};
+use scan::runs_as_module;
+pub use scan::{folder, is_for_linux, is_program, main_class};
 
 use super::{FieldError, Language, RelativePath};
 
@@ -235,6 +236,34 @@ fn listed(names: &[String]) -> String {
         (0, _) => "none".to_owned(),
         (_, 0) => list,
         _ => format!("{list} and {more} more"),
+    }
+}
+
+/// The command that runs the project's program, where that is not its language's own. `entrypoint`: the file that
+/// was chosen.
+pub fn command(
+    language: &Language,
+    files: &Files,
+    entrypoint: Option<&RelativePath>,
+) -> Option<Vec<String>> {
+    if let Some(start) = start(language, files, entrypoint) {
+        return Some(start.argv);
+    }
+    let path = entrypoint?;
+    let text = files.get(path).map_or("", String::as_str);
+    // Relative imports are those of a module of a package.
+    runs_as_module(path.as_str(), text).then(|| {
+        let module = path.as_str().trim_end_matches(".py").replace('/', ".");
+        vec!["python3".to_owned(), "-m".to_owned(), module]
+    })
+}
+
+/// Whether this file says what the project's program is.
+pub fn declares(language: &Language, path: &str) -> bool {
+    match language.name {
+        "rust" => path == cargo::MANIFEST || path.ends_with("/Cargo.toml"),
+        "node" | "typescript" => path == declared::PACKAGE,
+        _ => false,
     }
 }
 

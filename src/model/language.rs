@@ -240,17 +240,24 @@ impl Language {
         self.replace(runner.file, &words)
     }
 
-    /// The command that starts a project, whose files are in the workspace. `index`: where what it depends on
-    /// may be installed from.
-    pub fn start(&self, index: Option<&PackageIndex>) -> Vec<String> {
+    /// The command that starts a project, whose files are in the workspace. `entrypoint` and `text`: the file that
+    /// it is run by, and what is in that, as far as it is known. `own`: the project's own command, where it has one.
+    /// `index`: where what it depends on may be installed from.
+    pub fn start(
+        &self,
+        entrypoint: &str,
+        text: &str,
+        own: Option<Vec<String>>,
+        index: Option<&PackageIndex>,
+    ) -> Vec<String> {
         let words = Words {
-            entrypoint: self.entrypoint,
+            entrypoint,
             files: &[],
-            text: "",
+            text,
             memory_bytes: super::Limits::DEFAULT.memory_bytes,
             target: &[],
         };
-        let run = self.fill(self.run, &words);
+        let run = own.unwrap_or_else(|| self.fill(self.run, &words));
         let install = self.install.as_ref().zip(index);
         let install = install.map(|(install, index)| install.in_shell(index));
         if install.is_none() && self.compile.is_none() {
@@ -486,7 +493,10 @@ mod tests {
 
     #[test]
     fn a_workspaces_start_compiles_what_has_to_be() {
-        let start = |name: &str| Language::named(name).unwrap().start(None);
+        let start = |name: &str| {
+            let language = Language::named(name).unwrap();
+            language.start(language.entrypoint, "", None, None)
+        };
         assert_eq!(start("python"), ["python3", "main.py"]);
         let go = start("go");
         assert_eq!(go[..2], ["sh", "-c"]);
@@ -494,11 +504,27 @@ mod tests {
         assert!(go[2].contains("&& exec 'sh' '-c' "), "{}", go[2]);
         let python = Language::named("python").unwrap();
         let index = PackageIndex::new(python.install.unwrap().registry, None).unwrap();
-        let start = python.start(Some(&index));
+        let start = python.start("main.py", "", None, Some(&index));
         assert!(
             start[2].contains("Installing what requirements.txt names."),
             "{start:?}"
         );
         assert!(start[2].ends_with("exec 'python3' 'main.py'"), "{start:?}");
+        let java = Language::named("java").unwrap();
+        let start = java.start("src/App.java", "package shop;", None, None);
+        assert!(start[2].ends_with(" 'shop.App'"), "{start:?}");
+        let own = ["node", ".", "--port 1"].map(str::to_owned).to_vec();
+        let node = Language::named("node").unwrap();
+        assert_eq!(node.start("index.js", "", Some(own.clone()), None), own);
+        let index = PackageIndex::new(node.install.unwrap().registry, None).unwrap();
+        let start = node.start("index.js", "", Some(own), Some(&index));
+        assert!(
+            start[2].ends_with("exec 'node' '.' '--port 1'"),
+            "{start:?}"
+        );
+        let index = PackageIndex::new(python.install.unwrap().registry, None).unwrap();
+        // A shell takes no name for more than a name.
+        let start = python.start("it's \"mine\".py", "", None, Some(&index));
+        assert!(start[2].ends_with("'it'\\''s \"mine\".py'"), "{start:?}");
     }
 }

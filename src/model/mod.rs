@@ -23,6 +23,7 @@ mod settings;
 mod submission;
 mod tested;
 mod ticket;
+mod workspace;
 
 pub use data::{DiskBounds, ReplData, repl_runs};
 pub use domain::{Domain, DomainProof, DomainsRequest, MAX_DOMAINS, domain_taken, is_host_label};
@@ -64,3 +65,7 @@ pub use submission::{
 };
 pub use tested::Tested;
 pub use ticket::TicketKey;
+pub use workspace::{
+    Extras, MAX_EXTRAS_BYTES, MAX_WORKSPACE_BYTES, MAX_WORKSPACE_DEPTH, MAX_WORKSPACE_ENTRIES,
+    MAX_WORKSPACE_FILE_BYTES, Unsaved, WORKSPACE_EXTRAS, is_gantrys, stays_inside,
+};

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::entry::{self, Files};
 use super::{
     BUILD_ARCHIVE, BUILD_FOLDER, Language, Limits, LimitsRequest, MAX_CODE_BYTES, ReplId,
-    SubmissionId, UserId,
+    SubmissionId, UserId, WORKSPACE_EXTRAS,
 };
 
 /// Most files in one submission, so that unpacking is bounded.
@@ -416,13 +416,13 @@ fn collect_files(
 fn check_reserved(language: &Language, files: &Files) -> Result<(), FieldError> {
     let builds = language.compile.is_some();
     let taken = files.keys().find(|path| {
-        path.as_str() == BUILD_ARCHIVE
+        [BUILD_ARCHIVE, WORKSPACE_EXTRAS].contains(&path.as_str())
             || builds && (path.as_str() == BUILD_FOLDER || path.is_below(BUILD_FOLDER))
     });
     match taken {
         Some(path) => Err(FieldError::new(
             "files",
-            format!("{path} is where compiled output goes"),
+            format!("{path} is a name that Gantry uses itself"),
         )),
         None => Ok(()),
     }

@@ -66,7 +66,7 @@ impl NotYours {
             Self::Taken => Ok("is not available; choose another".to_owned()),
             Self::Reserved => Ok("is a reserved name; choose another".to_owned()),
             Self::TooMany(most) => Ok(format!(
-                "cannot be a new name: its user has {most} names, as many as GANTRY_MAX_NAMES allows; use one of them, or release one that is not needed (DELETE /repls/{{id}}/name)"
+                "cannot be a new name: its user has {most} names, as many as GANTRY_MAX_NAMES allows; use one of them, or delete one that is not needed (DELETE /repls/{{id}})"
             )),
             Self::Failed(error) => Err(error),
         }

@@ -11,7 +11,7 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::time::{Instant, sleep};
 
 use super::runner::Runner;
-use super::{NotSaved, Pipeline, Share};
+use super::{LastSave, NotSaved, Pipeline, Share};
 use crate::model::{ReplId, ReplStatus, idle_cause};
 use crate::platform::PlatformError;
 
@@ -92,11 +92,25 @@ impl Pipeline {
         if unused < after {
             return;
         }
-        // What is not kept is not stopped: there is no hurry.
-        if let Err(NotSaved::Failed(problem)) = self.save(repl).await {
-            tracing::warn!(%repl, %problem, "an idle workspace is not stopped, since it was not saved");
-            return;
-        }
+        // While the store does not take it, it is not stopped: there is no hurry. What cannot be kept later either
+        // keeps nothing running.
+        let last = match self.save_before(repl).await {
+            Ok(LastSave {
+                problem: None,
+                left,
+            }) => LastSave {
+                problem: None,
+                left,
+            },
+            Ok(LastSave {
+                problem: Some(problem),
+                ..
+            })
+            | Err(problem) => {
+                tracing::warn!(%repl, %problem, "an idle workspace is not stopped, since it was not saved");
+                return;
+            }
+        };
         let unused = SignedDuration::try_from(unused).unwrap_or(SignedDuration::MAX);
         let Ok(since) = looked.checked_sub(unused) else {
             return;
@@ -104,7 +118,7 @@ impl Pipeline {
         match self.inner.platform.stop_idle(repl, since, looked).await {
             Ok(true) => {
                 self.inner.saves.forget(repl);
-                let (user, message) = (&status.user_id, idle_cause(since));
+                let (user, message) = (&status.user_id, idle_cause(since) + &last.told());
                 self.note(user, repl, "repl.idle", message, status.release)
                     .await;
             }

@@ -19,14 +19,16 @@ mod queue;
 mod report;
 mod runner;
 mod save;
+mod start;
 mod text;
 mod verdict;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
+use serde::Serialize;
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
@@ -34,16 +36,13 @@ use tokio_util::task::TaskTracker;
 use crate::budget::Budgets;
 use crate::journal::{Appended, Item, Journal, JournalError, NewRecord, SubmissionState};
 use crate::model::{
-    Domain, DomainProof, Event, FieldError, LANGUAGES, Language, Limits, Order, Outcome, Packages,
-    Problem, RelativePath, ReplChange, ReplId, ReplSettings, Status, Submission, SubmissionId,
-    UserId,
+    Domain, DomainProof, Event, FieldError, Limits, Order, Outcome, Packages, Problem, ReplChange,
+    ReplData, ReplId, ReplSettings, Status, Submission, SubmissionId, UserId,
 };
 use crate::platform::tunnel::Meters;
-use crate::platform::{
-    ConfigureError, Opened, Platform, PlatformError, RunningRelease, Sessions, WorkspaceSpec,
-};
+use crate::platform::{ConfigureError, Platform, PlatformError, RunningRelease, Sessions};
 use crate::storage::CodeStore;
-use claims::{CLAIM_PATIENCE, Claims};
+use claims::Claims;
 use control::{Asked, Control, Received, beyond};
 use course::{Course, History, JOURNAL_PAUSE, MAX_OUTPUT_BYTES};
 use idle::Waking;
@@ -57,7 +56,7 @@ pub use claims::{NameRules, NotYours};
 pub use idle::Awake;
 pub use intake::Bounds;
 pub use names::Names;
-pub use save::{NotSaved, Saved};
+pub use save::{LastSave, NotSaved, Saved};
 
 /// Submissions that were cancelled while they waited to be taken up again and are read back for
 /// their replies at one time: each may be as large as all that a program wrote.
@@ -114,6 +113,21 @@ pub struct PipelineOptions {
     pub repls_per_user: Option<usize>,
     /// A repl that nobody has used for so long is stopped; `None`: none is.
     pub idle_stop: Option<Duration>,
+}
+
+/// What is deleted with a repl.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Holdings {
+    /// Current files, one of which may be Gantry's own.
+    pub files: usize,
+    /// Releases that can be gone back to, or failed.
+    pub releases: usize,
+    /// Variables and secrets.
+    pub variables: usize,
+    /// Host names of its own.
+    pub domains: Vec<Domain>,
+    /// What it keeps beside its code, such as its database.
+    pub data: ReplData,
 }
 
 /// Why a repl does not get the domains that were asked for.
@@ -447,16 +461,17 @@ impl Pipeline {
         user: &UserId,
         repl: &ReplId,
         release: Option<u64>,
-    ) -> Result<RunningRelease, PlatformError> {
+    ) -> Result<(RunningRelease, LastSave), PlatformError> {
         let platform = &self.inner.platform;
         let _place = self.inner.places.take(&**platform, user, repl).await?;
         // A workspace gives way to the release: what was edited in it is kept first.
-        self.save_or_gone(repl).await?;
+        let last = self.save_before(repl).await;
+        let last = last.map_err(PlatformError::Unavailable)?;
         let running = platform.rollback(repl, release).await?;
         self.inner.saves.forget(repl);
         let back = format!("it was rolled back to release {}", running.release);
         self.order(user, repl, back).await?;
-        let message = format!("Rolled back to release {}", running.release);
+        let message = format!("Rolled back to release {}{}", running.release, last.told());
         self.note(
             user,
             repl,
@@ -465,106 +480,7 @@ impl Pipeline {
             Some(running.release),
         )
         .await;
-        Ok(running)
-    }
-
-    /// Starts the user's repl from its current files. Without a language it is the one whose entrypoint or
-    /// project file is among them.
-    pub async fn start(
-        &self,
-        user: &UserId,
-        repl: &ReplId,
-        language: Option<&'static Language>,
-    ) -> Result<Opened, NotYours> {
-        let language = match language {
-            Some(language) => language,
-            None => self.language_of(repl).await?,
-        };
-        let platform = &self.inner.platform;
-        if let Some(problem) = platform.lacks(language).await {
-            return Err(PlatformError::NotReady(problem).into());
-        }
-        let _place = self.inner.places.take(&**platform, user, repl).await?;
-        let claimed = self.inner.claim_name_patiently(user, repl, CLAIM_PATIENCE);
-        let fresh = claimed.await?;
-        platform.used(user);
-        let install = language.install.as_ref();
-        let index = install.and_then(|install| self.inner.packages.index(install));
-        let spec = WorkspaceSpec {
-            user_id: user.clone(),
-            repl_id: repl.clone(),
-            argv: language.start(index),
-        };
-        let was_idle = platform.is_idle(repl);
-        let opened = platform.open_workspace(&spec).await;
-        if fresh && opened.is_err() {
-            self.give_back(repl).await;
-        }
-        let opened = opened?;
-        self.inner.opened.notify_one();
-        if opened.created {
-            if !was_idle {
-                self.order(user, repl, "it was started".to_owned()).await?;
-            }
-            let message = match was_idle {
-                true => "Started again as it was before it was idle".to_owned(),
-                false => format!("Started from its current files, as {}", language.name),
-            };
-            self.note(user, repl, "repl.opened", message, None).await;
-        }
-        Ok(opened)
-    }
-
-    /// Puts files into the code store for a repl that does not have them yet. Its name becomes the user's.
-    pub async fn bring(
-        &self,
-        user: &UserId,
-        repl: &ReplId,
-        files: BTreeMap<RelativePath, String>,
-    ) -> Result<(), NotYours> {
-        let platform = &self.inner.platform;
-        let _place = self.inner.places.take(&**platform, user, repl).await?;
-        let claimed = self.inner.claim_name_patiently(user, repl, CLAIM_PATIENCE);
-        let fresh = claimed.await?;
-        let mut put = Vec::new();
-        let brought = self.put_new(user, repl, files, &mut put).await;
-        if fresh && brought.is_err() {
-            let mut removed = Ok(());
-            for path in &put {
-                let one = self.inner.store.remove_current(repl, path).await;
-                removed = removed.and(one);
-            }
-            match removed {
-                // The next who has the name finds nothing of this user's.
-                Ok(()) => self.give_back(repl).await,
-                Err(problem) => {
-                    tracing::warn!(%repl, %problem, "a name stays taken, with its files")
-                }
-            }
-        }
-        Ok(brought?)
-    }
-
-    /// Puts the files that are not there yet, and says which those were.
-    async fn put_new(
-        &self,
-        user: &UserId,
-        repl: &ReplId,
-        files: BTreeMap<RelativePath, String>,
-        new: &mut Vec<RelativePath>,
-    ) -> Result<(), PlatformError> {
-        let store = &self.inner.store;
-        for (path, text) in files {
-            let has = store.has_current(repl, path.as_str()).await;
-            if !has.map_err(PlatformError::Unavailable)? {
-                let admitted = self.inner.platform.admit(user, repl, text.len() as u64);
-                admitted.await.map_err(PlatformError::NotReady)?;
-                let put = store.put_current(repl, &path, text.into_bytes()).await;
-                put.map_err(PlatformError::Unavailable)?;
-                new.push(path);
-            }
-        }
-        Ok(())
+        Ok((running, last))
     }
 
     /// Changes what the user's repl runs with.
@@ -574,9 +490,11 @@ impl Pipeline {
         repl: &ReplId,
         change: &ReplChange,
     ) -> Result<ReplSettings, ConfigureError> {
+        let mut last = LastSave::default();
         if let ReplChange::Variables(_) = change {
             // A workspace is started anew from what is in the code store.
-            self.save_or_gone(repl).await?;
+            let saved = self.save_before(repl).await;
+            last = saved.map_err(PlatformError::Unavailable)?;
         }
         let now = self.inner.platform.configure(repl, change).await?;
         let (action, message) = match change {
@@ -590,7 +508,7 @@ impl Pipeline {
                     .chain(&now.secrets)
                     .map(String::as_str)
                     .collect();
-                let message = format!("Given the variables {}", names.join(", "));
+                let message = format!("Given the variables {}{}", names.join(", "), last.told());
                 ("repl.variables", message)
             }
             ReplChange::Domains(domains) => {
@@ -620,24 +538,6 @@ impl Pipeline {
         }
         let change = ReplChange::Domains(domains);
         Ok(self.configure(user, repl, &change).await?)
-    }
-
-    async fn language_of(&self, repl: &ReplId) -> Result<&'static Language, PlatformError> {
-        // Asked once for all: a store in a bucket takes a while for each question.
-        let there = self.inner.store.top_current(repl).await;
-        let there = there.map_err(PlatformError::Unavailable)?;
-        let has = |file: &str| there.contains(file);
-        // An entrypoint says more than a project's file.
-        let by_entrypoint = LANGUAGES.iter().find(|known| has(known.entrypoint));
-        let by_project = || {
-            let mut all = LANGUAGES.iter();
-            all.find(|known| known.project.is_some_and(has))
-        };
-        if let Some(language) = by_entrypoint.or_else(by_project) {
-            return Ok(language);
-        }
-        // Its start command says that the file is missing; its user can add it then.
-        Ok(&LANGUAGES[0])
     }
 
     /// Notes that this was asked of the user's repl: what was sent before and is under way is not deployed any
@@ -685,18 +585,18 @@ impl Pipeline {
         }
     }
 
-    /// Stops the user's repl.
-    pub async fn stop(&self, user: &UserId, repl: &ReplId) -> Result<(), PlatformError> {
+    /// Stops the user's repl, whatever of its workspace can be kept.
+    pub async fn stop(&self, user: &UserId, repl: &ReplId) -> Result<LastSave, PlatformError> {
         let was_there = self.inner.platform.owner(repl).await?.is_some();
         self.order(user, repl, STOPPED.to_owned()).await?;
-        self.save_or_gone(repl).await?;
+        let last = self.save_at_last(repl).await;
         self.inner.saves.forget(repl);
         self.inner.platform.drop_repl(repl).await?;
         if was_there {
-            self.note(user, repl, "repl.stopped", "Stopped".to_owned(), None)
-                .await;
+            let message = format!("Stopped{}", last.told());
+            self.note(user, repl, "repl.stopped", message, None).await;
         }
-        Ok(())
+        Ok(last)
     }
 
     /// Deletes what the user's repl keeps beside its code, for good.
@@ -708,19 +608,41 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Stops the user's repl, removes its files, releases and data, and lets anybody have its name.
-    pub async fn release_name(&self, user: &UserId, repl: &ReplId) -> Result<(), PlatformError> {
-        let what = "its name was released".to_owned();
-        self.order(user, repl, what).await?;
-        self.inner.platform.drop_repl(repl).await?;
-        self.inner.saves.forget(repl);
-        // Before the name is free: the next who has it must find nothing of this user's.
-        let removed = self.inner.store.remove_repl(repl).await;
-        removed.map_err(PlatformError::Unavailable)?;
-        self.inner.platform.forget(repl).await?;
-        let message = "Its name was released; its files, releases and data are removed".to_owned();
-        self.note(user, repl, "repl.name_released", message, None)
-            .await;
+    /// What is deleted with the user's repl.
+    pub async fn holdings(&self, repl: &ReplId) -> Result<Holdings, PlatformError> {
+        let platform = &self.inner.platform;
+        let files = self.inner.store.list_current(repl).await;
+        let files = files.map_err(PlatformError::Unavailable)?;
+        let settings = platform.settings(repl).await?;
+        Ok(Holdings {
+            files: files.len(),
+            releases: platform.releases(repl).await?.len(),
+            variables: settings.env.len() + settings.secrets.len(),
+            domains: settings.domains,
+            data: platform.data(repl).await?,
+        })
+    }
+
+    /// Stops the user's repl, deletes its files, releases, variables and data for good, and lets anybody have its
+    /// name.
+    pub async fn delete(&self, user: &UserId, repl: &ReplId) -> Result<(), PlatformError> {
+        self.order(user, repl, "it was deleted".to_owned()).await?;
+        let platform = &self.inner.platform;
+        platform.drop_repl(repl).await?;
+        {
+            // A save that is under way must not put anything back.
+            let saves = &self.inner.saves;
+            let known = saves.of(repl);
+            let _none = known.lock().await;
+            saves.forget(repl);
+            platform.delete_data(repl).await?;
+            // Before the name is free: the next who has it must find nothing of this user's.
+            let removed = self.inner.store.remove_repl(repl).await;
+            removed.map_err(PlatformError::Unavailable)?;
+            platform.forget(repl).await?;
+        }
+        let message = "Deleted, with its files, releases and data; its name is free".to_owned();
+        self.note(user, repl, "repl.deleted", message, None).await;
         Ok(())
     }
 
@@ -728,19 +650,6 @@ impl Pipeline {
     async fn give_back(&self, repl: &ReplId) {
         if let Err(error) = self.inner.platform.forget_unused(repl).await {
             tracing::warn!(%repl, %error, "the name of a repl that did not start stays taken");
-        }
-    }
-
-    /// The last save of a workspace before it goes.
-    async fn save_or_gone(&self, repl: &ReplId) -> Result<(), PlatformError> {
-        match self.save(repl).await {
-            Ok(_) => Ok(()),
-            // What does not answer any more has nothing left to save.
-            Err(NotSaved::Gone(error)) => {
-                tracing::debug!(%repl, %error, "stopped without a last save");
-                Ok(())
-            }
-            Err(NotSaved::Failed(problem)) => Err(PlatformError::Unavailable(problem)),
         }
     }
 

@@ -17,19 +17,9 @@ use crate::storage::hexadecimal;
 pub fn argv(submission: &Submission, args: &[String]) -> Vec<String> {
     let language = submission.language;
     let entrypoint = submission.entrypoint.as_ref();
-    let text = |path: &RelativePath| submission.files.get(path).map_or("", String::as_str);
-    let mut argv = match (
-        entry::start(language, &submission.files, entrypoint),
-        entrypoint,
-    ) {
-        (Some(start), _) => start.argv,
-        // Relative imports are those of a module of a package.
-        (None, Some(path)) if entry::runs_as_module(path.as_str(), text(path)) => {
-            let module = path.as_str().trim_end_matches(".py").replace('/', ".");
-            vec!["python3".to_owned(), "-m".to_owned(), module]
-        }
-        _ => with_words(submission, |words| language.fill(language.run, words)),
-    };
+    let own = entry::command(language, &submission.files, entrypoint);
+    let mut argv =
+        own.unwrap_or_else(|| with_words(submission, |words| language.fill(language.run, words)));
     argv.extend(args.iter().cloned());
     argv
 }

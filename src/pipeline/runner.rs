@@ -13,7 +13,7 @@ use serde::Deserialize;
 use tokio::time::timeout;
 
 use super::NotSaved;
-use crate::model::{Problem, RelativePath, ReplId};
+use crate::model::{MAX_WORKSPACE_FILE_BYTES, Problem, RelativePath, ReplId};
 use crate::platform::{ByteStream, Platform, PlatformError};
 use crate::runner::wire::{
     Activity, INSTALLED, LINE, LINE_PROTOCOL, LISTING, MAX_BUILD_BYTES, PACKAGES,
@@ -22,14 +22,14 @@ use crate::runner::wire::{
 /// Longest wait for one answer of a runner, which has files at hand: the largest on a slow network.
 const ANSWER: Duration = Duration::from_secs(30);
 
-/// Largest list of files: as many as a workspace may have, with long names.
-const MOST_LIST: usize = 16 << 20;
+/// Largest list of files: as many as a runner looks at, with names that take six times the room in JSON.
+const MOST_LIST: usize = 64 << 20;
 
 /// Largest answer about its use.
 const MOST_ACTIVITY: usize = 1 << 10;
 
 /// Largest file, as the runner has it.
-const MOST_FILE: usize = 64 << 20;
+const MOST_FILE: usize = MAX_WORKSPACE_FILE_BYTES as usize;
 
 /// How long a ticket of the server's own lasts: one save.
 const TICKET_SECONDS: u64 = 600;
@@ -51,6 +51,28 @@ pub struct Listed {
     /// What is in the folder is nobody's work, and not listed.
     #[serde(default)]
     pub made: bool,
+    /// The file can be run.
+    #[serde(default)]
+    pub executable: bool,
+    /// What the symbolic link holds.
+    #[serde(default)]
+    pub link: Option<String>,
+    /// Why it is left out.
+    #[serde(default)]
+    pub unkept: Option<String>,
+    /// What is in the folder could not be looked at.
+    #[serde(default)]
+    pub closed: bool,
+}
+
+/// What came of reading a file.
+pub enum Read {
+    /// It is this.
+    Whole(Vec<u8>),
+    /// It is not there any more.
+    Gone,
+    /// It cannot be read.
+    Refused(String),
 }
 
 /// A connection to a workspace's runner.
@@ -130,10 +152,15 @@ impl Runner {
         Ok(answer.map(|(headers, body)| (number(&headers, INSTALLED), body)))
     }
 
-    pub async fn read(&mut self, path: &RelativePath) -> Result<Option<Vec<u8>>, NotSaved> {
+    /// The whole of a file.
+    pub async fn read(&mut self, path: &RelativePath) -> Result<Read, NotSaved> {
         let path = utf8_percent_encode(path.as_str(), PLAIN);
-        let answer = self.get(&format!("/files/{path}"), MOST_FILE).await?;
-        Ok(answer.map(|(_, body)| Vec::from(body)))
+        let (status, _, body) = self.ask(&format!("/files/{path}"), MOST_FILE).await?;
+        Ok(match status {
+            StatusCode::OK => Read::Whole(body.into()),
+            StatusCode::NOT_FOUND => Read::Gone,
+            _ => Read::Refused(String::from_utf8_lossy(&body).into_owned()),
+        })
     }
 
     async fn get(
@@ -141,6 +168,19 @@ impl Runner {
         path: &str,
         most: usize,
     ) -> Result<Option<(HeaderMap, Bytes)>, NotSaved> {
+        let (status, headers, body) = self.ask(path, most).await?;
+        match status {
+            StatusCode::OK => Ok(Some((headers, body))),
+            StatusCode::NOT_FOUND => Ok(None),
+            _ => Err(NotSaved::Failed(problem(&String::from_utf8_lossy(&body)))),
+        }
+    }
+
+    async fn ask(
+        &mut self,
+        path: &str,
+        most: usize,
+    ) -> Result<(StatusCode, HeaderMap, Bytes), NotSaved> {
         let request = self
             .request(path)
             .body(Empty::new())
@@ -152,11 +192,7 @@ impl Runner {
             let (status, headers) = (answer.status(), answer.headers().clone());
             let body = Limited::new(answer.into_body(), most).collect().await;
             let body = body.map_err(|error| cut(&error))?.to_bytes();
-            match status {
-                StatusCode::OK => Ok(Some((headers, body))),
-                StatusCode::NOT_FOUND => Ok(None),
-                _ => Err(NotSaved::Failed(problem(&String::from_utf8_lossy(&body)))),
-            }
+            Ok((status, headers, body))
         };
         let answered = timeout(ANSWER, answer).await;
         answered.unwrap_or_else(|_| Err(cut(&"it did not answer in time")))

@@ -45,8 +45,8 @@ use super::wire::{AppPort, FromApp, ToApp, frames};
 use super::workspace::{self, Files, Terminal, Tickets, Workspace};
 use crate::beneath::{Folder, Kind};
 use crate::model::{
-    BUILD_ARCHIVE, Ending, Limits, OutputStream, PACKAGE_PROXY, Packages, RelativePath, Serves,
-    begin_with_a_letter, whole_letters,
+    BUILD_ARCHIVE, Ending, Extras, Limits, MAX_EXTRAS_BYTES, OutputStream, PACKAGE_PROXY, Packages,
+    RelativePath, Serves, WORKSPACE_EXTRAS, begin_with_a_letter, whole_letters,
 };
 
 /// The port a released program listens on (design.md §5).
@@ -264,7 +264,7 @@ pub async fn run(config: AppConfig, listener: UnixListener) -> anyhow::Result<()
 
 fn copy_release(release: &Path, slot: &Slot, stays: bool) -> anyhow::Result<()> {
     let (mut files, mut bytes) = (Vec::new(), 0);
-    let mut build = None;
+    let (mut build, mut extras) = (None, None);
     let mut folders = vec![(Folder::open(release)?, String::new())];
     while let Some((folder, above)) = folders.pop() {
         folder.each(|name, kind| {
@@ -283,6 +283,10 @@ fn copy_release(release: &Path, slot: &Slot, stays: bool) -> anyhow::Result<()> 
                 build = Some(file);
                 return Ok(());
             }
+            if path == WORKSPACE_EXTRAS {
+                extras = Some(file);
+                return Ok(());
+            }
             bytes += file.metadata()?.len();
             anyhow::ensure!(
                 bytes <= MOST_BYTES && files.len() < MOST_FILES,
@@ -295,8 +299,31 @@ fn copy_release(release: &Path, slot: &Slot, stays: bool) -> anyhow::Result<()> 
         })?;
     }
     slot.write_files(&files)?;
+    if let Some(extras) = extras.filter(|_| stays) {
+        restore(extras, slot)?;
+    }
     if let Some(build) = build {
         unpack_build(build, slot, stays)?;
+    }
+    Ok(())
+}
+
+/// Puts back what a workspace had beside the content of its files. It starts without what cannot be put back.
+pub(super) fn restore(extras: File, slot: &Slot) -> anyhow::Result<()> {
+    let mut text = Vec::new();
+    extras
+        .take(MAX_EXTRAS_BYTES as u64)
+        .read_to_end(&mut text)?;
+    let extras: Extras = match serde_json::from_slice(&text) {
+        Ok(extras) => extras,
+        Err(error) => {
+            tracing::warn!(%error, "{WORKSPACE_EXTRAS} cannot be read: the workspace starts without its links, empty folders and execute bits");
+            return Ok(());
+        }
+    };
+    let left = Files::open(slot.folder(), slot.uid)?.restore(&extras);
+    if let Some(first) = left.first() {
+        tracing::warn!(count = left.len(), %first, "some links, folders or execute bits of the workspace are not there any more");
     }
     Ok(())
 }

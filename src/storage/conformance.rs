@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, ensure};
 use async_trait::async_trait;
 
-use super::CodeStore;
+use super::{CodeStore, FILE_REFUSED};
 use crate::model::{BUILD_ARCHIVE, RelativePath, ReplId, SubmissionId};
 
 /// Paths and texts, as they were found.
@@ -136,9 +136,18 @@ async fn current_code_is_the_last_published(
     let has = |path| store.has_current(repl, path);
     ensure!(has("main.py").await? && has("files/7.txt").await?);
     ensure!(!has("files/8.txt").await? && !has("files").await?);
-    let top = store.top_current(repl).await?;
-    ensure!(top.iter().eq(["main.py"]), "in no folder are {top:?}");
+    let listed = store.list_current(repl).await?;
+    let sizes = BTreeMap::from([("files/7.txt".to_owned(), 5), ("main.py".to_owned(), 0)]);
+    ensure!(listed == sizes, "listed are {listed:?}");
     let path = |text: &str| RelativePath::try_from(text.to_owned()).map_err(anyhow::Error::msg);
+    let seven = path("files/7.txt")?;
+    let read = |most| store.read_current(repl, &seven, most);
+    ensure!(read(5).await?.as_deref() == Some(&b"seven"[..]));
+    ensure!(read(4).await?.is_none(), "it is larger than that");
+    for missing in ["files/8.txt", "files"] {
+        let read = store.read_current(repl, &path(missing)?, 9).await?;
+        ensure!(read.is_none(), "{missing} is {read:?}");
+    }
     let edited = [("a/new/file é", "1"), ("main.py", "edited")];
     for (name, text) in edited {
         store.put_current(repl, &path(name)?, text.into()).await?;
@@ -148,6 +157,19 @@ async fn current_code_is_the_last_published(
     }
     let current = look.current(repl).await?;
     ensure!(current == found(&edited), "edited it is {current:?}");
+    // What was a folder becomes a file, and a folder again.
+    for (gone, name) in [("a/new/file é", "a"), ("a", "a/b/c"), ("a/b/c", "a/b")] {
+        store.remove_current(repl, &path(gone)?).await?;
+        store.put_current(repl, &path(name)?, name.into()).await?;
+        let current = look.current(repl).await?;
+        let expected = [(name, name), ("main.py", "edited")];
+        ensure!(current == found(&expected), "turned it is {current:?}");
+    }
+    let long = path(&format!("{}/{}", vec!["d"; 380].join("/"), "n".repeat(255)))?;
+    match store.put_current(repl, &long, Vec::new()).await {
+        Ok(()) => store.remove_current(repl, &long).await?,
+        Err(problem) => ensure!(problem.code == FILE_REFUSED, "{problem}"),
+    }
     Ok(())
 }
 

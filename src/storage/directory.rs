@@ -2,13 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 
-use super::{CodeStore, LANES, lane};
+use super::{CodeStore, FILE_REFUSED, LANES, lane};
 use crate::beneath::Folder;
 use crate::model::{BUILD_ARCHIVE, Problem, RelativePath, ReplId, SubmissionId};
 
@@ -111,21 +111,21 @@ impl CodeStore for DirectoryStore {
         content: Vec<u8>,
     ) -> Result<(), Problem> {
         let (code, path) = (self.current(repl), path.clone());
-        self.alone(repl, move || write_one(&code, &path, &content))
-            .await
+        let put = self.alone(repl, move || Ok(write_one(&code, &path, &content)));
+        let problem = match put.await? {
+            Ok(()) => return Ok(()),
+            Err(error) if is_files_own(&error) => Problem {
+                code: FILE_REFUSED.to_owned(),
+                ..failed(&error)
+            },
+            Err(error) => failed(&error),
+        };
+        Err(problem)
     }
 
     async fn remove_current(&self, repl: &ReplId, path: &RelativePath) -> Result<(), Problem> {
         let (code, path) = (self.current(repl), path.clone());
-        self.alone(repl, move || match own_folder(&code, &path, false) {
-            Ok(folder) => match fs::remove_file(folder.join(name_of(&path))) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-                result => result,
-            },
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
-        })
-        .await
+        self.alone(repl, move || remove_one(&code, &path)).await
     }
 
     async fn remove_repl(&self, repl: &ReplId) -> Result<(), Problem> {
@@ -146,24 +146,53 @@ impl CodeStore for DirectoryStore {
             .is_ok_and(|about| about.is_file()))
     }
 
-    async fn top_current(&self, repl: &ReplId) -> Result<BTreeSet<String>, Problem> {
+    async fn list_current(&self, repl: &ReplId) -> Result<BTreeMap<String, u64>, Problem> {
         let code = DirectoryStore::current(self, repl);
         self.alone(repl, move || {
-            let entries = match fs::read_dir(code) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
-                entries => entries?,
-            };
-            let mut names = BTreeSet::new();
-            for entry in entries {
-                let entry = entry?;
-                if entry.file_type()?.is_file() {
-                    names.insert(entry.file_name().to_string_lossy().into_owned());
-                }
+            let mut found = BTreeMap::new();
+            if fs::symlink_metadata(&code).is_ok_and(|about| about.is_dir()) {
+                list(&code, "", &mut found)?;
             }
-            Ok(names)
+            Ok(found)
         })
         .await
     }
+
+    async fn read_current(
+        &self,
+        repl: &ReplId,
+        path: &RelativePath,
+        most: u64,
+    ) -> Result<Option<Vec<u8>>, Problem> {
+        let (code, path) = (DirectoryStore::current(self, repl), path.clone());
+        let read = move || {
+            // Whatever somebody else put there, nothing is read through a link.
+            let file = Folder::open(&code).and_then(|folder| folder.read(path.as_str()));
+            let Ok(file) = file else { return Ok(None) };
+            let mut content = Vec::new();
+            file.take(most + 1).read_to_end(&mut content)?;
+            Ok((content.len() as u64 <= most).then_some(content))
+        };
+        self.alone(repl, read).await
+    }
+}
+
+/// Most files that are listed of one repl.
+const MAX_LISTED: usize = 100_000;
+
+/// Adds the files in this folder and in those below it.
+fn list(folder: &Path, above: &str, found: &mut BTreeMap<String, u64>) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let path = format!("{above}{}", entry.file_name().to_string_lossy());
+        let about = entry.metadata()?;
+        if about.is_dir() {
+            list(&entry.path(), &format!("{path}/"), found)?;
+        } else if about.is_file() && found.len() < MAX_LISTED {
+            found.insert(path, about.len());
+        }
+    }
+    Ok(())
 }
 
 fn failed(error: &io::Error) -> Problem {
@@ -173,6 +202,18 @@ fn failed(error: &io::Error) -> Problem {
         error.to_string(),
         "Check that the data folder is writable and has room, then try again.",
     )
+}
+
+/// Whether it is this file that cannot be put where it belongs, and no fault of the disk's.
+fn is_files_own(error: &io::Error) -> bool {
+    use io::ErrorKind::{DirectoryNotEmpty, InvalidFilename, IsADirectory, NotADirectory};
+    [
+        DirectoryNotEmpty,
+        InvalidFilename,
+        IsADirectory,
+        NotADirectory,
+    ]
+    .contains(&error.kind())
 }
 
 fn name_of(path: &RelativePath) -> &str {
@@ -197,10 +238,8 @@ fn own_folder(code: &Path, path: &RelativePath, make: bool) -> io::Result<PathBu
                 sync_folder(folder.parent().unwrap_or(code))?;
             }
             Ok(_) => {
-                return Err(io::Error::other(format!(
-                    "{} is no folder",
-                    folder.display()
-                )));
+                let why = format!("{} is no folder", folder.display());
+                return Err(io::Error::new(io::ErrorKind::NotADirectory, why));
             }
             Err(error) => return Err(error),
         }
@@ -216,8 +255,47 @@ fn write_one(code: &Path, path: &RelativePath, content: &[u8]) -> io::Result<()>
     let mut file = File::create(&staged)?;
     file.write_all(content)?;
     file.sync_data()?;
-    fs::rename(&staged, folder.join(name_of(path)))?;
+    let target = folder.join(name_of(path));
+    if fs::symlink_metadata(&target).is_ok_and(|about| about.is_dir()) {
+        remove_folders(&target)?;
+    }
+    fs::rename(&staged, target)?;
     sync_folder(&folder)
+}
+
+/// Removes a file, and the folders above it that have nothing left in them.
+fn remove_one(code: &Path, path: &RelativePath) -> io::Result<()> {
+    use io::ErrorKind::{IsADirectory, NotADirectory, NotFound};
+    // Where something else stands meanwhile, the file is gone as well.
+    let is_gone =
+        |error: &io::Error| [IsADirectory, NotADirectory, NotFound].contains(&error.kind());
+    let folder = match own_folder(code, path, false) {
+        Err(error) if is_gone(&error) => return Ok(()),
+        folder => folder?,
+    };
+    match fs::remove_file(folder.join(name_of(path))) {
+        Err(error) if !is_gone(&error) => return Err(error),
+        _ => {}
+    }
+    for empty in folder.ancestors().take_while(|above| *above != code) {
+        if fs::remove_dir(empty).is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Removes folders that have no file in them; one with a file stays, with an error.
+fn remove_folders(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if !entry.file_type()?.is_dir() {
+            let why = format!("{} is a folder with files in it", folder.display());
+            return Err(io::Error::new(io::ErrorKind::DirectoryNotEmpty, why));
+        }
+        remove_folders(&entry.path())?;
+    }
+    fs::remove_dir(folder)
 }
 
 /// Writes a folder beside its place and moves it there, so that it is seen whole or not at all.

@@ -4,7 +4,7 @@ pub mod conformance;
 mod directory;
 mod s3;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 
@@ -46,7 +46,8 @@ pub trait CodeStore: Send + Sync + fmt::Debug {
         build: Option<Vec<u8>>,
     ) -> Result<(), Problem>;
 
-    /// Puts one file among the repl's current files, durably and whole or not at all.
+    /// Puts one file among the repl's current files, durably and whole or not at all. A folder with no file in it
+    /// gives way. What the store cannot take of this file alone is a problem with the code [`FILE_REFUSED`].
     async fn put_current(
         &self,
         repl: &ReplId,
@@ -63,9 +64,20 @@ pub trait CodeStore: Send + Sync + fmt::Debug {
     /// Whether this file is among the repl's current files.
     async fn has_current(&self, repl: &ReplId, path: &str) -> Result<bool, Problem>;
 
-    /// Names of those current files that are in no folder.
-    async fn top_current(&self, repl: &ReplId) -> Result<BTreeSet<String>, Problem>;
+    /// The repl's current files, and the bytes of each. Links are none.
+    async fn list_current(&self, repl: &ReplId) -> Result<BTreeMap<String, u64>, Problem>;
+
+    /// The content of one of the current files; `None`: it is not there, or has more than `most` bytes.
+    async fn read_current(
+        &self,
+        repl: &ReplId,
+        path: &RelativePath,
+        most: u64,
+    ) -> Result<Option<Vec<u8>>, Problem>;
 }
+
+/// The code of a problem that is one file's own: the store takes others, and does not take this one later either.
+pub const FILE_REFUSED: &str = "store_file_refused";
 
 /// Changes of current code that may go on at one time in one server; one repl's never overlap.
 const LANES: usize = 64;

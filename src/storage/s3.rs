@@ -33,7 +33,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::sync::Mutex;
 
-use super::{CodeStore, LANES, lane};
+use super::{CodeStore, FILE_REFUSED, LANES, lane};
 use crate::model::{BUILD_ARCHIVE, Problem, RelativePath, ReplId, SubmissionId};
 pub use grant::{
     FETCH_GREETING, FETCH_PORT, FETCH_TAKEN, GrantedFile, INCOMPLETE, MAX_OFFER_BYTES, Offer,
@@ -43,8 +43,14 @@ pub use grant::{
 /// Longest wait for a connection: what the SDKs of AWS wait.
 const CONNECT_PATIENCE: Duration = Duration::from_millis(3_100);
 
-/// Longest wait for one try of one request. Objects are small: 8 MiB at the most when they are ours.
+/// Longest wait for one try of one request. Most objects are small: 8 MiB at the most when they were submitted.
 const ATTEMPT_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Longer objects get more: a second for each MiB.
+const SMALL_BYTES: usize = 8 << 20;
+
+/// Longest key, as S3 has it.
+const MAX_KEY_BYTES: usize = 1_024;
 
 /// Longest wait for one request with all its tries. A store that is away longer than this is told to
 /// the user; the verdict on the code stands all the same.
@@ -325,8 +331,24 @@ impl S3Store {
     }
 
     async fn put(&self, key: String, body: Vec<u8>) -> Result<(), Problem> {
+        if key.len() > MAX_KEY_BYTES {
+            return Err(Problem::new(
+                FILE_REFUSED,
+                "The code store cannot take this file",
+                format!("its key would be longer than {MAX_KEY_BYTES} bytes"),
+                "Give it a shorter path.",
+            ));
+        }
+        let attempt = patience_for(body.len());
+        let time_outs = TimeoutConfig::builder()
+            .connect_timeout(CONNECT_PATIENCE)
+            .operation_attempt_timeout(attempt)
+            .operation_timeout(attempt.max(REQUEST_PATIENCE / 2) * 2)
+            .build();
         let request = self.client.put_object().bucket(&self.bucket).key(&key);
-        match request.body(ByteStream::from(body)).send().await {
+        let request = request.body(ByteStream::from(body)).customize();
+        let settings = aws_sdk_s3::config::Builder::new().timeout_config(time_outs);
+        match request.config_override(settings).send().await {
             Ok(_) => Ok(()),
             Err(error) => Err(self.problem(&format!("take {key}"), &error)),
         }
@@ -442,13 +464,29 @@ impl S3Store {
                 "Check AWS_ENDPOINT_URL, that the store is up, and that the network lets Gantry reach it.",
             ),
         };
+        let code = match error {
+            SdkError::ServiceError(error) if is_objects_own(error.err()) => FILE_REFUSED,
+            _ => "store_failed",
+        };
         Problem::new(
-            "store_failed",
+            code,
             format!("The code store could not {what} ({place})"),
             cause,
             remediation,
         )
     }
+}
+
+/// Longest wait for one try to send an object of this size.
+fn patience_for(bytes: usize) -> Duration {
+    let long = bytes.saturating_sub(SMALL_BYTES) >> 20;
+    ATTEMPT_PATIENCE + Duration::from_secs(long as u64)
+}
+
+/// Whether it is this object that the store does not take.
+fn is_objects_own(error: &impl ProvideErrorMetadata) -> bool {
+    let code = error.code().unwrap_or_default();
+    ["KeyTooLongError", "EntityTooLarge"].contains(&code)
 }
 
 /// Objects below one repl's or release's prefix: far above what submissions can bring, and a bound
@@ -558,19 +596,45 @@ impl CodeStore for S3Store {
         }
     }
 
-    async fn top_current(&self, repl: &ReplId) -> Result<BTreeSet<String>, Problem> {
+    async fn list_current(&self, repl: &ReplId) -> Result<BTreeMap<String, u64>, Problem> {
         let prefix = format!("code/{repl}/");
-        let request = self.client.list_objects_v2().bucket(&self.bucket);
-        let request = request.prefix(&prefix).delimiter("/");
-        let mut pages = request.into_paginator().send();
-        let mut names = BTreeSet::new();
-        while names.len() < MAX_LISTED
-            && let Some(page) = pages.next().await
-        {
-            let page = page.map_err(|error| self.problem("be listed", &error))?;
-            let keys = page.contents().iter().filter_map(|object| object.key());
-            names.extend(keys.filter_map(|key| Some(key.strip_prefix(&prefix)?.to_owned())));
+        let objects = self.list(&prefix, MAX_LISTED).await?;
+        let file = |object: Object| {
+            let path = object.key.strip_prefix(&prefix)?;
+            // Consoles show folders by empty objects with a slash at the end.
+            let is_file = !path.is_empty() && !path.ends_with('/');
+            is_file.then(|| (path.to_owned(), object.bytes))
+        };
+        Ok(objects.into_iter().filter_map(file).collect())
+    }
+
+    async fn read_current(
+        &self,
+        repl: &ReplId,
+        path: &RelativePath,
+        most: u64,
+    ) -> Result<Option<Vec<u8>>, Problem> {
+        let key = format!("code/{repl}/{path}");
+        let request = self.client.get_object().bucket(&self.bucket).key(&key);
+        let answer = match request.send().await {
+            Ok(answer) => answer,
+            Err(SdkError::ServiceError(error)) if error.err().is_no_such_key() => return Ok(None),
+            Err(error) => return Err(self.problem(&format!("give {key}"), &error)),
+        };
+        let size = answer
+            .content_length()
+            .and_then(|size| u64::try_from(size).ok());
+        if size.is_none_or(|size| size > most) {
+            return Ok(None);
         }
-        Ok(names)
+        let body = answer.body.collect().await.map_err(|error| {
+            Problem::new(
+                "store_failed",
+                format!("The code store did not give the whole of {key}"),
+                innermost(&error),
+                "Check that the store is up and that the network lets Gantry reach it.",
+            )
+        })?;
+        Ok(Some(body.into_bytes().into()))
     }
 }

@@ -408,7 +408,7 @@ pub fn router(edge: Arc<Edge>) -> Router {
         .routes(routes!(submissions::list))
         .routes(routes!(submissions::one))
         .routes(routes!(repls::list))
-        .routes(routes!(repls::one))
+        .routes(routes!(repls::one, repls::delete))
         .routes(routes!(repls::releases))
         .routes(routes!(repls::rollback))
         .routes(routes!(repls::release_name))

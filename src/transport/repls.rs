@@ -9,11 +9,12 @@ use serde_json::{Value, json};
 use utoipa::ToSchema;
 
 use super::Edge;
-use super::body::{Json, ProblemBody, field_refused};
+use super::body::{Json, ProblemBody, Query, field_refused};
 use super::caller::Authenticated;
 use super::problem::HttpProblem;
 use crate::auth::Caller;
 use crate::model::{FieldError, Problem, Release, ReplId, ReplStatus, UserId};
+use crate::pipeline::{Holdings, LastSave};
 use crate::platform::PlatformError;
 
 /// The repls of a caller.
@@ -94,6 +95,10 @@ pub struct RolledBack {
     release: u64,
     /// Where.
     url: String,
+    /// Of a workspace that gave way: `unsaved`, what could not be kept, and why.
+    #[serde(flatten)]
+    #[schema(value_type = Object)]
+    last: LastSave,
 }
 
 /// Make an earlier release serve again
@@ -108,7 +113,7 @@ pub async fn rollback(
     Json(Rollback { release }): Json<Rollback>,
 ) -> Result<axum::Json<RolledBack>, HttpProblem> {
     let (repl, user) = owned(&edge, &caller, &id).await?;
-    let running = edge
+    let (running, last) = edge
         .pipeline
         .rollback(&user, &repl, release)
         .await
@@ -128,23 +133,90 @@ pub async fn rollback(
         repl_id: repl.into(),
         release: running.release,
         url: running.url,
+        last,
     }))
 }
 
-/// Give a repl's name back: it is stopped, its files, releases and data are removed, and anybody can have the name
-#[utoipa::path(delete, path = "/repls/{id}/name", tag = "repls", params(("id" = String, Path)),
-    responses((status = 200, body = Stopped), (status = 404, body = ProblemBody),
-              (status = 503, body = ProblemBody)))]
-pub async fn release_name(
+/// What confirms that a repl is to be deleted.
+#[derive(Debug, Default, Deserialize)]
+pub struct Confirmation {
+    confirm: Option<String>,
+}
+
+/// A repl that was deleted.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Deleted {
+    /// Always true here; errors carry none.
+    success: bool,
+}
+
+/// Delete a repl for good: it is stopped, its files, releases, variables and data are removed, and anybody can have
+/// its name. `confirm` is its name; without it, 409 `not_confirmed` tells what would be deleted
+#[utoipa::path(delete, path = "/repls/{id}", tag = "repls",
+    params(("id" = String, Path), ("confirm" = Option<String>, Query, description = "the repl's name once more")),
+    responses((status = 200, body = Deleted), (status = 404, body = ProblemBody),
+              (status = 409, body = ProblemBody), (status = 503, body = ProblemBody)))]
+pub async fn delete(
     State(edge): State<Arc<Edge>>,
     Authenticated(caller): Authenticated,
     Path(id): Path<String>,
-) -> Result<axum::Json<Stopped>, HttpProblem> {
+    Query(Confirmation { confirm }): Query<Confirmation>,
+) -> Result<axum::Json<Deleted>, HttpProblem> {
     let (repl, user) = owned(&edge, &caller, &id).await?;
-    let released = edge.pipeline.release_name(&user, &repl).await;
-    released.map_err(platform_problem)?;
-    tracing::info!(%repl, %user, key = %caller.key_id, "a repl's name was released");
-    Ok(axum::Json(Stopped { success: true }))
+    if confirm.as_deref() != Some(repl.as_str()) {
+        let holdings = edge.pipeline.holdings(&repl).await;
+        return Err(not_confirmed(&repl, &holdings.map_err(platform_problem)?));
+    }
+    let deleted = edge.pipeline.delete(&user, &repl).await;
+    deleted.map_err(platform_problem)?;
+    tracing::info!(%repl, %user, key = %caller.key_id, "a repl was deleted");
+    Ok(axum::Json(Deleted { success: true }))
+}
+
+fn not_confirmed(repl: &ReplId, holdings: &Holdings) -> HttpProblem {
+    let data = match holdings.data.bytes {
+        Some(0) => "no data".to_owned(),
+        Some(bytes) => format!("{bytes} bytes of data"),
+        None => "a database of unknown size".to_owned(),
+    };
+    let Holdings {
+        files,
+        releases,
+        variables,
+        domains,
+        data: _,
+    } = holdings;
+    let counted = |count: usize, one: &str| match count {
+        1 => format!("1 {one}"),
+        _ => format!("{count} {one}s"),
+    };
+    let cause = format!(
+        "{}, {}, {}, {} and {data} would be deleted for good",
+        counted(*files, "file"),
+        counted(*releases, "release"),
+        counted(*variables, "variable"),
+        counted(domains.len(), "domain")
+    );
+    let problem = Problem::new(
+        "not_confirmed",
+        format!("{repl} is not deleted without a confirmation"),
+        cause,
+        format!("If nobody needs that, ask for it with ?confirm={repl}."),
+    );
+    HttpProblem::new(StatusCode::CONFLICT, problem).with("deletes", json!(holdings))
+}
+
+/// The same, by an earlier name of this route
+#[utoipa::path(delete, path = "/repls/{id}/name", tag = "repls", params(("id" = String, Path)),
+    responses((status = 200, body = Deleted), (status = 404, body = ProblemBody),
+              (status = 503, body = ProblemBody)))]
+pub async fn release_name(
+    state: State<Arc<Edge>>,
+    caller: Authenticated,
+    Path(id): Path<String>,
+) -> Result<axum::Json<Deleted>, HttpProblem> {
+    let confirm = Some(id.clone());
+    delete(state, caller, Path(id), Query(Confirmation { confirm })).await
 }
 
 /// What `POST /stop` answers.
@@ -152,6 +224,11 @@ pub async fn release_name(
 pub struct Stopped {
     /// Always true here; errors carry false.
     success: bool,
+    /// Of a workspace: `unsaved`, what could not be kept, and why, as `[{path, reason}]`; `unsaved_more`, how much
+    /// more there is; `saveError`, why what was changed lately is not kept.
+    #[serde(flatten)]
+    #[schema(value_type = Object)]
+    last: LastSave,
 }
 
 /// What `POST /stop` takes. For the description only: the route itself says what is wrong in its
@@ -187,14 +264,21 @@ pub async fn stop(
             let pipeline = &edge.pipeline;
             let own = |user: &UserId| caller.may_act_for(user);
             pipeline.stop_unclaimed(&repl, own).await;
-            Ok(())
+            Ok(LastSave::default())
         }
         // Another's repl looks like one that is not there, and stopping that is fine.
-        Ok(_) => Ok(()),
+        Ok(_) => Ok(LastSave::default()),
         Err(error) => Err(error),
     };
+    let done = |last| {
+        Ok(axum::Json(Stopped {
+            success: true,
+            last,
+        }))
+    };
     match stopped {
-        Ok(()) | Err(PlatformError::NotFound(_)) => Ok(axum::Json(Stopped { success: true })),
+        Ok(last) => done(last),
+        Err(PlatformError::NotFound(_)) => done(LastSave::default()),
         Err(PlatformError::Unavailable(problem) | PlatformError::NotReady(problem)) => {
             tracing::error!(repl_id = %repl, error = %problem, "a repl could not be stopped");
             let failed = HttpProblem::new(StatusCode::INTERNAL_SERVER_ERROR, problem.clone());

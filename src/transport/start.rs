@@ -81,12 +81,7 @@ pub async fn start(
         }
         None => user_of(&edge, &caller, &repl).await?,
     };
-    let started = async {
-        if !files.is_empty() {
-            edge.pipeline.bring(&user, &repl, files).await?;
-        }
-        edge.pipeline.start(&user, &repl, wanted.language).await
-    };
+    let started = edge.pipeline.start(&user, &repl, wanted.language, files);
     match started.await {
         Ok(opened) => Ok(axum::Json(Started {
             terminal_url: with_ticket(&edge, &repl, opened.terminal_url).await,

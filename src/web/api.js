@@ -103,6 +103,8 @@ export const api = {
   setDomains: (replId, domains) => request("PUT", `/repls/${encodeURIComponent(replId)}/domains`, { body: { domains } }),
   data: (replId, signal) => request("GET", `/repls/${encodeURIComponent(replId)}/data`, { signal }),
   deleteData: (replId) => request("DELETE", `/repls/${encodeURIComponent(replId)}/data`),
+  /** Without a confirmation: the problem `not_confirmed`, which says what would be deleted. */
+  deleteRepl: (replId, confirm) => request("DELETE", `/repls/${encodeURIComponent(replId)}`, { query: { confirm } }),
   scaleRepl: (replId, body) => request("POST", `/repls/${encodeURIComponent(replId)}/scale`, { body }),
   stop: (replId) => request("POST", "/stop", { body: { replId } }),
   state: (signal) => request("GET", "/state", { signal }),

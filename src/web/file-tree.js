@@ -142,9 +142,11 @@ function useActions({ runner, openFiles, chosen, choose, fail, setUploading }) {
 }
 
 function about(entry) {
+  if (entry.unkept) return `${entry.path} is not kept when the repl stops: ${entry.unkept}`;
   if (entry.made) return `${entry.path}: packages or a cache, which are not shown`;
   if (entry.kind === "folder") return entry.path;
   if (entry.kind === "file") return `${entry.path} · ${bytes(entry.size)}`;
+  if (entry.link !== undefined) return `${entry.path}: a link to ${entry.link}`;
   return `${entry.path}: neither a file nor a folder; it is not opened`;
 }
 
@@ -153,7 +155,7 @@ function Row({ row, chosen, shown, dirty, focusable, act }) {
   const isFolder = entry.kind === "folder";
   return html`
     <li role="treeitem" aria-level=${level} aria-selected=${chosen === entry.path ? "true" : "false"} aria-expanded=${isFolder ? String(open) : undefined}
-      aria-label=${nameOf(entry.path) + (dirty ? ", not saved" : "")} tabindex=${focusable ? "0" : "-1"} data-path=${entry.path}
+      aria-label=${nameOf(entry.path) + (dirty ? ", not saved" : "") + (entry.unkept ? ", not kept" : "")} tabindex=${focusable ? "0" : "-1"} data-path=${entry.path}
       class=${`tree-row ${entry.made ? "made" : entry.kind} ${shown === entry.path ? "shown" : ""}`} style=${{ paddingLeft: `${level * 14 - 4}px` }}
       title=${about(entry)}
       onFocus=${() => act.choose(entry.path)} onClick=${() => act.pick(entry)}>
@@ -161,6 +163,7 @@ function Row({ row, chosen, shown, dirty, focusable, act }) {
       <${Icon} name=${isFolder ? "folder" : "file"} />
       <span class="tree-name">${nameOf(entry.path)}</span>
       ${dirty && html`<span class="unsaved" title="Not saved">●</span>`}
+      ${entry.unkept && html`<span class="unkept" aria-hidden="true" data-testid="unkept">not kept</span>`}
     </li>
   `;
 }

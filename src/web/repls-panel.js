@@ -4,7 +4,7 @@ import { api } from "./api.js";
 import { finishedRuns } from "./run.js";
 import { href, route } from "./router.js";
 import { Settings } from "./repl-settings.js";
-import { POLL_MS, StateBadge, attempt, isIdle, isStopped, readiness, stopRepl } from "./repl-state.js";
+import { POLL_MS, StateBadge, attempt, deleteRepl, isIdle, isStopped, readiness, stopRepl, unsavedProblem } from "./repl-state.js";
 import { Split } from "./split.js";
 import { StartDialog } from "./start-dialog.js";
 import { AppLink } from "./verdict.js";
@@ -23,7 +23,10 @@ function Releases({ replId, reloadRepls, fail }) {
       action: `Serve release ${release}`,
     });
     if (!yes) return;
-    await attempt(() => api.rollback(replId, release), fail);
+    let done;
+    if (await attempt(async () => { done = await api.rollback(replId, release); }, fail)) {
+      fail(unsavedProblem(done, `Release ${release} serves. Not everything of the workspace was kept`));
+    }
     reload();
     reloadRepls();
   };
@@ -58,6 +61,10 @@ function Detail({ repl, reload }) {
     setBusy(false);
     reload();
   };
+  const remove = async () => {
+    if (await deleteRepl(repl, fail)) location.hash = href("repls");
+    reload();
+  };
   return html`
     <article class="record">
       <header class="record-head">
@@ -83,6 +90,7 @@ function Detail({ repl, reload }) {
         <a href=${href("logs", null, { repl_id: repl.replId })}>Its log records</a>
         <a href=${href("submissions", null, { repl_id: repl.replId })}>Its submissions</a>
         ${(!isStopped(repl) || isIdle(repl)) && html`<button type="button" class="small danger-quiet" onClick=${() => stopRepl(repl, fail).then(reload)}>Stop…</button>`}
+        <button type="button" class="small danger-quiet" data-testid="delete-repl" onClick=${remove}>Delete…</button>
       </p>
       <${Settings} repl=${repl} reload=${reload} />
       <h3>Releases</h3>

@@ -9,7 +9,7 @@ const ANSWER_TIMEOUT_MS = 30_000;
 /** A piece of a file: in base64 and with what stands around it, it fits into a message of 1 MiB. */
 const PIECE_BYTES = 512 * 1024;
 /** The runner's own bound for one file. */
-export const MAX_FILE_BYTES = 64 * 1024 * 1024;
+export const MAX_FILE_BYTES = 128 * 1024 * 1024;
 /** A piece of what is typed or pasted: its program reads it piece by piece. */
 const INPUT_BYTES = 16 * 1024;
 /** `btoa` takes a text, and a function only so many arguments. */

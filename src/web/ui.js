@@ -120,10 +120,10 @@ export function confirmed({ title, detail, action }) {
   });
 }
 
-/** Asks for a text in a modal dialog; resolves to it, or to null. */
-export function asked({ title, label, value, action }) {
+/** Asks for a text in a modal dialog; resolves to it, or to null. `danger`: what follows cannot be undone. */
+export function asked({ title, detail, label, value, action, danger }) {
   return new Promise((resolve) => {
-    question.value = { title, label, value, action, resolve };
+    question.value = { title, detail, label, value, action, danger, resolve };
   });
 }
 
@@ -149,12 +149,13 @@ export function ConfirmDialog() {
     <dialog ref=${dialog} aria-labelledby="confirm-title" onCancel=${(event) => { event.preventDefault(); answer(null); }}>
       <form onSubmit=${(event) => { event.preventDefault(); answer(asksText ? field.current.value.trim() : ""); }}>
         <h2 id="confirm-title">${now?.title}</h2>
+        ${asksText && now.detail && html`<p>${now.detail}</p>`}
         ${asksText
           ? html`<label class="asked">${now.label}<input class="mono" ref=${field} defaultValue=${now.value} required autofocus autocapitalize="off" autocomplete="off" spellcheck="false" data-testid="asked" /></label>`
           : html`<p>${now?.detail}</p>`}
         <div class="dialog-actions">
           <button type="button" onClick=${() => answer(null)} autofocus=${!asksText}>${asksText ? "Cancel" : "Keep as it is"}</button>
-          <button type="submit" class=${asksText ? "primary" : "danger"}>${now?.action}</button>
+          <button type="submit" class=${asksText && !now.danger ? "primary" : "danger"}>${now?.action}</button>
         </div>
       </form>
     </dialog>

@@ -5,7 +5,7 @@ import { Editor } from "./editor.js";
 import { FileTree } from "./file-tree.js";
 import { OpenFiles, languageOf } from "./open-files.js";
 import { OutputPane } from "./output.js";
-import { POLL_MS, StateBadge, attempt, isIdle, isStopped, isWorkspace, stopRepl } from "./repl-state.js";
+import { POLL_MS, StateBadge, attempt, isIdle, isStopped, isWorkspace, stopRepl, unsavedWords } from "./repl-state.js";
 import { kept } from "./kept.js";
 import { href, replaceQuery, route } from "./router.js";
 import { Runner } from "./runner.js";
@@ -30,6 +30,8 @@ class Inside {
     /** Terminals with a tab, and what the lower part shows: `output`, `page` or a terminal's name with `>` before it. */
     this.tabs = signal([]);
     this.shown = signal("output");
+    /** What the last save left out beside what the runner says: `[{path, reason}]`. */
+    this.notKept = signal([]);
   }
 
   static of(replId) {
@@ -282,11 +284,18 @@ function Stopped({ repl, fail, reload }) {
     <p><button type="button" class="primary" disabled=${busy} data-testid="start" onClick=${start}>${busy ? "Starting…" : "Start it"}</button></p></div>`;
 }
 
+/** What is lost when the repl stops. */
+function NotKept({ entries, refused }) {
+  const unsaved = [...entries.filter((entry) => entry.unkept).map(({ path, unkept }) => ({ path, reason: unkept })), ...refused];
+  if (!unsaved.length) return null;
+  return html`<p class="note" role="status" data-testid="not-kept"><strong>Not kept when this repl stops:</strong> ${unsavedWords(unsaved)}.</p>`;
+}
+
 export function Workspace({ replId }) {
   const { data: repl, problem: unknown, loading, reload } = useLoaded((signal) => api.repl(replId, signal), replId, { pollMs: () => POLL_MS });
   const [problem, fail] = useState(null);
   const [inside] = useState(() => Inside.of(replId));
-  const { runner, files } = inside;
+  const { runner, files, notKept } = inside;
   const up = repl && !isStopped(repl);
   useEffect(() => () => inside.leave(replId), [inside]);
   useEffect(() => {
@@ -313,7 +322,10 @@ export function Workspace({ replId }) {
     if (!isWorkspace(repl)) return;
     attempt(async () => {
       await (path ? files.save(path) : files.saveAll());
-      await api.save(replId);
+      const unlisted = ({ path }) => !runner.files.peek()?.some((entry) => entry.path === path && entry.unkept);
+      const { unsaved = [] } = await api.save(replId);
+      // What the tree marks already is no news.
+      notKept.value = unsaved.filter(unlisted);
     }, fail);
   };
   const run = () => {
@@ -333,6 +345,7 @@ export function Workspace({ replId }) {
       <${Head} repl=${repl} inside=${inside} run=${run} save=${save} fail=${fail} reload=${reload} />
       <div class="workspace-notes">
         <${ProblemNote} problem=${problem ?? runner.problem.value ?? unknown} dismiss=${() => { fail(null); runner.problem.value = null; }} />
+        ${up && isWorkspace(repl) && html`<${NotKept} entries=${runner.files.value ?? []} refused=${notKept.value} />`}
         ${up && !isWorkspace(repl) && html`<p class="note" data-testid="is-release">This is release ${repl.release}, as it was tested: its files can be read, not changed.
           To change them, stop it and start it from its current files, or deploy another release.</p>`}
       </div>

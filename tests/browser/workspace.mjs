@@ -433,15 +433,28 @@ async function stopChecks() {
     await page.keyboard.press("Control+s");
     await isDirty("main.py", false);
   });
+  await checks.check("what cannot be kept is named before it is lost", async () => {
+    await tab(">1").click();
+    await type("1", "ln -s /etc/passwd outside; ln -s main.py inside");
+    await byId("not-kept").getByText("outside (the link leads out of the workspace)").waitFor();
+    await treeItem("outside").getByTestId("unkept").waitFor();
+    assert.equal(await treeItem("inside").getByTestId("unkept").count(), 0);
+    await shot("workspace-not-kept");
+  });
   await checks.check("a stopped repl says so, and started again it has its files", async () => {
     await byId("stop-repl").click();
     await page.getByRole("dialog").getByText("Its files are saved first").waitFor();
+    await page.getByRole("dialog").getByText("outside (the link leads out of the workspace)").waitFor();
+    await shot("workspace-stop-loses");
     await page.getByRole("button", { name: "Stop it" }).click();
     await byId("start").waitFor({ timeout: START_MS });
+    await page.getByRole("alert").getByText("Not everything was kept").waitFor();
     await shot("workspace-stopped");
     await byId("start").click();
     await treeItem("main.py").waitFor({ timeout: START_MS });
     await treeItem("made").waitFor();
+    await treeItem("inside").waitFor();
+    assert.equal(await treeItem("outside").count(), 0);
     await waitFor(() => /not saved/.test([...document.querySelectorAll(".cm-content")].map((one) => one.textContent).join()));
     await programIs("serving", START_MS);
   });
@@ -484,6 +497,18 @@ async function releaseChecks() {
       return row?.cells[1].textContent === "current";
     }, null, START_MS);
     await shot("repl-rolled-back");
+  });
+  await checks.check("a repl is deleted when its name is typed, having said what goes with it", async () => {
+    await byId("delete-repl").click();
+    await page.getByRole("dialog").getByText("1 file, 2 releases").waitFor();
+    await shot("repl-delete");
+    await answer("another", "Delete it");
+    await page.getByRole("alert").getByText("is not deleted").waitFor();
+    await byId("delete-repl").click();
+    await answer(RELEASED, "Delete it");
+    await byId("delete-repl").waitFor({ state: "detached", timeout: START_MS });
+    await page.locator(".row-title", { hasText: REPL }).first().waitFor();
+    assert.equal(await page.locator(".row-title", { hasText: RELEASED }).count(), 0);
   });
 }
 

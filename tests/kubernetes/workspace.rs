@@ -151,6 +151,88 @@ async fn an_empty_bucket_is_told_in_the_words_of_what_was_to_bring_the_files() {
     bed.forget(user.as_str()).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a cluster"]
+async fn links_empty_folders_and_execute_bits_come_back() {
+    let bed = Bed::start().await;
+    let user = bed.user("extras");
+    let repl = bed.repl(&user);
+    put(&bed, &repl, &format!("VERSION = 'current'\n{SERVER}")).await;
+    let path = |name: &str| RelativePath::try_from(name.to_owned()).unwrap();
+    let script = b"#!/bin/sh\necho ran-$((40+2))\n".to_vec();
+    let name = path("bin/run");
+    let run = bed.store.put_current(&repl, &name, script);
+    run.await.unwrap();
+    let extras = json!({ "folders": ["empty/deep"], "links": { "inside": "bin/run" }, "executable": ["bin/run"] });
+    let name = path(gantry::model::WORKSPACE_EXTRAS);
+    let extras = bed
+        .store
+        .put_current(&repl, &name, extras.to_string().into_bytes());
+    extras.await.unwrap();
+    bed.platform
+        .open_workspace(&spec(&user, &repl))
+        .await
+        .unwrap();
+    served(&bed, &repl, "current").await;
+    let at = format!("/?ticket={}", ticket(&bed, &repl).await);
+    eventually("the ingress knows it", || async {
+        through_the_ingress(&repl, &at).await.is_ok()
+    })
+    .await;
+    let mut socket = through_the_ingress(&repl, &at).await.unwrap();
+    let open = json!({ "id": 1, "op": "terminal.open", "terminal": "one" });
+    say(&mut socket, open).await;
+    let look = "./inside; test -d empty/deep && echo emp''ty; ls -a | grep -c gantry-works''pace\n";
+    socket.send(typed(look)).await.unwrap();
+    sees(&mut socket, "ran-42").await;
+    sees(&mut socket, "empty").await;
+    bed.platform.drop_repl(&repl).await.unwrap();
+    bed.forget(user.as_str()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a cluster"]
+async fn a_forgotten_repl_leaves_no_secrets_and_no_name() {
+    let bed = Bed::start().await;
+    let user = bed.user("forgotten");
+    let repl = bed.repl(&user);
+    put(&bed, &repl, &format!("VERSION = 'current'\n{SERVER}")).await;
+    bed.platform
+        .open_workspace(&spec(&user, &repl))
+        .await
+        .unwrap();
+    served(&bed, &repl, "current").await;
+    let secret = gantry::model::SecretText::from("hush".to_owned());
+    let change = gantry::model::VariablesChange {
+        env: Some(BTreeMap::from([("COLOUR".to_owned(), "red".to_owned())])),
+        secrets: Some(BTreeMap::from([("TOKEN".to_owned(), Some(secret))])),
+    };
+    let change = gantry::model::ReplChange::Variables(change);
+    bed.platform.configure(&repl, &change).await.unwrap();
+    let kept = async || {
+        let discovery = Discovery::new(bed.client.clone()).run().await.unwrap();
+        let core = discovery
+            .groups()
+            .find(|group| group.name().is_empty())
+            .unwrap();
+        let (secrets, _) = core.recommended_kind("Secret").unwrap();
+        let api: Api<DynamicObject> = Api::all_with(bed.client.clone(), &secrets);
+        let labels = format!("gantry.dev/repl={repl}");
+        let found = api
+            .list(&ListParams::default().labels(&labels))
+            .await
+            .unwrap();
+        found.items.len()
+    };
+    assert!(kept().await > 0, "the control: they are there");
+    bed.platform.drop_repl(&repl).await.unwrap();
+    bed.platform.delete_data(&repl).await.unwrap();
+    bed.platform.forget(&repl).await.unwrap();
+    assert_eq!(kept().await, 0);
+    assert_eq!(bed.platform.owner(&repl).await.unwrap(), None);
+    bed.forget(user.as_str()).await;
+}
+
 type Socket = tokio_tungstenite::WebSocketStream<tokio::net::TcpStream>;
 
 /// A WebSocket to the repl's runner, as a browser opens it; or the HTTP status that refused it.

@@ -6,7 +6,7 @@ use super::{Files, text};
 use crate::model::{Language, RelativePath};
 
 /// Node's project file.
-const PACKAGE: &str = "package.json";
+pub const PACKAGE: &str = "package.json";
 
 /// The command by which a project starts itself.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -59,7 +59,7 @@ const NODE: Tool = tool("node", "apt-get install nodejs");
 pub static LANGUAGES: &[Language] = &[
     Language {
         aliases: &["python3", "py"],
-        others: &["app.py", "__main__.py", "src/main.py"],
+        others: &["app.py", "server.py", "__main__.py", "src/main.py"],
         project: Some("requirements.txt"),
         settings: &["python3"],
         // Where Python looks by itself: the user's own packages, below the home, which is the workspace.
@@ -490,6 +490,7 @@ pub static LANGUAGES: &[Language] = &[
     },
     Language {
         project: Some("Gemfile"),
+        others: &["app.rb", "server.rb"],
         ..interpreted(
             "ruby",
             "main.rb",
@@ -500,6 +501,7 @@ pub static LANGUAGES: &[Language] = &[
     },
     Language {
         project: Some("composer.json"),
+        others: &["index.php"],
         settings: &["php"],
         tests: each(
             "php with assertions",
@@ -524,6 +526,7 @@ pub static LANGUAGES: &[Language] = &[
     },
     Language {
         project: Some("cpanfile"),
+        others: &["app.pl"],
         settings: &["perl"],
         tests: each("prove", &["prove", "-v", "-I.", "{file}"]),
         ..interpreted(

@@ -289,6 +289,11 @@ impl Record {
         self.workspace.is_some() || self.releases.iter().any(made)
     }
 
+    /// Whether there is nothing but the name.
+    pub fn is_new(&self) -> bool {
+        self.workspace.is_none() && self.releases.is_empty()
+    }
+
     /// The release to roll back to: this one, or the last before the current that served.
     pub fn target(&self, release: Option<u64>) -> Option<&Stored> {
         let served = |s: &&Stored| {

@@ -23,7 +23,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::cache::annotation;
 use super::cluster::{Cluster, Failure, Kind, Manifest};
 use super::domains::Claims;
-use super::labels::{SUBMISSION, of_repl};
+use super::labels::{REPL, SUBMISSION, of_repl};
 use super::namespace::{Namespaces, of_stopped};
 use super::record::{Record, Records, Stored, StoredState};
 use super::release::{
@@ -217,13 +217,16 @@ impl Releases {
         self.prune(&owner).await.map_err(failed)
     }
 
-    /// Forgets the repl: one that was `used`, too. Its database's volume is in its user's namespace, where the next
-    /// who has the name does not get to, and stays for the operator to decide about.
+    /// Forgets the repl: one that was `used`, too, with the values of its variables. A database's volume was deleted
+    /// before, or is in its user's namespace, where the next who has the name does not get to.
     pub async fn forget(&self, repl: &ReplId, used: bool) -> Result<(), PlatformError> {
         let changing = self.changing(repl);
         let _one = changing.lock().await;
         let failed =
             |failure: Failure| failure.unavailable("The repl's name could not be released");
+        if used && let Some(user) = self.owner(repl) {
+            self.forget_secrets(&user, repl).await.map_err(failed)?;
+        }
         let forgotten = self.records.forget(repl, used).await.map_err(failed)?;
         if let Some(record) = forgotten {
             let owner = Owner {
@@ -231,6 +234,24 @@ impl Releases {
                 repl: repl.clone(),
             };
             self.unclaim(&owner, &record.domains, &[]).await;
+        }
+        Ok(())
+    }
+
+    /// Deletes what is kept of the repl's variables in the server's own namespace, and its database's password, which
+    /// no volume needs any more.
+    async fn forget_secrets(&self, user: &UserId, repl: &ReplId) -> Result<(), Failure> {
+        let kept = format!("{},{REPL}={repl}", self.cluster.made_here());
+        let own = self
+            .cluster
+            .delete_all(Kind::Secret, &self.records.namespace, &kept);
+        own.await?;
+        if self.data_claims(user, repl).await?.is_empty() {
+            let name = database_name(repl);
+            let namespace = user.namespace();
+            self.cluster
+                .delete(Kind::Secret, &namespace, &name, None)
+                .await?;
         }
         Ok(())
     }

@@ -31,10 +31,10 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::{DEFAULT_PATH, Termination, hide, log_refused, parsed, variable};
 use crate::beneath::Folder;
-use crate::model::{BUILD_ARCHIVE, Ending};
+use crate::model::{BUILD_ARCHIVE, Ending, WORKSPACE_EXTRAS};
 use crate::runner::agent::AgentConfig;
 use crate::runner::app::{
-    App, FRONT_PORT, PROGRAM_PORT, Pauses, ProgramConfig, RUNNER_PORT, State, unpack_build,
+    App, FRONT_PORT, PROGRAM_PORT, Pauses, ProgramConfig, RUNNER_PORT, State, restore, unpack_build,
 };
 use crate::runner::confine::Reach;
 use crate::runner::listening::LOCAL;
@@ -89,6 +89,14 @@ pub fn main() -> anyhow::Result<ExitCode> {
         let slot = Slot::as_it_is(&config.sandbox, 0)?;
         // The container may be started again, where its workspace stays with what the program left there.
         let workspace = Folder::open(slot.folder())?;
+        if let Ok(extras) = workspace.read(WORKSPACE_EXTRAS) {
+            if config.stays {
+                restore(extras, &slot)?;
+            }
+            // Once: what its user removes stays removed.
+            let removed = workspace.remove(WORKSPACE_EXTRAS);
+            removed.with_context(|| format!("removing {WORKSPACE_EXTRAS}"))?;
+        }
         let build = workspace.read(BUILD_ARCHIVE).ok();
         let brought = build.is_some();
         if let Some(build) = build {

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::files::{Entry, Kind};
+use super::files::{Entry, Kind, is_kept};
 
 /// Most files that are remembered to be gone, while nobody says that he knows: as many as there may be.
 const MOST_GONE: usize = 10_000;
@@ -14,6 +14,7 @@ const MOST_GONE: usize = 10_000;
 #[derive(Debug, Default)]
 pub struct Listing {
     number: u64,
+    /// The files that were told to be kept.
     there: BTreeSet<String>,
     /// What went, and the number of the first list that told so.
     gone: BTreeMap<String, u64>,
@@ -32,18 +33,27 @@ impl Listing {
         }
     }
 
+    /// The files that the code store has, as far as is known here.
+    pub fn there(&self) -> &BTreeSet<String> {
+        &self.there
+    }
+
     /// The next list, and its number. Who asks has done what the lists up to `done` told.
     pub fn next(&mut self, mut entries: Vec<Entry>, done: u64) -> (Vec<Entry>, u64) {
         self.number += 1;
-        let now = files(&entries);
-        // What was somebody's and is among packages now is not gone.
-        let made = entries.iter().filter(|entry| entry.made);
-        let made: Vec<String> = made.map(|entry| format!("{}/", entry.path)).collect();
-        let lost = self.there.difference(&now);
-        let lost = lost
-            .filter(|path| !made.iter().any(|folder| path.starts_with(folder)))
-            .cloned();
-        self.gone.extend(lost.map(|path| (path, self.number)));
+        let mut now = files(&entries);
+        // What was somebody's and is among packages now is not gone, and what cannot be looked at may be there.
+        let hidden = entries.iter().filter(|entry| entry.made || entry.closed);
+        let hidden: Vec<(String, bool)> = hidden
+            .map(|entry| (format!("{}/", entry.path), entry.closed))
+            .collect();
+        for path in self.there.difference(&now.clone()) {
+            match hidden.iter().find(|(above, _)| path.starts_with(above)) {
+                None => drop(self.gone.insert(path.clone(), self.number)),
+                Some((_, true)) => drop(now.insert(path.clone())),
+                Some((_, false)) => {}
+            }
+        }
         self.gone
             .retain(|path, told| *told > done && !now.contains(path));
         while self.gone.len() > MOST_GONE
@@ -58,13 +68,19 @@ impl Listing {
             size: 0,
             modified: 0,
             made: false,
+            executable: false,
+            link: None,
+            unkept: None,
+            closed: false,
         }));
         (entries, self.number)
     }
 }
 
 fn files(entries: &[Entry]) -> BTreeSet<String> {
-    let files = entries.iter().filter(|entry| entry.kind == Kind::File);
+    let files = entries
+        .iter()
+        .filter(|entry| entry.kind == Kind::File && is_kept(entry));
     files.map(|entry| entry.path.clone()).collect()
 }
 
@@ -79,6 +95,10 @@ mod tests {
             size: 1,
             modified: 1,
             made: false,
+            executable: false,
+            link: None,
+            unkept: None,
+            closed: false,
         };
         paths.iter().map(entry).collect()
     }
@@ -115,6 +135,25 @@ mod tests {
             gone.map(|entry| &entry.path).collect::<Vec<_>>(),
             ["packages2"]
         );
+    }
+
+    #[test]
+    fn what_cannot_be_looked_at_is_not_gone_and_what_is_not_kept_any_more_is() {
+        let mut listing = Listing::beginning_with(&entries(&["closed/a", "large", "b"]));
+        let mut now = entries(&["closed", "large", "b"]);
+        (now[0].kind, now[0].closed) = (Kind::Folder, true);
+        now[1].unkept = Some("it is too large".to_owned());
+        let gone = |told: Vec<Entry>| {
+            let gone = told.into_iter().filter(|entry| entry.kind == Kind::Gone);
+            gone.map(|entry| entry.path).collect::<Vec<_>>()
+        };
+        let (told, number) = listing.next(now.clone(), 0);
+        assert_eq!(gone(told), ["large"]);
+        assert!(listing.there().contains("closed/a"));
+        // Looked into again, it turns out to be empty.
+        now[0].closed = false;
+        let (told, _) = listing.next(now, number);
+        assert_eq!(gone(told), ["closed/a"]);
     }
 
     #[test]

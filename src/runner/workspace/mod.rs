@@ -6,10 +6,12 @@ mod listing;
 mod protocol;
 mod session;
 mod terminal;
+mod tree;
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
+use std::io;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -25,6 +27,7 @@ use super::app::{App, State};
 use super::build::fits;
 use super::wire::{Activity, INSTALLED, LINE, LINE_PROTOCOL, LISTING, MAX_BUILD_BYTES, PACKAGES};
 use crate::model::{Install, Packages, RelativePath, ReplId, TicketKey};
+use files::Entry;
 pub(super) use files::Files;
 use listing::Listing;
 pub use terminal::Terminal;
@@ -105,7 +108,8 @@ impl Workspace {
         let began_with = installed(&files).filter(|_| brought);
         let began_with = began_with.map_or(0, |(when, _)| when);
         // What cannot be listed is told to whoever asks for it.
-        let listing = Listing::beginning_with(&files.tree().unwrap_or_default());
+        let began = files.tree(&BTreeSet::new()).unwrap_or_default();
+        let listing = Listing::beginning_with(&began);
         Ok(Rc::new(Self {
             app,
             tickets,
@@ -169,10 +173,16 @@ impl Workspace {
         match path.strip_prefix("/files/").map(decoded) {
             Some(Some(path)) => match self.files.read_whole(&path) {
                 Ok(content) => Response::new(Full::new(Bytes::from(content))),
-                Err(error) => text(StatusCode::NOT_FOUND, &error.to_string()),
+                Err(error) if is_gone(&error) => text(StatusCode::NOT_FOUND, &error.to_string()),
+                Err(error) => text(StatusCode::CONFLICT, &error.to_string()),
             },
             _ => text(StatusCode::NOT_FOUND, "there is nothing here"),
         }
+    }
+
+    /// Everything there is.
+    fn tree(&self) -> io::Result<Vec<Entry>> {
+        self.files.tree(self.listing.borrow().there())
     }
 
     fn activity(&self) -> Activity {
@@ -188,7 +198,7 @@ impl Workspace {
 
     /// Every file there is, and those that are gone but for what `done` says is known.
     fn list(&self, query: &str) -> Response<Full<Bytes>> {
-        match self.files.tree() {
+        match self.tree() {
             Ok(tree) => {
                 let done = number_in(query);
                 let (entries, number) = self.listing.borrow_mut().next(tree, done);
@@ -357,6 +367,12 @@ impl Workspace {
     fn known_terminal(&self, name: &str) -> Option<Rc<Terminal>> {
         self.terminals.borrow().get(name).cloned()
     }
+}
+
+/// Whether a file is not there any more, or something else is in its place.
+fn is_gone(error: &io::Error) -> bool {
+    use io::ErrorKind::{NotADirectory, NotFound};
+    [NotFound, NotADirectory].contains(&error.kind())
 }
 
 /// When packages were installed last, and how.

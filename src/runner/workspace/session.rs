@@ -270,7 +270,7 @@ impl Session<'_> {
                 done()
             }
             Ask::List => json!({ "ok": true, "terminals": self.workspace.terminal_names() }),
-            Ask::Tree => json!({ "ok": true, "files": files.tree()? }),
+            Ask::Tree => json!({ "ok": true, "files": self.workspace.tree()? }),
             Ask::Read { path, offset } => {
                 let (piece, size) = files.read(&path, offset)?;
                 read_answer(piece, offset, size)
@@ -304,7 +304,7 @@ impl Session<'_> {
             }
             Ask::Watch { on } => {
                 self.watched = match on {
-                    true => Some(seen(&files.tree()?)),
+                    true => Some(seen(&self.workspace.tree()?)),
                     false => None,
                 };
                 done()
@@ -344,7 +344,7 @@ impl Session<'_> {
         let Some(before) = &self.watched else {
             return Vec::new();
         };
-        let Ok(tree) = self.workspace.files.tree() else {
+        let Ok(tree) = self.workspace.tree() else {
             return Vec::new();
         };
         let now = seen(&tree);

@@ -50,7 +50,11 @@ impl Releases {
     }
 
     /// Names of the volume claims of the repl's database.
-    async fn data_claims(&self, user: &UserId, repl: &ReplId) -> Result<Vec<String>, Failure> {
+    pub(super) async fn data_claims(
+        &self,
+        user: &UserId,
+        repl: &ReplId,
+    ) -> Result<Vec<String>, Failure> {
         let labels = format!("{REPL}={repl},{KEEP}");
         let kind = Kind::PersistentVolumeClaim;
         let claims = self

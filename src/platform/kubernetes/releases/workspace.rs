@@ -57,23 +57,27 @@ impl Releases {
             return Err(not_found());
         }
         let open = |record: &mut Record| {
-            let (since, idle) = (record.since, record.idle);
+            let (since, idle, first) = (record.since, record.idle, record.is_new());
             let (stored, opened) = record.open(wanted.clone());
-            (stored, opened, since, idle)
+            (stored, opened, since, idle, first)
         };
         let opened = self.records.change(repl, open).await.map_err(failed)?;
-        let (stored, opened, since, idle) = opened.ok_or_else(not_found)?;
+        let (stored, opened, since, idle, first) = opened.ok_or_else(not_found)?;
+        opening.first |= first;
         // Also when it was recorded by an earlier try of this start.
         opening.fresh |= opened || stored.submission_id == wanted.submission_id;
         opening.idle = opening.idle.or(idle);
-        let Opening { fresh, idle } = *opening;
+        let Opening { fresh, idle, first } = *opening;
         let owner = Owner {
             user: spec.user_id.clone(),
             repl: repl.clone(),
         };
         let there = !fresh && self.has_deployment(&owner);
-        if !there {
-            self.make(&owner, &stored, idle).await?;
+        if !there && let Err(error) = self.make(&owner, &stored, idle).await {
+            if first {
+                self.never_was(repl, &stored).await;
+            }
+            return Err(error);
         }
         let being_made = Timestamp::now().duration_since(since) < MAKING;
         Ok(Opened {
@@ -81,6 +85,20 @@ impl Releases {
             url: self.config.url(repl),
             terminal_url: self.config.terminal_url(repl),
         })
+    }
+
+    /// A workspace that could not be made, and was the first of its repl, leaves no trace in the record: its name can
+    /// be given back. One that is still wanted may come up yet.
+    async fn never_was(&self, repl: &ReplId, stored: &Stored) {
+        let undone = self.records.change(repl, |record| {
+            let same = |one: &mut Stored| one.submission_id == stored.submission_id;
+            if !record.wanted {
+                drop(record.workspace.take_if(same));
+            }
+        });
+        if let Err(failure) = undone.await {
+            tracing::warn!(%repl, %failure, "the record of a repl that did not start stays");
+        }
     }
 
     /// See [`Platform::ticket_key`](crate::platform::Platform::ticket_key).
@@ -179,6 +197,8 @@ struct Opening {
     fresh: bool,
     /// Since when nobody had used it, when it was idle.
     idle: Option<Timestamp>,
+    /// Nothing of the repl was there before.
+    first: bool,
 }
 
 /// Why something was not made.
