@@ -17,6 +17,10 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// One that has lived for so long is started after the first pause again.
 const GOOD_LIFE: Duration = Duration::from_secs(60);
 
+/// Longest wait for a sandbox whose connection ended to be gone, and the pause between two looks.
+const DYING: Duration = Duration::from_secs(10);
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
 impl Releases {
     /// Starts the program again when its sandbox is gone and it should serve. `early`: how often that was soon
     /// after a start.
@@ -38,6 +42,11 @@ impl Releases {
             true => early + 1,
             false => 0,
         };
+        // A first process closes its connections before it is gone: it waits for all of its sandbox.
+        let end = Instant::now() + DYING;
+        while program.is_alive() && Instant::now() < end {
+            sleep(LOOK_AGAIN).await;
+        }
         if !self.should_be_up(&repl, &program) {
             return;
         }
