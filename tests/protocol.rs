@@ -2,6 +2,8 @@
 //! bounded. Every refusal has a control beside it that passes.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "protocol/proxy.rs"]
+mod proxy;
 #[path = "protocol/server.rs"]
 mod server;
 

@@ -174,7 +174,8 @@ pub fn failed(edge: &Edge, parts: &Parts, cause: &str) -> HttpProblem {
     let Some(peer) = parts.extensions.get::<Peer>() else {
         return HttpProblem::unauthorized(cause);
     };
-    match edge.rates.failure(peer.address.ip().into()) {
+    let client = edge.forwarded.client(peer.address.ip(), &parts.headers);
+    match edge.rates.failure(client.into()) {
         Ok(()) => HttpProblem::unauthorized(cause),
         Err(too_often) => too_many(too_often),
     }

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::Body;
+use axum::body::{Body, HttpBody};
 use axum::extract::Request;
 use axum::http::uri::PathAndQuery;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version, header};
@@ -17,8 +17,10 @@ use hyper_util::rt::TokioIo;
 use super::Edge;
 use super::caller::{Cookie, OpenedBy};
 use super::connections::Taken;
+use super::forwarded::Forwarded;
 use super::server::Peer;
 use super::session::revoked;
+use super::upload::{self, Unanswered};
 use crate::model::{Problem, ReplId};
 use crate::platform::{ByteStream, LAST_LINES, PlatformError};
 
@@ -29,24 +31,29 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// wait for an answer.
 pub const HELD: Duration = Duration::from_secs(50);
 
-/// How long the program may think before its headers: what proxies commonly allow.
+/// How long the program may think before its headers, once it has the request: what proxies commonly allow.
+/// As long a client may pause while it sends the request.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Headers that are between two neighbours only (RFC 9110 §7.6.1).
-const HOP_BY_HOP: [HeaderName; 8] = [
+/// Most header lines of a program's answer: a bound, far above what programs send. Their bytes are bounded by
+/// hyper's buffer, about 400 KiB.
+const MAX_ANSWER_HEADERS: usize = 2_000;
+
+/// Headers that are between two neighbours only (RFC 9110 §7.6.1). `Trailer` is not: it names what comes after
+/// the body, which is passed on.
+const HOP_BY_HOP: [HeaderName; 7] = [
     header::CONNECTION,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
     header::PROXY_AUTHENTICATE,
     header::PROXY_AUTHORIZATION,
     header::TE,
-    header::TRAILER,
     header::TRANSFER_ENCODING,
 ];
 
 /// Headers that the list in `Connection` does not remove: what a program, or Gantry, decides by, and how long
 /// the body is. A client that lists them would have them removed after they were checked.
-const NEVER_HOP_BY_HOP: [HeaderName; 12] = [
+const NEVER_HOP_BY_HOP: [HeaderName; 13] = [
     header::HOST,
     header::CONTENT_LENGTH,
     header::CONTENT_TYPE,
@@ -55,6 +62,7 @@ const NEVER_HOP_BY_HOP: [HeaderName; 12] = [
     header::AUTHORIZATION,
     header::ORIGIN,
     header::FORWARDED,
+    header::TRAILER,
     HeaderName::from_static("x-forwarded-for"),
     HeaderName::from_static("x-forwarded-host"),
     HeaderName::from_static("x-forwarded-proto"),
@@ -148,6 +156,17 @@ pub async fn forward(
     };
     match exchange(edge, request, stream, share).await {
         Ok(response) => response,
+        Err(Failure::Unsent) => {
+            let cause = format!(
+                "The rest of the request did not come within {} s.",
+                ANSWER_TIMEOUT.as_secs()
+            );
+            error_page(
+                StatusCode::REQUEST_TIMEOUT,
+                "The request is not whole",
+                &cause,
+            )
+        }
         Err(Failure::Late) => {
             let cause = format!(
                 "{repl} sent no answer within {} s.",
@@ -243,8 +262,20 @@ fn later(title: &str, cause: &str, again: bool) -> Response {
 }
 
 enum Failure {
+    /// The client stopped sending the request.
+    Unsent,
+    /// The program does not answer.
     Late,
     Broken(hyper::Error),
+}
+
+impl From<Unanswered> for Failure {
+    fn from(unanswered: Unanswered) -> Self {
+        match unanswered {
+            Unanswered::Unsent => Self::Unsent,
+            Unanswered::Late => Self::Late,
+        }
+    }
 }
 
 async fn exchange(
@@ -257,8 +288,16 @@ async fn exchange(
     let opened_by = request.extensions().get::<OpenedBy>().cloned();
     let wanted = upgrade_wanted(request.headers());
     let client_side = wanted.is_some().then(|| hyper::upgrade::on(&mut request));
-    prepare_request(&mut request, wanted.as_ref(), peer.as_ref());
-    let (mut sender, connection) = http1::handshake::<_, Body>(TokioIo::new(stream))
+    prepare_request(
+        &mut request,
+        wanted.as_ref(),
+        &edge.forwarded,
+        peer.as_ref(),
+    );
+    let (request, sent) = upload::watched(request);
+    let (mut sender, connection) = http1::Builder::new()
+        .max_headers(MAX_ANSWER_HEADERS)
+        .handshake::<_, Body>(TokioIo::new(stream))
         .await
         .map_err(Failure::Broken)?;
     let stop = edge.shutdown.token.clone();
@@ -272,10 +311,10 @@ async fn exchange(
         }
         drop(own);
     });
-    let mut response = tokio::time::timeout(ANSWER_TIMEOUT, sender.send_request(request))
-        .await
-        .map_err(|_| Failure::Late)?
-        .map_err(Failure::Broken)?;
+    let answer = upload::answered(sender.send_request(request), &sent, ANSWER_TIMEOUT);
+    let mut response = answer.await?.map_err(Failure::Broken)?;
+    // That of the connection to the client is settled between the two.
+    *response.version_mut() = Version::HTTP_11;
     let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
     let program_side = switched.then(|| hyper::upgrade::on(&mut response));
     let upgraded_to = upgrade_wanted(response.headers());
@@ -345,6 +384,10 @@ fn put_upgrade(headers: &mut HeaderMap, protocol: Option<&HeaderValue>) {
 }
 
 fn remove_hop_by_hop(headers: &mut HeaderMap) {
+    // The length of a body in chunks is that of its chunks (RFC 9112 §6.3).
+    if headers.contains_key(header::TRANSFER_ENCODING) {
+        headers.remove(header::CONTENT_LENGTH);
+    }
     let named: Vec<HeaderName> = connection_tokens(headers)
         .filter_map(|token| token.parse().ok())
         .filter(|name| !NEVER_HOP_BY_HOP.contains(name))
@@ -355,8 +398,16 @@ fn remove_hop_by_hop(headers: &mut HeaderMap) {
     headers.remove(header::UPGRADE);
 }
 
-fn prepare_request(request: &mut Request, upgrade: Option<&HeaderValue>, peer: Option<&Peer>) {
+fn prepare_request(
+    request: &mut Request,
+    upgrade: Option<&HeaderValue>,
+    forwarded: &Forwarded,
+    peer: Option<&Peer>,
+) {
     *request.version_mut() = Version::HTTP_11;
+    // hyper sends the body of a GET only when its headers tell of one.
+    let in_chunks = request.headers().contains_key(header::TRANSFER_ENCODING)
+        && !request.body().is_end_stream();
     let authority = request.uri().authority().map(ToString::to_string);
     let path = request.uri().path_and_query().cloned();
     *request.uri_mut() = Uri::from(path.unwrap_or_else(|| PathAndQuery::from_static("/")));
@@ -364,20 +415,28 @@ fn prepare_request(request: &mut Request, upgrade: Option<&HeaderValue>, peer: O
     if let Some(Ok(host)) = authority.map(|authority| HeaderValue::from_str(&authority)) {
         headers.insert(header::HOST, host);
     }
+    let takes_trailers = takes_trailers(headers);
     remove_hop_by_hop(headers);
     put_upgrade(headers, upgrade);
+    if takes_trailers {
+        headers.insert(header::TE, HeaderValue::from_static("trailers"));
+        headers.append(header::CONNECTION, HeaderValue::from_static("te"));
+    }
+    if in_chunks {
+        let chunked = HeaderValue::from_static("chunked");
+        headers.insert(header::TRANSFER_ENCODING, chunked);
+    }
     strip_session_cookie(headers);
-    if let Some(host) = headers.get(header::HOST).cloned() {
-        headers.insert("x-forwarded-host", host);
-    }
-    headers.insert("x-forwarded-proto", HeaderValue::from_static("http"));
-    // What the client says about itself is not passed on: a program trusts this header.
-    headers.remove("forwarded");
-    headers.remove("x-forwarded-for");
-    let address = peer.map(|peer| HeaderValue::from_str(&peer.address.ip().to_string()));
-    if let Some(Ok(address)) = address {
-        headers.insert("x-forwarded-for", address);
-    }
+    forwarded.put_on(headers, peer.map(|peer| peer.address.ip()));
+}
+
+/// Whether the client takes fields behind an answer's body.
+fn takes_trailers(headers: &HeaderMap) -> bool {
+    let values = headers.get_all(header::TE).iter();
+    let mut tokens = values
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','));
+    tokens.any(|token| token.trim().eq_ignore_ascii_case("trailers"))
 }
 
 /// Takes Gantry's own cookies out of a request to a program.
@@ -488,6 +547,11 @@ mod tests {
         request
     }
 
+    fn prepare(request: &mut Request, upgrade: Option<&HeaderValue>) {
+        let forwarded = Forwarded::new(Vec::new(), crate::model::Scheme::Http);
+        prepare_request(request, upgrade, &forwarded, None);
+    }
+
     #[test]
     fn the_session_cookie_is_taken_out_and_others_stay() {
         let mut request = request(&[
@@ -495,7 +559,7 @@ mod tests {
             ("cookie", "gantry_session=again"),
             ("cookie", "__Host-gantry_session=more; gantry_session =odd"),
         ]);
-        prepare_request(&mut request, None, None);
+        prepare(&mut request, None);
         let cookies: Vec<_> = request.headers().get_all("cookie").iter().collect();
         assert_eq!(cookies, ["a=1; b=2"]);
     }
@@ -520,25 +584,46 @@ mod tests {
         let mut request = request(&[
             ("connection", "keep-alive, X-Secret-Hop"),
             ("x-secret-hop", "1"),
-            ("te", "trailers"),
+            ("te", "gzip;q=0.5"),
             ("transfer-encoding", "chunked"),
+            ("content-length", "3"),
+            ("trailer", "Checksum"),
             ("x-forwarded-for", "6.6.6.6"),
             ("accept", "*/*"),
         ]);
-        prepare_request(&mut request, None, None);
+        prepare(&mut request, None);
         let headers = request.headers();
         for gone in [
             "connection",
             "x-secret-hop",
             "te",
             "transfer-encoding",
+            "content-length",
             "x-forwarded-for",
         ] {
             assert!(!headers.contains_key(gone), "{gone}");
         }
         assert_eq!(headers["accept"], "*/*");
+        assert_eq!(headers["trailer"], "Checksum");
         assert_eq!(headers["host"], "a-prod.apps.localhost:8000");
         assert_eq!(request.uri(), "/x?y=1");
+    }
+
+    #[test]
+    fn a_program_learns_that_its_client_takes_trailers() {
+        let mut request = request(&[("te", "gzip, Trailers"), ("connection", "te")]);
+        prepare(&mut request, None);
+        assert_eq!(request.headers()["te"], "trailers");
+        assert_eq!(request.headers()["connection"], "te");
+    }
+
+    #[test]
+    fn a_body_in_chunks_is_passed_on_whatever_the_method() {
+        let mut chunked = request(&[("transfer-encoding", "chunked"), ("content-length", "9")]);
+        *chunked.body_mut() = Body::from("body");
+        prepare(&mut chunked, None);
+        assert_eq!(chunked.headers()["transfer-encoding"], "chunked");
+        assert!(!chunked.headers().contains_key("content-length"));
     }
 
     #[test]
@@ -555,7 +640,7 @@ mod tests {
             ("authorization", "Basic eA=="),
         ]);
         *request.uri_mut() = Uri::from_static("/x");
-        prepare_request(&mut request, None, None);
+        prepare(&mut request, None);
         let headers = request.headers();
         assert_eq!(headers["host"], "a-prod.apps.localhost:8000");
         assert_eq!(headers["x-forwarded-host"], "a-prod.apps.localhost:8000");
@@ -577,7 +662,7 @@ mod tests {
         let mut request = request(&[("connection", "Upgrade"), ("upgrade", "websocket")]);
         let wanted = upgrade_wanted(request.headers());
         assert!(wanted.is_some());
-        prepare_request(&mut request, wanted.as_ref(), None);
+        prepare(&mut request, wanted.as_ref());
         assert_eq!(request.headers()["connection"], "upgrade");
         assert_eq!(request.headers()["upgrade"], "websocket");
     }
