@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use gantry::model::{Ending, Limits};
 use gantry::platform::conformance::{Ended, finish, python};
-use gantry::runner::client::Session;
+use gantry::runner::client::{Piece, Session};
 use gantry::runner::wire::Job;
 
 use super::cases::{Case, Control};
@@ -147,8 +147,12 @@ pub async fn run(session: &Session, case: &Case, limits: Limits) -> anyhow::Resu
     job.report = case.report.is_some();
     let mut run = session.start(job);
     let handle = run.handle();
-    for _ in 0..case.stdin / INPUT_PIECE {
-        handle.stdin(vec![b'x'; INPUT_PIECE], false);
+    for number in 0..case.stdin / INPUT_PIECE {
+        handle.stdin(Piece {
+            offset: (number * INPUT_PIECE) as u64,
+            data: vec![b'x'; INPUT_PIECE].into(),
+            eof: false,
+        });
     }
     finish(&mut run).await
 }

@@ -79,8 +79,8 @@ async fn the_cleaner_leaves_a_repl_alone_whose_record_cannot_be_read() {
     let set = async |text: &str| {
         let patch = serde_json::json!({ "data": { "record": text } });
         let patch = Patch::Merge(&patch);
-        let changed = records.patch(&name, &PatchParams::default(), &patch);
-        changed.await.unwrap();
+        let params = PatchParams::default();
+        records.patch(&name, &params, &patch).await.unwrap();
     };
     set("{\"user_id\": \"damag").await;
     let options = CleanUp {

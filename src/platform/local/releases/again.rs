@@ -58,7 +58,7 @@ impl Releases {
             let Some(stored) = self.current(&repl) else {
                 return;
             };
-            match self.start(&repl, &stored).await {
+            match self.start(&repl, &stored, true).await {
                 Ok(fresh) => {
                     program.stop().await;
                     return self.install_again(&repl, fresh, early);
