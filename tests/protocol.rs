@@ -5,6 +5,7 @@
 #[path = "protocol/proxy.rs"]
 mod proxy;
 #[path = "protocol/server.rs"]
+#[allow(dead_code, reason = "shared with other tests, which use the rest")]
 mod server;
 
 use std::time::{Duration, Instant};

@@ -26,6 +26,7 @@ mod settings;
 mod start;
 mod submissions;
 mod upload;
+mod upstream;
 mod wire;
 mod ws;
 

@@ -2,6 +2,7 @@
 //!
 //! A program's host never shows Gantry's API, and a program never sees Gantry's session cookie.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +14,8 @@ use axum::response::{IntoResponse, Response};
 use hyper::client::conn::http1;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::time::{Instant, timeout};
 
 use super::Edge;
 use super::caller::{Cookie, OpenedBy};
@@ -20,7 +23,8 @@ use super::connections::Taken;
 use super::forwarded::Forwarded;
 use super::server::Peer;
 use super::session::revoked;
-use super::upload::{self, Unanswered};
+use super::upload::{self, Sent, Unanswered};
+use super::upstream::{Answer, Exchange, Upstream, Waiting};
 use crate::model::{Problem, ReplId};
 use crate::platform::{ByteStream, LAST_LINES, PlatformError};
 
@@ -129,7 +133,7 @@ pub async fn forward(
             Door::Runner => edge.platform.dial_runner(&repl).await,
         }
     };
-    let stream = match tokio::time::timeout(DIAL_TIMEOUT, dialled).await {
+    let stream = match timeout(DIAL_TIMEOUT, dialled).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(PlatformError::NotFound(_))) => {
             return error_page(
@@ -219,7 +223,7 @@ async fn rouse(edge: &Edge, repl: &ReplId, door: Door, visit: bool) -> Option<Re
             Some(Err(error)) => Some(failed(error.clone())),
             Some(Ok(())) => None,
             // Its own page stands in until it answers.
-            None => match tokio::time::timeout(DIAL_TIMEOUT, edge.platform.dial(repl)).await {
+            None => match timeout(DIAL_TIMEOUT, edge.platform.dial(repl)).await {
                 Ok(Ok(_)) => None,
                 _ => Some(later(
                     "The program is starting",
@@ -229,7 +233,7 @@ async fn rouse(edge: &Edge, repl: &ReplId, door: Door, visit: bool) -> Option<Re
             },
         };
     }
-    match tokio::time::timeout(HELD, awake).await {
+    match timeout(HELD, awake).await {
         Ok(Ok(())) => None,
         Ok(Err(error)) => Some(failed(error)),
         Err(_) => Some(later(
@@ -297,17 +301,21 @@ async fn exchange(
     let (request, sent) = upload::watched(request);
     let (mut sender, connection) = http1::Builder::new()
         .max_headers(MAX_ANSWER_HEADERS)
-        .handshake::<_, Body>(TokioIo::new(stream))
+        .handshake::<_, Body>(TokioIo::new(Upstream::new(stream, sent.clone())))
         .await
         .map_err(Failure::Broken)?;
     let stop = edge.shutdown.token.clone();
     let share = Arc::new(share);
     let own = Arc::clone(&share);
+    let exchange = Exchange::new(sent.clone());
+    // From here on whatever ends without a whole answer ends the connection, too.
+    let waiting = Waiting(exchange.clone());
     edge.shutdown.tasks.spawn(async move {
         // Its error comes out at the request or in the body.
         tokio::select! {
             _ = connection.with_upgrades() => {}
             () = stop.cancelled() => {}
+            () = exchange.over(ANSWER_TIMEOUT) => {}
         }
         drop(own);
     });
@@ -322,7 +330,7 @@ async fn exchange(
     keep_session_cookie_ours(response.headers_mut());
     if let (Some(client_side), Some(program_side)) = (client_side, program_side) {
         put_upgrade(response.headers_mut(), upgraded_to.as_ref());
-        let joined = join(edge, client_side, program_side, (peer, share));
+        let joined = join(edge, client_side, program_side, (peer, share), sent);
         match opened_by {
             Some(OpenedBy(key)) => {
                 let (tasks, edge) = (edge.shutdown.tasks.clone(), Arc::clone(edge));
@@ -336,27 +344,62 @@ async fn exchange(
             None => drop(edge.shutdown.tasks.spawn(joined)),
         }
     }
-    Ok(response.map(Body::new))
+    Ok(response.map(|body| Body::new(Answer::new(body, waiting))))
 }
 
-/// Copies bytes both ways until one side ends or the server stops.
+/// Copies bytes both ways until one side ends, the program takes nothing, or the server stops.
 fn join(
     edge: &Edge,
     client: OnUpgrade,
     program: OnUpgrade,
     held: (Option<Peer>, Arc<Share>),
+    sent: Sent,
 ) -> impl Future<Output = ()> + Send + 'static {
     let stop = edge.shutdown.token.clone();
     async move {
         let copied = async {
             let (client, program) = tokio::try_join!(client, program).ok()?;
-            let (mut client, mut program) = (TokioIo::new(client), TokioIo::new(program));
-            tokio::io::copy_bidirectional(&mut client, &mut program)
-                .await
-                .ok()
+            let (client, program) = (TokioIo::new(client), TokioIo::new(program));
+            let (mut from_client, mut to_client) = tokio::io::split(client);
+            let (mut from_program, mut to_program) = tokio::io::split(program);
+            let up = pass(&mut from_client, &mut to_program);
+            let down = pass(&mut from_program, &mut to_client);
+            tokio::pin!(up, down);
+            // What one side ended, the other has its time to end.
+            tokio::select! {
+                done = &mut up => done.ok()?,
+                done = &mut down => {
+                    done.ok()?;
+                    return timeout(ANSWER_TIMEOUT, up).await.ok()?.ok();
+                }
+            }
+            timeout(ANSWER_TIMEOUT, down).await.ok()?.ok()
+        };
+        let copied = async {
+            tokio::select! {
+                _ = copied => {}
+                () = untaken(&sent) => {}
+            }
         };
         stop.run_until_cancelled(copied).await;
         drop(held);
+    }
+}
+
+/// Copies bytes until there are no more, and says so to who gets them.
+async fn pass(
+    from: &mut (impl AsyncRead + Unpin),
+    to: &mut (impl AsyncWrite + Unpin),
+) -> io::Result<()> {
+    tokio::io::copy(from, to).await?;
+    to.shutdown().await
+}
+
+/// Resolves when the program has taken nothing of what it is sent for long.
+async fn untaken(sent: &Sent) {
+    let long = |since: Instant| since.elapsed() >= ANSWER_TIMEOUT;
+    while !sent.blocked().is_some_and(long) {
+        tokio::time::sleep(ANSWER_TIMEOUT / 4).await;
     }
 }
 

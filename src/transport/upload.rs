@@ -1,8 +1,8 @@
 //! How far a request is on its way to a program: its answer is waited for once it was sent.
 
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes, HttpBody};
@@ -19,43 +19,113 @@ pub enum Unanswered {
     Late,
 }
 
-/// How far the body is.
-#[derive(Debug, Clone, Copy)]
+/// Bytes of a request that are given to the connection to the program before they have to be written.
+const MOST_UNWRITTEN: usize = 16 << 10;
+
+/// How far the request is.
+#[derive(Debug)]
 struct Progress {
-    /// When the last piece of it was passed on.
+    /// When the last piece of it was passed on, or written.
     last: Instant,
     /// More was asked for, and the client has not sent it yet.
     wanted: bool,
+    /// There is more of the body.
+    open: bool,
+    /// Bytes that were given to the connection since it wrote last.
+    given: usize,
+    /// The program takes nothing now, since then.
+    blocked: Option<Instant>,
+    /// Who waits until something was written.
+    waiting: Option<Waker>,
 }
 
-/// How far a body is, for who waits for the answer.
+/// How far a request is, for who waits for the answer.
 #[derive(Debug, Clone)]
 pub struct Sent(Arc<Mutex<Progress>>);
 
 impl Sent {
-    fn now(&self) -> Progress {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn new() -> Self {
+        Self(Arc::new(Mutex::new(Progress {
+            last: Instant::now(),
+            wanted: false,
+            open: false,
+            given: 0,
+            blocked: None,
+            waiting: None,
+        })))
     }
 
-    fn set(&self, wanted: bool) {
-        let mut progress = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        progress.wanted = wanted;
-        if !wanted {
+    fn locked(&self) -> MutexGuard<'_, Progress> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// When the last of it was passed on, and whether the client is waited for.
+    fn now(&self) -> (Instant, bool) {
+        let progress = self.locked();
+        (progress.last, progress.wanted)
+    }
+
+    /// Since when nothing of it moved; `None`: all of it was sent.
+    pub fn unfinished(&self) -> Option<Instant> {
+        let progress = self.locked();
+        let unfinished = progress.open || progress.blocked.is_some();
+        unfinished.then_some(progress.last)
+    }
+
+    /// Since when the program takes nothing of what it is sent.
+    pub fn blocked(&self) -> Option<Instant> {
+        self.locked().blocked
+    }
+
+    /// The connection to the program wrote something, or could not.
+    pub fn wrote(&self, some: bool) {
+        let waiting = {
+            let mut progress = self.locked();
+            if !some {
+                progress.blocked.get_or_insert_with(Instant::now);
+                return;
+            }
             progress.last = Instant::now();
+            progress.blocked = None;
+            progress.given = 0;
+            progress.waiting.take()
+        };
+        if let Some(waiting) = waiting {
+            waiting.wake();
+        }
+    }
+
+    /// Whether the connection to the program may have more; if not, it is woken once it may.
+    fn may_have_more(&self, context: &Context<'_>) -> bool {
+        let mut progress = self.locked();
+        let may = progress.blocked.is_none() && progress.given < MOST_UNWRITTEN;
+        if !may {
+            progress.wanted = false;
+            progress.waiting = Some(context.waker().clone());
+        }
+        may
+    }
+
+    /// What the client had of it when more was asked for; `None`: nothing yet.
+    fn passed(&self, bytes: Option<usize>) {
+        let mut progress = self.locked();
+        progress.wanted = bytes.is_none();
+        if let Some(bytes) = bytes {
+            progress.last = Instant::now();
+            // With what a chunk has around it. Nothing is written of an empty one.
+            progress.given += bytes + 16 * usize::from(bytes > 0);
         }
     }
 }
 
 /// The request, and how far it is.
 pub fn watched(request: Request) -> (Request, Sent) {
-    let sent = Sent(Arc::new(Mutex::new(Progress {
-        last: Instant::now(),
-        wanted: false,
-    })));
+    let sent = Sent::new();
     // What has no body keeps it so: hyper looks at that.
     if request.body().is_end_stream() {
         return (request, sent);
     }
+    sent.locked().open = true;
     let watching = sent.clone();
     let request = request.map(|body| {
         Body::new(Watched {
@@ -74,12 +144,14 @@ pub async fn answered<T>(
 ) -> Result<T, Unanswered> {
     tokio::pin!(answer);
     loop {
-        let looked_at = sent.now();
-        match timeout_at(looked_at.last + patience, &mut answer).await {
-            Ok(answer) => return Ok(answer),
-            Err(_) if sent.now().last > looked_at.last => {}
-            Err(_) if sent.now().wanted => return Err(Unanswered::Unsent),
-            Err(_) => return Err(Unanswered::Late),
+        let (looked_at, _) = sent.now();
+        if let Ok(answer) = timeout_at(looked_at + patience, &mut answer).await {
+            return Ok(answer);
+        }
+        match sent.now() {
+            (last, _) if last > looked_at => {}
+            (_, true) => return Err(Unanswered::Unsent),
+            (_, false) => return Err(Unanswered::Late),
         }
     }
 }
@@ -98,8 +170,16 @@ impl HttpBody for Watched {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        if !self.sent.may_have_more(context) {
+            return Poll::Pending;
+        }
         let polled = Pin::new(&mut self.body).poll_frame(context);
-        self.sent.set(polled.is_pending());
+        let bytes = match &polled {
+            Poll::Pending => None,
+            Poll::Ready(Some(Ok(frame))) => Some(frame.data_ref().map_or(0, Bytes::len)),
+            Poll::Ready(_) => Some(0),
+        };
+        self.sent.passed(bytes);
         polled
     }
 
@@ -112,11 +192,18 @@ impl HttpBody for Watched {
     }
 }
 
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.sent.locked().open = false;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use futures_util::{StreamExt, stream};
+    use futures_util::{FutureExt, StreamExt, stream};
+    use http_body_util::BodyExt;
 
     /// Much longer than a busy machine delays anything here.
     const PATIENCE: Duration = Duration::from_secs(2);
@@ -167,6 +254,29 @@ mod tests {
         let late = Err(Unanswered::Late);
         assert_eq!(all, (late, late, late));
         assert!(began.elapsed() >= PATIENCE + PATIENCE / 4 * 3);
+    }
+
+    #[test]
+    fn no_more_is_taken_than_is_written() {
+        let endless = stream::repeat_with(|| Ok::<_, std::io::Error>(vec![0; 8 << 10]));
+        let (request, sent) = watched(Request::new(Body::from_stream(endless)));
+        let mut body = request.into_body();
+        let mut taken = || {
+            let next = || body.frame().now_or_never();
+            std::iter::from_fn(next).take(100).count()
+        };
+        assert_eq!(taken(), 2);
+        sent.wrote(true);
+        assert_eq!(taken(), 2);
+        sent.wrote(true);
+        sent.wrote(false);
+        assert!(sent.blocked().is_some() && sent.unfinished().is_some());
+        assert_eq!(taken(), 0);
+        sent.wrote(true);
+        assert!(sent.blocked().is_none());
+        assert_eq!(taken(), 2);
+        drop(body);
+        assert!(sent.unfinished().is_none());
     }
 
     #[tokio::test]

@@ -1,5 +1,7 @@
 //! What passes between a program and its callers, byte by byte: the program and the clients here write HTTP themselves.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -29,6 +31,13 @@ def serve(client):
     while b'\r\n\r\n' not in data:
         data += client.recv(65536)
     head, body = data.split(b'\r\n\r\n', 1)
+    if b' /flood ' in head:
+        # Answers a lot and never reads the body.
+        try:
+            client.sendall(b'HTTP/1.1 200 OK\r\ncontent-length: 31457280\r\n\r\n' + bytes(30 << 20))
+        finally:
+            client.close()
+        return
     if b'transfer-encoding: chunked' in head.lower():
         while not body.endswith(b'\r\n\r\n'):
             body += client.recv(65536)
@@ -182,4 +191,41 @@ async fn behind_tls_every_url_says_so_and_a_trusted_proxy_is_believed() {
         "{started}"
     );
     assert_eq!(server.sign_in_url, "https://gantry.example/");
+}
+
+/// Sends a large body to a program that does not read it, until no more is taken, and reads the answer's head only.
+async fn unread(server: &Server, host: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(server.address).await.unwrap();
+    let head = format!("POST /flood HTTP/1.1\r\nHost: {host}\r\nContent-Length: 100000000\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let piece = vec![b'x'; 1 << 20];
+    let mut sent = 0;
+    while let Ok(wrote) = tokio::time::timeout(Duration::from_secs(1), stream.write(&piece)).await {
+        sent += wrote.unwrap();
+    }
+    assert!(sent < 100_000_000, "the program read {sent} bytes");
+    let mut answer = [0; 15];
+    let read = tokio::time::timeout(PATIENCE, stream.read_exact(&mut answer)).await;
+    read.unwrap().unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 200 OK");
+    stream
+}
+
+#[tokio::test]
+async fn places_of_clients_that_left_come_back() {
+    let server = Server::start_as(0, &[("GANTRY_MAX_CONNECTIONS_PER_REPL", "8")]);
+    let (_, host) = deployed(&server).await;
+    let clients = (0..8).map(|_| unread(&server, &host));
+    let clients = futures_util::future::join_all(clients).await;
+    let ask = async || exchange(&server, &get(&host, "/old", "")).await;
+    let full = ask().await;
+    assert!(full.starts_with("HTTP/1.1 503 "), "{full}");
+    drop(clients);
+    let back = async {
+        while ask().await.starts_with("HTTP/1.1 503 ") {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let back = tokio::time::timeout(Duration::from_secs(15), back).await;
+    back.expect("the places of clients that left were not given back");
 }
