@@ -280,6 +280,7 @@ async fn kubernetes(
             store_addresses: store_addresses(&s3).await,
             domain: config.domain.clone(),
             app_domain: config.app_domain.clone(),
+            sites: config.sites(None),
             ingress_class: cluster.ingress_class.clone(),
             ingress_addresses: cluster.ingress_addresses.clone(),
             closed_networks: cluster.closed_networks.clone(),
@@ -476,8 +477,7 @@ async fn local(config: &Config, address: SocketAddr) -> anyhow::Result<Backends>
         packages: config.packages.clone(),
         log_refused: config.log_refused,
         drain: config.drain,
-        app_authority: format!("{}:{}", config.app_domain, address.port()),
-        authority: format!("{}:{}", config.domain, address.port()),
+        sites: config.sites(Some(address.port())),
         disk: config.disk,
     };
     let platform = LocalPlatform::start(local, store.clone()).await;
@@ -617,18 +617,21 @@ fn banner(
     new_key: Option<&NewKey>,
     checks: &[Check],
 ) -> anyhow::Result<()> {
-    let base = base_url(address);
-    let programs = match config.platform {
-        PlatformConfig::Local => format!("{}:{}", config.app_domain, address.port()),
-        // The ingress controller's own port, usually 80.
-        PlatformConfig::Kubernetes(_) => config.app_domain.clone(),
-    };
+    let listens = base_url(address);
+    let local = matches!(config.platform, PlatformConfig::Local);
+    let programs = config.sites(local.then_some(address.port())).programs;
     let mut text = format!(
-        "Gantry {} is at {base}/\n  data      {}\n  programs  http://{{replId}}.{programs}/\n",
+        "Gantry {} is at {listens}/\n  data      {}\n  programs  {}://{{replId}}.{}/\n",
         env!("CARGO_PKG_VERSION"),
         config.data_dir.display(),
+        programs.scheme.as_str(),
+        programs.authority,
     );
-    let local = matches!(config.platform, PlatformConfig::Local);
+    let public = config.access.public_url.as_ref().map(|url| &url.text);
+    if let Some(public) = public {
+        text.push_str(&format!("  public    {public}/\n"));
+    }
+    let base = public.unwrap_or(&listens);
     for check in checks {
         let word = match check.finding {
             Finding::Good if local => continue,

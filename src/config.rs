@@ -13,7 +13,7 @@ use std::time::Duration;
 use clap::Args;
 use secrecy::{ExposeSecret, SecretString};
 
-use crate::model::{DiskBounds, Limits, Packages, is_host_label};
+use crate::model::{DiskBounds, Limits, Packages, Scheme, Site, Sites, is_host_label};
 use access::AccessArgs;
 pub use access::AccessConfig;
 use cluster::cluster;
@@ -310,6 +310,22 @@ pub struct Origin {
     pub authority: String,
 }
 
+impl Origin {
+    /// How it is spoken to.
+    pub fn scheme(&self) -> Scheme {
+        match self.text.starts_with("https://") {
+            true => Scheme::Https,
+            false => Scheme::Http,
+        }
+    }
+
+    /// Its port, when it is not the scheme's own.
+    pub fn port(&self) -> Option<u16> {
+        let (_, port) = self.authority.rsplit_once(':')?;
+        port.parse().ok()
+    }
+}
+
 impl FromStr for Origin {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
@@ -475,6 +491,33 @@ impl Config {
             });
         }
         Ok(config)
+    }
+}
+
+impl Config {
+    /// Where repls are reached. `port` is the server's own, where it serves them itself.
+    pub fn sites(&self, port: Option<u16>) -> Sites {
+        let public = self.access.public_url.as_ref();
+        let site = |domain: &str, scheme: Scheme| {
+            let port = match public.filter(|url| url.scheme() == scheme) {
+                // Where the server is reached, programs are: the same proxy is before both.
+                Some(url) => url.port(),
+                // The server itself speaks no TLS.
+                None if scheme == Scheme::Https => None,
+                None => port,
+            };
+            Site {
+                scheme,
+                authority: match port {
+                    Some(port) => format!("{domain}:{port}"),
+                    None => domain.to_owned(),
+                },
+            }
+        };
+        Sites {
+            programs: site(&self.app_domain, self.access.app_scheme),
+            runners: site(&self.domain, public.map_or(Scheme::Http, Origin::scheme)),
+        }
     }
 }
 

@@ -409,8 +409,7 @@ async fn sandbox() -> (tempfile::TempDir, Arc<LocalPlatform>, Session) {
         packages: Default::default(),
         log_refused: false,
         drain: Duration::from_secs(10),
-        app_authority: "apps.localhost:8000".to_owned(),
-        authority: "localhost:8000".to_owned(),
+        sites: gantry::model::Sites::plain("apps.localhost:8000", "localhost:8000"),
         disk: DiskBounds::USUAL,
     };
     let platform = Arc::new(LocalPlatform::start(config, store).await.unwrap());

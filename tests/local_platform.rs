@@ -55,8 +55,7 @@ async fn platform_with(data: &Path, network: bool) -> (Arc<LocalPlatform>, Direc
         packages: Default::default(),
         log_refused: false,
         drain: Duration::from_secs(10),
-        app_authority: "apps.localhost:8000".to_owned(),
-        authority: "localhost:8000".to_owned(),
+        sites: gantry::model::Sites::plain("apps.localhost:8000", "localhost:8000"),
         disk: DiskBounds::USUAL,
     };
     (

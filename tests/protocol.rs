@@ -2,7 +2,10 @@
 //! bounded. Every refusal has a control beside it that passes.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "protocol/proxy.rs"]
+mod proxy;
 #[path = "protocol/server.rs"]
+#[allow(dead_code, reason = "shared with other tests, which use the rest")]
 mod server;
 
 use std::time::{Duration, Instant};

@@ -1,6 +1,8 @@
 //! The key store: `keys.json` in the data folder, hashes only.
 
 use std::collections::HashMap;
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -102,6 +104,26 @@ struct Inner {
 struct State {
     bytes: Vec<u8>,
     keys: Vec<StoredKey>,
+    /// Which file the bytes are of.
+    file: Option<FileMark>,
+}
+
+/// Tells a file from the one that replaced it, without reading either.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct FileMark {
+    inode: u64,
+    bytes: u64,
+    changed: (i64, i64),
+}
+
+impl FileMark {
+    fn of(metadata: &std::fs::Metadata) -> Self {
+        Self {
+            inode: metadata.ino(),
+            bytes: metadata.size(),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
 }
 
 impl Keys {
@@ -141,7 +163,30 @@ impl Keys {
             return Some(key.caller());
         }
         let id = well_formed_id(text)?;
-        self.find(id, matches)
+        if let Some(caller) = self.find(id, matches) {
+            return Some(caller);
+        }
+        // It may have been made a moment ago, by another process. What cannot be read now is complained of by
+        // `watch`.
+        let read = !self.knows(id) && self.has_changed() && self.reload().is_ok();
+        read.then(|| self.find(id, matches)).flatten()
+    }
+
+    /// Whether a text has a key's form and no key that is known here has its id.
+    pub fn is_strange(&self, text: &str) -> bool {
+        well_formed_id(text).is_some_and(|id| !self.knows(id))
+    }
+
+    /// Whether some key has this id, whether it still counts or not.
+    fn knows(&self, id: &str) -> bool {
+        let known = |keys: &[StoredKey]| keys.iter().any(|key| key.id == id);
+        known(&self.state().keys) || self.adopted().values().any(|keys| known(keys))
+    }
+
+    /// Whether the file is another than the one that was read: cheap enough to ask for each wrong key.
+    fn has_changed(&self) -> bool {
+        let now = std::fs::metadata(&self.inner.path);
+        now.is_ok_and(|metadata| self.state().file != Some(FileMark::of(&metadata)))
     }
 
     /// The key of this id, of this replica's or another's, if it is not revoked and `fits`.
@@ -156,6 +201,11 @@ impl Keys {
 
     /// This replica's own keys as text, hashes only, with the version of it.
     pub fn own(&self) -> (String, String) {
+        if self.has_changed()
+            && let Err(error) = self.reload()
+        {
+            tracing::debug!(%error, "the key store cannot be read");
+        }
         let state = self.state();
         let version = format!(
             "{:08x}-{}",
@@ -318,21 +368,26 @@ impl Keys {
     /// Reads the file again when its bytes are not the known ones.
     fn reload(&self) -> Result<(), AuthError> {
         let path = &self.inner.path;
-        let bytes = match std::fs::read(path) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        let (bytes, file) = match read_marked(path) {
+            Ok((bytes, file)) => (bytes, Some(file)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => (Vec::new(), None),
             Err(error) => return Err(AuthError::io(path, error)),
         };
-        if self.state().bytes == bytes {
-            return Ok(());
-        }
-        let keys = parse(path, &bytes)?.keys;
+        let known = self.state().bytes == bytes;
+        let keys = match known {
+            true => Vec::new(),
+            false => parse(path, &bytes)?.keys,
+        };
         let mut state = self
             .inner
             .state
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        *state = State { bytes, keys };
+        state.file = file;
+        if known {
+            return Ok(());
+        }
+        (state.bytes, state.keys) = (bytes, keys);
         drop(state);
         self.inner.changes.send_modify(|version| *version += 1);
         Ok(())
@@ -357,6 +412,15 @@ impl Keys {
         replace_file(path, &bytes)?;
         self.reload()
     }
+}
+
+/// A file's bytes, and which file they are of.
+fn read_marked(path: &Path) -> std::io::Result<(Vec<u8>, FileMark)> {
+    let mut file = std::fs::File::open(path)?;
+    let mark = FileMark::of(&file.metadata()?);
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    Ok((bytes, mark))
 }
 
 fn parse(path: &Path, bytes: &[u8]) -> Result<KeyFile, AuthError> {
@@ -398,8 +462,7 @@ mod tests {
         let key = other.create(Role::User("ann".parse().unwrap())).unwrap();
         let text = key.text.expose_secret();
 
-        assert!(server.authenticate(text).is_none());
-        server.reload().unwrap();
+        // At once: nobody waits for the next look at the file.
         let caller = server.authenticate(text).unwrap();
         assert_eq!(caller.role, Role::User("ann".parse().unwrap()));
         assert!(server.admin().is_none());
@@ -412,6 +475,24 @@ mod tests {
         assert!(server.authenticate(text).is_none());
         assert!(server.caller(&key.id).is_none());
         assert!(other.list()[0].revoked.is_some());
+    }
+
+    #[test]
+    fn a_wrong_key_has_the_file_read_only_when_it_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let server = Keys::open(dir.path(), None).unwrap();
+        let other = Keys::open(dir.path(), None).unwrap();
+        let elsewhere = tempfile::tempdir().unwrap();
+        let strange = Keys::open(elsewhere.path(), None).unwrap();
+        let strange = strange.create(Role::Admin).unwrap();
+        other.create(Role::Admin).unwrap();
+        assert!(server.has_changed());
+        assert!(server.authenticate(strange.text.expose_secret()).is_none());
+        assert!(!server.has_changed());
+        // A file that cannot be read leaves the keys that are known.
+        std::fs::write(dir.path().join("keys.json"), b"{").unwrap();
+        assert!(server.authenticate(strange.text.expose_secret()).is_none());
+        assert_eq!(server.list().len(), 1);
     }
 
     #[test]

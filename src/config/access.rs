@@ -6,7 +6,9 @@ use std::net::SocketAddr;
 use clap::Args;
 use secrecy::{ExposeSecret, SecretString};
 
+use super::cluster::networks;
 use super::{ConfigError, Origin, given, parse, switch, wrong};
+use crate::model::{Network, Scheme};
 
 /// Most characters of an admin key in the environment that could be found by trying.
 const WEAK_KEY: usize = 15;
@@ -28,6 +30,13 @@ pub struct AccessArgs {
     /// Secure and named __Host-gantry_session [default: http, and DOMAIN]
     #[arg(long, env = "PUBLIC_URL", value_name = "URL")]
     public_url: Option<String>,
+    /// How people reach programs: http or https, which a proxy before the server speaks [default: as PUBLIC_URL]
+    #[arg(long, env = "APP_SCHEME", value_name = "SCHEME")]
+    app_scheme: Option<String>,
+    /// Proxies whose X-Forwarded- headers are believed, as addresses or networks separated by commas; programs get
+    /// them from nobody else [default: none]
+    #[arg(long, env = "GANTRY_TRUSTED_PROXIES", value_name = "NETWORKS")]
+    trusted_proxies: Option<String>,
     /// Take an API_KEY of fewer than 16 characters
     #[arg(long, env = "GANTRY_ALLOW_WEAK_KEY", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     allow_weak_key: Option<String>,
@@ -65,6 +74,10 @@ pub struct AccessArgs {
 pub struct AccessConfig {
     /// Where people reach the server.
     pub public_url: Option<Origin>,
+    /// How people reach programs.
+    pub app_scheme: Scheme,
+    /// Proxies that say truly who asks.
+    pub trusted_proxies: Vec<Network>,
     /// Where health is answered besides the server's own address.
     pub health_listen: Option<SocketAddr>,
     /// Most connections from one address that carry no key.
@@ -85,7 +98,7 @@ impl AccessConfig {
     /// Whether browsers reach the server over TLS.
     pub fn is_secure(&self) -> bool {
         let url = self.public_url.as_ref();
-        url.is_some_and(|url| url.text.starts_with("https://"))
+        url.is_some_and(|url| url.scheme() == Scheme::Https)
     }
 }
 
@@ -96,8 +109,11 @@ impl AccessArgs {
     ) -> Result<AccessConfig, ConfigError> {
         self.check_key(api_key)?;
         let expected = "an address with a port, such as 0.0.0.0:8001";
+        let public_url = self.public_url()?;
         Ok(AccessConfig {
-            public_url: self.public_url()?,
+            app_scheme: self.app_scheme(public_url.as_ref())?,
+            public_url,
+            trusted_proxies: networks("GANTRY_TRUSTED_PROXIES", &self.trusted_proxies)?,
             health_listen: parse("GANTRY_HEALTH_LISTEN", &self.health_listen, expected)?,
             connections_per_address: number(
                 "GANTRY_MAX_CONNECTIONS_PER_ADDRESS",
@@ -147,6 +163,17 @@ impl AccessArgs {
                 let expected = format!("a URL such as https://gantry.example.com ({why})");
                 wrong("PUBLIC_URL", text, expected)
             })
+    }
+
+    /// A page that is reached by https can show no program that is not.
+    fn app_scheme(&self, public_url: Option<&Origin>) -> Result<Scheme, ConfigError> {
+        let given = given(&self.app_scheme).map(str::to_ascii_lowercase);
+        match given.as_deref() {
+            Some("http") => Ok(Scheme::Http),
+            Some("https") => Ok(Scheme::Https),
+            Some(other) => Err(wrong("APP_SCHEME", other, "http or https")),
+            None => Ok(public_url.map_or(Scheme::Http, Origin::scheme)),
+        }
     }
 
     fn reserved(&self) -> Result<BTreeSet<String>, ConfigError> {
@@ -244,6 +271,43 @@ mod tests {
             "https://gantry.example/path",
         ] {
             assert!(of(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn programs_are_reached_as_the_server_is_unless_it_is_said() {
+        let of = |public: &str, scheme: &str| {
+            let args = AccessArgs {
+                public_url: some(public),
+                app_scheme: some(scheme),
+                ..AccessArgs::default()
+            };
+            args.checked(None).map(|access| access.app_scheme)
+        };
+        assert_eq!(of("", ""), Ok(Scheme::Http));
+        assert_eq!(of("https://gantry.example", ""), Ok(Scheme::Https));
+        assert_eq!(of("https://gantry.example", "http"), Ok(Scheme::Http));
+        assert_eq!(of("", "HTTPS"), Ok(Scheme::Https));
+        let wrong = of("", "wss").unwrap_err().to_string();
+        assert!(wrong.starts_with("APP_SCHEME"), "{wrong}");
+    }
+
+    #[test]
+    fn trusted_proxies_are_networks() {
+        let of = |text: &str| {
+            let args = AccessArgs {
+                trusted_proxies: some(text),
+                ..AccessArgs::default()
+            };
+            args.checked(None).map(|access| access.trusted_proxies)
+        };
+        assert!(of("").unwrap().is_empty());
+        let two = of("127.0.0.1, fd00::/8").unwrap();
+        let shown: Vec<String> = two.iter().map(Network::to_string).collect();
+        assert_eq!(shown, ["127.0.0.1/32", "fd00::/8"]);
+        for bad in ["proxy.example", "10.0.0.1/8", "*"] {
+            let wrong = of(bad).unwrap_err().to_string();
+            assert!(wrong.starts_with("GANTRY_TRUSTED_PROXIES"), "{wrong}");
         }
     }
 

@@ -113,7 +113,10 @@ pub(super) fn cluster(args: &ServeArgs) -> Result<ClusterConfig, ConfigError> {
     })
 }
 
-fn networks(variable: &'static str, value: &Option<String>) -> Result<Vec<Network>, ConfigError> {
+pub(super) fn networks(
+    variable: &'static str,
+    value: &Option<String>,
+) -> Result<Vec<Network>, ConfigError> {
     let expected = format!(
         "at most {MAX_NETWORKS} addresses or networks, separated by commas, such as 10.0.0.0/24,203.0.113.7"
     );

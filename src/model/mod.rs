@@ -20,6 +20,7 @@ mod problem;
 mod release;
 mod service;
 mod settings;
+mod site;
 mod submission;
 mod tested;
 mod ticket;
@@ -60,6 +61,7 @@ pub use settings::{
     Autoscale, MAX_REPL_REPLICAS, ReplChange, ReplSettings, Scale, ScaleRequest, SecretText,
     Variables, VariablesChange, workspace_not_scaled,
 };
+pub use site::{Scheme, Site, Sites};
 pub use submission::{
     Case, Compare, FieldError, RelativePath, Submission, SubmissionRequest, Tests, Tolerance, cut,
 };

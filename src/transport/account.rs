@@ -78,9 +78,8 @@ pub async fn sign_in(
             .redeem(token.expose_secret())
             .filter(|key_id| edge.keys.caller(key_id).is_some())
             .ok_or("the sign-in token was used before, is older than an hour, or is not one"),
-        (None, Some(key)) => edge
-            .keys
-            .authenticate(key.expose_secret())
+        (None, Some(key)) => caller::authenticated(&edge, key.expose_secret())
+            .await
             .map(|caller| caller.key_id)
             .ok_or("the key is unknown, revoked or mistyped"),
         _ => {

@@ -81,7 +81,7 @@ impl FromRequestParts<Arc<Edge>> for Uncounted {
         let caller = match by_peer(edge, parts) {
             Some(caller) => caller,
             None => {
-                let caller = match by_key(edge, parts)? {
+                let caller = match by_key(edge, parts).await? {
                     Some(caller) => caller,
                     None => by_cookie(edge, parts).await?,
                 };
@@ -131,11 +131,11 @@ pub fn holds(parts: &Parts, caller: &Caller) -> Result<(), HttpProblem> {
 
 /// The caller of the key in the headers; `None` without one; a wrong one is an error even beside a
 /// valid cookie.
-pub fn by_key(edge: &Edge, parts: &Parts) -> Result<Option<Caller>, HttpProblem> {
+pub async fn by_key(edge: &Edge, parts: &Parts) -> Result<Option<Caller>, HttpProblem> {
     let Some(key) = header_key(&parts.headers) else {
         return Ok(None);
     };
-    match edge.keys.authenticate(key) {
+    match authenticated(edge, key).await {
         Some(caller) => Ok(Some(caller)),
         None => Err(failed(
             edge,
@@ -143,6 +143,16 @@ pub fn by_key(edge: &Edge, parts: &Parts) -> Result<Option<Caller>, HttpProblem>
             "the key is unknown, revoked or mistyped",
         )),
     }
+}
+
+/// The caller behind a key's text, whichever replica made it, and however lately.
+pub async fn authenticated(edge: &Edge, key: &str) -> Option<Caller> {
+    let known = edge.keys.authenticate(key);
+    if known.is_some() || !edge.keys.is_strange(key) {
+        return known;
+    }
+    edge.peers.ask_for_keys(&edge.keys).await;
+    edge.keys.authenticate(key)
 }
 
 /// The caller for whom another replica asks.
@@ -174,7 +184,8 @@ pub fn failed(edge: &Edge, parts: &Parts, cause: &str) -> HttpProblem {
     let Some(peer) = parts.extensions.get::<Peer>() else {
         return HttpProblem::unauthorized(cause);
     };
-    match edge.rates.failure(peer.address.ip().into()) {
+    let client = edge.forwarded.client(peer.address.ip(), &parts.headers);
+    match edge.rates.failure(client.into()) {
         Ok(()) => HttpProblem::unauthorized(cause),
         Err(too_often) => too_many(too_often),
     }

@@ -41,6 +41,8 @@ pub struct Guard {
     program_suffix: String,
     runner_suffix: String,
     cors_origins: Vec<Origin>,
+    /// Where people reach the server, through a proxy.
+    public: Option<Origin>,
 }
 
 impl Guard {
@@ -52,6 +54,7 @@ impl Guard {
             program_suffix: format!(".{}", config.app_domain),
             runner_suffix: format!(".{}", config.domain),
             cors_origins: config.cors_origins.clone(),
+            public: config.access.public_url.clone(),
         }
     }
 
@@ -90,7 +93,9 @@ impl Guard {
         let literal: Option<IpAddr> = name.trim_matches(['[', ']']).parse().ok();
         let everywhere = self.listen.ip().is_unspecified();
         // A container's port may be published under another number.
-        let port_fits = everywhere || port.is_none_or(|port| port == self.listen.port());
+        let public = self.public.as_ref().and_then(Origin::port);
+        let own_port = |port| port == self.listen.port() || Some(port) == public;
+        let port_fits = everywhere || port.is_none_or(own_port);
         let name_fits = match literal {
             // An address cannot be rebound by DNS, and one that listens everywhere has many.
             Some(ip) => ip.is_loopback() || ip == self.listen.ip() || everywhere,
@@ -120,7 +125,11 @@ impl Guard {
                 .to_str()
                 .ok()
                 .and_then(|text| text.parse::<Origin>().ok())
-                .is_some_and(|origin| origin.authority == host || self.is_listed(&origin));
+                .is_some_and(|origin| {
+                    // A proxy may pass the host on without its port.
+                    let public = self.public.as_ref() == Some(&origin);
+                    public || origin.authority == host || self.is_listed(&origin)
+                });
         if allowed {
             return Ok(());
         }
@@ -227,6 +236,7 @@ mod tests {
             program_suffix: ".apps.localhost".to_owned(),
             runner_suffix: ".gantry.example".to_owned(),
             cors_origins: vec!["https://ide.example:8443".parse().unwrap()],
+            public: Some("https://localhost:4443".parse().unwrap()),
         }
     }
 
@@ -317,6 +327,13 @@ mod tests {
     }
 
     #[test]
+    fn the_port_that_people_reach_it_by_is_its_own() {
+        let guard = guard("127.0.0.1:8000");
+        assert_eq!(target(&guard, "localhost:4443"), Some(Target::Api));
+        assert_eq!(target(&guard, "localhost:4444"), None);
+    }
+
+    #[test]
     fn foreign_origins_are_refused() {
         let guard = guard("127.0.0.1:8000");
         let ok = |host: &str, origin: Option<&str>| {
@@ -326,6 +343,8 @@ mod tests {
         assert!(ok("localhost:8000", None));
         assert!(ok("localhost:8000", Some("http://localhost:8000")));
         assert!(ok("localhost:8000", Some("https://ide.example:8443")));
+        // As people reach the server, whatever a proxy makes of the host.
+        assert!(ok("localhost", Some("https://localhost:4443")));
         for foreign in [
             "http://evil.example",
             "null",

@@ -8,6 +8,7 @@ mod body;
 mod caller;
 mod connections;
 mod data;
+mod forwarded;
 mod guard;
 mod health;
 mod logs;
@@ -24,6 +25,8 @@ mod session;
 mod settings;
 mod start;
 mod submissions;
+mod upload;
+mod upstream;
 mod wire;
 mod ws;
 
@@ -58,6 +61,7 @@ use crate::shutdown::Shutdown;
 
 use caller::{Cookie, KeySchemes};
 use connections::Shares;
+use forwarded::Forwarded;
 pub use guard::Guard;
 use guard::Target;
 pub use peers::{Peers, Replicas};
@@ -110,9 +114,11 @@ pub struct Edge {
     cookie: Cookie,
     /// Held while the session store is written.
     signing: tokio::sync::Mutex<()>,
-    /// Requests to repls that the proxy has under way.
     /// Submissions that are followed over WebSockets, by whose they are.
     followed: Shares<UserId>,
+    /// Who is behind a proxy.
+    forwarded: Forwarded,
+    /// Requests to repls that the proxy has under way.
     proxied: Shares<(ReplId, proxy::Entrance)>,
     /// Tickets for WebSockets.
     pub tickets: OneTime,
@@ -203,6 +209,10 @@ impl Edge {
             },
             signing: tokio::sync::Mutex::default(),
             followed: Shares::new(config.max_waiting.max(session::FOLLOWED_PER_USER)),
+            forwarded: Forwarded::new(
+                config.access.trusted_proxies.clone(),
+                config.access.app_scheme,
+            ),
             proxied: Shares::new(config.access.connections_per_repl),
             rates: RateLimits::default(),
             guard,

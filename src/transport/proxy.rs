@@ -2,10 +2,11 @@
 //!
 //! A program's host never shows Gantry's API, and a program never sees Gantry's session cookie.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::Body;
+use axum::body::{Body, HttpBody};
 use axum::extract::Request;
 use axum::http::uri::PathAndQuery;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version, header};
@@ -13,12 +14,17 @@ use axum::response::{IntoResponse, Response};
 use hyper::client::conn::http1;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::time::{Instant, timeout};
 
 use super::Edge;
 use super::caller::{Cookie, OpenedBy};
 use super::connections::Taken;
+use super::forwarded::Forwarded;
 use super::server::Peer;
 use super::session::revoked;
+use super::upload::{self, Sent, Unanswered};
+use super::upstream::{Answer, Exchange, Upstream, Waiting};
 use crate::model::{Problem, ReplId};
 use crate::platform::{ByteStream, LAST_LINES, PlatformError};
 
@@ -29,24 +35,29 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// wait for an answer.
 pub const HELD: Duration = Duration::from_secs(50);
 
-/// How long the program may think before its headers: what proxies commonly allow.
+/// How long the program may think before its headers, once it has the request: what proxies commonly allow.
+/// As long a client may pause while it sends the request.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Headers that are between two neighbours only (RFC 9110 §7.6.1).
-const HOP_BY_HOP: [HeaderName; 8] = [
+/// Most header lines of a program's answer: a bound, far above what programs send. Their bytes are bounded by
+/// hyper's buffer, about 400 KiB.
+const MAX_ANSWER_HEADERS: usize = 2_000;
+
+/// Headers that are between two neighbours only (RFC 9110 §7.6.1). `Trailer` is not: it names what comes after
+/// the body, which is passed on.
+const HOP_BY_HOP: [HeaderName; 7] = [
     header::CONNECTION,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
     header::PROXY_AUTHENTICATE,
     header::PROXY_AUTHORIZATION,
     header::TE,
-    header::TRAILER,
     header::TRANSFER_ENCODING,
 ];
 
 /// Headers that the list in `Connection` does not remove: what a program, or Gantry, decides by, and how long
 /// the body is. A client that lists them would have them removed after they were checked.
-const NEVER_HOP_BY_HOP: [HeaderName; 12] = [
+const NEVER_HOP_BY_HOP: [HeaderName; 13] = [
     header::HOST,
     header::CONTENT_LENGTH,
     header::CONTENT_TYPE,
@@ -55,6 +66,7 @@ const NEVER_HOP_BY_HOP: [HeaderName; 12] = [
     header::AUTHORIZATION,
     header::ORIGIN,
     header::FORWARDED,
+    header::TRAILER,
     HeaderName::from_static("x-forwarded-for"),
     HeaderName::from_static("x-forwarded-host"),
     HeaderName::from_static("x-forwarded-proto"),
@@ -121,7 +133,7 @@ pub async fn forward(
             Door::Runner => edge.platform.dial_runner(&repl).await,
         }
     };
-    let stream = match tokio::time::timeout(DIAL_TIMEOUT, dialled).await {
+    let stream = match timeout(DIAL_TIMEOUT, dialled).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(PlatformError::NotFound(_))) => {
             return error_page(
@@ -148,6 +160,17 @@ pub async fn forward(
     };
     match exchange(edge, request, stream, share).await {
         Ok(response) => response,
+        Err(Failure::Unsent) => {
+            let cause = format!(
+                "The rest of the request did not come within {} s.",
+                ANSWER_TIMEOUT.as_secs()
+            );
+            error_page(
+                StatusCode::REQUEST_TIMEOUT,
+                "The request is not whole",
+                &cause,
+            )
+        }
         Err(Failure::Late) => {
             let cause = format!(
                 "{repl} sent no answer within {} s.",
@@ -200,7 +223,7 @@ async fn rouse(edge: &Edge, repl: &ReplId, door: Door, visit: bool) -> Option<Re
             Some(Err(error)) => Some(failed(error.clone())),
             Some(Ok(())) => None,
             // Its own page stands in until it answers.
-            None => match tokio::time::timeout(DIAL_TIMEOUT, edge.platform.dial(repl)).await {
+            None => match timeout(DIAL_TIMEOUT, edge.platform.dial(repl)).await {
                 Ok(Ok(_)) => None,
                 _ => Some(later(
                     "The program is starting",
@@ -210,7 +233,7 @@ async fn rouse(edge: &Edge, repl: &ReplId, door: Door, visit: bool) -> Option<Re
             },
         };
     }
-    match tokio::time::timeout(HELD, awake).await {
+    match timeout(HELD, awake).await {
         Ok(Ok(())) => None,
         Ok(Err(error)) => Some(failed(error)),
         Err(_) => Some(later(
@@ -243,8 +266,20 @@ fn later(title: &str, cause: &str, again: bool) -> Response {
 }
 
 enum Failure {
+    /// The client stopped sending the request.
+    Unsent,
+    /// The program does not answer.
     Late,
     Broken(hyper::Error),
+}
+
+impl From<Unanswered> for Failure {
+    fn from(unanswered: Unanswered) -> Self {
+        match unanswered {
+            Unanswered::Unsent => Self::Unsent,
+            Unanswered::Late => Self::Late,
+        }
+    }
 }
 
 async fn exchange(
@@ -257,25 +292,37 @@ async fn exchange(
     let opened_by = request.extensions().get::<OpenedBy>().cloned();
     let wanted = upgrade_wanted(request.headers());
     let client_side = wanted.is_some().then(|| hyper::upgrade::on(&mut request));
-    prepare_request(&mut request, wanted.as_ref(), peer.as_ref());
-    let (mut sender, connection) = http1::handshake::<_, Body>(TokioIo::new(stream))
+    prepare_request(
+        &mut request,
+        wanted.as_ref(),
+        &edge.forwarded,
+        peer.as_ref(),
+    );
+    let (request, sent) = upload::watched(request);
+    let (mut sender, connection) = http1::Builder::new()
+        .max_headers(MAX_ANSWER_HEADERS)
+        .handshake::<_, Body>(TokioIo::new(Upstream::new(stream, sent.clone())))
         .await
         .map_err(Failure::Broken)?;
     let stop = edge.shutdown.token.clone();
     let share = Arc::new(share);
     let own = Arc::clone(&share);
+    let exchange = Exchange::new(sent.clone());
+    // From here on whatever ends without a whole answer ends the connection, too.
+    let waiting = Waiting(exchange.clone());
     edge.shutdown.tasks.spawn(async move {
         // Its error comes out at the request or in the body.
         tokio::select! {
             _ = connection.with_upgrades() => {}
             () = stop.cancelled() => {}
+            () = exchange.over(ANSWER_TIMEOUT) => {}
         }
         drop(own);
     });
-    let mut response = tokio::time::timeout(ANSWER_TIMEOUT, sender.send_request(request))
-        .await
-        .map_err(|_| Failure::Late)?
-        .map_err(Failure::Broken)?;
+    let answer = upload::answered(sender.send_request(request), &sent, ANSWER_TIMEOUT);
+    let mut response = answer.await?.map_err(Failure::Broken)?;
+    // That of the connection to the client is settled between the two.
+    *response.version_mut() = Version::HTTP_11;
     let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
     let program_side = switched.then(|| hyper::upgrade::on(&mut response));
     let upgraded_to = upgrade_wanted(response.headers());
@@ -283,7 +330,7 @@ async fn exchange(
     keep_session_cookie_ours(response.headers_mut());
     if let (Some(client_side), Some(program_side)) = (client_side, program_side) {
         put_upgrade(response.headers_mut(), upgraded_to.as_ref());
-        let joined = join(edge, client_side, program_side, (peer, share));
+        let joined = join(edge, client_side, program_side, (peer, share), sent);
         match opened_by {
             Some(OpenedBy(key)) => {
                 let (tasks, edge) = (edge.shutdown.tasks.clone(), Arc::clone(edge));
@@ -297,27 +344,62 @@ async fn exchange(
             None => drop(edge.shutdown.tasks.spawn(joined)),
         }
     }
-    Ok(response.map(Body::new))
+    Ok(response.map(|body| Body::new(Answer::new(body, waiting))))
 }
 
-/// Copies bytes both ways until one side ends or the server stops.
+/// Copies bytes both ways until one side ends, the program takes nothing, or the server stops.
 fn join(
     edge: &Edge,
     client: OnUpgrade,
     program: OnUpgrade,
     held: (Option<Peer>, Arc<Share>),
+    sent: Sent,
 ) -> impl Future<Output = ()> + Send + 'static {
     let stop = edge.shutdown.token.clone();
     async move {
         let copied = async {
             let (client, program) = tokio::try_join!(client, program).ok()?;
-            let (mut client, mut program) = (TokioIo::new(client), TokioIo::new(program));
-            tokio::io::copy_bidirectional(&mut client, &mut program)
-                .await
-                .ok()
+            let (client, program) = (TokioIo::new(client), TokioIo::new(program));
+            let (mut from_client, mut to_client) = tokio::io::split(client);
+            let (mut from_program, mut to_program) = tokio::io::split(program);
+            let up = pass(&mut from_client, &mut to_program);
+            let down = pass(&mut from_program, &mut to_client);
+            tokio::pin!(up, down);
+            // What one side ended, the other has its time to end.
+            tokio::select! {
+                done = &mut up => done.ok()?,
+                done = &mut down => {
+                    done.ok()?;
+                    return timeout(ANSWER_TIMEOUT, up).await.ok()?.ok();
+                }
+            }
+            timeout(ANSWER_TIMEOUT, down).await.ok()?.ok()
+        };
+        let copied = async {
+            tokio::select! {
+                _ = copied => {}
+                () = untaken(&sent) => {}
+            }
         };
         stop.run_until_cancelled(copied).await;
         drop(held);
+    }
+}
+
+/// Copies bytes until there are no more, and says so to who gets them.
+async fn pass(
+    from: &mut (impl AsyncRead + Unpin),
+    to: &mut (impl AsyncWrite + Unpin),
+) -> io::Result<()> {
+    tokio::io::copy(from, to).await?;
+    to.shutdown().await
+}
+
+/// Resolves when the program has taken nothing of what it is sent for long.
+async fn untaken(sent: &Sent) {
+    let long = |since: Instant| since.elapsed() >= ANSWER_TIMEOUT;
+    while !sent.blocked().is_some_and(long) {
+        tokio::time::sleep(ANSWER_TIMEOUT / 4).await;
     }
 }
 
@@ -345,6 +427,10 @@ fn put_upgrade(headers: &mut HeaderMap, protocol: Option<&HeaderValue>) {
 }
 
 fn remove_hop_by_hop(headers: &mut HeaderMap) {
+    // The length of a body in chunks is that of its chunks (RFC 9112 §6.3).
+    if headers.contains_key(header::TRANSFER_ENCODING) {
+        headers.remove(header::CONTENT_LENGTH);
+    }
     let named: Vec<HeaderName> = connection_tokens(headers)
         .filter_map(|token| token.parse().ok())
         .filter(|name| !NEVER_HOP_BY_HOP.contains(name))
@@ -355,8 +441,16 @@ fn remove_hop_by_hop(headers: &mut HeaderMap) {
     headers.remove(header::UPGRADE);
 }
 
-fn prepare_request(request: &mut Request, upgrade: Option<&HeaderValue>, peer: Option<&Peer>) {
+fn prepare_request(
+    request: &mut Request,
+    upgrade: Option<&HeaderValue>,
+    forwarded: &Forwarded,
+    peer: Option<&Peer>,
+) {
     *request.version_mut() = Version::HTTP_11;
+    // hyper sends the body of a GET only when its headers tell of one.
+    let in_chunks = request.headers().contains_key(header::TRANSFER_ENCODING)
+        && !request.body().is_end_stream();
     let authority = request.uri().authority().map(ToString::to_string);
     let path = request.uri().path_and_query().cloned();
     *request.uri_mut() = Uri::from(path.unwrap_or_else(|| PathAndQuery::from_static("/")));
@@ -364,20 +458,28 @@ fn prepare_request(request: &mut Request, upgrade: Option<&HeaderValue>, peer: O
     if let Some(Ok(host)) = authority.map(|authority| HeaderValue::from_str(&authority)) {
         headers.insert(header::HOST, host);
     }
+    let takes_trailers = takes_trailers(headers);
     remove_hop_by_hop(headers);
     put_upgrade(headers, upgrade);
+    if takes_trailers {
+        headers.insert(header::TE, HeaderValue::from_static("trailers"));
+        headers.append(header::CONNECTION, HeaderValue::from_static("te"));
+    }
+    if in_chunks {
+        let chunked = HeaderValue::from_static("chunked");
+        headers.insert(header::TRANSFER_ENCODING, chunked);
+    }
     strip_session_cookie(headers);
-    if let Some(host) = headers.get(header::HOST).cloned() {
-        headers.insert("x-forwarded-host", host);
-    }
-    headers.insert("x-forwarded-proto", HeaderValue::from_static("http"));
-    // What the client says about itself is not passed on: a program trusts this header.
-    headers.remove("forwarded");
-    headers.remove("x-forwarded-for");
-    let address = peer.map(|peer| HeaderValue::from_str(&peer.address.ip().to_string()));
-    if let Some(Ok(address)) = address {
-        headers.insert("x-forwarded-for", address);
-    }
+    forwarded.put_on(headers, peer.map(|peer| peer.address.ip()));
+}
+
+/// Whether the client takes fields behind an answer's body.
+fn takes_trailers(headers: &HeaderMap) -> bool {
+    let values = headers.get_all(header::TE).iter();
+    let mut tokens = values
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','));
+    tokens.any(|token| token.trim().eq_ignore_ascii_case("trailers"))
 }
 
 /// Takes Gantry's own cookies out of a request to a program.
@@ -488,6 +590,11 @@ mod tests {
         request
     }
 
+    fn prepare(request: &mut Request, upgrade: Option<&HeaderValue>) {
+        let forwarded = Forwarded::new(Vec::new(), crate::model::Scheme::Http);
+        prepare_request(request, upgrade, &forwarded, None);
+    }
+
     #[test]
     fn the_session_cookie_is_taken_out_and_others_stay() {
         let mut request = request(&[
@@ -495,7 +602,7 @@ mod tests {
             ("cookie", "gantry_session=again"),
             ("cookie", "__Host-gantry_session=more; gantry_session =odd"),
         ]);
-        prepare_request(&mut request, None, None);
+        prepare(&mut request, None);
         let cookies: Vec<_> = request.headers().get_all("cookie").iter().collect();
         assert_eq!(cookies, ["a=1; b=2"]);
     }
@@ -520,25 +627,46 @@ mod tests {
         let mut request = request(&[
             ("connection", "keep-alive, X-Secret-Hop"),
             ("x-secret-hop", "1"),
-            ("te", "trailers"),
+            ("te", "gzip;q=0.5"),
             ("transfer-encoding", "chunked"),
+            ("content-length", "3"),
+            ("trailer", "Checksum"),
             ("x-forwarded-for", "6.6.6.6"),
             ("accept", "*/*"),
         ]);
-        prepare_request(&mut request, None, None);
+        prepare(&mut request, None);
         let headers = request.headers();
         for gone in [
             "connection",
             "x-secret-hop",
             "te",
             "transfer-encoding",
+            "content-length",
             "x-forwarded-for",
         ] {
             assert!(!headers.contains_key(gone), "{gone}");
         }
         assert_eq!(headers["accept"], "*/*");
+        assert_eq!(headers["trailer"], "Checksum");
         assert_eq!(headers["host"], "a-prod.apps.localhost:8000");
         assert_eq!(request.uri(), "/x?y=1");
+    }
+
+    #[test]
+    fn a_program_learns_that_its_client_takes_trailers() {
+        let mut request = request(&[("te", "gzip, Trailers"), ("connection", "te")]);
+        prepare(&mut request, None);
+        assert_eq!(request.headers()["te"], "trailers");
+        assert_eq!(request.headers()["connection"], "te");
+    }
+
+    #[test]
+    fn a_body_in_chunks_is_passed_on_whatever_the_method() {
+        let mut chunked = request(&[("transfer-encoding", "chunked"), ("content-length", "9")]);
+        *chunked.body_mut() = Body::from("body");
+        prepare(&mut chunked, None);
+        assert_eq!(chunked.headers()["transfer-encoding"], "chunked");
+        assert!(!chunked.headers().contains_key("content-length"));
     }
 
     #[test]
@@ -555,7 +683,7 @@ mod tests {
             ("authorization", "Basic eA=="),
         ]);
         *request.uri_mut() = Uri::from_static("/x");
-        prepare_request(&mut request, None, None);
+        prepare(&mut request, None);
         let headers = request.headers();
         assert_eq!(headers["host"], "a-prod.apps.localhost:8000");
         assert_eq!(headers["x-forwarded-host"], "a-prod.apps.localhost:8000");
@@ -577,7 +705,7 @@ mod tests {
         let mut request = request(&[("connection", "Upgrade"), ("upgrade", "websocket")]);
         let wanted = upgrade_wanted(request.headers());
         assert!(wanted.is_some());
-        prepare_request(&mut request, wanted.as_ref(), None);
+        prepare(&mut request, wanted.as_ref());
         assert_eq!(request.headers()["connection"], "upgrade");
         assert_eq!(request.headers()["upgrade"], "websocket");
     }

@@ -94,7 +94,7 @@ pub async fn caller_of(
     if let Some(caller) = caller::by_peer(edge, parts) {
         return Ok(caller);
     }
-    if let Some(caller) = caller::by_key(edge, parts)? {
+    if let Some(caller) = caller::by_key(edge, parts).await? {
         caller::holds(parts, &caller)?;
         return Ok(caller);
     }

@@ -1,5 +1,5 @@
 // What the person is writing: code per language and the options of the next run, kept over visits.
-import { signal, computed, effect } from "./vendor/preact.js";
+import { batch, signal, computed, effect } from "./vendor/preact.js";
 import { remembered } from "./storage.js";
 
 /** Writing to storage on each key press would be felt with long code. */
@@ -24,10 +24,11 @@ export const SAMPLES = {
 };
 
 const stored = remembered.read("draft") ?? {};
+const NO_OPTIONS = { replId: "", deploy: true, stdin: "", interactive: false, cases: [] };
 
 export const language = signal(stored.language ?? "python");
 export const codeByLanguage = signal(stored.code ?? {});
-export const options = signal({ replId: "", deploy: true, stdin: "", cases: [], ...stored.options });
+export const options = signal({ ...NO_OPTIONS, ...stored.options });
 
 export const code = computed(() => codeByLanguage.value[language.value] ?? SAMPLES[language.value] ?? "");
 
@@ -40,13 +41,32 @@ export function setOption(name, value) {
 }
 
 let timer = null;
-const save = () => remembered.write("draft", { language: language.peek(), code: codeByLanguage.peek(), options: options.peek() });
+/** Nothing was changed since the page came, or since the last person signed out: there is nothing to keep. */
+let unchanged = true;
+const save = () => {
+  if (!unchanged) remembered.write("draft", { language: language.peek(), code: codeByLanguage.peek(), options: options.peek() });
+};
+let begun = false;
 effect(() => {
   language.value, codeByLanguage.value, options.value;
   clearTimeout(timer);
-  timer = setTimeout(save, SAVE_DELAY_MS);
+  if (begun) {
+    unchanged = false;
+    timer = setTimeout(save, SAVE_DELAY_MS);
+  }
+  begun = true;
 });
 addEventListener("pagehide", save);
+
+/** Forgets it here. What the browser keeps is the session's business. */
+export function forgetDraft() {
+  batch(() => {
+    codeByLanguage.value = {};
+    options.value = NO_OPTIONS;
+  });
+  clearTimeout(timer);
+  unchanged = true;
+}
 
 /** Splits arguments as a shell would: spaces separate, single and double quotes and backslashes keep together. */
 export function splitArguments(text) {
@@ -60,10 +80,12 @@ export function splitArguments(text) {
 
 /** The fields of the submission frame, without the ids. */
 export function submissionFields(userId) {
-  const { replId, deploy, stdin, cases } = options.peek();
+  const { replId, deploy, stdin, interactive, cases } = options.peek();
   const fields = { user_id: userId, language: language.peek(), code: code.peek(), deploy };
   if (replId.trim()) fields.repl_id = replId.trim();
-  if (stdin) fields.stdin = stdin;
+  // Whose input is a text, or that of test cases, has no more to come.
+  if (interactive && !cases.length) fields.interactive = true;
+  else if (stdin) fields.stdin = stdin;
   const tests = cases.map((one, i) => ({
     name: one.name.trim() || `case ${i + 1}`,
     ...(one.stdin ? { stdin: one.stdin } : {}),

@@ -1,5 +1,5 @@
 // The code editor: a textarea at once, CodeMirror in its place when it has loaded.
-import { html, useEffect, useRef, useState } from "./vendor/preact.js";
+import { effect, html, untracked, useEffect, useLayoutEffect, useRef, useState } from "./vendor/preact.js";
 
 let loading = null;
 
@@ -61,8 +61,10 @@ function appearance(cm) {
   return [theme, cm.syntaxHighlighting(style)];
 }
 
-function createView(cm, parent, { value, language, label, readOnly, submit, save, changed }) {
+function createView(cm, parent, { text, selection, language, label, readOnly, submit, save, changed }) {
   const languageSlot = new cm.Compartment();
+  // While a text from outside is put in: that is no typing.
+  let putting = false;
   const run = () => {
     submit();
     return true;
@@ -74,7 +76,7 @@ function createView(cm, parent, { value, language, label, readOnly, submit, save
   const view = new cm.EditorView({
     parent,
     state: cm.EditorState.create({
-      doc: value,
+      doc: text,
       extensions: [
         cm.keymap.of([{ key: "Mod-Enter", run }, { key: "Ctrl-Enter", run }, { key: "Mod-s", run: keep }, cm.indentWithTab, ...cm.historyKeymap, ...cm.defaultKeymap]),
         cm.history(),
@@ -89,39 +91,73 @@ function createView(cm, parent, { value, language, label, readOnly, submit, save
         appearance(cm),
         cm.EditorView.contentAttributes.of({ "aria-label": label, spellcheck: "false" }),
         cm.EditorState.readOnly.of(readOnly),
-        cm.EditorView.updateListener.of((update) => update.docChanged && changed(update.state.doc.toString())),
+        cm.EditorView.updateListener.of((update) => update.docChanged && !putting && changed(update.state.doc.toString())),
       ],
     }),
   });
+  const within = (place) => Math.min(place, view.state.doc.length);
+  view.dispatch({ selection: { anchor: within(selection.start), head: within(selection.end) } });
   return {
     view,
     setLanguage: (name) => view.dispatch({ effects: languageSlot.reconfigure(languageExtension(cm, name)) }),
-    setText: (text) => view.dispatch({ changes: { from: 0, to: view.state.doc.length, insert: text } }),
+    put: (whole) => {
+      putting = true;
+      try {
+        view.dispatch({ changes: { from: 0, to: view.state.doc.length, insert: whole } });
+      } finally {
+        putting = false;
+      }
+    },
   };
 }
 
-/** `value` may be changed from outside; `onChange(text)` reports typing; `onSubmit` is Ctrl+Enter or Cmd+Enter, `onSave` with S. */
-export function Editor({ value, language, label = "Code", readOnly = false, onChange, onSubmit, onSave = () => {} }) {
+/**
+ * `text` is a signal, undefined once there is nothing to edit; `onChange(text)` reports typing, and has to set the signal at once.
+ * `onSubmit` is Ctrl+Enter or Cmd+Enter, `onSave` with S.
+ *
+ * What is typed and what the signal says are brought together when either changes, never at a render: a render shows
+ * a text that may be some key presses old, and to put that back would undo them.
+ */
+export function Editor({ text, language, label = "Code", readOnly = false, onChange, onSubmit, onSave = () => {} }) {
   const host = useRef(null);
+  const field = useRef(null);
   const editor = useRef(null);
+  /** The text that was typed or put in last: when the signal says the same, there is nothing to put in. */
+  const own = useRef("");
   const [rich, setRich] = useState(false);
   // The editor outlives renders, its callbacks must be the newest.
   const latest = useRef({});
-  latest.current = { value, language, onChange, onSubmit, onSave };
+  latest.current = { language, onChange, onSubmit, onSave };
+  const changed = (now) => {
+    own.current = now;
+    latest.current.onChange(now);
+  };
 
+  useLayoutEffect(() => effect(() => {
+    const now = text.value;
+    if (now === undefined || now === own.current) return;
+    own.current = now;
+    untracked(() => {
+      if (editor.current) editor.current.put(now);
+      else if (field.current) field.current.value = now;
+    });
+  }), [text]);
   useEffect(() => {
     let gone = false;
     loadCodeMirror().then((cm) => {
       if (gone) return;
       const focused = host.current.contains(document.activeElement);
+      const { selectionStart: start, selectionEnd: end } = field.current;
       editor.current = createView(cm, host.current, {
-        value: latest.current.value,
+        text: own.current,
+        // Typing goes on where it was.
+        selection: focused ? { start, end } : { start: 0, end: 0 },
         language: latest.current.language,
         label,
         readOnly,
         submit: () => latest.current.onSubmit(),
         save: () => latest.current.onSave(),
-        changed: (text) => latest.current.onChange(text),
+        changed,
       });
       setRich(true);
       if (focused) editor.current.view.focus();
@@ -136,10 +172,6 @@ export function Editor({ value, language, label = "Code", readOnly = false, onCh
   useEffect(() => {
     editor.current?.setLanguage(language);
   }, [language]);
-  useEffect(() => {
-    const now = editor.current?.view.state.doc.toString();
-    if (now !== undefined && now !== value) editor.current.setText(value);
-  }, [value]);
 
   const keys = (event) => {
     if (!event.ctrlKey && !event.metaKey) return;
@@ -150,8 +182,8 @@ export function Editor({ value, language, label = "Code", readOnly = false, onCh
   };
   return html`
     <div class="editor" ref=${host} data-editor=${rich ? "codemirror" : "plain"}>
-      ${!rich && html`<textarea aria-label=${label} readonly=${readOnly} spellcheck="false" autocapitalize="off" autocomplete="off" wrap="off"
-        value=${value} onInput=${(event) => onChange(event.currentTarget.value)} onKeyDown=${keys}></textarea>`}
+      ${!rich && html`<textarea ref=${field} aria-label=${label} readonly=${readOnly} spellcheck="false" autocapitalize="off" autocomplete="off" wrap="off"
+        onInput=${(event) => changed(event.currentTarget.value)} onKeyDown=${keys}></textarea>`}
     </div>
   `;
 }

@@ -72,6 +72,11 @@ export class OpenFiles {
     if (this.shown.peek() === path) this.shown.value = (before[at + 1] ?? before[at - 1])?.path ?? null;
   }
 
+  /** The text of a file as a signal; undefined once the file is closed. */
+  textOf(path) {
+    return computed(() => this.files.value.find((file) => file.path === path)?.text);
+  }
+
   edit(path, text) {
     this.#change(path, { text });
   }

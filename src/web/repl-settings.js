@@ -58,13 +58,16 @@ function Variables({ repl, reload }) {
     setBusy(false);
     reload();
   };
+  // The fields rest while they are saved: what was saved is put over what is typed meanwhile.
   return html`
     <form class="variables" onSubmit=${save} data-testid="variables">
       <${ProblemNote} problem=${problem} />
       ${!rows.length && html`<p class="muted">No variables yet. The program reads them from its environment.</p>`}
-      <ul>${rows.map((row, at) => html`<${VariableRow} key=${at} row=${row} at=${at} change=${change(at)} remove=${() => setRows(rows.filter((_, i) => i !== at))} />`)}</ul>
+      <fieldset disabled=${busy}>
+        <ul>${rows.map((row, at) => html`<${VariableRow} key=${at} row=${row} at=${at} change=${change(at)} remove=${() => setRows(rows.filter((_, i) => i !== at))} />`)}</ul>
+      </fieldset>
       <p class="record-links">
-        <button type="button" class="small" data-testid="add-variable" onClick=${() => setRows([...rows, { name: "", value: "", secret: false, known: false }])}>Add a variable</button>
+        <button type="button" class="small" disabled=${busy} data-testid="add-variable" onClick=${() => setRows([...rows, { name: "", value: "", secret: false, known: false }])}>Add a variable</button>
         <button type="submit" class="small primary" disabled=${busy} data-testid="save-variables">${busy ? "Saving…" : isStopped(repl) ? "Save" : "Save and start anew"}</button>
       </p>
     </form>

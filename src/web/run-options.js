@@ -19,16 +19,19 @@ function TestCase({ index, value, change, remove }) {
   `;
 }
 
-function summary({ stdin, cases, replId }) {
+function summary({ stdin, interactive, cases, replId }) {
   const set = [];
   if (replId.trim()) set.push(`repl ${replId.trim()}`);
-  if (stdin) set.push("standard input");
+  if (interactive && !cases.length) set.push("input while it runs");
+  else if (stdin) set.push("standard input");
   if (cases.length) set.push(count(cases.length, "test case"));
   return set.join(", ") || "repl, standard input, test cases";
 }
 
 export function RunOptions({ userId }) {
   const value = options.value;
+  // A test case has input of its own.
+  const typed = value.interactive && !value.cases.length;
   const setCase = (index, changed) => setOption("cases", value.cases.map((one, i) => (i === index ? changed : one)));
   return html`
     <details class="run-options">
@@ -39,9 +42,11 @@ export function RunOptions({ userId }) {
             onInput=${(event) => setOption("replId", event.currentTarget.value)} />
         </label>
         <label>Standard input
-          <textarea rows="3" class="mono" data-testid="stdin-field" value=${value.stdin}
+          <textarea rows="3" class="mono" data-testid="stdin-field" value=${value.stdin} disabled=${typed}
             onInput=${(event) => setOption("stdin", event.currentTarget.value)}></textarea>
         </label>
+        <label class="inline check"><input type="checkbox" data-testid="interactive" checked=${typed} disabled=${value.cases.length > 0}
+          onChange=${(event) => setOption("interactive", event.currentTarget.checked)} /> Type the input while the program runs</label>
         <div class="cases">
           <p class="muted">Without test cases the program runs once and passes with exit code 0. With them, each case runs it and compares its standard output.</p>
           ${value.cases.map((one, i) => html`

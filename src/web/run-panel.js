@@ -1,9 +1,9 @@
 // The Run tab: editor and options on one side; stages, verdict and output on the other.
-import { html, signal, useEffect } from "./vendor/preact.js";
+import { html, signal, useEffect, useRef } from "./vendor/preact.js";
 import { api } from "./api.js";
 import { connection } from "./socket.js";
 import { code, language, options, setCode, setOption, submissionFields } from "./draft.js";
-import { current, running, start, stop, stopping } from "./run.js";
+import { current, giveInput, running, start, stop, stopping } from "./run.js";
 import { SubmissionRecord } from "./record.js";
 import { actAs, actingUser, isAdmin, session } from "./session.js";
 import { href } from "./router.js";
@@ -88,6 +88,28 @@ function Toolbar() {
   `;
 }
 
+/** A line of input for the program that runs; shown while it may take one. */
+function InputLine({ run }) {
+  const field = useRef(null);
+  if (run.record.reply.value !== null || !run.inputOpen.value) return null;
+  const away = connection.value !== "online";
+  const give = (event) => {
+    event.preventDefault();
+    if (giveInput(`${field.current.value}\n`)) field.current.value = "";
+  };
+  const refused = run.inputRefused.value;
+  return html`
+    <form class="input-line" onSubmit=${give} data-testid="input-line">
+      <input class="mono" ref=${field} aria-label="Input for the program" placeholder=${away ? "Reconnecting…" : "Input for the program; Enter sends it"}
+        autocapitalize="off" autocomplete="off" spellcheck="false" data-testid="input" />
+      <button type="submit" class="small" disabled=${away} data-testid="give-input">Send</button>
+      <button type="button" class="small" disabled=${away} title="The program reads the end of its input" data-testid="end-input"
+        onClick=${() => giveInput("", true)}>End of input</button>
+      ${refused && html`<p class="note bad" role="alert">${[refused.message, refused.cause, refused.remediation].filter(Boolean).join(". ")}</p>`}
+    </form>
+  `;
+}
+
 export function RunPanel() {
   const signedIn = session.value.phase === "in";
   useEffect(() => {
@@ -101,7 +123,7 @@ export function RunPanel() {
       <div class="write">
         <${Toolbar} />
         ${refusal.value && html`<p class="note bad" role="alert">${refusal.value}</p>`}
-        <${Editor} value=${code.value} language=${language.value} onChange=${(text) => setCode(text)} onSubmit=${runNow} />
+        <${Editor} text=${code} language=${language.value} onChange=${(text) => setCode(text)} onSubmit=${runNow} />
         <${RunOptions} userId=${actingUser.value} />
         <p class="hint muted"><kbd>Ctrl</kbd>+<kbd>Enter</kbd> runs. <kbd>Esc</kbd> then <kbd>Tab</kbd> leaves the editor.</p>
       </div>
@@ -110,6 +132,7 @@ export function RunPanel() {
         <${Verdict} reply=${reply} progress=${progressOf(run, record)} tests=${record.tests.value} />
         <${OutputPane} name="stdout" buffer=${record.stdout}
           placeholder=${reply ? "Nothing was printed." : "Standard output"} />
+        ${run && html`<${InputLine} key=${record.id} run=${run} />`}
         <${OutputPane} name="stderr" buffer=${record.stderr}
           placeholder=${reply ? "Nothing was printed." : "Standard error"} />
         <p class="hint muted">${run

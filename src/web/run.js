@@ -8,7 +8,7 @@ import { uuidv7 } from "./uuid.js";
 /** The seq reached is written this often at most: it only says that frames came, the replay starts from 1 after a reload. */
 const REMEMBER_EVERY_MS = 1_000;
 
-/** `{record, submission, sent, resuming, finished}` or null; the fields besides `record` are the protocol's state. */
+/** What `newRun` makes, or null; the fields besides `record` are the protocol's state. */
 export const current = signal(null);
 export const stopping = signal(false);
 /** Counts finished runs: lists reload when it changes. */
@@ -28,11 +28,26 @@ function remember() {
     seq: run.record.lastSeq,
     finished: run.record.reply.peek() !== null,
     submission: run.submission,
+    inputOpen: run.inputOpen.peek(),
   });
 }
 
 function rememberSoon() {
   rememberTimer ??= setTimeout(remember, REMEMBER_EVERY_MS);
+}
+
+function newRun(id, submission, inputOpen) {
+  return {
+    record: new SubmissionRecord(id),
+    submission,
+    sent: false,
+    resuming: false,
+    stopAsked: false,
+    /** Whether the program takes more input. */
+    inputOpen: signal(inputOpen),
+    /** Why input did not reach it. */
+    inputRefused: signal(null),
+  };
 }
 
 function resumeFromLast(run) {
@@ -47,7 +62,7 @@ export function start(fields) {
   if (messageBytes(submission) > MAX_MESSAGE_BYTES) {
     return "The submission is larger than 1 MiB, the most one message may hold. Make the code or the test cases smaller.";
   }
-  const run = { record: new SubmissionRecord(id), submission, sent: false, resuming: false, stopAsked: false };
+  const run = newRun(id, submission, submission.interactive === true);
   current.value = run;
   stopping.value = false;
   run.sent = send(submission);
@@ -62,6 +77,18 @@ export function stop() {
   run.stopAsked = true;
   stopping.value = true;
   send({ cancel: run.record.id });
+}
+
+/** Gives the program input, and with `eof` says that no more comes. False: it is not sent, the connection is lost. */
+export function giveInput(data, eof = false) {
+  const run = current.peek();
+  if (!run?.inputOpen.peek() || run.record.reply.peek()) return false;
+  // Input overtakes no submission: the server would not know whose it is.
+  if (!run.sent || !send({ stdin: run.record.id, data, eof })) return false;
+  run.inputRefused.value = null;
+  if (eof) run.inputOpen.value = false;
+  remember();
+  return true;
 }
 
 /** Signing out: the next person at this page does not get the code or the output of this one. */
@@ -122,11 +149,16 @@ onFrame((frame) => {
   // A message that could not even be parsed is answered without an id; this page sends nothing for any other run.
   if (id !== null && id !== run.record.id) return;
 
+  if (frame.event === undefined && frame.status === undefined && frame.error) {
+    // Input that did not reach the program, which goes on.
+    run.inputRefused.value = frame.error;
+    return;
+  }
   if (refuses(frame)) {
     if (run.resuming && frame.seq === undefined) return resend(run);
     if (Number.isInteger(frame.status)) frame = problemAsReply(frame);
-    // The answer to a cancel of what is not there (any more) is no verdict.
-    if (run.stopAsked && frame.seq === undefined && frame.error?.code === "not_found") return;
+    // The answer to a cancel or to input for what is not there (any more) is no verdict.
+    if (frame.seq === undefined && frame.error?.code === "not_found") return;
   }
   const outcome = run.record.apply(frame);
   if (outcome === "gap") return handleGap(run, frame);
@@ -154,14 +186,7 @@ function restore() {
   const stored = tabMemory.read("run");
   if (!stored?.id || !stored.submission) return;
   // What was on screen is gone with the reload, so the replay starts from the first frame, not from `stored.seq`.
-  current.value = {
-    record: new SubmissionRecord(stored.id),
-    submission: stored.submission,
-    sent: true,
-    resuming: false,
-    stopAsked: false,
-    finishedBefore: stored.finished,
-  };
+  current.value = { ...newRun(stored.id, stored.submission, stored.inputOpen === true), sent: true, finishedBefore: stored.finished };
 }
 
 restore();

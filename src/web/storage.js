@@ -1,10 +1,13 @@
 // Browser storage that may be full or blocked: the page then forgets between visits, and works.
 
+/** A name as the browser has it. */
+export const keyOf = (name) => `gantry.${name}`;
+
 function wrap(area) {
   return {
     read(key, otherwise = null) {
       try {
-        const text = area().getItem(`gantry.${key}`);
+        const text = area().getItem(keyOf(key));
         return text === null ? otherwise : JSON.parse(text);
       } catch {
         return otherwise;
@@ -12,14 +15,14 @@ function wrap(area) {
     },
     write(key, value) {
       try {
-        area().setItem(`gantry.${key}`, JSON.stringify(value));
+        area().setItem(keyOf(key), JSON.stringify(value));
       } catch {
         // Full or blocked.
       }
     },
     remove(key) {
       try {
-        area().removeItem(`gantry.${key}`);
+        area().removeItem(keyOf(key));
       } catch {
         // Blocked.
       }

@@ -1,5 +1,5 @@
 // Small shared pieces. Text always goes in as text nodes; nothing here takes markup.
-import { html, signal, useEffect, useRef, useState } from "./vendor/preact.js";
+import { html, signal, useEffect, useLayoutEffect, useRef, useState } from "./vendor/preact.js";
 import { fullTime, when } from "./format.js";
 
 /** A problem with what happened, why, and what to do. */
@@ -52,9 +52,12 @@ export function FilterInput({ value, onChange, ...rest }) {
   const [text, setText] = useState(value);
   const timer = useRef(null);
   const reported = useRef(value);
-  useEffect(() => {
+  // At the render itself: a moment later more may have been reported, and this would be an old text.
+  useLayoutEffect(() => {
     // Changed from outside (a link, the back button), not the echo of what was typed here.
-    if (value !== reported.current) setText(value);
+    if (value === reported.current) return;
+    clearTimeout(timer.current);
+    setText(value);
     reported.current = value;
   }, [value]);
   const report = (now) => {

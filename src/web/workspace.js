@@ -1,5 +1,5 @@
 // A repl from inside: its files, an editor, its program and what it prints, its page, its terminals.
-import { html, signal, useEffect, useRef, useState } from "./vendor/preact.js";
+import { html, signal, useEffect, useMemo, useRef, useState } from "./vendor/preact.js";
 import { api } from "./api.js";
 import { Editor } from "./editor.js";
 import { FileTree } from "./file-tree.js";
@@ -128,6 +128,12 @@ function Conflict({ file, files }) {
     </div>`;
 }
 
+function FileEditor({ files, path, readOnly, run, save }) {
+  const text = useMemo(() => files.textOf(path), [files, path]);
+  return html`<${Editor} text=${text} language=${languageOf(path)} label=${path} readOnly=${readOnly}
+    onChange=${(now) => files.edit(path, now)} onSubmit=${run} onSave=${() => save(path)} />`;
+}
+
 function Editors({ inside, readOnly, run, save, fail }) {
   const { files } = inside;
   const shown = files.shown.value;
@@ -145,8 +151,7 @@ function Editors({ inside, readOnly, run, save, fail }) {
       ${files.files.value.map((file) => html`
         <div key=${file.path} class="editor-box" role="tabpanel" aria-label=${file.path} hidden=${file.path !== shown} data-editing=${file.path}>
           <${Conflict} file=${file} files=${files} />
-          <${Editor} value=${file.text} language=${languageOf(file.path)} label=${file.path} readOnly=${readOnly}
-            key=${readOnly} onChange=${(text) => files.edit(file.path, text)} onSubmit=${run} onSave=${() => save(file.path)} />
+          <${FileEditor} key=${readOnly} files=${files} path=${file.path} readOnly=${readOnly} run=${run} save=${save} />
         </div>`)}
       ${!shown && html`<${Empty} title="No file is open">Choose one among the files, or make one.<//>`}
     </section>

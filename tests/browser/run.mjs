@@ -4,9 +4,11 @@
 //
 // Screenshots go to $GANTRY_SCREENSHOTS or a temporary folder, whose name is printed.
 import assert from "node:assert/strict";
+import { spawnSync } from "node:child_process";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { moduleChecks } from "./modules.mjs";
+import { runTabTypingChecks } from "./typing.mjs";
 import { Checks, Server, WAIT_MS, launchBrowser, screenshotFolder, sleep, watch } from "./harness.mjs";
 
 const WIDE = { width: 1280, height: 800 };
@@ -148,6 +150,38 @@ async function runChecks() {
       await page.getByRole("button", { name: "Remove case 1" }).click();
       await page.locator(".run-options > summary").click();
     }
+  });
+  await checks.check("input is typed while the program runs", async () => {
+    await writeCode("print('Who?', flush=True)\nname = input()\nprint('Hello', name, flush=True)\nimport sys\nprint('rest', repr(sys.stdin.read()))\n");
+    await byId("deploy").setChecked(false);
+    await page.locator(".run-options > summary").click();
+    await byId("interactive").setChecked(true);
+    assert.ok(await byId("stdin-field").isDisabled());
+    await shot("input-option");
+    try {
+      await submit();
+      await waitForText("stdout", "Who?");
+      await byId("input").fill("Ada");
+      await shot("input");
+      await byId("input").press("Enter");
+      await waitForText("stdout", "Hello Ada");
+      assert.equal(await byId("input").inputValue(), "");
+      // Over a reload as well.
+      await page.reload();
+      await waitForText("stdout", "Hello Ada");
+      await byId("input").fill("Grace");
+      await byId("give-input").click();
+      await byId("end-input").click();
+      await byId("input-line").waitFor({ state: "detached" });
+      assert.equal(await verdict(), "tests_passed");
+      await waitForText("stdout", "rest 'Grace\\n'");
+    } finally {
+      const options = page.locator(".run-options");
+      if ((await options.getAttribute("open")) === null) await options.locator("summary").click();
+      await byId("interactive").setChecked(false);
+      await options.locator("summary").click();
+    }
+    assert.equal(await byId("input-line").count(), 0);
   });
   await checks.check("Stop cancels a sleeping program", async () => {
     await writeCode("import time\nprint('asleep', flush=True)\ntime.sleep(9)\nprint('woke')");
@@ -493,6 +527,16 @@ async function wireChecks() {
   });
 }
 
+/** The Run tab in a context of its own, signed in. `prepare(context)` comes before the page. */
+async function openRunTab(prepare = async () => {}) {
+  const context = await browser.newContext({ viewport: WIDE });
+  await prepare(context);
+  const opened = await openPage(context, server.origin);
+  await signIn(opened, server.apiKey);
+  await opened.locator("[data-editor]").waitFor();
+  return { page: opened, surface: opened.locator("section:not([hidden]) .cm-content"), close: () => context.close() };
+}
+
 async function sessionChecks() {
   await checks.check("without CodeMirror a plain text field works", async () => {
     const context = await browser.newContext({ viewport: WIDE });
@@ -508,6 +552,53 @@ async function sessionChecks() {
       await plain.close();
     } finally {
       await context.close();
+    }
+  });
+  await checks.check("signing out leaves nothing of the code, in no tab", async () => {
+    const secret = "left-behind-by-ada";
+    const { page: one, surface, close } = await openRunTab();
+    try {
+      const context = one.context();
+      const two = await openPage(context, server.origin);
+      for (const [opened, words] of [[two, "in the other tab"], [one, "here"]]) {
+        await opened.bringToFront();
+        await opened.locator(".cm-content").click();
+        await opened.keyboard.press("Control+a");
+        await opened.keyboard.insertText(`# ${secret} ${words}`);
+        await opened.getByTestId("deploy").setChecked(false);
+        await opened.getByTestId("run").click();
+        await opened.locator("[data-testid=verdict][data-status=tests_passed]").waitFor();
+        await opened.getByTestId("user").fill("ada");
+        await opened.waitForFunction((secret) => JSON.stringify({ ...localStorage }).includes(secret), secret);
+      }
+      await one.getByRole("button", { name: "Sign out" }).click();
+      for (const opened of [one, two]) {
+        await opened.getByTestId("key").waitFor();
+        // What would still be written is written when the page is left.
+        await opened.reload();
+        await opened.getByTestId("key").waitFor();
+        const left = await opened.evaluate(() => JSON.stringify({ ...localStorage, ...sessionStorage }));
+        assert.ok(!left.includes(secret) && !left.includes("ada"), left);
+      }
+      const made = spawnSync(server.binary, ["key", "create", "--user", "grace"], {
+        env: { ...process.env, GANTRY_DATA_DIR: server.dataDir }, encoding: "utf8", timeout: WAIT_MS });
+      // A key counts as soon as it is made.
+      await signIn(one, made.stdout.trim());
+      await one.locator("[data-editor=codemirror]").waitFor();
+      assert.match(await surface.textContent(), /^print\('Hello'\)/);
+      // The session ends by itself, and somebody else comes.
+      await surface.click();
+      await one.keyboard.press("Control+a");
+      await one.keyboard.insertText("# written-by-grace");
+      await one.waitForFunction(() => JSON.stringify({ ...localStorage }).includes("written-by-grace"));
+      await context.clearCookies();
+      await one.reload();
+      await signIn(one, server.apiKey);
+      await one.locator("[data-editor=codemirror]").waitFor();
+      assert.match(await surface.textContent(), /^print\('Hello'\)/);
+      assert.ok(!(await one.evaluate(() => JSON.stringify({ ...localStorage }))).includes("grace"));
+    } finally {
+      await close();
     }
   });
   await checks.check("signing out asks for a key again, also after a reload", async () => {
@@ -553,6 +644,7 @@ async function main() {
     await offlineChecks();
     await wireChecks();
     await lookChecks();
+    await runTabTypingChecks(checks, openRunTab);
     await sessionChecks();
     await checks.check("no script error, no policy violation, no request to anywhere else", async () => {
       assert.deepEqual(pagesWrong.flat(), []);

@@ -9,6 +9,7 @@ import { spawnSync } from "node:child_process";
 import { randomBytes } from "node:crypto";
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
+import { typingChecks } from "./typing.mjs";
 import { Checks, ON_CLUSTER, Server, WAIT_MS, launchBrowser, screenshotFolder, sleep, watch } from "./harness.mjs";
 
 const WIDE = { width: 1440, height: 900 };
@@ -239,6 +240,17 @@ async function terminalChecks() {
   });
 }
 
+async function openedFile() {
+  const address = `${server.origin}/#/repls/${REPL}?view=workspace&file=main.py`;
+  const other = await context.newPage();
+  other.setDefaultTimeout(WAIT_MS);
+  await other.goto(address);
+  const surface = other.locator("[data-editing]:not([hidden]) .cm-content");
+  await surface.waitFor();
+  // What was typed is not saved, and leaving asks about that.
+  return { page: other, surface, close: () => other.close({ runBeforeUnload: false }) };
+}
+
 async function treeChecks() {
   await checks.check("files are made, renamed and deleted, and deleting asks first", async () => {
     await byId("new-file").click();
@@ -295,6 +307,11 @@ async function treeChecks() {
     await waitFor(() => document.querySelector("[data-editing]:not([hidden]) .cm-content")?.textContent === "one");
     await type("1", "echo two > made/by-program.txt");
     await waitFor(() => document.querySelector("[data-editing]:not([hidden]) .cm-content")?.textContent === "two");
+    // The editor knows one kind of line end; that it shows these as its own is no typing.
+    await type("1", "printf 'three\\r\\nand\\n' > made/by-program.txt");
+    await waitFor(() => document.querySelector("[data-editing]:not([hidden]) .cm-content")?.textContent === "threeand");
+    await sleep(300);
+    await isDirty("made/by-program.txt", false);
   });
   await checks.check("what was typed is not lost to a change: the person chooses", async () => {
     await write("mine");
@@ -532,6 +549,7 @@ async function main() {
     await openPage(server.origin);
     await startChecks();
     await editChecks();
+    await typingChecks(checks, "Workspace", openedFile);
     await terminalChecks();
     await treeChecks();
     await keyboardChecks();

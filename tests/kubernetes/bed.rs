@@ -80,6 +80,7 @@ impl Bed {
             store_addresses: vec![(host, endpoint.port_u16().unwrap())],
             domain: "localhost".to_owned(),
             app_domain: "apps.localhost".to_owned(),
+            sites: gantry::model::Sites::plain("apps.localhost", "localhost"),
             ingress_class: "nginx".to_owned(),
             ingress_addresses: variable("GANTRY_INGRESS_ADDRESSES")
                 .map(|text| vec![text.parse().unwrap()])

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use gantry::model::{Autoscale, Domain, ReplChange, ReplId, ReplStatus, Scale, UserId};
+use gantry::model::{Autoscale, Domain, ReplChange, ReplId, ReplStatus, Scale, Scheme, UserId};
 use gantry::platform::{ConfigureError, Platform, PlatformError, ReleaseSpec, WorkspaceSpec};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::core::v1::{Namespace, Secret};
+use k8s_openapi::api::networking::v1::Ingress;
 use kube::api::{DeleteParams, ListParams};
 use kube::{Api, ResourceExt};
 use serde_json::json;
@@ -365,5 +366,34 @@ async fn what_keeps_failing_is_mended_by_the_variable_it_lacks() {
     let settings = bed.platform.settings(&nobody).await;
     assert!(matches!(settings, Err(PlatformError::NotFound(_))));
     bed.platform.drop_repl(&repl).await.unwrap();
+    bed.forget(user.as_str()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a cluster"]
+async fn where_programs_are_reached_by_https_their_hosts_have_tls() {
+    let bed = Bed::start_with(|config| config.sites.programs.scheme = Scheme::Https).await;
+    let user = bed.user("w-tls");
+    let repl = bed.repl(&user);
+    released(&bed, &user, &repl, &format!("VERSION = 'tls'\n{SERVER}")).await;
+    let host = format!("{repl}.apps.localhost");
+    let url = status(&bed, &repl).await.url;
+    assert_eq!(url, format!("https://{host}/"));
+    let ingresses: Api<Ingress> = Api::namespaced(bed.client.clone(), &user.namespace());
+    let tls = || async {
+        let ingress = ingresses.get(repl.as_str()).await.unwrap();
+        let entries = ingress.spec.unwrap().tls.unwrap_or_default();
+        entries
+            .into_iter()
+            .flat_map(|entry| entry.hosts.unwrap_or_default())
+            .collect::<Vec<_>>()
+    };
+    // The terminal's host is reached without, here.
+    assert_eq!(tls().await, [host]);
+    // A server that is told otherwise takes it away with the next release.
+    let other = Bed::start().await;
+    released(&other, &user, &repl, &format!("VERSION = 'none'\n{SERVER}")).await;
+    assert!(tls().await.is_empty());
+    other.platform.drop_repl(&repl).await.unwrap();
     bed.forget(user.as_str()).await;
 }

@@ -28,6 +28,8 @@ pub struct Server {
     pub address: SocketAddr,
     pub admin: String,
     pub sign_in: String,
+    /// The page that the sign-in link leads to.
+    pub sign_in_url: String,
 }
 
 fn gantry(data: &Path) -> Command {
@@ -73,7 +75,7 @@ fn start(
     port: u16,
     variables: &[(String, String)],
     through: &[String],
-) -> (Child, SocketAddr, Option<String>, String) {
+) -> (Child, SocketAddr, Option<String>, [String; 2]) {
     let mut child = gantry_through(data, through)
         .envs(variables.iter().cloned())
         .args(["serve", "--port", &port.to_string()])
@@ -88,8 +90,10 @@ fn start(
             address = rest.1.trim_end_matches('/').parse().ok();
         } else if let Some(rest) = line.trim().strip_prefix("admin key ") {
             admin = rest.split(' ').next().map(str::to_owned);
-        } else if let Some((_, rest)) = line.split_once("#token=") {
-            sign_in = rest.split(' ').next().map(str::to_owned);
+        } else if let Some((page, rest)) = line.split_once("#token=") {
+            let page = page.rsplit(' ').next().unwrap_or_default().to_owned();
+            let token = rest.split(' ').next().unwrap_or_default().to_owned();
+            sign_in = Some([token, page]);
             break;
         }
     }
@@ -124,6 +128,7 @@ impl Server {
         let variables: Vec<_> = variables.iter().map(owned).collect();
         let (child, address, admin, sign_in) = start(data.path(), port, &variables, &through);
         let admin = admin.expect("the first start prints a key");
+        let [sign_in, sign_in_url] = sign_in;
         Self {
             child,
             variables,
@@ -132,6 +137,7 @@ impl Server {
             address,
             admin,
             sign_in,
+            sign_in_url,
         }
     }
 
@@ -147,7 +153,7 @@ impl Server {
         assert_eq!(address, self.address);
         assert!(admin.is_none(), "a key is made once");
         self.child = child;
-        self.sign_in = sign_in;
+        [self.sign_in, self.sign_in_url] = sign_in;
     }
 
     /// Ends it as a power cut would.
@@ -187,24 +193,12 @@ impl Server {
         (text("id"), text("key"))
     }
 
-    /// Until a key that another process made is known here.
+    /// A key that another process made, which is known here at once.
     pub async fn user(&self, user: &str) -> (String, String) {
         let (id, key) = self.user_key(user);
-        for _ in 0..50 {
-            if self
-                .get("/session")
-                .header("x-api-key", &key)
-                .send()
-                .await
-                .unwrap()
-                .status()
-                == 200
-            {
-                return (id, key);
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        panic!("the new key never worked");
+        let asked = self.get("/session").header("x-api-key", &key).send().await;
+        assert_eq!(asked.unwrap().status(), 200, "the new key does not work");
+        (id, key)
     }
 
     pub fn url(&self, path: &str) -> String {

@@ -39,8 +39,7 @@ impl Machine {
             log_refused: false,
             drain: Duration::from_secs(10),
             disk: DiskBounds::USUAL,
-            app_authority: "apps.localhost:8000".to_owned(),
-            authority: "localhost:8000".to_owned(),
+            sites: gantry::model::Sites::plain("apps.localhost:8000", "localhost:8000"),
         };
         let platform = LocalPlatform::start(config, store.clone()).await.unwrap();
         let platform = Arc::new(platform);

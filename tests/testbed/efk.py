@@ -1,5 +1,6 @@
 """The manifests of infrastructure/ for Elasticsearch, fluentd and Kibana: taken by the API server by its own rules,
-and whole in themselves. fluentd and Kibana are in no registry that the bed reaches, so nothing of them runs here."""
+and whole in themselves. fluentd and Kibana are in no registry that the bed reaches, so nothing of them runs here.
+`--no-cluster` leaves the API server out."""
 
 import glob
 import json
@@ -56,49 +57,83 @@ def applied_by_the_servers_rules():
         kubectl("delete", "namespace", NAMESPACE, "--wait=false")
 
 
-def config_map():
-    text = kubectl("create", "--dry-run=client", "-o", "json", "-f", INFRASTRUCTURE / "fluentd.yaml")
-    decoder, objects, rest = json.JSONDecoder(), [], text.strip()
-    while rest:
-        found, end = decoder.raw_decode(rest)
-        objects.append(found)
-        rest = rest[end:].strip()
-    return next(each["data"] for each in objects if each["kind"] == "ConfigMap")
+def fluentd(stream="stdout", **variables):
+    """What fluentd makes of its configuration in a pod of its DaemonSet."""
+    more = [f"{name}={value}" for name, value in variables.items()]
+    command = ["ruby", pathlib.Path(__file__).with_name("fluentd.rb"), INFRASTRUCTURE / "fluentd.yaml", stream, *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, f"fluentd.yaml: {done.stderr}"
+    return json.loads(done.stdout)
 
 
-def fluentd_is_well_formed(data):
-    """Every section is closed, every plugin is in the image, and every record goes somewhere."""
-    configuration, open_sections = data["fluent.conf"], []
-    for number, line in enumerate(configuration.splitlines(), 1):
-        line = line.strip()
-        if match := re.fullmatch(r"</(\w+)>", line):
-            assert open_sections and open_sections.pop() == match[1], f"line {number}: {line}"
-        elif match := re.fullmatch(r"<(\w+)(?: ([^<>]+))?>", line):
-            open_sections.append(match[1])
-        elif match := re.fullmatch(r"@type (\S+)", line):
-            assert match[1] in PLUGINS, f"line {number}: {match[1]} is not in the image"
-    assert not open_sections, f"not closed: {open_sections}"
-    labels = set(re.findall(r"^\s*<label (@\w+)>", configuration, re.MULTILINE))
-    named = set(re.findall(r"^\s*(?:@label|timeout_label) (@\w+)", configuration, re.MULTILINE))
+def parameters(made, kind):
+    """Those of the section with this @type."""
+    [found] = [each["parameters"] for each in made["sections"] if each["parameters"].get("@type") == kind]
+    return found
+
+
+def fluentd_is_well_formed(made):
+    """Every plugin is in the image, every record goes somewhere, and no name is one that fluentd keeps for itself."""
+    sections = made["sections"]
+    for each in sections:
+        kind = each["parameters"].get("@type")
+        assert kind is None or kind in PLUGINS, f"{kind} is not in the image"
+        if each["name"] == "record":
+            reserved = [name for name in each["parameters"] if name.startswith("@")]
+            assert not reserved, f"{reserved} are fluentd's own names"
+    labels = {each["argument"] for each in sections if each["name"] == "label"}
+    names = ("@label", "timeout_label")
+    named = {each["parameters"][name] for each in sections for name in names if name in each["parameters"]}
     assert named == labels, f"{named} are named, {labels} are there"
 
 
-def records_have_the_shape_of_gantrys(data):
+def in_a_pod_fluentd_finds_the_api_server(made):
+    """What the plugin finds by itself it looks for only where nothing is given, not even an empty text."""
+    metadata = parameters(made, "kubernetes_metadata")
+    for name in ("kubernetes_url", "ca_file", "client_cert", "client_key"):
+        assert metadata[name] is None, f"{name} is {metadata[name]!r} in a pod"
+    given = parameters(fluentd(KUBERNETES_URL="https://10.0.0.1:6443/api"), "kubernetes_metadata")
+    assert given["kubernetes_url"] == "https://10.0.0.1:6443/api"
+
+
+def records_tell_their_stream():
+    """An error's line is one in the index, too."""
+    for stream, level in (("stdout", "info"), ("stderr", "warn")):
+        made = fluentd(stream)["made"]
+        assert made["event.action"] == f"output.{stream}" and made["log.level"] == level, made
+        assert made["user.id"] == "ada" and made["gantry.repl_id"] == "shop", made
+
+
+def the_template_is_for_the_indices():
+    """Whatever their names begin with."""
+    for prefix, variables in (("cluster-logs", {}), ("other", {"ELASTICSEARCH_PREFIX": "other"})):
+        made = fluentd(**variables)
+        output = parameters(made, "elasticsearch")
+        text = made["template"]
+        for word, value in json.loads(output["customize_template"]).items():
+            text = text.replace(word, value)
+        assert output["logstash_prefix"] == prefix, output
+        assert json.loads(text)["index_patterns"] == [f"{prefix}-*"], text
+
+
+def records_have_the_shape_of_gantrys(made):
     """The fields that fluentd writes are mapped, and each as Gantry's template maps it."""
     own = json.loads((REPOSITORY / "src/logs/elasticsearch/template.json").read_text())["template"]["mappings"]
-    theirs = json.loads(data["template.json"])["template"]["mappings"]
+    theirs = json.loads(made["template"])["template"]["mappings"]
     assert theirs["dynamic"] is False and own["dynamic"] is False
     known, mapped = dict(leaves(own["properties"])), dict(leaves(theirs["properties"]))
     for name, kind in mapped.items():
         assert name in OWN_FIELDS or known.get(name) == kind, f"{name} is {kind}, Gantry's is {known.get(name)}"
-    record = re.search(r"<record>(.*?)</record>", data["fluent.conf"], re.DOTALL)[1]
-    written = {line.split()[0] for line in record.strip().splitlines()}
+    # With logstash_format the output adds the time, as fine as it is told.
+    output = parameters(made, "elasticsearch")
+    assert output["logstash_format"] == "true" and output["time_precision"] == "9", output
+    written = {*made["made"], "@timestamp"}
     assert written == set(mapped), written ^ set(mapped)
 
 
-def lines_of_a_container_are_understood(data):
+def lines_of_a_container_are_understood(made):
     """The pattern reads what the container runtime has written down of a pod of the bed."""
-    pattern = re.search(r"^\s*expression /(.*)/$", data["fluent.conf"], re.MULTILINE)[1]
+    pattern = parameters(made, "regexp")["expression"].strip("/")
     pattern = re.compile(pattern.replace("(?<", "(?P<"))
     pod = f"efk-lines-{os.getpid()}"
     said = "echo one; echo two >&2; printf three; head -c 40000 /dev/zero | tr '\\0' x"
@@ -144,13 +179,19 @@ def kibana_objects_lead_somewhere():
 
 
 def main():
-    applied_by_the_servers_rules()
-    data = config_map()
-    fluentd_is_well_formed(data)
-    records_have_the_shape_of_gantrys(data)
-    lines = lines_of_a_container_are_understood(data)
+    made = fluentd()
+    fluentd_is_well_formed(made)
+    in_a_pod_fluentd_finds_the_api_server(made)
+    records_tell_their_stream()
+    the_template_is_for_the_indices()
+    records_have_the_shape_of_gantrys(made)
     objects = kibana_objects_lead_somewhere()
-    print(f"{len(FILES)} manifests taken, {lines} lines of a container understood, {objects} objects of Kibana whole")
+    print(f"fluentd's configuration and {objects} objects of Kibana are whole")
+    if "--no-cluster" in sys.argv[1:]:
+        return
+    applied_by_the_servers_rules()
+    lines = lines_of_a_container_are_understood(made)
+    print(f"{len(FILES)} manifests taken, {lines} lines of a container understood")
 
 
 if __name__ == "__main__":

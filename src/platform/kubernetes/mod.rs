@@ -46,7 +46,7 @@ use super::{
 };
 use crate::model::{
     Limits, MAX_REPL_REPLICAS, Network, Order, Problem, Release, ReplChange, ReplData, ReplId,
-    ReplSettings, ReplStatus, TicketKey, UserId,
+    ReplSettings, ReplStatus, Sites, TicketKey, UserId,
 };
 use crate::storage::S3Store;
 use cache::{Cache, Watched};
@@ -104,6 +104,8 @@ pub struct KubernetesConfig {
     pub domain: String,
     /// `{repl}.{this}` is the program.
     pub app_domain: String,
+    /// What stands in the URLs of both.
+    pub sites: Sites,
     /// The ingress controller's class.
     pub ingress_class: String,
     /// Where the ingress controller's requests come from when it is no pod.
@@ -219,6 +221,7 @@ impl KubernetesPlatform {
             maximum: config.maximum,
             index: config.packages.clone(),
             app_domain: config.app_domain.clone(),
+            app_scheme: config.sites.programs.scheme,
             ingress_class: config.ingress_class.clone(),
         };
         let reach = Reach::new(&cluster, config.forward_modules);
@@ -404,6 +407,7 @@ fn release_config(config: KubernetesConfig) -> ReleaseConfig {
         shared_keys,
         domain,
         app_domain,
+        sites,
         ingress_class,
         wake_service,
         drain,
@@ -429,6 +433,7 @@ fn release_config(config: KubernetesConfig) -> ReleaseConfig {
         shared_keys,
         domain,
         app_domain,
+        sites,
         ingress_class,
         wake_service,
         drain,

@@ -12,7 +12,7 @@ use super::labels::{
 };
 use super::record::Stored;
 use super::template::{SERVICE_NAME, Template};
-use crate::model::{Autoscale, Domain, ReplId, TicketKey, UserId, Variables};
+use crate::model::{Autoscale, Domain, ReplId, Scheme, Sites, TicketKey, UserId, Variables};
 use crate::storage::release_prefix;
 
 /// The Secret that older servers put into each user's namespace, with the code store's keys. Only an operator who
@@ -45,6 +45,8 @@ pub struct ReleaseConfig {
     pub domain: String,
     /// `{repl}.{this}` is the program.
     pub app_domain: String,
+    /// What stands in the URLs of both.
+    pub sites: Sites,
     /// The ingress controller's class.
     pub ingress_class: String,
     /// The server's own Service, which takes the requests to idle repls.
@@ -74,12 +76,12 @@ pub struct Owner {
 impl ReleaseConfig {
     /// Where the repl's program is served.
     pub fn url(&self, repl: &ReplId) -> String {
-        format!("http://{repl}.{}/", self.app_domain)
+        self.sites.program(repl)
     }
 
     /// Where the repl's terminal is.
     pub fn terminal_url(&self, repl: &ReplId) -> String {
-        format!("ws://{repl}.{}/", self.domain)
+        self.sites.terminal(repl)
     }
 
     fn words(&self, owner: &Owner, stored: &Stored) -> BTreeMap<&'static str, String> {
@@ -94,6 +96,10 @@ impl ReleaseConfig {
             ("${GANTRY_PREFIX}", prefix),
             ("${GANTRY_HOST}", format!("{repl}.{}", self.domain)),
             ("${GANTRY_APP_HOST}", format!("{repl}.{}", self.app_domain)),
+            (
+                "${GANTRY_APP_SCHEME}",
+                self.sites.programs.scheme.as_str().to_owned(),
+            ),
             ("${GANTRY_INGRESS_CLASS}", self.ingress_class.clone()),
         ])
     }
@@ -113,6 +119,7 @@ impl ReleaseConfig {
             merge(&mut manifest.body, "/metadata", "labels", &labels, true);
             if manifest.kind == Kind::Ingress {
                 self.add_domains(&mut manifest.body, owner, &stored.domains);
+                self.keep_tls(&mut manifest.body, owner, &stored.domains);
             }
             if manifest.kind == Kind::Deployment {
                 dress(&mut manifest.body, owner, stored, self.drain);
@@ -140,6 +147,53 @@ impl ReleaseConfig {
             let mut rule = program.clone();
             rule["host"] = domain.as_str().into();
             rules.push(rule);
+        }
+    }
+
+    /// Of the template's TLS entries those whose hosts are reached by https. A domain has one as the program's
+    /// host has, and a certificate of its own when that one's is named.
+    fn keep_tls(&self, ingress: &mut Value, owner: &Owner, domains: &[Domain]) {
+        let program = format!("{}.{}", owner.repl, self.app_domain);
+        let runner = format!("{}.{}", owner.repl, self.domain);
+        let secure = |host: &Value| {
+            let site = match host.as_str() {
+                Some(host) if host == program => &self.sites.programs,
+                Some(host) if host == runner => &self.sites.runners,
+                // The operator's own.
+                _ => return true,
+            };
+            site.scheme == Scheme::Https
+        };
+        let Some(entries) = ingress
+            .pointer_mut("/spec/tls")
+            .and_then(Value::as_array_mut)
+        else {
+            return;
+        };
+        let kept = |entry: &mut Value| -> Option<bool> {
+            let hosts = entry.get_mut("hosts")?.as_array_mut()?;
+            hosts.retain(secure);
+            Some(!hosts.is_empty())
+        };
+        // An entry without hosts is for all of them.
+        entries.retain_mut(|entry| kept(entry).unwrap_or(true));
+        let of_program = entries.iter().find(|entry| {
+            let hosts = entry["hosts"].as_array();
+            hosts.is_some_and(|hosts| hosts.iter().any(|host| *host == program))
+        });
+        if let Some(entry) = of_program.cloned() {
+            for domain in domains {
+                let mut own = entry.clone();
+                own["hosts"] = json!([domain.as_str()]);
+                if let Some(secret) = entry["secretName"].as_str() {
+                    own["secretName"] = format!("{secret}-{}", domain.as_str()).into();
+                }
+                entries.push(own);
+            }
+        }
+        let none = entries.is_empty();
+        if let Some(spec) = ingress["spec"].as_object_mut().filter(|_| none) {
+            spec.remove("tls");
         }
     }
 
@@ -176,13 +230,24 @@ impl ReleaseConfig {
         let labels = json!({
             MANAGED_BY: GANTRY, USER: owner.user.as_str(), IDLE: owner.repl.as_str(),
         });
-        let body = json!({
+        let entries = ingresses
+            .iter()
+            .filter_map(|one| one.pointer("/spec/tls")?.as_array());
+        // The repl's own certificates are in its user's namespace.
+        let hosts = entries
+            .flatten()
+            .filter_map(|entry| entry["hosts"].as_array());
+        let hosts: Vec<&Value> = hosts.flatten().collect();
+        let mut body = json!({
             "metadata": {
                 "name": format!("idle-{}", owner.repl), "namespace": own, "labels": labels,
                 "annotations": annotations,
             },
             "spec": { "ingressClassName": self.ingress_class, "rules": rules },
         });
+        if !hosts.is_empty() {
+            body["spec"]["tls"] = json!([{ "hosts": hosts }]);
+        }
         Some(Manifest::new(Kind::Ingress, body))
     }
 
@@ -636,6 +701,7 @@ mod tests {
             shared_keys: None,
             domain: "localhost".to_owned(),
             app_domain: "apps.localhost".to_owned(),
+            sites: Sites::plain("apps.localhost", "localhost"),
             ingress_class: "nginx".to_owned(),
             wake_service: Some(WakeService {
                 name: "gantry".to_owned(),
@@ -678,6 +744,58 @@ mod tests {
             ..config()
         };
         assert!(none.wake_ingress(&owner(), &stored(), "gantry").is_none());
+    }
+
+    /// The TLS entries of a release's Ingress, and of the one while it is idle.
+    fn tls(config: &ReleaseConfig) -> [Value; 2] {
+        let manifests = config.manifests(&owner(), &stored(), None);
+        let ingress = manifests.iter().find(|one| one.kind == Kind::Ingress);
+        let idle = config.wake_ingress(&owner(), &stored(), "gantry").unwrap();
+        [ingress.unwrap(), &idle].map(|one| one.body["spec"]["tls"].clone())
+    }
+
+    #[test]
+    fn hosts_that_are_reached_by_https_have_tls_and_others_none() {
+        assert_eq!(tls(&config()), [Value::Null, Value::Null]);
+        let mut programs = config();
+        programs.sites.programs.scheme = Scheme::Https;
+        let of_program = json!([
+            { "hosts": ["test-prod.apps.localhost"] }, { "hosts": ["shop.example.com"] },
+        ]);
+        let idle = json!([{ "hosts": ["test-prod.apps.localhost", "shop.example.com"] }]);
+        assert_eq!(tls(&programs), [of_program, idle]);
+        let mut both = programs.clone();
+        both.sites.runners.scheme = Scheme::Https;
+        assert_eq!(tls(&both)[0][0]["hosts"], json!(["test-prod.localhost"]));
+        let url = both.url(&owner().repl);
+        assert_eq!(url, "https://test-prod.apps.localhost/");
+        let terminal = both.terminal_url(&owner().repl);
+        assert_eq!(terminal, "wss://test-prod.localhost/");
+        let made = both.manifests(&owner(), &stored(), None);
+        let ingress = made.into_iter().find(|one| one.kind == Kind::Ingress);
+        serde_json::from_value::<k8s_openapi::api::networking::v1::Ingress>(ingress.unwrap().body)
+            .unwrap();
+    }
+
+    #[test]
+    fn a_certificate_that_a_template_names_is_one_for_each_repl_and_domain() {
+        let host = "    - hosts: [\"${GANTRY_APP_HOST}\"]\n";
+        let named = BUILT_IN.replace(
+            host,
+            &format!("{host}      secretName: service_name-tls\n    - hosts: [fixed.example]\n"),
+        );
+        let mut config = ReleaseConfig {
+            template: Template::parse(&named).unwrap(),
+            ..config()
+        };
+        // What the operator wrote without a word stays as it is.
+        assert_eq!(tls(&config)[0], json!([{ "hosts": ["fixed.example"] }]));
+        config.sites.programs.scheme = Scheme::Https;
+        let [entries, idle] = tls(&config);
+        assert_eq!(entries[0]["secretName"], "test-prod-tls");
+        assert_eq!(entries[2]["hosts"], json!(["shop.example.com"]));
+        assert_eq!(entries[2]["secretName"], "test-prod-tls-shop.example.com");
+        assert!(idle[0].get("secretName").is_none());
     }
 
     #[test]

@@ -14,7 +14,7 @@ pub const BUILT_IN: &str = include_str!("../../../infrastructure/service.yaml");
 pub const SERVICE_NAME: &str = "service_name";
 
 /// Every other word.
-pub const WORDS: [&str; 8] = [
+pub const WORDS: [&str; 9] = [
     "${GANTRY_NAMESPACE}",
     "${GANTRY_USER}",
     "${GANTRY_RUNNER_IMAGE}",
@@ -22,6 +22,7 @@ pub const WORDS: [&str; 8] = [
     "${GANTRY_PREFIX}",
     "${GANTRY_HOST}",
     "${GANTRY_APP_HOST}",
+    "${GANTRY_APP_SCHEME}",
     "${GANTRY_INGRESS_CLASS}",
 ];
 

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::model::{
     DiskBounds, Language, Limits, Order, Packages, Problem, Release, ReplChange, ReplData, ReplId,
-    ReplSettings, ReplStatus, TicketKey, UserId,
+    ReplSettings, ReplStatus, Sites, TicketKey, UserId,
 };
 use crate::storage::DirectoryStore;
 use host::{Host, Lacking};
@@ -54,10 +54,8 @@ pub struct LocalConfig {
     pub log_refused: bool,
     /// How long a release that is replaced may take to answer what it was asked, and any to end after SIGTERM.
     pub drain: Duration,
-    /// `http://{repl}.{this}/` is where a release is served.
-    pub app_authority: String,
-    /// `ws://{repl}.{this}/` is where a repl's terminal is.
-    pub authority: String,
+    /// Where releases and repls' terminals are.
+    pub sites: Sites,
     /// How much of the machine's disk is whose.
     pub disk: DiskBounds,
 }

@@ -659,7 +659,7 @@ impl Releases {
     }
 
     fn url(&self, repl: &ReplId) -> String {
-        format!("http://{repl}.{}/", self.inner.config.app_authority)
+        self.inner.config.sites.program(repl)
     }
 
     /// Stores the repl's record: whole or not at all, and on the disk when this returns.

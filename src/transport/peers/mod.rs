@@ -37,8 +37,12 @@ use claims::Claims;
 pub use follow::Replicas;
 pub use routes::routes;
 
-/// How often each replica is greeted: a key made or revoked on one counts on all within this.
+/// How often each replica is greeted: a key that was revoked on one does not count on any after this. One that is
+/// new is asked for when somebody comes with it.
 const GREET_EVERY: Duration = Duration::from_secs(2);
+
+/// Between two greetings because of keys that are not known: wrong ones must not keep replicas busy.
+const GREET_AGAIN: Duration = Duration::from_millis(100);
 
 /// Longest wait for a replica: it is in the same network, and has the answer in memory.
 const ANSWER: Duration = Duration::from_secs(2);
@@ -84,6 +88,8 @@ pub struct Peers {
     all: Vec<Arc<Peer>>,
     claims: Claims,
     http: reqwest::Client,
+    /// When the others were greeted last because of a key that was not known.
+    greeted: tokio::sync::Mutex<Option<Instant>>,
     started: Timestamp,
     began: Instant,
 }
@@ -183,6 +189,7 @@ impl Peers {
             all: config.addresses.iter().map(peer).collect(),
             claims: Claims::default(),
             http,
+            greeted: tokio::sync::Mutex::default(),
             started: Timestamp::now(),
             began: Instant::now(),
         })
@@ -223,6 +230,28 @@ impl Peers {
                 return;
             }
         }
+    }
+
+    /// Asks the others for their keys now: somebody comes with one that is not known here, and may have been made
+    /// there a moment ago. All that wait at one time share an answer.
+    pub async fn ask_for_keys(&self, keys: &Keys) {
+        if !self.any() {
+            return;
+        }
+        let asked = Instant::now();
+        let mut greeted = self.greeted.lock().await;
+        if let Some(last) = *greeted {
+            if last >= asked {
+                return;
+            }
+            tokio::time::sleep_until(last + GREET_AGAIN).await;
+        }
+        *greeted = Some(Instant::now());
+        // One that did not answer a moment ago is greeted every other second: nobody waits for it.
+        let there = self
+            .others()
+            .filter(|peer| !peer.away.load(Ordering::Relaxed));
+        join_all(there.map(|peer| self.greet(peer, keys))).await;
     }
 
     /// Whether these headers are another replica's.

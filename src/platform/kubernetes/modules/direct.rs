@@ -6,7 +6,7 @@ use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use serde_json::{Value, json};
 
 use super::manifest::{Making, labels, name_of};
-use crate::model::{ModuleName, SecretText, UserId};
+use crate::model::{ModuleName, Scheme, SecretText, UserId};
 use crate::platform::kubernetes::cluster::{Cluster, Failure, Kind, Manifest};
 use crate::platform::kubernetes::namespace::MODULE_PORT;
 use crate::platform::kubernetes::releases::random;
@@ -51,7 +51,7 @@ impl Making {
     pub fn ingress(&self, user: &UserId, module: &ModuleName) -> Manifest {
         let service = json!({ "name": name_of(module), "port": { "number": MODULE_PORT } });
         let path = json!({ "path": "/", "pathType": "Prefix", "backend": { "service": service } });
-        let body = json!({
+        let mut body = json!({
             "metadata": {
                 "name": name_of(module),
                 "namespace": user.namespace(),
@@ -68,6 +68,9 @@ impl Making {
                 "rules": [{ "host": self.authority(user, module), "http": { "paths": [path] } }],
             },
         });
+        if self.app_scheme == Scheme::Https {
+            body["spec"]["tls"] = json!([{ "hosts": [self.authority(user, module)] }]);
+        }
         Manifest::new(Kind::Ingress, body)
     }
 }

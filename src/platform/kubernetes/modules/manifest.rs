@@ -7,7 +7,9 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::model::{Autoscale, Limits, ModuleName, ModuleSpec, Package, Scale, UserId, patient};
+use crate::model::{
+    Autoscale, Limits, ModuleName, ModuleSpec, Package, Scale, Scheme, UserId, patient,
+};
 use crate::platform::kubernetes::cluster::{Kind, Manifest};
 use crate::platform::kubernetes::labels::{
     APP, AUTHORITY, MODULE, MODULE_OF, PACKAGE_CACHE, PACKAGES, of_user,
@@ -116,6 +118,8 @@ pub struct Making {
     pub index: PipIndex,
     /// Modules' hosts are below it.
     pub app_domain: String,
+    /// How what is below it is reached.
+    pub app_scheme: Scheme,
     /// The ingress controller's class.
     pub ingress_class: String,
 }
@@ -473,6 +477,7 @@ mod tests {
                 cache_class: cache.then(|| "shared".to_owned()),
             },
             app_domain: "apps.example".to_owned(),
+            app_scheme: Scheme::Https,
             ingress_class: "nginx".to_owned(),
         };
         let user = "test".parse().unwrap();
@@ -571,6 +576,8 @@ mod tests {
             panic!("{all:?}");
         };
         let rule = &ingress.body["spec"]["rules"][0];
+        let tls = &ingress.body["spec"]["tls"];
+        assert_eq!(tls[0]["hosts"][0], rule["host"]);
         let host = rule["host"].as_str().unwrap();
         assert!(host.ends_with(".apps.example"), "{host}");
         let told = &deployment.body["metadata"]["annotations"][AUTHORITY];

@@ -26,7 +26,7 @@ impl Releases {
         Ok(Opened {
             created,
             url: self.url(repl),
-            terminal_url: format!("ws://{repl}.{}/", self.inner.config.authority),
+            terminal_url: self.inner.config.sites.terminal(repl),
         })
     }
 
