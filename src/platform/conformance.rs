@@ -372,7 +372,10 @@ async fn a_cancelled_run_leaves_nothing_running(subject: &Subject) -> anyhow::Re
     // Each child holds a name that the kernel frees at its end, whoever may see its process.
     let held = SubmissionId::new();
     let code = format!("HELD = '{held}'{HOLDERS}");
-    let mut run = session.start(python(&code));
+    let mut job = python(&code);
+    // Without namespaces the kernel counts the processes of every sandbox of the suite together.
+    job.limits.processes = 256;
+    let mut run = session.start(job);
     let up = timeout(PATIENCE, run.next()).await?;
     ensure!(
         matches!(&up, RunEvent::Event { event: JobEvent::Output { data, .. }, .. } if data == b"up\n"),
