@@ -250,7 +250,8 @@ async fn what_a_submission_of_the_files_would_run_is_started() {
     let says = |text: &str| format!("console.log('from ' + '{text}')");
     let package =
         |start: &str| format!(r#"{{"scripts":{{"start":"node {start}"}},"main":"index.js"}}"#);
-    let cases: &[(&str, &[(&str, String)], &str)] = &[
+    type Case<'a> = (&'a str, &'a [(&'a str, String)], &'a str);
+    let cases: &[Case] = &[
         ("index", &[("index.js", says("index"))], "from index"),
         (
             "server",

@@ -41,7 +41,7 @@ pub(super) enum Event {
         stream: OutputStream,
         data: String,
     },
-    Test(TestResult),
+    Test(Box<TestResult>),
     #[serde(other)]
     Unknown,
 }

@@ -109,7 +109,7 @@ impl Talk {
         http && (self.asked.get() || self.last.get().elapsed() < BETWEEN_REQUESTS)
     }
 
-    fn from_caller(&self, data: &[u8]) {
+    fn caller_wrote(&self, data: &[u8]) {
         self.last.set(Instant::now());
         if !matches!(*self.said.borrow(), Said::Http) {
             return;
@@ -120,7 +120,7 @@ impl Talk {
         }
     }
 
-    fn from_program(&self, data: &[u8]) {
+    fn program_wrote(&self, data: &[u8]) {
         self.last.set(Instant::now());
         self.asked.set(false);
         let mut said = self.said.borrow_mut();
@@ -239,7 +239,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Caller<'_, S> {
         let read = Pin::new(&mut self.stream).poll_read(context, buffer);
         if buffer.filled().len() > before {
             self.callers.notice();
-            self.talk.from_caller(&buffer.filled()[before..]);
+            self.talk.caller_wrote(&buffer.filled()[before..]);
         }
         read
     }
@@ -253,7 +253,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Caller<'_, S> {
     ) -> Poll<io::Result<usize>> {
         self.callers.notice();
         let written = ready!(Pin::new(&mut self.stream).poll_write(context, data))?;
-        self.talk.from_program(&data[..written]);
+        self.talk.program_wrote(&data[..written]);
         Poll::Ready(Ok(written))
     }
 

@@ -144,6 +144,7 @@ fn mount_point(line: &[u8]) -> Option<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]

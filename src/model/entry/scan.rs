@@ -70,7 +70,7 @@ pub fn is_for_linux(path: &str, text: &str) -> bool {
     let ignored = |part: &&str| {
         part.starts_with(['_', '.']) || matches!(*part, "testdata" | "vendor" | "examples")
     };
-    if folders.iter().any(|part| ignored(part)) || name.ends_with("_test.go") {
+    if folders.iter().any(ignored) || name.ends_with("_test.go") {
         return false;
     }
     let stem = name.strip_suffix(".go").unwrap_or(name);

@@ -465,11 +465,8 @@ mod tests {
             .as_ref()
             .unwrap();
         assert!(size(&limits["memory"]) >= scratch + Limits::COMPILE.memory_bytes);
-        let set = container.env.iter().flatten();
-        let program = set
-            .filter(|one| one.name == "GANTRY_SCRATCH_BYTES")
-            .next()
-            .unwrap();
+        let mut set = container.env.iter().flatten();
+        let program = set.find(|one| one.name == "GANTRY_SCRATCH_BYTES").unwrap();
         let expected = scratch_bytes(&Limits::MAXIMUM).to_string();
         assert_eq!(program.value.as_deref(), Some(&*expected));
     }
