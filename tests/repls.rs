@@ -291,7 +291,9 @@ async fn what_a_submission_of_the_files_would_run_is_started() {
             "from the only file",
         ),
     ];
-    for (repl, files, expected) in cases {
+    for (name, files, expected) in cases {
+        // "app" and "server" alone are reserved.
+        let repl = &format!("{name}-start");
         for (name, text) in *files {
             put(&server, repl, name, text);
         }

@@ -103,8 +103,9 @@ async fn a_program_opens_its_own_streams_by_name() {
     }
     let agent = agent(&[]);
     let session = Session::open(Attach(Arc::clone(&agent)));
+    // The links in /dev are for the container's runtime to make.
     let mut job = python(
-        "print(open('/dev/stdin').read(), flush=True)\nprint('out', file=open('/dev/stdout', 'w'))\nprint('err', file=open('/dev/stderr', 'w'))",
+        "base = '/proc/self/fd/'\nprint(open(base + '0').read(), flush=True)\nprint('out', file=open(base + '1', 'w'))\nprint('err', file=open(base + '2', 'w'))",
     );
     job.stdin = b"given".to_vec();
     let ended = finish(&mut session.start(job.clone())).await.unwrap();
