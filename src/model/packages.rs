@@ -82,7 +82,8 @@ pub const NO_INSTALLER: &str = "There is no installer: ";
 ///
 /// An installer's own end says nothing of whose fault it was: pip finds no such package behind an index that
 /// answers 503, and tells of that in its log only. What it writes is passed on while it runs. One that was ended by
-/// a signal is still seen to be.
+/// a signal is still seen to be. With a log of its own pip no longer shows what a package wrote while it was built,
+/// so that is told from there, without the time before each line.
 const PATIENT: &str = "words=$1; shift; \
      command -v \"$1\" >/dev/null || { echo \"There is no installer: $1 is not there\" >&2; exit 127; }; \
      told=$(mktemp -d) && mkfifo \"$told/pipe\" || exit 1; \
@@ -94,7 +95,8 @@ const PATIENT: &str = "words=$1; shift; \
      [ $code -ne 0 ] || break; \
      why=$(cat \"$told/said\" \"$told/log\" 2>/dev/null | grep -aE \"$words\" \
      | grep -avE '(response|failed:) 403' | head -n 1 | cut -c 1-500); \
-     [ -n \"$why\" ] || break; \
+     if [ -z \"$why\" ]; then \
+     sed -n '/ Running command /,$p' \"$told/log\" 2>/dev/null | cut -c 25- >&2; break; fi; \
      if [ $pause = end ]; then echo \"The package index failed: $why\" >&2; code=75; break; fi; \
      echo \"The package index failed; it is asked again in $pause s.\" >&2; sleep $pause; \
      done; rm -rf \"$told\"; \
