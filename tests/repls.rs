@@ -304,9 +304,9 @@ async fn what_a_submission_of_the_files_would_run_is_started() {
         stop(&server, repl).await;
     }
     // Named by the request, as the services that call it do.
-    let body = json!({ "replId": "start-of", "language": "node" });
+    let body = json!({ "replId": "start-of-start", "language": "node" });
     assert_eq!(start(&server, body).await.0, 200);
-    let (_, text) = page_with(&server, "start-of", "exit code 0").await;
+    let (_, text) = page_with(&server, "start-of-start", "exit code 0").await;
     assert!(text.contains("from scripts"), "{text}");
 }
 

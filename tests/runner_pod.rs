@@ -116,7 +116,7 @@ async fn a_program_opens_its_own_streams_by_name() {
     job.argv = [
         "bash",
         "-c",
-        "cat /dev/stdin >/dev/stdout; echo err >/dev/stderr",
+        "cat /proc/self/fd/0 >/proc/self/fd/1; echo err >/proc/self/fd/2",
     ]
     .map(str::to_owned)
     .to_vec();
