@@ -162,7 +162,8 @@ async fn serves(language: &Language, client: &mut Client, server: &Server) {
     assert_eq!(reply["status"], "deployed", "{}: {reply}", language.name);
     let answer = get(server, &repl, "/some/path").await;
     assert!(
-        answer.ends_with("served /some/path"),
+        // Of unknown length, it comes in pieces.
+        answer.contains("served /some/path"),
         "{}: {answer}",
         language.name
     );
@@ -364,7 +365,7 @@ async fn the_place_of_compiled_output_is_not_anybodys() {
             )
             .await;
         assert_eq!(reply["status"], "invalid", "{path}: {reply}");
-        assert!(reply.to_string().contains("compiled output"), "{reply}");
+        assert!(reply.to_string().contains("Gantry uses itself"), "{reply}");
     }
 }
 

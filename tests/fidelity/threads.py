@@ -15,7 +15,7 @@ for thread in threads:
 for thread in threads:
     thread.join()
 main = threading.main_thread()
-print(results, main.name, main is threading.current_thread(), main.ident == threading.get_ident())
+print(sorted(results), main.name, main is threading.current_thread(), main.ident == threading.get_ident())
 print(main.native_id == threading.get_native_id(), threading.active_count(), threading.enumerate() == [main])
 print(threading.Thread().name, threading.stack_size())
 
