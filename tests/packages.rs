@@ -619,7 +619,7 @@ async fn fails(how: &str) -> Vec<Value> {
 #[tokio::test]
 async fn an_index_that_fails_is_never_the_programs_fault() {
     // One after the other: each runs every installer at once.
-    for how in ["503", "reset", "cut"] {
+    for how in ["503", "429", "500", "reset", "cut"] {
         for reply in fails(how).await {
             let expected = json!(["unavailable", null, "package_index_unavailable"]);
             assert_eq!(outcome(&reply), expected, "{how}: {reply}");
