@@ -100,6 +100,9 @@ impl Files {
         }
         let mut entries = tree.entries;
         choose(&mut entries, stored);
+        for at in tree.unseen {
+            entries[at].unkept = Some(not_seen());
+        }
         Ok(entries)
     }
 
@@ -247,6 +250,14 @@ impl Files {
 /// Why what is too much is not kept.
 fn too_many() -> String {
     format!("at most {MAX_WORKSPACE_ENTRIES} files, folders and links of a workspace are kept")
+}
+
+/// Why not all of a folder is kept. What was seen of it may be.
+fn not_seen() -> String {
+    format!(
+        "it holds more than the {MAX_WORKSPACE_ENTRIES} files, folders and links that are looked at; \
+         the rest of it is not kept"
+    )
 }
 
 fn too_large() -> String {

@@ -26,6 +26,8 @@ pub struct Tree {
     pub entries: Vec<Entry>,
     /// There is more.
     pub cut: bool,
+    /// The folders in which there is more, as places in `entries`.
+    pub unseen: Vec<usize>,
     /// Folders are deeper than is looked into.
     deep: bool,
     /// Bytes of text in the entries.
@@ -39,6 +41,7 @@ impl Tree {
         let mut tree = Self {
             entries: Vec::new(),
             cut: false,
+            unseen: Vec::new(),
             deep: false,
             text: 0,
         };
@@ -47,6 +50,10 @@ impl Tree {
         while let Some((at, depth)) = waiting.pop_front().or_else(|| last.pop_front()) {
             if tree.entries.len() == MOST_SEEN || tree.text > MOST_TEXT {
                 tree.cut = true;
+                let unseen = [at]
+                    .into_iter()
+                    .chain(waiting.drain(..).chain(last.drain(..)).map(|(at, _)| at));
+                tree.unseen.extend(unseen.flatten());
                 break;
             }
             let above = at.map_or(String::new(), |at: usize| tree.entries[at].path.clone());
@@ -55,7 +62,11 @@ impl Tree {
                 "" => top.try_clone(),
                 above => top.folder(above),
             };
-            if let Err(error) = opened.and_then(|folder| tree.look(&folder, &above)) {
+            let looked = opened.and_then(|folder| tree.look(&folder, &above));
+            if let (Ok(true), Some(at)) = (&looked, at) {
+                tree.unseen.push(at);
+            }
+            if let Err(error) = looked {
                 use io::ErrorKind::{NotADirectory, NotFound};
                 match at {
                     None => return Err(error),
@@ -109,8 +120,8 @@ impl Tree {
         }
     }
 
-    /// What is in this folder itself.
-    fn look(&mut self, folder: &Folder, above: &str) -> io::Result<()> {
+    /// What is in this folder itself; whether there is more than is looked at.
+    fn look(&mut self, folder: &Folder, above: &str) -> io::Result<bool> {
         let begin = self.entries.len();
         let room = (MOST_SEEN - begin).min(MOST_IN_FOLDER);
         let mut full = false;
@@ -129,7 +140,10 @@ impl Tree {
         });
         self.entries[begin..].sort_by(|a, b| a.path.cmp(&b.path));
         self.cut |= full;
-        if full { Ok(()) } else { looked }
+        if full {
+            return Ok(true);
+        }
+        looked.map(|()| false)
     }
 }
 
