@@ -446,7 +446,6 @@ pub static LANGUAGES: &[Language] = &[
                  -encoding UTF-8 -d \"$TMPDIR/test\" \"$@\" && exec java -ea -Xmx256m -XX:+UseSerialGC \
                  -XX:TieredStopAtLevel=1 -cp \"$TMPDIR/test:$0\" \"$class\"",
                 JAVA_RESOURCES,
-                "sh",
                 "{class}",
                 "{file}",
                 "{sources}",
