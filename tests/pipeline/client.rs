@@ -57,6 +57,11 @@ impl Client {
     }
 
     pub async fn reply(&mut self, id: &str) -> Value {
+        // It may have come while another submission's was waited for.
+        let came = self.frames.get(id).into_iter().flatten();
+        if let Some(reply) = came.clone().find(|frame| frame.get("status").is_some()) {
+            return reply.clone();
+        }
         self.until(id, |frame| frame.get("status").is_some()).await
     }
 

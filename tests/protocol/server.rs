@@ -15,7 +15,7 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 
 /// No answer for this long is a failure: a busy machine with two cores is slow, not this slow.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Largest reply that is taken: a record of the journal bounds it.
 const MAX_REPLY_BYTES: usize = 64 << 20;
