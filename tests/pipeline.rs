@@ -695,6 +695,38 @@ async fn cancelling_ends_what_runs_and_what_waits() {
 }
 
 #[tokio::test]
+async fn a_run_cancelled_while_its_place_is_made_takes_nothing_from_the_next() {
+    let server = Server::start();
+    let mut client = Client::of(&server).await;
+    for round in 0..16 {
+        // Each round has a sandbox of its own, whose places are made when they are first needed.
+        let user = format!("place{round}");
+        client.ask(message(&user, "1")).await;
+        let mut cancelled = Vec::new();
+        for _ in 0..8 {
+            cancelled.push(client.send(message(&user, SLEEP)).await);
+        }
+        // Making a place takes some milliseconds: the rounds cover them.
+        tokio::time::sleep(Duration::from_millis(2 * round)).await;
+        for id in &cancelled {
+            client.tell(json!({ "cancel": id })).await;
+        }
+        for id in &cancelled {
+            assert_eq!(client.reply(id).await["status"], "cancelled");
+        }
+        let mut ids = Vec::new();
+        for number in 0..8 {
+            let code = format!("print({number})");
+            ids.push(client.send(message(&user, &code)).await);
+        }
+        for (number, id) in ids.iter().enumerate() {
+            let reply = client.reply(id).await;
+            assert_eq!(reply["stdout"], format!("{number}\n"), "{reply}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_user_with_many_submissions_does_not_keep_another_waiting() {
     let server = Server::start();
     let mut client = Client::of(&server).await;

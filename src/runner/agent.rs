@@ -473,7 +473,7 @@ impl Agent {
     }
 
     /// Waits for a free slot; makes another while there may be more.
-    async fn take_slot(&self) -> FreeSlot {
+    async fn take_slot(self: &Rc<Self>) -> FreeSlot {
         loop {
             let freed = self.slot_freed.notified();
             let free = {
@@ -485,8 +485,10 @@ impl Agent {
                 return free;
             }
             if let Some(slot) = self.make_slot() {
-                let parked = self.park_or_not(&slot, Start::IfNeeded).await;
-                return FreeSlot { slot, parked };
+                // By itself: who waits here may be cancelled, and then the slot would be lost, and the
+                // next fork would be taken for the one that was under way.
+                let this = Rc::clone(self);
+                tokio::task::spawn_local(async move { this.make_ready(slot, None).await });
             }
             freed.await;
         }
