@@ -67,6 +67,10 @@ pub fn blocked(pod: &Pod) -> Option<Blocked> {
     containers.find_map(container_blocked)
 }
 
+/// What a busy kubelet says while it still waits for the Secrets and ConfigMaps of a new pod ("failed to
+/// sync secret cache: timed out waiting for the condition"). It tries again by itself, in seconds.
+const CACHE_NOT_YET: &str = "timed out waiting for the condition";
+
 fn container_blocked(container: &ContainerStatus) -> Option<Blocked> {
     let waiting = container.state.as_ref()?.waiting.as_ref()?;
     let reason = waiting.reason.as_deref()?;
@@ -89,6 +93,9 @@ fn container_blocked(container: &ContainerStatus) -> Option<Blocked> {
         reason,
         "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError"
     ) {
+        if message.contains(CACHE_NOT_YET) {
+            return None;
+        }
         return Some(Blocked {
             code: CONTAINER_REFUSED,
             why: format!(
@@ -235,6 +242,11 @@ mod tests {
             waiting("CreateContainerConfigError"),
             Some("container_refused")
         );
+        let message = "failed to sync secret cache: timed out waiting for the condition";
+        let state =
+            json!({ "waiting": { "reason": "CreateContainerConfigError", "message": message } });
+        let busy = pod(json!({ "containerStatuses": container(state) }));
+        assert_eq!(blocked(&busy), None, "the kubelet tries again");
         assert_eq!(waiting("CrashLoopBackOff"), Some("crash_loop"));
         assert_eq!(waiting("PodInitializing"), None);
         let condition = json!([{ "type": "PodScheduled", "status": "False",
