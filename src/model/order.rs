@@ -64,6 +64,31 @@ impl Order {
     }
 }
 
+/// The latest order that was carried out on a repl; part of its record.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct LatestOrder(Option<Order>);
+
+impl LatestOrder {
+    /// Whether there was none yet. Records leave it out then.
+    pub fn is_none(&self) -> bool {
+        self.0.is_none()
+    }
+
+    /// This order was carried out.
+    pub fn note(&mut self, order: &Order) {
+        if self.0.as_ref().is_none_or(|last| last.is_before(order)) {
+            self.0 = Some(order.clone());
+        }
+    }
+
+    /// Why this order is not carried out any more, if a later one was.
+    pub fn supersedes(&self, order: &Order) -> Option<Problem> {
+        let last = self.0.as_ref().filter(|last| order.is_before(last))?;
+        Some(last.superseded())
+    }
+}
+
 /// Why a submission is not deployed: this was asked of its repl later.
 pub fn superseded(what: &str) -> Problem {
     Problem::new(

@@ -17,8 +17,8 @@ use super::cache::{Cache, WATCH_LAG, Watched};
 use super::cluster::{Cluster, Failure, Kind, Manifest};
 use super::labels::{GANTRY, MANAGED_BY, REPL, USER};
 use crate::model::{
-    Domain, MAX_RELEASES, Order, Problem, Release, ReleaseState, ReplId, Scale, Serves,
-    SubmissionId, UserId, forgotten_first,
+    Domain, LatestOrder, MAX_RELEASES, Order, Problem, Release, ReleaseState, ReplId, Scale,
+    Serves, SubmissionId, UserId, forgotten_first,
 };
 
 /// Most bytes of a record: a ConfigMap may have 1 MiB.
@@ -154,9 +154,9 @@ pub struct Record {
     /// How many replicas, when somebody has said so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scale: Option<Scale>,
-    /// The last that was asked of it and done: nothing that was asked for before is done any more.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub order: Option<Order>,
+    /// An earlier order than this is not carried out any more.
+    #[serde(default, skip_serializing_if = "LatestOrder::is_none")]
+    pub order: LatestOrder,
     /// Which server makes something of it serve now.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub making: Option<Making>,
@@ -202,22 +202,9 @@ impl Record {
             given: None,
             domains: Vec::new(),
             scale: None,
-            order: None,
+            order: LatestOrder::default(),
             making: None,
         }
-    }
-
-    /// This was asked of it, and done.
-    pub fn ordered(&mut self, order: &Order) {
-        if self.order.as_ref().is_none_or(|last| last.is_before(order)) {
-            self.order = Some(order.clone());
-        }
-    }
-
-    /// Why what was asked for then is not done any more.
-    pub fn overtaken(&self, order: &Order) -> Option<Problem> {
-        let last = self.order.as_ref().filter(|last| order.is_before(last))?;
-        Some(last.superseded())
     }
 
     /// The same of a submission; one that was released before stays as it is.
@@ -228,7 +215,7 @@ impl Record {
             |stored: &Stored| !matches!(stored.state, StoredState::Pending | StoredState::Failed);
         match own.is_some_and(made) {
             true => None,
-            false => self.overtaken(order),
+            false => self.order.supersedes(order),
         }
     }
 

@@ -155,7 +155,7 @@ impl Releases {
 
     /// See [`Platform::ordered`](crate::platform::Platform::ordered).
     pub async fn ordered(&self, repl: &ReplId, order: &Order) -> Result<(), PlatformError> {
-        let noted = self.records.change(repl, |record| record.ordered(order));
+        let noted = self.records.change(repl, |record| record.order.note(order));
         let noted = noted.await.map(drop);
         noted.map_err(|f| f.unavailable("What was asked of the repl could not be recorded"))
     }
@@ -373,7 +373,7 @@ impl Releases {
             if !record.is_turn_of(turn) {
                 return Err(turn::lost());
             }
-            if let Some(problem) = order.and_then(|order| record.overtaken(order)) {
+            if let Some(problem) = order.and_then(|order| record.order.supersedes(order)) {
                 return Err(PlatformError::NotReady(problem));
             }
             let before = record.current().cloned();
@@ -381,7 +381,7 @@ impl Releases {
             record.switch(stored.release);
             record.name(stored.domains.clone());
             if let Some(order) = order {
-                record.ordered(order);
+                record.order.note(order);
             }
             record.making = None;
             Ok(before.filter(|before| before.release != stored.release))

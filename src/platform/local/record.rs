@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::model::{
-    Domain, MAX_RELEASES, Order, Problem, Release, ReleaseState, SecretText, Serves, SubmissionId,
+    Domain, LatestOrder, MAX_RELEASES, Release, ReleaseState, SecretText, Serves, SubmissionId,
     UserId, Variables, forgotten_first,
 };
 
@@ -31,9 +31,9 @@ pub struct Record {
     pub given: Given,
     /// Since when it has been stopped, or known.
     pub since: Timestamp,
-    /// The last that was asked of it and done: nothing that was asked for before is done any more.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub order: Option<Order>,
+    /// An earlier order than this is not carried out any more.
+    #[serde(default, skip_serializing_if = "LatestOrder::is_none")]
+    pub order: LatestOrder,
 }
 
 /// Variables and domains as they are stored: in a file that only the server reads.
@@ -104,21 +104,8 @@ impl Record {
             workspace: None,
             given: Given::default(),
             since: Timestamp::now(),
-            order: None,
+            order: LatestOrder::default(),
         }
-    }
-
-    /// This was asked of it, and done.
-    pub fn ordered(&mut self, order: &Order) {
-        if self.order.as_ref().is_none_or(|last| last.is_before(order)) {
-            self.order = Some(order.clone());
-        }
-    }
-
-    /// Why what was asked for then is not done any more.
-    pub fn overtaken(&self, order: &Order) -> Option<Problem> {
-        let last = self.order.as_ref().filter(|last| order.is_before(last))?;
-        Some(last.superseded())
     }
 
     /// The release or the workspace that runs, or should.

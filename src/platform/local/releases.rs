@@ -215,7 +215,7 @@ impl Releases {
         self.with(&spec.repl_id, |repl| {
             match repl.record.of(spec.submission_id) {
                 Some(_) => None,
-                None => repl.record.overtaken(&spec.order),
+                None => repl.record.order.supersedes(&spec.order),
             }
         })?
     }
@@ -224,7 +224,7 @@ impl Releases {
     pub async fn ordered(&self, repl: &ReplId, order: &Order) -> Result<(), PlatformError> {
         let changing = self.changing(repl);
         let _one = changing.lock().await;
-        self.with(repl, |repl| repl.record.ordered(order));
+        self.with(repl, |repl| repl.record.order.note(order));
         self.save(repl)
     }
 
@@ -461,7 +461,7 @@ impl Releases {
         self.with(repl, |repl| {
             repl.record.serves(stored);
             if let Some(order) = order {
-                repl.record.ordered(order);
+                repl.record.order.note(order);
             }
         });
         self.remember(repl).await?;

@@ -76,7 +76,7 @@ impl Releases {
             let dead = seen.as_ref().filter(|(_, at)| at.elapsed() >= LASTS);
             let dead = dead.map(|(making, _)| making.clone());
             let taken = self.records.change(repl, |record| {
-                if let Some(problem) = order.and_then(|order| record.overtaken(order)) {
+                if let Some(problem) = order.and_then(|order| record.order.supersedes(order)) {
                     return Err(Some(problem));
                 }
                 let taken = record.take_turn(&turn, dead.as_ref());
