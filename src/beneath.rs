@@ -590,8 +590,7 @@ fn on_disk(about: &rustix::fs::Stat) -> u64 {
     u64::try_from(about.st_blocks).unwrap_or(0) * 512
 }
 
-/// Does what waits for the disk where it holds up nobody else: a thread that serves many would make all of
-/// them wait.
+/// Calls `act`, which waits for the disk, such that other tasks of this thread go on elsewhere meanwhile.
 pub fn waiting<T>(act: impl FnOnce() -> T) -> T {
     use tokio::runtime::{Handle, RuntimeFlavor};
     let many = Handle::try_current()

@@ -33,7 +33,7 @@ impl<U: Eq + Hash> Budgets<U> {
     pub async fn take(&self, user: U, bytes: usize) -> Spent {
         let own = {
             let mut users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
-            // Those that nobody holds or waits for.
+            // Users of whom nobody holds or awaits a permit are forgotten.
             users.retain(|_, own| Arc::strong_count(own) > 1);
             let own = users.entry(user);
             let whole = || Arc::new(Semaphore::new(self.each as usize));
@@ -49,7 +49,7 @@ impl<U: Eq + Hash> Budgets<U> {
 }
 
 impl Spent {
-    /// Gives back what is above so many bytes.
+    /// Keeps this many bytes and gives back the rest.
     pub fn keep(&mut self, bytes: usize) {
         let surplus = self.0.num_permits().saturating_sub(bytes);
         drop(self.0.split(surplus));

@@ -166,8 +166,7 @@ impl Keys {
         if let Some(caller) = self.find(id, matches) {
             return Some(caller);
         }
-        // It may have been made a moment ago, by another process. What cannot be read now is complained of by
-        // `watch`.
+        // Another process may have made it a moment ago. If the file cannot be read now, `watch` reports that.
         let read = !self.knows(id) && self.has_changed() && self.reload().is_ok();
         read.then(|| self.find(id, matches)).flatten()
     }
@@ -462,7 +461,7 @@ mod tests {
         let key = other.create(Role::User("ann".parse().unwrap())).unwrap();
         let text = key.text.expose_secret();
 
-        // At once: nobody waits for the next look at the file.
+        // The key works at once, before the file is next looked at.
         let caller = server.authenticate(text).unwrap();
         assert_eq!(caller.role, Role::User("ann".parse().unwrap()));
         assert!(server.admin().is_none());

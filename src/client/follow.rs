@@ -67,7 +67,7 @@ pub(super) struct Follower<'a, V> {
     message: Message,
     view: V,
     progress: Progress,
-    /// What is handed on to the program.
+    /// Input for the program, as it is typed.
     input: Option<mpsc::Receiver<Typed>>,
     interrupts: Signal,
     patience: Patience,

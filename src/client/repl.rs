@@ -84,7 +84,7 @@ pub struct EnvArgs {
 pub struct DeleteArgs {
     /// The repl
     repl: ReplId,
-    /// Do not ask; without it, what would be deleted is told, and the repl's name has to be typed
+    /// Do not ask. Without it, the command says what it would delete, and asks for the repl's name
     #[arg(long)]
     yes: bool,
     #[command(flatten)]

@@ -85,7 +85,7 @@ pub(super) async fn stop(args: ReplArgs) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-/// What could not be kept of a workspace.
+/// The files of a workspace that could not be saved.
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct Stopped {
     #[serde(default)]
@@ -111,7 +111,7 @@ impl Stopped {
         }
         if let Some(problem) = &self.problem {
             let problem = render::printable(&problem.to_string()).to_string();
-            told += &format!("what was changed lately is not kept: {problem}\n");
+            told += &format!("the last changes were not saved: {problem}\n");
         }
         told
     }
@@ -138,7 +138,7 @@ mod tests {
         }))
         .unwrap_or_default();
         let expected = "not kept: a\\u{1b}: it is large\nnot kept: 2 more\n\
-                        what was changed lately is not kept: m: why\n";
+                        the last changes were not saved: m: why\n";
         assert_eq!(stopped.told(), expected);
     }
 }

@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 /// Most bytes of one piece: a frame with it is far below what the server takes.
 const PIECE: usize = 16 << 10;
 
-/// Pieces read ahead of what was sent.
+/// Pieces that are read while earlier ones wait to be sent.
 const AHEAD: usize = 4;
 
 /// A piece of text; `None`: nothing follows.

@@ -103,7 +103,7 @@ pub struct LastSave {
     /// What was left out.
     #[serde(flatten)]
     pub left: Left,
-    /// Why what was changed lately is not kept.
+    /// Why the last changes were not saved.
     #[serde(rename = "saveError", skip_serializing_if = "Option::is_none")]
     pub problem: Option<Problem>,
 }
@@ -113,7 +113,7 @@ impl LastSave {
     pub(super) fn told(&self) -> String {
         let problem = self.problem.as_ref();
         let problem =
-            problem.map(|problem| format!("; what was changed lately is not kept: {problem}"));
+            problem.map(|problem| format!("; the last changes were not saved: {problem}"));
         self.left.told() + &problem.unwrap_or_default()
     }
 }

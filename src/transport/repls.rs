@@ -225,7 +225,7 @@ pub struct Stopped {
     /// Always true here; errors carry false.
     success: bool,
     /// Of a workspace: `unsaved`, what could not be kept, and why, as `[{path, reason}]`; `unsaved_more`, how much
-    /// more there is; `saveError`, why what was changed lately is not kept.
+    /// more there is; `saveError`, why the last changes were not saved.
     #[serde(flatten)]
     #[schema(value_type = Object)]
     last: LastSave,

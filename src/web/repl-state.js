@@ -46,7 +46,7 @@ export function unsavedProblem({ unsaved = [], unsaved_more: more, saveError } =
   return {
     title,
     detail: unsaved.length ? unsavedWords(unsaved, more) : undefined,
-    reason: saveError && `What was changed lately could not be saved: ${saveError.message}: ${saveError.cause}`,
+    reason: saveError && `The last changes could not be saved: ${saveError.message}: ${saveError.cause}`,
   };
 }
 
@@ -56,7 +56,7 @@ async function losses(repl) {
     const { unsaved = [], unsaved_more: more } = await api.save(repl.replId);
     return unsaved.length ? ` These cannot be kept and will be lost: ${unsavedWords(unsaved, more)}.` : "";
   } catch (problem) {
-    return ` Now it cannot be saved (${problem.reason ?? problem.message}): what was changed lately may be lost.`;
+    return ` Now it cannot be saved (${problem.reason ?? problem.message}): the last changes may be lost.`;
   }
 }
 
