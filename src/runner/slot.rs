@@ -386,13 +386,11 @@ impl Slot {
                 files,
             } => {
                 let places = SCRATCH.map(|(_, place)| root.join(place));
-                for mounted in places.iter().chain([at]) {
-                    match rustix::mount::unmount(mounted, UnmountFlags::DETACH) {
-                        // Nothing is mounted there before the first job.
-                        Ok(()) | Err(rustix::io::Errno::INVAL) => {}
-                        Err(error) => return Err(error.into()),
-                    }
+                // All go with one call: the kernel waits in each until no processor looks at the mount.
+                for (folder, place) in self.folders.iter().zip(&places) {
+                    unless_unmounted(rustix::mount::mount_move(place, folder))?;
                 }
+                unless_unmounted(rustix::mount::unmount(at, UnmountFlags::DETACH))?;
                 mount_scratch(at, *bytes, *files)?;
                 self.make_folders()?;
                 for (folder, place) in self.folders.iter().zip(places) {
@@ -427,6 +425,14 @@ impl Slot {
     fn take_back(&self, folder: &Folder) -> io::Result<()> {
         folder.give(self.uid)?;
         folder.set_mode(0o700)
+    }
+}
+
+/// Nothing is mounted there before the first job.
+fn unless_unmounted(result: rustix::io::Result<()>) -> rustix::io::Result<()> {
+    match result {
+        Err(rustix::io::Errno::INVAL) => Ok(()),
+        result => result,
     }
 }
 
