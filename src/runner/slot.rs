@@ -428,10 +428,10 @@ impl Slot {
     }
 }
 
-/// Nothing is mounted there before the first job.
+/// Before the first job nothing is mounted, and the folders are not there.
 fn unless_unmounted(result: rustix::io::Result<()>) -> rustix::io::Result<()> {
     match result {
-        Err(rustix::io::Errno::INVAL) => Ok(()),
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => Ok(()),
         result => result,
     }
 }
