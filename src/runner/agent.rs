@@ -383,32 +383,28 @@ impl Agent {
     /// Two slots to begin with: one runs while the other is made ready again.
     fn prepare_slots(self: &Rc<Self>) {
         for _ in 0..self.config.slots.min(2) {
-            if let Some(slot) = self.make_slot() {
-                let this = Rc::clone(self);
-                tokio::task::spawn_local(async move { this.make_ready(slot, None).await });
+            if let Err(error) = self.make_slot() {
+                tracing::error!(%error, "a slot could not be made");
             }
         }
     }
 
-    fn make_slot(&self) -> Option<Arc<Slot>> {
+    /// Makes another slot, which is free soon, while there may be more.
+    fn make_slot(self: &Rc<Self>) -> io::Result<()> {
         let index = self.slots_made.get();
         if index >= self.config.slots {
-            return None;
+            return Ok(());
         }
-        let made = Slot::create(&self.config, index).and_then(|slot| match self.config.networks {
-            true => Ok(slot.with_network(Network::new()?)),
-            false => Ok(slot),
-        });
-        match made {
-            Ok(slot) => {
-                self.slots_made.set(index + 1);
-                Some(Arc::new(slot))
-            }
-            Err(error) => {
-                tracing::error!(index, %error, "a slot could not be made");
-                None
-            }
+        let mut slot = Slot::create(&self.config, index)?;
+        if self.config.networks {
+            slot = slot.with_network(Network::new()?);
         }
+        self.slots_made.set(index + 1);
+        // By itself: who waits for it may be cancelled, and then the slot would be lost, and the next fork
+        // would be taken for the one that was under way.
+        let (this, slot) = (Rc::clone(self), Arc::new(slot));
+        tokio::task::spawn_local(async move { this.make_ready(slot, None).await });
+        Ok(())
     }
 
     /// Puts an empty slot back among the free ones, with a warm interpreter waiting in it.
@@ -473,7 +469,7 @@ impl Agent {
     }
 
     /// Waits for a free slot; makes another while there may be more.
-    async fn take_slot(self: &Rc<Self>) -> FreeSlot {
+    async fn take_slot(self: &Rc<Self>) -> io::Result<FreeSlot> {
         loop {
             let freed = self.slot_freed.notified();
             let free = {
@@ -482,13 +478,13 @@ impl Agent {
                 free.remove(warm.unwrap_or(0))
             };
             if let Some(free) = free {
-                return free;
+                return Ok(free);
             }
-            if let Some(slot) = self.make_slot() {
-                // By itself: who waits here may be cancelled, and then the slot would be lost, and the
-                // next fork would be taken for the one that was under way.
-                let this = Rc::clone(self);
-                tokio::task::spawn_local(async move { this.make_ready(slot, None).await });
+            match self.make_slot() {
+                Ok(()) => {}
+                // There is none to wait for.
+                Err(error) if self.slots_made.get() == 0 => return Err(error),
+                Err(error) => tracing::error!(%error, "a slot could not be made"),
             }
             freed.await;
         }
@@ -660,7 +656,13 @@ impl Agent {
     ) {
         let mut early = Vec::new();
         let FreeSlot { slot, parked } = tokio::select! {
-            free = self.take_slot() => free,
+            free = self.take_slot() => match free {
+                Ok(free) => free,
+                Err(error) => {
+                    let why = format!("no place to run it could be made: {error}");
+                    return self.end(log, not_started(&why));
+                }
+            },
             // Cancelled before it began.
             () = cancelled(commands, &mut early) => {
                 let mut report = not_started("");
