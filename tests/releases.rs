@@ -354,3 +354,63 @@ print('an error', file=open('/dev/stderr', 'w'))
         assert!(status == 200 && text.contains("by name"), "{text}");
     }
 }
+
+/// Asks for a change and leaves before the answer.
+async fn ask_and_leave(server: &Server, path: &str, body: Value) {
+    let request = server.post(path).header("x-api-key", &server.admin);
+    let left = request.json(&body).timeout(Duration::from_millis(700));
+    assert!(left.send().await.unwrap_err().is_timeout(), "{path}");
+}
+
+async fn repl(server: &Server, name: &str) -> Value {
+    let asked = server.get(&format!("/repls/{name}"));
+    let asked = asked.header("x-api-key", &server.admin);
+    asked.send().await.unwrap().json().await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_whose_client_leaves_is_made_whole() {
+    let mut server = Server::start();
+    let first = submit(&server, release("left", &serving("one", 4, USUAL))).await;
+    assert_eq!(first["status"], "deployed", "{first}");
+    // It is asked to end and goes on for some seconds.
+    let stubborn = format!(
+        "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n{}",
+        serving("two", 0, USUAL)
+    );
+    let second = submit(&server, release("left", &stubborn)).await;
+    assert_eq!(second["status"], "deployed", "{second}");
+    ask_and_leave(&server, "/repls/left/rollback", json!({})).await;
+    let begun = Instant::now();
+    while page(&server, "left", "/").await.1 != "one" {
+        assert!(
+            begun.elapsed() < PATIENCE,
+            "{}",
+            repl(&server, "left").await
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let sandboxes = || {
+        let entries = std::fs::read_dir(server.data.path().join("local/sandboxes")).unwrap();
+        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name.starts_with("repl-")).count()
+    };
+    while sandboxes() != 1 || repl(&server, "left").await["release"] != first["release"] {
+        assert!(
+            begun.elapsed() < PATIENCE,
+            "{} programs, {}",
+            sandboxes(),
+            repl(&server, "left").await
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let ahead = json!({ "release": second["release"] });
+    assert_eq!(
+        post(&server, "/repls/left/rollback", ahead).await["release"],
+        second["release"]
+    );
+    ask_and_leave(&server, "/stop", json!({ "replId": "left" })).await;
+    server.kill();
+    server.restart();
+    assert_eq!(repl(&server, "left").await["state"], "stopped");
+}

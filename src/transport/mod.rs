@@ -42,6 +42,7 @@ use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use futures_util::FutureExt;
+use futures_util::future::Either;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tower::ServiceExt;
 use utoipa::OpenApi;
@@ -287,11 +288,18 @@ impl Edge {
         if guard::is_preflight(request.method(), request.headers()) {
             return StatusCode::NO_CONTENT.into_response();
         }
+        let whole = is_done_whole(&request);
         let answered = AssertUnwindSafe(router.clone().oneshot(request)).catch_unwind();
+        let answered = match whole {
+            true => Either::Left(self.shutdown.tasks.spawn(answered)),
+            false => Either::Right(answered.map(Ok)),
+        };
         match tokio::time::timeout(ROUTE_TIMEOUT, answered).await {
-            Ok(Ok(Ok(response))) => as_problem(response),
-            Ok(Ok(Err(never))) => match never {},
-            Ok(Err(panic)) => {
+            Ok(Ok(Ok(Ok(response)))) => as_problem(response),
+            Ok(Ok(Ok(Err(never)))) => match never {},
+            // Nobody cancels it but the end of the server.
+            Ok(Err(gone)) => HttpProblem::internal(gone.to_string()).into_response(),
+            Ok(Ok(Err(panic))) => {
                 tracing::error!(panic = panic_message(panic.as_ref()), "a route panicked");
                 HttpProblem::internal("a fault in the server").into_response()
             }
@@ -460,6 +468,16 @@ pub fn router(edge: Arc<Edge>) -> Router {
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .layer(axum::middleware::map_response(keep_waiting))
+}
+
+/// Whether it goes on when its client leaves or its time is over: what changes something is never left half
+/// done. A call of a module ends with its client.
+fn is_done_whole(request: &Request) -> bool {
+    let changes = !matches!(
+        *request.method(),
+        Method::GET | Method::HEAD | Method::OPTIONS
+    );
+    changes && request.uri().path() != modules::CALL_PATH
 }
 
 /// Who asks too often is told so after a pause: a client that does not heed the answer would keep a processor

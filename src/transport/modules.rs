@@ -235,6 +235,9 @@ pub struct Arguments {
     timeout_ms: Option<u64>,
 }
 
+/// Where modules are called.
+pub const CALL_PATH: &str = "/run_module";
+
 /// Call a function of a module
 ///
 /// `args` are positional. When they do not fit and there are no `kwargs`, the list is passed as one argument, and
