@@ -200,6 +200,27 @@ async fn typescript_is_built_as_its_project_says() {
             })),
             &["ending"],
         ),
+        passes(
+            "paths of its project, as a script of Node's",
+            project("typescript", json!({
+                "tsconfig.json": r#"{"compilerOptions":{"target":"es2022","module":"commonjs","moduleResolution":"node10","ignoreDeprecations":"5.0","paths":{"@/*":["./src/*"],"words":["./src/lib/word.ts"]},"strict":true}}"#,
+                "src/index.ts": "import { word } from '@/lib/word';\nimport { word as same } from 'words';\nconsole.log(word, same, require('@/data.json').n);\n",
+                "src/lib/word.ts": "export const word: string = 'mapped';\n",
+                "src/data.json": "{\"n\": 7}",
+            })),
+            &["mapped mapped 7"],
+        ),
+        passes(
+            "paths of its project, as a module",
+            project("typescript", json!({
+                "tsconfig.json": bundler.replace("\"noEmit\"", "\"paths\":{\"@/*\":[\"./src/*\"]},\"noEmit\""),
+                "package.json": r#"{"type":"module"}"#,
+                "src/index.ts": "import { all } from '@/lib';\nconst { word } = await import('@/lib/word');\nconsole.log(all, word);\n",
+                "src/lib/word.ts": "export const word: string = 'found';\n",
+                "src/lib/index.ts": "export const all = 'all';\n",
+            })),
+            &["all found"],
+        ),
         ends(
             "a trace",
             "tests_failed",
@@ -325,6 +346,28 @@ async fn cargo_and_go_run_the_program_that_is_meant() {
                 json!({ "deploy": true, "tests": ["src/lib.rs"] }),
             ),
             expected: ("tests_passed", &["src/lib.rs"]),
+        },
+        Case {
+            name: "a test of Cargo's with a main of its own",
+            message: with(
+                project("rust", json!({
+                    "Cargo.toml": format!("{package}[[test]]\nname = \"own\"\nharness = false\n"),
+                    "src/main.rs": says("main"), "tests/own.rs": "fn main() { println!(\"checked\"); }\n",
+                })),
+                json!({ "tests": ["tests/own.rs"] }),
+            ),
+            expected: ("tests_passed", &["tests/own.rs"]),
+        },
+        Case {
+            name: "a test of Go's that ends its output without a line's end",
+            message: with(
+                project("go", json!({
+                    "go.mod": "module app\n", "main.go": "package main\nfunc main() {}\n",
+                    "main_test.go": "package main\nimport (\"fmt\"; \"testing\")\nfunc TestA(t *testing.T) { fmt.Print(\"half a line\") }\n",
+                })),
+                json!({ "tests": ["main_test.go"] }),
+            ),
+            expected: ("tests_passed", &["main_test.go"]),
         },
         ends(
             "two programs of a module",

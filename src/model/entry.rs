@@ -8,7 +8,7 @@ mod scan;
 
 use std::collections::BTreeMap;
 
-pub use cargo::{Binary, test_target};
+pub use cargo::{Binary, has_own_harness, test_target};
 pub use declared::{Start, start};
 use scan::runs_as_module;
 pub use scan::{folder, is_for_linux, is_program, main_class};

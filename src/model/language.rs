@@ -27,14 +27,16 @@ pub struct TestRunner {
     pub install: &'static str,
 }
 
-/// What a test command writes to stdout, at the beginning of a line, when it ran a test.
+/// What a test command writes to stdout when it ran a test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Proof {
     /// Nothing: the exit code says it all.
     None,
+    /// Anything, unless a line begins so: the test framework, where one is used, ran none.
+    Unless(&'static [&'static str]),
     /// `--- PASS: `, as Go's does for each test.
     Go,
-    /// `test result: ok. `, with how many passed, as Rust's does.
+    /// `test result: ok. ` at the beginning of a line, with how many passed, as Rust's harness does.
     Rust,
 }
 
@@ -44,7 +46,13 @@ impl Proof {
         let mut lines = stdout.lines();
         match self {
             Proof::None => true,
-            Proof::Go => lines.any(|line| line.starts_with("--- PASS: ")),
+            Proof::Unless(beginnings) => !lines.any(|line| {
+                beginnings
+                    .iter()
+                    .any(|beginning| line.starts_with(beginning))
+            }),
+            // What the test wrote last may stand before it.
+            Proof::Go => lines.any(|line| line.contains("--- PASS: ")),
             Proof::Rust => lines.any(|line| {
                 let rest = line.strip_prefix("test result: ok. ");
                 rest.is_some_and(|rest| !rest.starts_with("0 passed"))

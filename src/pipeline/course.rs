@@ -386,7 +386,7 @@ impl Course {
                 Tests::Files(files) => match &self.submission.language.tests {
                     TestFiles::Each(command) => files
                         .get(number)
-                        .map(|file| judge_file(command.proof, file, &run)),
+                        .map(|file| judge_file(&self.submission, command, file, &run)),
                     TestFiles::Runner(_) => None,
                 },
                 Tests::ExitCode => None,

@@ -4,6 +4,8 @@
 use super::compare::difference;
 use super::fit::{MAX_ACTUAL, MAX_SAID, cut, cut_outputs, end_within};
 use super::report::{self, Defect, Report};
+use crate::model::TestCommand;
+use crate::model::entry::has_own_harness;
 use crate::model::{
     self, Case, Ending, INDEX_FAILED, Install, Limits, NO_INSTALLER, Outcome, Problem, Proof,
     Reason, RelativePath, RunReport, Status, Submission, TestCounts, TestFiles, TestOutcome,
@@ -86,7 +88,7 @@ pub fn decide(submission: &Submission, runs: &[FinishedRun]) -> Verdict {
             TestFiles::Runner(runner) => judge_files(runner, first, &mut verdict),
             TestFiles::Each(command) => {
                 let results = files.iter().zip(runs);
-                let results = results.map(|(file, run)| judge_file(command.proof, file, run));
+                let results = results.map(|(file, run)| judge_file(submission, command, file, run));
                 let results = results.collect();
                 judge_tests(results, &mut verdict);
             }
@@ -390,11 +392,22 @@ fn said(text: &str, truncated: &mut bool) -> Option<String> {
 const MAX_LAST_WORDS: usize = 4 << 10;
 
 /// One test file's result, where each has a run of its own.
-pub fn judge_file(proof: Proof, file: &RelativePath, run: &FinishedRun) -> TestResult {
+pub fn judge_file(
+    submission: &Submission,
+    command: &TestCommand,
+    file: &RelativePath,
+    run: &FinishedRun,
+) -> TestResult {
+    let proof = match command.proof {
+        Proof::Rust if has_own_harness(&submission.files, file.as_str()) => Proof::None,
+        proof => proof,
+    };
+    let text = submission.files.get(file);
+    let ran = proof.is_in(&run.stdout) && text.is_none_or(|text| !text.trim().is_empty());
     let ending = run.report.as_ref().map(|report| &report.ending);
     let ended_well = ending == Some(&Ending::Exited(0));
     let failed = match ending {
-        _ if ended_well && proof.is_in(&run.stdout) => None,
+        _ if ended_well && ran => None,
         // An assertion that does not hold ends a test so.
         None | Some(Ending::Exited(_) | Ending::Signalled(libc::SIGABRT)) => Some(Reason::Tests),
         Some(ending) => Some(reason_of(ending).unwrap_or(Reason::Tests)),

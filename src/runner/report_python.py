@@ -65,13 +65,26 @@ class Reporter:
         self.ended = set()
         self.tests = {}
         self.untold = {}
+        # Files that hold a test, or say themselves why none of theirs runs.
+        self.seen = set()
+
+    def pytest_itemcollected(self, item):
+        self.seen.add(item.nodeid.partition("::")[0])
 
     def pytest_collection_finish(self, session):
         self.say(collected=len(session.items))
+        for file in session.config.args:
+            if os.path.basename(file) in ("conftest.py", "__init__.py"):
+                continue
+            if os.path.isfile(file) and os.path.relpath(file, session.config.rootpath) not in self.seen:
+                # As it was sent.
+                self.tell(file, "empty", 0, "")
 
     def pytest_collectreport(self, report):
+        if report.failed or report.skipped:
+            self.seen.add(report.nodeid.partition("::")[0])
         if report.failed:
-            self.tell(report.nodeid, "failed", 0, report.longreprtext)
+            self.tell(named(report.nodeid), "failed", 0, report.longreprtext)
 
     def pytest_runtest_logreport(self, report):
         test = self.tests.setdefault(report.nodeid, ["passed", 0.0, ""])
@@ -87,15 +100,14 @@ class Reporter:
         if report.when == "teardown":
             outcome, seconds, message = self.tests.pop(report.nodeid)
             self.ended.add(report.nodeid)
-            self.tell(report.nodeid, outcome, seconds, message)
+            self.tell(named(report.nodeid), outcome, seconds, message)
 
-    def tell(self, nodeid, outcome, seconds, message):
-        name = named(nodeid)[:MOST_NAME]
-        test = {"name": name, "outcome": outcome, "ms": int(seconds * 1000)}
+    def tell(self, name, outcome, seconds, message):
+        test = {"name": name[:MOST_NAME], "outcome": outcome, "ms": int(seconds * 1000)}
         failed = outcome == "failed"
         if failed and self.say(MOST_MESSAGES, test={**test, "message": message[:MOST_MESSAGE]}):
             return
-        if not self.say(MOST_REPORT if failed else MOST_HELD, test=test):
+        if not self.say(MOST_REPORT if failed or outcome == "empty" else MOST_HELD, test=test):
             self.untold[outcome] = self.untold.get(outcome, 0) + 1
 
 

@@ -181,6 +181,7 @@ async fn a_test_run_in_which_no_test_ran_does_not_pass() {
             "a.rs",
             "RUST",
         ),
+        ("ruby", "main.rb", "X = 1", "X = 1", "a_test.rb", "RUBY"),
     ];
     for (language, entry, honest, wrong, test, text) in cases {
         if !there(language) {
@@ -190,6 +191,10 @@ async fn a_test_run_in_which_no_test_ran_does_not_pass() {
             let text = match (text, status) {
                 ("RUST", "tests_passed") => "#[test] fn a() { assert!(1 < 2) }",
                 ("RUST", _) => "pub fn a() { assert!(1 < 2) }",
+                ("RUBY", "tests_passed") => {
+                    "require 'minitest/autorun'\nclass T < Minitest::Test\n  def test_a = assert(true)\nend"
+                }
+                ("RUBY", _) => "require 'minitest/autorun'\nclass T < Minitest::Test\nend",
                 (text, _) => text,
             };
             let message = json!({
@@ -200,6 +205,42 @@ async fn a_test_run_in_which_no_test_ran_does_not_pass() {
             let reply = socket.ask(message.to_string()).await;
             assert_eq!(reply["status"], status, "{language} {code:?}: {reply}");
         }
+    }
+    // Beside files whose tests hold, and where a test file is only run.
+    for (language, entry, good, (name, empty)) in [
+        (
+            "python",
+            "main.py",
+            ("test_a.py", "def test_a(): pass"),
+            ("test_b.py", "import main"),
+        ),
+        ("bash", "main.sh", ("a.sh", "true"), ("b.sh", "\n")),
+        (
+            "php",
+            "main.php",
+            ("a.php", "<?php assert(true);"),
+            ("b.php", ""),
+        ),
+    ] {
+        if !there(language) {
+            continue;
+        }
+        let message = json!({
+            "user_id": "early", "language": language, "deploy": false,
+            "files": { entry: "" }, "tests": { good.0: good.1, name: empty },
+        });
+        let reply = socket.ask(message.to_string()).await;
+        assert_eq!(reply["status"], "tests_failed", "{language}: {reply}");
+        let tests = reply["tests"].as_array().unwrap();
+        let failed = tests
+            .iter()
+            .find(|test| test["outcome"] == "failed")
+            .unwrap();
+        assert_eq!(failed["name"], name, "{reply}");
+        assert!(
+            failed["message"].as_str().unwrap().contains("no test ran"),
+            "{reply}"
+        );
     }
 }
 

@@ -43,6 +43,7 @@ pub struct Project {
 struct Manifest {
     package: Option<Package>,
     bin: Vec<Target>,
+    test: Vec<Target>,
     workspace: Option<Workspace>,
 }
 
@@ -59,6 +60,7 @@ struct Package {
 struct Target {
     name: String,
     path: Option<String>,
+    harness: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -155,18 +157,41 @@ impl Project {
     }
 }
 
-/// Arguments by which Cargo tests what is in this file.
-pub fn test_target(files: &Files, path: &str) -> Vec<String> {
+/// The folder of the package that a file is in, and the path of the package's manifest.
+fn package_of<'a>(files: &Files, path: &'a str) -> (&'a str, String) {
     let mut folder = super::folder(path);
-    // The package that it is in.
     while !folder.is_empty() && text(files, &format!("{folder}/{MANIFEST}")).is_none() {
         folder = super::folder(folder);
     }
-    let rest = path[folder.len()..].trim_start_matches('/');
     let place = match folder {
         "" => MANIFEST.to_owned(),
         folder => format!("{folder}/{MANIFEST}"),
     };
+    (folder, place)
+}
+
+/// The test that the package declares for this file, if it declares one.
+fn declared_test(files: &Files, path: &str) -> Option<Target> {
+    let (folder, place) = package_of(files, path);
+    let manifest: Manifest = toml::from_str(text(files, &place)?).ok()?;
+    let rest = path[folder.len()..].trim_start_matches('/');
+    manifest.test.into_iter().find(|test| match &test.path {
+        Some(path) => normal(path) == rest,
+        None => [".rs", "/main.rs"]
+            .iter()
+            .any(|end| rest == format!("tests/{}{end}", test.name)),
+    })
+}
+
+/// Whether this test file brings its own `main`, which prints what it likes: Cargo's harness is off.
+pub fn has_own_harness(files: &Files, path: &str) -> bool {
+    declared_test(files, path).is_some_and(|test| test.harness == Some(false))
+}
+
+/// Arguments by which Cargo tests what is in this file.
+pub fn test_target(files: &Files, path: &str) -> Vec<String> {
+    let (folder, place) = package_of(files, path);
+    let rest = path[folder.len()..].trim_start_matches('/');
     let manifest = text(files, &place).and_then(|text| toml::from_str::<Manifest>(text).ok());
     let package = manifest.and_then(|manifest| manifest.package);
     let mut arguments = Vec::new();
@@ -201,8 +226,9 @@ pub fn test_target(files: &Files, path: &str) -> Vec<String> {
             ]
         }
         (None, None) => {
-            let name = stem.rsplit('/').next().unwrap_or(stem);
-            vec!["--test".to_owned(), name.to_owned()]
+            let name = stem.rsplit('/').next().unwrap_or(stem).to_owned();
+            let declared = declared_test(files, path);
+            vec!["--test".to_owned(), declared.map_or(name, |test| test.name)]
         }
     };
     arguments.extend(more);
@@ -299,7 +325,11 @@ mod tests {
     #[test]
     fn a_test_file_is_the_target_that_it_is_in() {
         let project = files(&[
-            ("Cargo.toml", "[package]\nname = \"app\"\n[workspace]\n"),
+            (
+                "Cargo.toml",
+                "[package]\nname = \"app\"\n[workspace]\n[[test]]\nname = \"plain\"\nharness = false\n\
+                 [[test]]\nname = \"far\"\npath = \"./checks/it.rs\"\n",
+            ),
             ("src/lib.rs", ""),
             ("src/main.rs", ""),
             ("src/cart/mod.rs", ""),
@@ -315,8 +345,15 @@ mod tests {
             ("tests/whole.rs", "--test whole"),
             ("tests/other/main.rs", "--test other"),
             ("tool/tests/it.rs", "--package tool --test it"),
+            ("tests/plain.rs", "--test plain"),
+            ("checks/it.rs", "--test far"),
         ] {
             assert_eq!(test_target(&project, path).join(" "), arguments, "{path}");
+            assert_eq!(
+                has_own_harness(&project, path),
+                path == "tests/plain.rs",
+                "{path}"
+            );
         }
     }
 

@@ -177,7 +177,7 @@ pub static LANGUAGES: &[Language] = &[
                  case $(tsc --version) in *' '[1-5].*) ;; *) set -- --types '*' \"$@\";; esac; \
                  tsc --pretty false --outDir .build --rootDir . --target es2022 --module node16 \
                  --moduleResolution node16 --esModuleInterop --skipLibCheck --strict --noEmitOnError \
-                 --sourceMap --typeRoots \"$types\" \"$@\" && exec node -e \"$finish\"",
+                 --sourceMap --typeRoots \"$types\" \"$@\" && exec node -e \"$finish\" </dev/null",
                 "sh",
                 TYPES,
                 FINISH_TYPESCRIPT,
@@ -193,7 +193,7 @@ pub static LANGUAGES: &[Language] = &[
                  case $(tsc --version)$set in *' '[1-5].*|*'\"types\":'*) ;; *) set -- \"$@\" --types '*';; esac; \
                  tsc --pretty false --project . --outDir .build --rootDir . --noEmit false \
                  --emitDeclarationOnly false --noEmitOnError --sourceMap true --inlineSourceMap false \
-                 --typeRoots \"$types\" \"$@\" && exec node -e \"$finish\"",
+                 --typeRoots \"$types\" \"$@\" && printf %s \"$set\" | node -e \"$finish\"",
                 "sh",
                 TYPES,
                 FINISH_TYPESCRIPT,
@@ -490,6 +490,12 @@ pub static LANGUAGES: &[Language] = &[
     Language {
         project: Some("Gemfile"),
         others: &["app.rb", "server.rb"],
+        // Of minitest and test-unit.
+        tests: proved_each(
+            "ruby",
+            &["ruby", "{file}"],
+            Proof::Unless(&["0 runs, ", "0 tests, "]),
+        ),
         ..interpreted(
             "ruby",
             "main.rb",
@@ -559,8 +565,9 @@ const RUN_COMPILED: &[&str] = &[
 ];
 
 /// What `tsc` leaves undone, in the words of Node: files that programs look for beside their scripts are shown
-/// there; imports that name no ending, as bundlers take them, get the ending of the file that is there; and
-/// scripts are taken for modules where they are.
+/// there; imports that name no ending, as bundlers take them, get the ending of the file that is there; imports
+/// by the project's `paths` and `baseUrl`, which come on its standard input, name the file; and scripts are taken
+/// for modules where they are.
 const FINISH_TYPESCRIPT: &str = r#"
 const fs = require('fs'), path = require('path');
 const is = at => { try { return fs.statSync(at).isFile() } catch { return false } };
@@ -571,16 +578,47 @@ const walk = (folder, each) => {
     else if (entry.isFile()) each(at);
   }
 };
+const given = fs.readFileSync(0, 'utf8');
+const { paths = {}, baseUrl } = given ? JSON.parse(given).compilerOptions ?? {} : {};
+const ENDINGS = ['.js', '.mjs', '.cjs', '/index.js', '/index.mjs'];
+// The script that is made of this file, which is named with or without its ending.
+const script = at => {
+  const made = path.resolve('.build', path.relative('.', at));
+  const whole = made.replace(/\.([mc]?)tsx?$/, '.$1js');
+  return is(whole) ? whole : ENDINGS.map(ending => made + ending).find(is) ?? (is(at) ? made : undefined);
+};
+const patterns = Object.entries(paths).sort(([a], [b]) => b.indexOf('*') - a.indexOf('*') || b.length - a.length);
+const mapped = name => {
+  const found = [];
+  for (const [pattern, targets] of patterns) {
+    const [before, after] = pattern.split('*');
+    if (after === undefined ? name !== pattern : !(name.startsWith(before) && name.endsWith(after) && name.length >= pattern.length - 1)) continue;
+    const middle = after === undefined ? '' : name.slice(before.length, name.length - after.length);
+    found.push(...targets.map(target => target.replace('*', () => middle)));
+    break;
+  }
+  if (baseUrl !== undefined) found.push(name);
+  for (const target of found) {
+    const to = script(path.resolve(baseUrl ?? '.', target));
+    if (to) return to;
+  }
+};
 let modules = false;
 walk('.build', at => {
-  if (!at.endsWith('.js')) return;
+  if (!/\.[mc]?js$/.test(at)) return;
   const text = fs.readFileSync(at, 'utf8');
-  if (text.includes('Object.defineProperty(exports, "__esModule"') || !/^(import\s*["'{*\w]|export\s)/m.test(text)) return;
-  modules = true;
-  const named = text.replace(/(\bfrom\s*|\bimport\s*\(?\s*)(["'])(\.{1,2}(?:\/[^"'\n]*)?)\2/g, (all, before, quote, name) => {
+  const isModule = at.endsWith('.js') && !text.includes('Object.defineProperty(exports, "__esModule"') && /^(import\s*["'{*\w]|export\s)/m.test(text);
+  modules ||= isModule;
+  const named = text.replace(/(\bfrom\s*|\bimport\s*\(?\s*|\brequire\s*\(\s*)(["'])([^"'\n]+)\2/g, (all, before, quote, name) => {
+    if (!/^\.{1,2}(\/|$)/.test(name)) {
+      const to = mapped(name);
+      if (!to) return all;
+      const short = path.relative(path.dirname(path.resolve(at)), to);
+      return before + quote + (short.startsWith('.') ? short : './' + short) + quote;
+    }
     const to = path.resolve(path.dirname(at), name);
-    if (is(to)) return all;
-    const ending = ['.js', '.mjs', '.cjs', '/index.js', '/index.mjs'].find(ending => is(to + ending));
+    if (!isModule || is(to)) return all;
+    const ending = ENDINGS.find(ending => is(to + ending));
     return ending ? before + quote + name.replace(/\/$/, '') + ending + quote : all;
   });
   if (named !== text) fs.writeFileSync(at, named);
@@ -666,13 +704,18 @@ const fn compiled(
 
 /// Test files that are run one by one as they are.
 const fn each(name: &'static str, argv: &'static [&'static str]) -> TestFiles {
+    proved_each(name, argv, Proof::None)
+}
+
+/// The same, where more than the exit code tells whether a test ran.
+const fn proved_each(name: &'static str, argv: &'static [&'static str], proof: Proof) -> TestFiles {
     TestFiles::Each(TestCommand {
         name,
         argv,
         project: None,
         has_own_entry: false,
         compiles: false,
-        proof: Proof::None,
+        proof,
     })
 }
 
