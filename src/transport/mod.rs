@@ -284,6 +284,14 @@ impl Edge {
         if let Err(problem) = refused {
             return problem.into_response();
         }
+        let health = ["/healthz", "/readyz"].contains(&request.uri().path());
+        if !health {
+            let peer = request.extensions().get::<server::Peer>();
+            if let Err(problem) = caller::count_strangers(self, peer, request.headers()) {
+                tokio::time::sleep(TOO_MANY_PAUSE).await;
+                return problem.into_response();
+            }
+        }
         if guard::is_preflight(request.method(), request.headers()) {
             return StatusCode::NO_CONTENT.into_response();
         }
