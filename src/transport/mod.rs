@@ -140,6 +140,8 @@ pub struct Edge {
     pub answers: Budgets<Option<UserId>>,
     /// The same for arguments of modules' calls.
     pub arguments: Budgets<Option<UserId>>,
+    /// The same for messages of a key's WebSockets that have not come whole.
+    unfinished: Budgets<String>,
     /// What happens next.
     pub pipeline: Pipeline,
     /// Who owns sandboxes and releases.
@@ -222,6 +224,7 @@ impl Edge {
             searchers: Places::new(logs::MAX_SEARCHES),
             answers: Budgets::new(MAX_ANSWERS_BYTES),
             arguments: Budgets::new(MAX_ARGUMENTS_BYTES),
+            unfinished: Budgets::new(session::MAX_UNFINISHED_BYTES),
             pipeline: parts.pipeline,
             modules: parts.modules,
             platform: parts.platform,
