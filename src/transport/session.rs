@@ -81,7 +81,8 @@ const UNFINISHED_BYTES: usize = 2 * MAX_MESSAGE_BYTES;
 /// may have some 4 MiB.
 const SMALL_MESSAGE: usize = 16 << 10;
 
-/// How long a longer one may take to come whole, as far as that is looked at with each ping: at half the speed of the slowest client that is waited for.
+/// How long a longer one may take to come whole: at half the speed of the slowest client that is waited for.
+/// It is looked at with each ping.
 const UNFINISHED_PATIENCE: Duration =
     Duration::from_secs((2 * MAX_MESSAGE_BYTES / SLOWEST_BYTES_PER_SECOND) as u64);
 
