@@ -133,12 +133,24 @@ fn with_default_command(mut args: Vec<OsString>) -> Vec<OsString> {
     args
 }
 
+/// Has large pieces of memory go back to the system as soon as they are free. glibc keeps pieces of up to 32 MiB
+/// once the first was freed, for each of its arenas: after a few large replies those were most of the server.
+fn give_memory_back() {
+    #[cfg(target_env = "gnu")]
+    {
+        const LARGE: libc::c_int = 256 << 10;
+        // SAFETY: integer arguments only. Where it is refused, memory is kept as before.
+        unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE) };
+    }
+}
+
 fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let config = Config::new(args, Secrets::from_environment())?;
     if matches!(config.platform, PlatformConfig::Local) {
         // Before the first thread: each takes it over from the one that starts it.
         gantry::platform::local::prefer_server();
     }
+    give_memory_back();
     let _log = gantry::telemetry::start(&config.data_dir.join("log"), &config.log)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .max_blocking_threads(MAX_BLOCKING_THREADS)

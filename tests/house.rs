@@ -335,6 +335,7 @@ const TO_OWN_FILES: &[(&str, &[&str], &str)] = &[
     ("src/runner/agent.rs", &["open"], "the root of slots' roots"),
     ("src/runner/line.rs", &["read_to_string"], "/proc/net"),
     ("src/runner/listening.rs", &["File::open("], "/proc/net"),
+    ("src/runner/sockets.rs", &["File::open("], "/proc/net"),
     (
         "src/runner/workspace/terminal.rs",
         &["open"],

@@ -21,6 +21,11 @@ const REQUESTS_AT_ONCE: NonZeroU32 = NonZeroU32::new(1_000).unwrap();
 const FAILURES_PER_SECOND: NonZeroU32 = NonZeroU32::new(2).unwrap();
 const FAILURES_AT_ONCE: NonZeroU32 = NonZeroU32::new(100).unwrap();
 
+/// Requests from one address per second, and at once, that carry no key which counts: many people behind one
+/// address, each of whom opens a page, which asks for some ten things before it signs in.
+const STRANGERS_PER_SECOND: NonZeroU32 = NonZeroU32::new(100).unwrap();
+const STRANGERS_AT_ONCE: NonZeroU32 = NonZeroU32::new(1_000).unwrap();
+
 /// Sign-ins of one key per second, and at once: each writes a file. A person signs in once a day.
 const SIGN_INS_PER_SECOND: NonZeroU32 = NonZeroU32::new(1).unwrap();
 const SIGN_INS_AT_ONCE: NonZeroU32 = NonZeroU32::new(60).unwrap();
@@ -60,6 +65,7 @@ pub struct RateLimits {
     sign_ins: Limiter<String>,
     messages: Limiter<String>,
     failures: Limiter<Network>,
+    strangers: Limiter<Network>,
 }
 
 impl Default for RateLimits {
@@ -69,6 +75,7 @@ impl Default for RateLimits {
             sign_ins: Limiter::new(SIGN_INS_PER_SECOND, SIGN_INS_AT_ONCE),
             messages: Limiter::new(KIB_PER_SECOND, KIB_AT_ONCE),
             failures: Limiter::new(FAILURES_PER_SECOND, FAILURES_AT_ONCE),
+            strangers: Limiter::new(STRANGERS_PER_SECOND, STRANGERS_AT_ONCE),
         }
     }
 }
@@ -100,6 +107,11 @@ impl RateLimits {
     /// Counts one attempt to sign in that failed.
     pub fn failure(&self, network: Network) -> Result<(), TooMany> {
         self.failures.count(network)
+    }
+
+    /// Counts one request without a key.
+    pub fn stranger(&self, network: Network) -> Result<(), TooMany> {
+        self.strangers.count(network)
     }
 }
 
@@ -183,6 +195,16 @@ mod tests {
             .count();
         assert!(refused > 350, "{refused}");
         assert!(limits.failure(IpAddr::from([10, 0, 0, 2]).into()).is_ok());
+    }
+
+    #[test]
+    fn strangers_have_a_rate_for_each_address() {
+        let limits = RateLimits::default();
+        let crowd = Network::from(IpAddr::from([10, 0, 0, 1]));
+        let refused = (0..3_000).filter(|_| limits.stranger(crowd).is_err());
+        assert!(refused.count() > 1_500);
+        let other = IpAddr::from([10, 0, 0, 2]).into();
+        assert!(limits.stranger(other).is_ok() && limits.failure(crowd).is_ok());
     }
 
     #[test]

@@ -101,6 +101,13 @@ impl Front {
     }
 }
 
+/// How many segments were sealed, and how many of them the keeper had before it when it looked last.
+#[derive(Default)]
+pub(super) struct Behind {
+    pub(super) sealed: u64,
+    pub(super) looked_at: u64,
+}
+
 pub(super) struct Shared {
     pub(super) dir: PathBuf,
     pub(super) options: JournalOptions,
@@ -108,6 +115,10 @@ pub(super) struct Shared {
     pub(super) front: Mutex<Front>,
     pub(super) work: Condvar,
     pub(super) room: Notify,
+    /// What the keeper has still to look at.
+    pub(super) behind: Mutex<Behind>,
+    /// The keeper has looked.
+    pub(super) looked: Condvar,
     pub(super) store: Mutex<Store>,
     /// Held while the list of segments is written.
     pub(super) chaining: Mutex<()>,

@@ -45,10 +45,14 @@ const COPY: usize = 1 << 20;
 pub(super) fn run(shared: &Shared, full: &mpsc::Receiver<()>) {
     while full.recv().is_ok() {
         while full.try_recv().is_ok() {}
+        let sealed = lock(&shared.behind).sealed;
         let done = keep(shared).and_then(|()| shared.memory.trim());
         if let Err(error) = done {
             tracing::error!("the journal may grow past its bound: {error}");
         }
+        // Also when it failed: that is no reason to take nothing in.
+        lock(&shared.behind).looked_at = sealed;
+        shared.looked.notify_all();
     }
 }
 

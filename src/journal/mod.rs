@@ -272,6 +272,8 @@ impl Journal {
             front: Mutex::new(front),
             work: Condvar::new(),
             room: Notify::new(),
+            behind: Mutex::default(),
+            looked: Condvar::new(),
             store: Mutex::new(store),
             chaining: Mutex::default(),
             durable: Mutex::new(Some(sender)),

@@ -454,6 +454,29 @@ async fn what_a_reader_still_needs_is_kept_up_to_the_backlogs_size() {
     eventually("what was read stays", || segments(&dir).len() <= 6).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_makes_the_journal_little_larger_than_its_bound() {
+    const SEGMENT: u64 = 64 << 10;
+    const BOUND: u64 = 16 * SEGMENT;
+    let dir = TempDir::new().unwrap();
+    let journal = Journal::open(dir.path(), options(SEGMENT, BOUND)).unwrap();
+    let mut most = 0;
+    for n in 0..1_500 {
+        let id = SubmissionId::new();
+        journal.append(received(id)).await.unwrap();
+        let text = "x".repeat(16 << 10);
+        journal.append(output(id, text)).await.unwrap();
+        journal.append(reply(id)).await.unwrap();
+        if n % 5 == 0 {
+            let files = segments(&dir);
+            let bytes = files.iter().filter_map(|path| path.metadata().ok());
+            most = most.max(bytes.map(|about| about.len()).sum());
+        }
+    }
+    // What is sealed meanwhile, what is written, and a new file that takes an old one's place.
+    assert!(most <= BOUND + 8 * SEGMENT, "{most} bytes");
+}
+
 #[test]
 fn a_journal_keeps_its_name_and_no_other_has_it() {
     let (one, two) = (TempDir::new().unwrap(), TempDir::new().unwrap());

@@ -17,6 +17,14 @@ use super::store::lock;
 /// room, long enough that a full disk is not hammered.
 const RETRY: Duration = Duration::from_millis(250);
 
+/// Segments that may be sealed before the keeper has looked at the first of them: with segments of a sixteenth
+/// of the journal, a quarter of it.
+const MOST_BEHIND: u64 = 4;
+
+/// Longest wait for the keeper: it reads and writes all of a journal of the usual size in less, and one that is
+/// stuck must not stop everything.
+const KEEPER_PATIENCE: Duration = Duration::from_secs(10);
+
 /// The server is stopping and the disk still refuses.
 struct GivenUp;
 
@@ -95,6 +103,20 @@ impl Writer {
         }
         self.shared.recycle(batch);
         Ok(())
+    }
+
+    /// Lets the keeper catch up: who writes faster than it deletes would leave the journal's bound behind.
+    fn wait_for_keeper(&self) {
+        let behind = lock(&self.shared.behind);
+        let too_far =
+            |behind: &mut super::front::Behind| behind.sealed - behind.looked_at > MOST_BEHIND;
+        let waited = self
+            .shared
+            .looked
+            .wait_timeout_while(behind, KEEPER_PATIENCE, too_far);
+        if waited.is_ok_and(|(_, waited)| waited.timed_out()) {
+            tracing::warn!("the journal grows faster than old records are deleted from it");
+        }
     }
 
     fn publish(&self, batch: &Batch, from: usize, to: usize) {
@@ -176,8 +198,11 @@ impl Writer {
         };
         seal(&self.shared, fresh);
         write_chain(&self.shared);
+        lock(&self.shared.behind).sealed += 1;
         // Without a keeper nothing is deleted, and it has said why.
-        let _ = self.full.send(());
+        if self.full.send(()).is_ok() {
+            self.wait_for_keeper();
+        }
         Ok(())
     }
 }

@@ -41,7 +41,7 @@ const CONNECTIONS: usize = 4;
 /// How much the index keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SearchOptions {
-    /// Bytes of the index file past which the oldest records are deleted.
+    /// Bytes of the index file. The oldest records are deleted before it is as large.
     pub max_bytes: u64,
     /// Age past which records are deleted.
     pub max_age: Duration,

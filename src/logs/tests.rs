@@ -629,6 +629,35 @@ async fn in_time(holds: impl AsyncFn() -> bool) {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_makes_the_index_little_larger_than_its_bound() {
+    const BOUND: u64 = 8 << 20;
+    let options = SearchOptions {
+        max_bytes: BOUND,
+        max_age: Duration::from_secs(3600),
+    };
+    let house = House::on(TempDir::new().unwrap(), options);
+    let id = SubmissionId::new();
+    house.add("ada", id, received("ada", id)).await;
+    let (mut most, mut number) = (0, 0_u64);
+    for _ in 0..600 {
+        // Words that come once only are what takes most room in an index.
+        let mut text = String::new();
+        while text.len() < 64 << 10 {
+            number += 1;
+            text.push_str(&format!(
+                "{:x} ",
+                number.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            ));
+        }
+        house.add("ada", id, output(&text)).await;
+        most = most.max(std::fs::metadata(house.file()).unwrap().len());
+    }
+    house.find_words("0").await;
+    most = most.max(std::fs::metadata(house.file()).unwrap().len());
+    assert!(most < BOUND * 6 / 5, "{most}");
+}
+
 async fn followers_see_every_match_once_from_wherever_they_begin(house: &House) {
     let id = SubmissionId::new();
     house.add("ada", id, received("ada", id)).await;

@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -16,9 +17,8 @@ use super::plan::{self, Plan};
 use super::queue::Permit;
 use super::text::TextDecoder;
 use super::verdict::{
-    FinishedRun, Verdict, decide, judge_case, judge_compile, judge_file, judge_install,
+    FinishedRun, Verdict, decide, judge_case, judge_compile, judge_file, judge_install, show_output,
 };
-use crate::budget::Spent;
 use crate::journal::{Appended, JournalError, NewRecord};
 use crate::model::{
     Event, Order, Outcome, OutputStream, Problem, Reason, Record, RunReport, SUPERSEDED, Serves,
@@ -37,13 +37,13 @@ const NEWS_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Most bytes that all runs of a submission write together; the one that passes it is stopped at its
 /// output limit. A test case has at most a quarter of it, and everything is in memory at the verdict.
-pub const MAX_OUTPUT_BYTES: u64 = 64 << 20;
+const MAX_OUTPUT_BYTES: u64 = 64 << 20;
 
 /// Servers that may end while a submission is under way: it is taken up once, and not again.
 const MAX_CRASHES: u32 = 2;
 
-/// Output up to this many bytes is not counted: a thousand submissions under way, as many as a user may have,
-/// hold no more than 64 MiB of it.
+/// Output up to this many bytes stays in memory: a thousand submissions under way, as many as a user may have,
+/// hold no more than 64 MiB of it. More is read back from the journal when it is needed.
 const SMALL_OUTPUT: u64 = 64 << 10;
 
 /// Between two tries to write to a journal whose disk is full or failing.
@@ -187,8 +187,12 @@ pub struct Course {
     history: History,
     started: Instant,
     step_started: Instant,
-    /// What its output takes of its user's budget, when it is much.
-    output: Option<Spent>,
+    /// The place of its last record.
+    recorded: AtomicU64,
+    /// The numbers of its tests' runs whose output only the journal has, since it is much.
+    let_go: Vec<u32>,
+    /// These runs, once their output is all that their outcome lacks.
+    lacking: Vec<FinishedRun>,
 }
 
 impl Course {
@@ -206,7 +210,9 @@ impl Course {
             history,
             started: Instant::now(),
             step_started: Instant::now(),
-            output: None,
+            recorded: AtomicU64::new(0),
+            let_go: Vec::new(),
+            lacking: Vec::new(),
         }
     }
 
@@ -214,13 +220,19 @@ impl Course {
     pub async fn run(mut self, permit: Option<Permit>) {
         let (journal, control) = (self.inner.journal.clone(), Arc::clone(&self.control));
         let ended = async {
-            let outcome = self.steps(permit).await?;
+            let mut outcome = self.steps(permit).await?;
             let status = outcome.status;
+            let mut lacking = std::mem::take(&mut self.lacking);
             // Its JSON and its frame in the journal are copies of what the program wrote.
-            let _alone = match &self.output {
-                Some(_) => self.inner.large_replies.acquire().await.ok(),
-                None => None,
+            let _alone = match lacking.is_empty() {
+                false => self.inner.large_outputs.acquire().await.ok(),
+                true => None,
             };
+            if !lacking.is_empty() {
+                self.read_output(&mut lacking).await?;
+                show_output(&mut outcome, &lacking);
+                drop(lacking);
+            }
             self.append(Event::Reply(Box::new(outcome))).await?;
             Ok(status)
         };
@@ -292,15 +304,19 @@ impl Course {
         Ok(outcome)
     }
 
-    /// Room for what the submission's programs write, once that is more than a little. It is held until the
-    /// reply, which a deploy may delay.
-    async fn room_for_output(&self) -> Option<Spent> {
-        // All that may still come, at once: two that hold a part and wait for the rest would wait for ever.
-        let user = self.submission.user_id.clone();
-        tokio::select! {
-            room = self.inner.outputs.take(user, MAX_OUTPUT_BYTES as usize) => Some(room),
-            () = self.control.cancelled() => None,
+    /// Reads back what these runs wrote that was let go. Whoever calls this is the only one.
+    async fn read_output(&self, runs: &mut [FinishedRun]) -> Result<(), JournalError> {
+        let journal = &self.inner.journal;
+        journal
+            .durable(self.recorded.load(Ordering::Relaxed))
+            .await?;
+        let records = journal.read_submission(self.submission.id).await?;
+        let (_, mut history) = History::read(records).ok_or(JournalError::Unknown)?;
+        for (run, number) in runs.iter_mut().zip(&self.let_go) {
+            let recorded = std::mem::take(history.run(*number));
+            (run.stdout, run.stderr) = (recorded.stdout, recorded.stderr);
         }
+        Ok(())
     }
 
     /// What follows from the test.
@@ -316,12 +332,12 @@ impl Course {
         let mut outcome = verdict.outcome(&runs);
         let listened = |run: &FinishedRun| run.report.as_ref().is_some_and(|r| r.listened);
         let has_listened = runs.iter().any(listened);
-        // Until the reply only the outcome holds what they wrote.
-        drop(runs);
-        if let Some(room) = &mut self.output {
-            let kept =
-                [&outcome.stdout, &outcome.stderr].map(|text| text.as_ref().map_or(0, String::len));
-            room.keep(kept.iter().sum());
+        // Until the reply, which a deploy may delay, only the outcome holds what they wrote, and nothing when it
+        // is much.
+        if !self.let_go.is_empty() && outcome.stdout.is_some() {
+            self.lacking = runs;
+        } else {
+            drop(runs);
         }
         if verdict.status == Status::TestsFailed && outcome.error.is_none() {
             outcome.error = match outcome.reason {
@@ -370,16 +386,16 @@ impl Course {
         let mut runs = Vec::new();
         let mut told = 0;
         let mut output_left = MAX_OUTPUT_BYTES;
-        let mut output = None;
+        let mut numbers = Vec::new();
+        let mut much = false;
         for (number, mut job) in self.plan().test_jobs().enumerate() {
             job.limits.output_bytes = job.limits.output_bytes.min(output_left);
+            numbers.push(job.id.run);
             let mut run = self.one_run(&session, job).await?;
             run.read_tests().await;
             let written = run.stdout.len() + run.stderr.len();
             output_left = output_left.saturating_sub(written as u64);
-            if output.is_none() && MAX_OUTPUT_BYTES - output_left > SMALL_OUTPUT {
-                output = self.room_for_output().await;
-            }
+            much |= MAX_OUTPUT_BYTES - output_left > SMALL_OUTPUT;
             let undecided = run.report.is_none() || self.control.is_cancelled();
             let result = match &self.submission.tests {
                 Tests::Cases(cases) => cases.get(number).map(|case| judge_case(case, &run)),
@@ -395,12 +411,26 @@ impl Course {
             if let Some(result) = result {
                 self.tell_test(&mut told, result).await?;
             }
+            if much {
+                runs.iter_mut().for_each(FinishedRun::let_go);
+            }
             if undecided {
                 break;
             }
         }
-        self.output = output;
+        let alone = match much {
+            true => self.inner.large_outputs.acquire().await.ok(),
+            false => None,
+        };
+        if much {
+            self.let_go = numbers;
+            self.read_output(&mut runs).await?;
+        }
         let verdict = decide(&self.submission, &runs);
+        if much {
+            runs.iter_mut().for_each(FinishedRun::let_go);
+        }
+        drop(alone);
         if matches!(self.submission.tests, Tests::Files(_)) && !self.each_by_itself() {
             for result in verdict.tests.clone() {
                 self.tell_test(&mut told, result).await?;
@@ -894,7 +924,12 @@ impl Course {
                 Err(JournalError::Full | JournalError::Failing { .. }) => {
                     sleep(JOURNAL_PAUSE).await;
                 }
-                done => return done,
+                Ok(appended) => {
+                    let place = appended.position;
+                    self.recorded.fetch_max(place, Ordering::Relaxed);
+                    return Ok(appended);
+                }
+                failed => return failed,
             }
         }
     }

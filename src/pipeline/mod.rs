@@ -33,7 +33,6 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
 
-use crate::budget::Budgets;
 use crate::journal::{Appended, Item, Journal, JournalError, NewRecord, SubmissionState};
 use crate::model::{
     Domain, DomainProof, Event, FieldError, Limits, Order, Outcome, Packages, Problem, ReplChange,
@@ -44,7 +43,7 @@ use crate::platform::{ConfigureError, Platform, PlatformError, RunningRelease, S
 use crate::storage::CodeStore;
 use claims::Claims;
 use control::{Asked, Control, Received, beyond};
-use course::{Course, History, JOURNAL_PAUSE, MAX_OUTPUT_BYTES};
+use course::{Course, History, JOURNAL_PAUSE};
 use idle::Waking;
 use intake::Intake;
 use order::Deployments;
@@ -189,10 +188,8 @@ struct Inner {
     revoked: Revoked,
     /// See [`READ_AT_ONCE`].
     reading: Semaphore,
-    /// What was written by programs whose replies are still to come.
-    outputs: Budgets<UserId>,
-    /// Large replies are put together one after the other.
-    large_replies: Semaphore,
+    /// Who reads back what programs wrote whose replies are still to come, when it is much: one after the other.
+    large_outputs: Semaphore,
     maximum: Limits,
     share: Share,
     names: Names,
@@ -226,9 +223,7 @@ impl Pipeline {
                 intake: Intake::new(options.bounds),
                 revoked: options.revoked.clone(),
                 reading: Semaphore::new(READ_AT_ONCE),
-                // One submission of a user that may still write a lot, or several that have written.
-                outputs: Budgets::new(MAX_OUTPUT_BYTES as u32),
-                large_replies: Semaphore::new(1),
+                large_outputs: Semaphore::new(1),
                 maximum: options.maximum,
                 share: options.share.clone(),
                 names: options.names.clone(),

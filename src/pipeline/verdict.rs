@@ -29,6 +29,11 @@ pub struct FinishedRun {
 }
 
 impl FinishedRun {
+    /// Lets go of what it wrote, which the journal has.
+    pub fn let_go(&mut self) {
+        (self.stdout, self.stderr) = (String::new(), String::new());
+    }
+
     /// Reads the test runner's report. The program may have written it, so that no other
     /// submission waits while it is read; as many are read at a time as there are runs.
     pub async fn read_tests(&mut self) {
@@ -566,11 +571,7 @@ impl Verdict {
         let reports = || runs.iter().filter_map(|run| run.report.as_ref());
         outcome.truncated = reports().any(|report| report.truncated);
         if reports().next().is_some() {
-            let mut stdout = runs.iter().map(|run| run.stdout.as_str()).collect();
-            let mut stderr = runs.iter().map(|run| run.stderr.as_str()).collect();
-            outcome.truncated |= cut_outputs(&mut stdout, &mut stderr);
-            outcome.stdout = Some(stdout);
-            outcome.stderr = Some(stderr);
+            show_output(&mut outcome, runs);
             outcome.usage = Some(Usage {
                 cpu_ms: reports().map(|report| report.usage.cpu_ms).sum(),
                 memory_bytes: reports()
@@ -587,6 +588,15 @@ impl Verdict {
         }
         outcome
     }
+}
+
+/// Puts what the runs wrote into the outcome, as much as a reply has room for.
+pub fn show_output(outcome: &mut Outcome, runs: &[FinishedRun]) {
+    let mut stdout = runs.iter().map(|run| run.stdout.as_str()).collect();
+    let mut stderr = runs.iter().map(|run| run.stderr.as_str()).collect();
+    outcome.truncated |= cut_outputs(&mut stdout, &mut stderr);
+    outcome.stdout = Some(stdout);
+    outcome.stderr = Some(stderr);
 }
 
 /// The name of a signal's number on Linux.

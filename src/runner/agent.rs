@@ -27,9 +27,10 @@ use super::confine::{Calls, Confinement, Identity, Reach, SIGNALS_VERSION, landl
 use super::job::{Command, Input, JobLog, KILL_PATIENCE, Supervisor};
 use super::line::{Lines, Proxy};
 use super::network::Network;
-use super::process::{Exit, MemoryGroup, PeakBefore, die_first, reap};
+use super::process::{Exit, MemoryGroup, PeakBefore, ProcessorGroup, die_first, reap};
 use super::report::{Report, with_folder};
 use super::slot::{Ground, Slot};
+use super::unclaimed::Unclaimed;
 use super::warm::{HOOK_FOLDER, Interpreter, Parked, Program, needs_cold_start, pipes};
 use super::wire::{DISK_SAID, FromRunner, Job, JobEvent, JobId, ToRunner, VERSION, frames, raw};
 use crate::model::{Ending, OutputStream, Reason, RunReport, Usage};
@@ -79,6 +80,8 @@ pub struct AgentConfig {
     pub network: bool,
     /// Whether each slot has a network of its own.
     pub networks: bool,
+    /// Whether nobody else is in the network of what runs here.
+    pub secluded: bool,
     /// Whether the kernel logs the system calls that user code is refused.
     pub log_refused: bool,
     /// The Python to start ahead of time.
@@ -262,6 +265,7 @@ type Ahead = JoinHandle<Option<Parked>>;
 
 struct Agent {
     memory: MemoryGroup,
+    unclaimed: Rc<Unclaimed>,
     config: AgentConfig,
     confinement: Confinement,
     exits: Exits,
@@ -301,11 +305,12 @@ struct Remembered {
 pub async fn run(
     config: AgentConfig,
     listener: UnixListener,
-    memory: MemoryGroup,
+    (memory, processor): (MemoryGroup, ProcessorGroup),
 ) -> anyhow::Result<()> {
     let confinement = Confinement::new(&config.reach, config.calls(config.first_uid.is_none()))?;
     let agent = Rc::new(Agent {
         memory,
+        unclaimed: Unclaimed::of(processor),
         confinement,
         exits: Exits::default(),
         interpreter: tokio::sync::Mutex::new(None),
@@ -684,8 +689,8 @@ impl Agent {
             }) => {
                 // Where all share one user id, only the job's own process tree is its own.
                 let tree = slot.tree(known(0));
-                let supervisor =
-                    Supervisor::new(job, &slot, tree, (orphans, self.exits.clone()), log, given);
+                let exits = (orphans, self.exits.clone(), Rc::clone(&self.unclaimed));
+                let supervisor = Supervisor::new(job, &slot, tree, exits, log, given);
                 let mut report = supervisor.watch(program, early, commands).await;
                 // Nobody in a sandbox can make the kernel do this but by using up its memory.
                 if report.ending == Ending::Signalled(libc::SIGKILL) && self.memory.kills() > kills

@@ -33,8 +33,8 @@ use tokio::time::{Instant, sleep, timeout};
 use super::agent::{AgentConfig, Exits, collect_children};
 use super::build::unpack;
 use super::callers::Callers;
-use super::confine::{Confinement, Identity};
-use super::job::KILL_PATIENCE;
+use super::confine::{ALL_OPEN_FILES, Confinement, Identity};
+use super::job::{KILL_PATIENCE, too_many_files};
 use super::line::{Lines, Proxy};
 use super::listening::{LOCAL, listening};
 use super::page::page;
@@ -120,6 +120,10 @@ const WRITTEN_PATIENCE: Duration = Duration::from_secs(25);
 
 /// How often a released program's memory is looked at.
 const MEASURE_EVERY: Duration = Duration::from_millis(500);
+
+/// What its sockets may hold in the kernel where something else bounds its memory, and these do not count for
+/// that: an eighth of the memory that programs have in a pod.
+const MOST_IN_SOCKETS: u64 = 64 << 20;
 
 /// What is released on this machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -786,13 +790,9 @@ impl App {
                     }
                 }
                 _ = measure.tick() => {
-                    let tree = self.slot.tree(Vec::new());
-                    if let Some(bytes) = self.config.memory_bytes
-                        && tree.usage().resident > bytes
-                        && tree.proportional_memory() > bytes
-                    {
+                    if self.uses_too_much() {
                         out_of_memory = true;
-                        let _ = tree.kill(KILL_PATIENCE).await;
+                        let _ = self.slot.tree(Vec::new()).kill(KILL_PATIENCE).await;
                     }
                 }
             }
@@ -823,6 +823,22 @@ impl App {
             served,
             unready,
         })
+    }
+
+    /// Whether it has met its bound on memory, or on what the kernel keeps for it beside that.
+    fn uses_too_much(&self) -> bool {
+        let tree = self.slot.tree(Vec::new());
+        let usage = tree.usage();
+        if usage.files > ALL_OPEN_FILES {
+            let words = too_many_files(usage.files).into_bytes();
+            self.wrote(OutputStream::Stderr, words);
+            return true;
+        }
+        let in_sockets = self.slot.held_by_sockets(usage.one);
+        let Some(bytes) = self.config.memory_bytes else {
+            return in_sockets > MOST_IN_SOCKETS;
+        };
+        usage.resident + in_sockets > bytes && tree.proportional_memory() + in_sockets > bytes
     }
 
     fn serves(&self) {

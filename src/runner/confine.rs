@@ -22,7 +22,12 @@ use crate::model::Limits;
 
 /// Open files of one process. Plenty for programs and test runners, and small enough that a full
 /// slot of processes stays far below the machine's own bound.
-const OPEN_FILES: u64 = 512;
+pub const OPEN_FILES: u64 = 512;
+
+/// Open files of all processes of a run or a released program together, shared ones counted for each: as many
+/// as the most processes with the smallest table of them (64). The machine has room for some 100,000 for each
+/// gigabyte of memory.
+pub const ALL_OPEN_FILES: u64 = 64 * Limits::MAXIMUM.processes;
 
 /// Capabilities a warm interpreter keeps until its child becomes the slot's user: to enter the
 /// slot's root and to take its ids. Everything else is out of reach for good.
@@ -522,12 +527,19 @@ fn unsupported() -> anyhow::Result<BpfProgram> {
     )
 }
 
-/// The filter that answers "done" and does nothing: a hint that a file's pages are no longer needed takes
-/// them from everybody who reads the same file of the machine.
+/// The filter that answers "done" and does nothing to two hints. One says that a file's pages are no longer
+/// needed, which takes them from everybody who reads the same file of the machine. The other makes a socket's
+/// receive buffer larger: what netlink and the queues of errors hold of it counts for nobody. Connections find
+/// a size by themselves.
 fn ignored() -> anyhow::Result<BpfProgram> {
     let not_needed = u64::try_from(libc::POSIX_FADV_DONTNEED)?;
     let hint = rule(&[(3, SeccompCmpOp::Eq, not_needed)])?;
-    let rules = Rules::from([(libc::SYS_fadvise64, vec![hint])]);
+    let [level, size] = [libc::SOL_SOCKET, libc::SO_RCVBUF].map(|number| number as u64);
+    let larger = rule(&[(1, SeccompCmpOp::Eq, level), (2, SeccompCmpOp::Eq, size)])?;
+    let rules = Rules::from([
+        (libc::SYS_fadvise64, vec![hint]),
+        (libc::SYS_setsockopt, vec![larger]),
+    ]);
     compile(rules, SeccompAction::Errno(0))
 }
 

@@ -13,9 +13,11 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, timeout};
 
 use super::agent::{Exits, Orphans};
+use super::confine::ALL_OPEN_FILES;
 use super::listening::listening;
 use super::process::{Exit, Pressure, Tree, has_ended, peak_of};
 use super::slot::Slot;
+use super::unclaimed::{Share, Unclaimed};
 use super::warm::Program;
 use super::wire::{Job, JobEvent, JobId, MAX_FRAME_BYTES};
 use crate::model::{Ending, Limits, OutputStream, Reason, RunReport, Usage};
@@ -203,6 +205,9 @@ pub struct Supervisor<'a> {
     tree: Tree,
     orphans: Orphans,
     exits: Exits,
+    unclaimed: Rc<Unclaimed>,
+    /// Its share of that, once it was looked at.
+    share: Option<Share>,
     log: &'a Rc<JobLog>,
     /// Bytes of the largest file that was there before it started, built by an earlier job.
     given: u64,
@@ -210,6 +215,10 @@ pub struct Supervisor<'a> {
     output_bytes: u64,
     truncated: bool,
     peak: u64,
+    /// Processor time that it had used by the last measure, with children that nobody may wait for any more.
+    used: Duration,
+    /// What its sockets hold that counts nowhere else.
+    in_sockets: u64,
     /// Something of it listened on a TCP port.
     listened: bool,
     /// See [`Program::peak_before`].
@@ -248,7 +257,7 @@ impl<'a> Supervisor<'a> {
         job: &'a Job,
         slot: &'a Slot,
         tree: Tree,
-        (orphans, exits): (Orphans, Exits),
+        (orphans, exits, unclaimed): (Orphans, Exits, Rc<Unclaimed>),
         log: &'a Rc<JobLog>,
         given: u64,
     ) -> Self {
@@ -258,6 +267,8 @@ impl<'a> Supervisor<'a> {
             tree,
             orphans,
             exits,
+            unclaimed,
+            share: None,
             log,
             given,
             started: Instant::now(),
@@ -267,6 +278,8 @@ impl<'a> Supervisor<'a> {
             output_bytes: 0,
             truncated: false,
             peak: 0,
+            used: Duration::ZERO,
+            in_sockets: 0,
             listened: false,
             peak_before: 0,
             looked: Instant::now(),
@@ -417,7 +430,7 @@ impl<'a> Supervisor<'a> {
     /// Until when it may run on, once its time is over: for as long as the machine kept it from running,
     /// within bounds.
     fn more_time(&mut self) -> Option<Instant> {
-        let cpu = self.tree.usage().cpu + self.orphans.cpu();
+        let cpu = self.tree.usage().cpu + self.of_others();
         let away = std::mem::take(&mut self.away);
         self.pressure.look(&self.tree, cpu, away);
         let wall = self.job.limits.wall();
@@ -459,8 +472,15 @@ impl<'a> Supervisor<'a> {
     /// What it uses now. `Some`: it has met a limit.
     fn measure(&mut self) -> Option<Ending> {
         let mut usage = self.tree.usage();
-        usage.cpu += self.orphans.cpu();
         self.measured += 1;
+        if self.measured > 1 {
+            // Not for a run that is as good as over.
+            self.in_sockets = self.slot.held_by_sockets(usage.one);
+            usage.resident += self.in_sockets;
+        }
+        self.look_at_unclaimed(usage.cpu + self.orphans.cpu());
+        usage.cpu += self.of_others();
+        self.used = self.used.max(usage.cpu);
         if self.measured.is_multiple_of(MEASURES_OF_PRESSURE) {
             let away = std::mem::take(&mut self.away);
             self.pressure.look(&self.tree, usage.cpu, away);
@@ -483,7 +503,31 @@ impl<'a> Supervisor<'a> {
         if usage.cpu.as_millis() > u128::from(self.job.limits.cpu_ms) {
             return Some(Ending::Limit(Reason::Cpu));
         }
+        if usage.files > ALL_OPEN_FILES {
+            // No word on the wire says it, and what the kernel keeps for them is memory.
+            let words = too_many_files(usage.files);
+            self.log.output(OutputStream::Stderr, words.as_bytes());
+            return Some(Ending::Limit(Reason::Memory));
+        }
         self.slot.is_full().then_some(Ending::Limit(Reason::Disk))
+    }
+
+    /// Processor time that none of its processes has in its sum.
+    fn of_others(&self) -> Duration {
+        let share = self.share.as_ref().map_or(Duration::ZERO, Share::cpu);
+        self.orphans.cpu() + share
+    }
+
+    /// Looks for processor time that is in nobody's sum, which takes a file of each process in the sandbox: a
+    /// run that ends soon costs no look.
+    fn look_at_unclaimed(&mut self, claimed: Duration) {
+        if !self.measured.is_multiple_of(MEASURES_OF_PRESSURE) {
+            return;
+        }
+        match &mut self.share {
+            None => self.share = self.unclaimed.share(),
+            Some(share) => share.look(claimed),
+        }
     }
 
     /// A program that listens while it is tested is expected to when it is released.
@@ -503,6 +547,7 @@ impl<'a> Supervisor<'a> {
     /// Its memory was found to be this much, shared pages counted once. `Some`: it has met its limit.
     fn resident(&mut self, bytes: u64) -> Option<Ending> {
         self.closer_look = None;
+        let bytes = bytes + self.in_sockets;
         self.peak = self.peak.max(bytes);
         (bytes > self.job.limits.memory_bytes).then_some(Ending::Limit(Reason::Memory))
     }
@@ -522,7 +567,7 @@ impl<'a> Supervisor<'a> {
         let own = |exit: Exit| (exit.peak > self.peak_before).then_some(exit.peak);
         let peak = self.peak.max(exit.and_then(own).unwrap_or(0));
         let exit = exit.map(|exit| Exit {
-            cpu: exit.cpu + self.orphans.cpu(),
+            cpu: self.used.max(exit.cpu + self.of_others()),
             ..exit
         });
         let cpu = exit.map_or(Duration::ZERO, |exit| exit.cpu);
@@ -565,6 +610,13 @@ impl<'a> Supervisor<'a> {
         }
         plain
     }
+}
+
+/// Why a program was ended that has too many files open.
+pub fn too_many_files(files: u64) -> String {
+    format!(
+        "Too many open files: all processes together have {files}, and {ALL_OPEN_FILES} are allowed\n"
+    )
 }
 
 /// Longest wait for killed processes to be gone. The contract allows one second.

@@ -21,6 +21,8 @@ mod report;
 pub mod sandbox;
 mod shown;
 pub mod slot;
+mod sockets;
+mod unclaimed;
 mod warm;
 pub mod wire;
 pub mod workspace;

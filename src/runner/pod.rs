@@ -37,7 +37,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::agent::{self, AgentConfig};
 use super::confine::{Reach, landlock_version};
-use super::process::{MemoryGroup, Tree};
+use super::process::{MemoryGroup, ProcessorGroup, Tree};
 use super::sandbox::{FIRST_SLOT_UID, close_inherited, describe_slots, write_hook};
 use super::slot::{Ground, container_folders, is_memory};
 use super::wire::scratch_bytes;
@@ -108,6 +108,9 @@ pub fn agent() -> anyhow::Result<()> {
         .init();
     let groups = ["/sys/fs/cgroup", "/sys/fs/cgroup/memory"];
     let memory = MemoryGroup::open(&groups.map(|group| Path::new(group).join("cgroup.procs")));
+    // The time of what the kubelet starts in the container is in the group's, and when that ends in no process's
+    // that can be seen here: it would be taken for the run's.
+    let groups = (memory, ProcessorGroup::open(&[]));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
@@ -117,7 +120,7 @@ pub fn agent() -> anyhow::Result<()> {
         listener.set_nonblocking(true)?;
         let listener = tokio::net::UnixListener::from_std(listener)?;
         tokio::select! {
-            ended = agent::run(config, listener, memory) => ended,
+            ended = agent::run(config, listener, groups) => ended,
             () = end.wait() => {
                 if let Some(uid) = uid {
                     let _ = Tree::Uid(uid).kill(END_PATIENCE).await;
@@ -230,6 +233,7 @@ fn agent_config() -> anyhow::Result<AgentConfig> {
         reach: reach(),
         network,
         networks: false,
+        secluded: true,
         log_refused: log_refused()?,
         python: python.is_file().then_some(python),
         path: variable("GANTRY_PATH").unwrap_or(DEFAULT_PATH.to_owned()),

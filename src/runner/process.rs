@@ -21,8 +21,12 @@ pub struct TreeUsage {
     pub processes: usize,
     /// Processor time of those alive and of the children they waited for.
     pub cpu: Duration,
-    /// Resident bytes, pages shared between processes counted once for each.
+    /// Resident bytes, pages shared between processes counted once for each, and page tables.
     pub resident: u64,
+    /// Descriptors of open files, those that processes share counted once for each.
+    pub files: u64,
+    /// One of them.
+    pub one: Option<i32>,
 }
 
 /// Which processes are meant.
@@ -59,6 +63,10 @@ impl Tree {
         let mut usage = TreeUsage::default();
         for pid in self.pids() {
             usage.processes += 1;
+            usage.one = Some(pid);
+            let kept = Kept::read(pid);
+            usage.resident += kept.page_tables;
+            usage.files += kept.files;
             let Some(stat) = Stat::read(pid) else {
                 continue;
             };
@@ -78,7 +86,10 @@ impl Tree {
         };
         let resident = |pid| Stat::read(pid).map(|stat| stat.resident_pages * 4096);
         pids.into_iter()
-            .filter_map(|pid| proportional_set(pid).or_else(|| resident(pid)))
+            .map(|pid| {
+                let pages = proportional_set(pid).or_else(|| resident(pid));
+                pages.unwrap_or(0) + Kept::read(pid).page_tables
+            })
             .sum()
     }
 
@@ -221,6 +232,51 @@ impl Stat {
             resident_pages: number(24)?,
         })
     }
+}
+
+/// What the kernel keeps for a process beside its pages.
+struct Kept {
+    page_tables: u64,
+    /// Descriptors of open files.
+    files: u64,
+}
+
+impl Kept {
+    fn read(pid: i32) -> Kept {
+        use std::os::unix::fs::MetadataExt;
+        // One that has ended keeps nothing.
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let number = |name| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            line.split_whitespace().next()?.parse::<u64>().ok()
+        };
+        // The folder's size is their number, since Linux 6.2; before, the room for them is what is known.
+        let open = fs::metadata(format!("/proc/{pid}/fd")).map_or(0, |folder| folder.size());
+        Kept {
+            page_tables: number("VmPTE:").unwrap_or(0) * 1024,
+            files: match open {
+                0 => number("FDSize:").unwrap_or(0),
+                open => open,
+            },
+        }
+    }
+}
+
+/// Processor time of every process that this one can see and of the children they waited for, and by how much
+/// that may be too little.
+pub fn processor_time_of_all() -> (Duration, Duration) {
+    let ticks = clock_ticks();
+    let time = |number: u64| Duration::from_millis(number.saturating_mul(1_000) / ticks);
+    let mut pids: Vec<i32> = all_pids().collect();
+    // Children first, as a rule: what one has used that ends meanwhile is in its parent's sum as well, rather
+    // than in none.
+    pids.sort_unstable_by(|one, other| other.cmp(one));
+    let times = pids.into_iter().filter_map(Stat::read);
+    let (count, all) = times.fold((0, 0), |(count, all), stat| {
+        (count + 1, all + stat.cpu_ticks)
+    });
+    // Each of the four numbers of a process is rounded down.
+    (time(all), time(4 * count))
 }
 
 fn real_uid(pid: i32) -> Option<u32> {
@@ -377,6 +433,42 @@ impl MemoryGroup {
             .lines()
             .find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
             .unwrap_or(0)
+    }
+}
+
+/// The control group for processor time of everything in the sandbox.
+#[derive(Debug)]
+pub struct ProcessorGroup(Option<fs::File>);
+
+impl ProcessorGroup {
+    /// Opens it while its folder can still be reached. `joined` are the groups' `cgroup.procs`.
+    pub fn open(joined: &[PathBuf]) -> Self {
+        // The old hierarchy's name first: there the other file is another thing.
+        let files = ["cpuacct.usage", "cpu.stat"].into_iter().flat_map(|name| {
+            let named = move |procs: &PathBuf| fs::File::open(procs.with_file_name(name));
+            joined.iter().filter_map(move |procs| named(procs).ok())
+        });
+        let told = |file: &fs::File| used_by(file).is_some();
+        Self(files.into_iter().find(told))
+    }
+
+    /// What it has used until now.
+    pub fn used(&self) -> Option<Duration> {
+        used_by(self.0.as_ref()?)
+    }
+}
+
+/// The processor time in `cpuacct.usage`, or in `cpu.stat`.
+fn used_by(file: &fs::File) -> Option<Duration> {
+    let mut text = [0; 1024];
+    let read = file.read_at(&mut text, 0).ok()?;
+    let text = String::from_utf8_lossy(&text[..read]);
+    let micros = text
+        .lines()
+        .find_map(|line| line.strip_prefix("usage_usec "));
+    match micros {
+        Some(micros) => micros.trim().parse().ok().map(Duration::from_micros),
+        None => text.trim().parse().ok().map(Duration::from_nanos),
     }
 }
 

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::agent::{self, AgentConfig};
 use super::app::{self, AppConfig};
 use super::network::{loopback_up, settle};
-use super::process::MemoryGroup;
+use super::process::{MemoryGroup, ProcessorGroup};
 use super::report::REPORTERS;
 use super::shown::{Shown, mounts};
 use super::slot::{FOLDER_SLOTS, bind, set_plain};
@@ -110,10 +110,13 @@ pub fn main() -> anyhow::Result<()> {
     io::stdin().read_to_string(&mut text)?;
     let spec: SandboxSpec = serde_json::from_str(&text).context("the sandbox's specification")?;
     close_inherited().context("closing what the server left open")?;
-    let memory = MemoryGroup::open(&spec.cgroups);
+    let groups = (
+        MemoryGroup::open(&spec.cgroups),
+        ProcessorGroup::open(&spec.cgroups),
+    );
     let made = match make(&spec) {
         Ok(Fork::Outside(pid)) => Made::Pid(pid),
-        Ok(Fork::Inside) => return live(spec.role, memory),
+        Ok(Fork::Inside) => return live(spec.role, groups),
         Err(error) => Made::Failed(format!("{error:#}")),
     };
     let mut line = serde_json::to_string(&made)?;
@@ -572,7 +575,7 @@ pub fn write_hook(folder: &Path) -> io::Result<()> {
 }
 
 /// The life of a sandbox's first process.
-fn live(role: Role, memory: MemoryGroup) -> anyhow::Result<()> {
+fn live(role: Role, groups: (MemoryGroup, ProcessorGroup)) -> anyhow::Result<()> {
     if matches!(role, Role::Trial) {
         return Ok(());
     }
@@ -593,7 +596,7 @@ fn live(role: Role, memory: MemoryGroup) -> anyhow::Result<()> {
         listener.set_nonblocking(true)?;
         let listener = tokio::net::UnixListener::from_std(listener)?;
         match role {
-            Role::Agent(config) => agent::run(config, listener, memory).await,
+            Role::Agent(config) => agent::run(config, listener, groups).await,
             Role::App(config) => app::run(config, listener).await,
             Role::Trial => Ok(()),
         }

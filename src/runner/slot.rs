@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::agent::AgentConfig;
 use super::network::Network;
 use super::process::Tree;
+use super::sockets::held;
 use super::wire::{BUILD_SCRATCH_BYTES, BUILD_SCRATCH_FILES};
 use crate::beneath::{self, Folder};
 
@@ -76,6 +77,8 @@ pub struct Slot {
     root: Option<OwnedFd>,
     /// Its own network; `None`: the sandbox's.
     network: Option<Network>,
+    /// Whether the network in which its jobs are is shared with nobody but the runner.
+    secluded: bool,
     /// Its folders, in the order of [`SCRATCH`].
     folders: [PathBuf; 3],
     /// How its folders are made new for each job.
@@ -173,6 +176,7 @@ impl Slot {
                     uid,
                     root: Some(fd),
                     network: None,
+                    secluded: config.secluded,
                     folders: SCRATCH.map(|(name, _)| scratch.join(name)),
                     seen: ["/workspace", "/tmp"].map(PathBuf::from),
                     own_disks: vec![scratch.clone()],
@@ -198,6 +202,7 @@ impl Slot {
                     uid,
                     root: None,
                     network: None,
+                    secluded: config.secluded,
                     folders,
                     seen: [workspace, temporary],
                     // Its use of the machine's disk cannot be told from others'.
@@ -224,6 +229,7 @@ impl Slot {
                     uid,
                     root: None,
                     network: None,
+                    secluded: config.secluded,
                     own_disks: folders.iter().filter(|at| is_memory(at)).cloned().collect(),
                     folders,
                     seen: [workspace, temporary],
@@ -242,8 +248,15 @@ impl Slot {
     pub fn with_network(self, network: Network) -> Slot {
         Slot {
             network: Some(network),
+            secluded: true,
             ..self
         }
+    }
+
+    /// What the sockets of its job hold in the kernel beside what counts elsewhere, as far as they can be told
+    /// from others'. `one` is one of the job's processes.
+    pub fn held_by_sockets(&self, one: Option<i32>) -> u64 {
+        one.filter(|_| self.secluded).map_or(0, held)
     }
 
     /// The network of its jobs; `None`: the sandbox's.

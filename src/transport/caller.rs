@@ -191,6 +191,33 @@ pub fn failed(edge: &Edge, parts: &Parts, cause: &str) -> HttpProblem {
     }
 }
 
+/// Whether a request to Gantry itself carries a key or a session that counts, as far as it is known here without
+/// asking anybody.
+fn is_known(edge: &Edge, headers: &HeaderMap) -> bool {
+    let by_session = || {
+        let mut sessions = session_cookies(edge, headers).into_iter();
+        sessions.any(|cookie| edge.sessions.key_id(cookie).is_some())
+    };
+    match header_key(headers) {
+        Some(key) => edge.keys.authenticate(key).is_some(),
+        None => edge.peers.is_peer(headers) || by_session(),
+    }
+}
+
+/// Counts a request of somebody who is not known; an error when their address asks too often. Those with a key
+/// are never counted with them.
+pub fn count_strangers(
+    edge: &Edge,
+    peer: Option<&Peer>,
+    headers: &HeaderMap,
+) -> Result<(), HttpProblem> {
+    let Some(peer) = peer.filter(|_| !is_known(edge, headers)) else {
+        return Ok(());
+    };
+    let client = edge.forwarded.client(peer.address.ip(), headers);
+    edge.rates.stranger(client.into()).map_err(too_many)
+}
+
 fn header_key(headers: &HeaderMap) -> Option<&str> {
     if let Some(key) = headers.get("x-api-key") {
         // Not text: no key, but one was sent; it must not fall back to the cookie.

@@ -141,6 +141,8 @@ pub struct Edge {
     pub answers: Budgets<Option<UserId>>,
     /// The same for arguments of modules' calls.
     pub arguments: Budgets<Option<UserId>>,
+    /// The same for messages of a key's WebSockets that have not come whole.
+    unfinished: Budgets<String>,
     /// What happens next.
     pub pipeline: Pipeline,
     /// Who owns sandboxes and releases.
@@ -223,6 +225,7 @@ impl Edge {
             searchers: Places::new(logs::MAX_SEARCHES),
             answers: Budgets::new(MAX_ANSWERS_BYTES),
             arguments: Budgets::new(MAX_ARGUMENTS_BYTES),
+            unfinished: Budgets::new(session::MAX_UNFINISHED_BYTES),
             pipeline: parts.pipeline,
             modules: parts.modules,
             platform: parts.platform,
@@ -284,6 +287,14 @@ impl Edge {
             .and_then(|()| guard::check_query(request.uri()));
         if let Err(problem) = refused {
             return problem.into_response();
+        }
+        let health = ["/healthz", "/readyz"].contains(&request.uri().path());
+        if !health {
+            let peer = request.extensions().get::<server::Peer>();
+            if let Err(problem) = caller::count_strangers(self, peer, request.headers()) {
+                tokio::time::sleep(TOO_MANY_PAUSE).await;
+                return problem.into_response();
+            }
         }
         if guard::is_preflight(request.method(), request.headers()) {
             return StatusCode::NO_CONTENT.into_response();

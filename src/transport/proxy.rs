@@ -25,6 +25,7 @@ use super::server::Peer;
 use super::session::revoked;
 use super::upload::{self, Sent, Unanswered};
 use super::upstream::{Answer, Exchange, Upstream, Waiting};
+use crate::auth::Keys;
 use crate::model::{Problem, ReplId};
 use crate::platform::{ByteStream, LAST_LINES, PlatformError};
 
@@ -296,6 +297,7 @@ async fn exchange(
         &mut request,
         wanted.as_ref(),
         &edge.forwarded,
+        &edge.keys,
         peer.as_ref(),
     );
     let (request, sent) = upload::watched(request);
@@ -445,6 +447,7 @@ fn prepare_request(
     request: &mut Request,
     upgrade: Option<&HeaderValue>,
     forwarded: &Forwarded,
+    keys: &Keys,
     peer: Option<&Peer>,
 ) {
     *request.version_mut() = Version::HTTP_11;
@@ -470,6 +473,7 @@ fn prepare_request(
         headers.insert(header::TRANSFER_ENCODING, chunked);
     }
     strip_session_cookie(headers);
+    strip_keys(headers, keys);
     forwarded.put_on(headers, peer.map(|peer| peer.address.ip()));
 }
 
@@ -480,6 +484,29 @@ fn takes_trailers(headers: &HeaderMap) -> bool {
         .filter_map(|value| value.to_str().ok())
         .flat_map(|value| value.split(','));
     tokens.any(|token| token.trim().eq_ignore_ascii_case("trailers"))
+}
+
+/// Takes keys of Gantry's out of a request to a program, which could use them. What its own users sign in
+/// with stays.
+fn strip_keys(headers: &mut HeaderMap, keys: &Keys) {
+    for name in [header::AUTHORIZATION, HeaderName::from_static("x-api-key")] {
+        let all = headers.get_all(&name).iter();
+        let foreign: Vec<HeaderValue> =
+            all.filter(|value| !has_key(value, keys)).cloned().collect();
+        headers.remove(&name);
+        for value in foreign {
+            headers.append(&name, value);
+        }
+    }
+}
+
+/// Whether the value is a key that counts, by itself or behind the word for how it is sent.
+fn has_key(value: &HeaderValue, keys: &Keys) -> bool {
+    let text = value.to_str().unwrap_or_default().trim();
+    let (_, behind) = text.split_once(' ').unwrap_or_default();
+    [text, behind.trim()]
+        .into_iter()
+        .any(|text| !text.is_empty() && keys.authenticate(text).is_some())
 }
 
 /// Takes Gantry's own cookies out of a request to a program.
@@ -592,7 +619,9 @@ mod tests {
 
     fn prepare(request: &mut Request, upgrade: Option<&HeaderValue>) {
         let forwarded = Forwarded::new(Vec::new(), crate::model::Scheme::Http);
-        prepare_request(request, upgrade, &forwarded, None);
+        let folder = tempfile::tempdir().unwrap();
+        let keys = Keys::open(folder.path(), None).unwrap();
+        prepare_request(request, upgrade, &forwarded, &keys, None);
     }
 
     #[test]
@@ -605,6 +634,40 @@ mod tests {
         prepare(&mut request, None);
         let cookies: Vec<_> = request.headers().get_all("cookie").iter().collect();
         assert_eq!(cookies, ["a=1; b=2"]);
+    }
+
+    #[test]
+    fn gantrys_keys_are_taken_out_and_a_programs_own_stay() {
+        use crate::auth::Role;
+        use secrecy::ExposeSecret;
+
+        let folder = tempfile::tempdir().unwrap();
+        let keys = Keys::open(folder.path(), Some(&"words of the operator".into())).unwrap();
+        let made = || keys.create(Role::User("ann".parse().unwrap())).unwrap();
+        let (key, revoked) = (made(), made());
+        keys.revoke(&revoked.id).unwrap();
+        let (key, revoked) = (key.text.expose_secret(), revoked.text.expose_secret());
+        let passed = |name: &str, value: &str| {
+            let mut request = request(&[(name, value), (name, "a program's own")]);
+            let forwarded = Forwarded::new(Vec::new(), crate::model::Scheme::Http);
+            prepare_request(&mut request, None, &forwarded, &keys, None);
+            let all = request.headers().get_all(name).iter();
+            all.filter(|left| *left == value).count() == 1 && request.headers().contains_key(name)
+        };
+        for ours in [key, "words of the operator"] {
+            assert!(!passed("x-api-key", ours));
+            assert!(!passed("authorization", &format!("Bearer {ours}")));
+            assert!(!passed("authorization", &format!("bearer   {ours}")));
+        }
+        for own in [
+            "Bearer abc",
+            "Basic YTpi",
+            "token",
+            &format!("Bearer {revoked}"),
+        ] {
+            assert!(passed("authorization", own), "{own}");
+        }
+        assert!(passed("x-api-key", "abc"));
     }
 
     #[test]

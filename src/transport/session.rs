@@ -5,14 +5,18 @@
 //! of one frame, and the submission runs on regardless.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::io;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use futures_util::stream::{BoxStream, SelectAll, SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt, future};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, timeout};
@@ -28,6 +32,7 @@ use super::connections::Taken;
 use super::peers::{Found, Peer, Settled};
 use super::wire::{self, Frame};
 use crate::auth::Caller;
+use crate::budget::Spent;
 use crate::journal::{Item, JournalError};
 use crate::model::{
     Event, FieldError, MAX_MESSAGE_BYTES, Outcome, Problem, SubmissionId, SubmissionRequest, UserId,
@@ -65,11 +70,30 @@ const MAX_IN_FLIGHT: usize = 1_000;
 /// under way: each is woken by every record, so many of one user's would delay everybody's.
 pub const FOLLOWED_PER_USER: usize = 1_000;
 
+/// What messages that have not come whole may take of the memory, of all WebSockets of a key: sixteen of the
+/// largest at one time.
+pub const MAX_UNFINISHED_BYTES: u32 = 16 * UNFINISHED_BYTES as u32;
+
+/// What one of them may take: what came of it, and as much again where fragments are put together.
+const UNFINISHED_BYTES: usize = 2 * MAX_MESSAGE_BYTES;
+
+/// A message that is not longer takes nothing of that: most submissions, and with as many WebSockets as a key
+/// may have some 4 MiB.
+const SMALL_MESSAGE: usize = 16 << 10;
+
+/// How long a longer one may take to come whole: at half the speed of the slowest client that is waited for.
+/// It is looked at with each ping.
+const UNFINISHED_PATIENCE: Duration =
+    Duration::from_secs((2 * MAX_MESSAGE_BYTES / SLOWEST_BYTES_PER_SECOND) as u64);
+
+/// The head of a frame that controls the connection, as a client sends it.
+const CONTROL_HEAD: usize = 6;
+
 /// What may wait between reading and writing; a full one pauses reading.
 const COMMANDS: usize = 8;
 
 type Io = TokioIo<hyper::upgrade::Upgraded>;
-type Socket = WebSocketStream<Io>;
+type Socket = WebSocketStream<Bounded>;
 type Frames = BoxStream<'static, Outgoing>;
 type Pieces = BoxStream<'static, Result<Vec<u8>, JournalError>>;
 
@@ -100,8 +124,15 @@ enum End {
 /// Speaks the protocol until one side ends it. `passed`: another replica passes its client's frames on.
 pub async fn run(edge: Arc<Edge>, caller: Caller, passed: bool, io: hyper::upgrade::Upgraded) {
     let config = websocket::config(MAX_MESSAGE_BYTES).read_buffer_size(READ_BUFFER);
-    let socket =
-        WebSocketStream::from_raw_socket(TokioIo::new(io), Role::Server, Some(config)).await;
+    let message = Arc::new(Unfinished::default());
+    let bounded = Bounded {
+        io: TokioIo::new(io),
+        edge: Arc::clone(&edge),
+        key_id: caller.key_id.clone(),
+        message: Arc::clone(&message),
+        waits: None,
+    };
+    let socket = WebSocketStream::from_raw_socket(bounded, Role::Server, Some(config)).await;
     let (mut sink, mut source) = socket.split();
     let open = metrics::gauge!("gantry_websocket_connections");
     open.increment(1.0);
@@ -112,6 +143,7 @@ pub async fn run(edge: Arc<Edge>, caller: Caller, passed: bool, io: hyper::upgra
         in_flight: Arc::default(),
         relay_ended: Notify::new(),
         pinged: Notify::new(),
+        message,
     };
     let shared = Arc::new(shared);
     let key_id = caller.key_id.clone();
@@ -169,7 +201,7 @@ async fn goodbye(mut sink: SplitSink<Socket, Message>, source: SplitStream<Socke
     let Ok(mut socket) = sink.reunite(source) else {
         return;
     };
-    let io = socket.get_mut();
+    let io = &mut socket.get_mut().io;
     let drained = async {
         io.shutdown().await?;
         tokio::io::copy(&mut io.take(GOODBYE_BYTES), &mut tokio::io::sink()).await
@@ -185,6 +217,8 @@ struct Shared {
     in_flight: Arc<AtomicUsize>,
     /// Another replica no longer answers for what this client follows there.
     relay_ended: Notify,
+    /// What came of the message that is under way.
+    message: Arc<Unfinished>,
     /// The client sent a ping, whose answer has to be taken as everything else that is sent.
     pinged: Notify,
 }
@@ -211,6 +245,102 @@ impl Shared {
     fn silence(&self) -> Duration {
         let heard = Duration::from_millis(self.heard_ms.load(Ordering::Relaxed));
         self.started.elapsed().saturating_sub(heard)
+    }
+}
+
+/// What came of the message that is under way, and what it takes of its key's memory for those.
+#[derive(Default)]
+struct Unfinished {
+    bytes: AtomicUsize,
+    /// And since when it has been coming with that, as long as it is.
+    spent: Mutex<Option<(Spent, Option<Instant>)>>,
+}
+
+impl Unfinished {
+    fn spent(&self) -> std::sync::MutexGuard<'_, Option<(Spent, Option<Instant>)>> {
+        self.spent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether more of it has to be paid for first.
+    fn must_pay(&self) -> bool {
+        self.bytes.load(Ordering::Relaxed) >= SMALL_MESSAGE && self.spent().is_none()
+    }
+
+    /// Whether it takes so long that others of its key wait for it.
+    fn is_late(&self) -> bool {
+        let since = self.spent().as_ref().and_then(|(_, since)| *since);
+        since.is_some_and(|since| since.elapsed() > UNFINISHED_PATIENCE)
+    }
+
+    /// It has come.
+    fn whole(&self) {
+        if let Some((_, since)) = &mut *self.spent() {
+            *since = None;
+        }
+    }
+
+    /// Nothing is left of it.
+    fn done(&self) {
+        self.bytes.store(0, Ordering::Relaxed);
+        *self.spent() = None;
+    }
+
+    /// So many bytes were something else's.
+    fn less(&self, bytes: usize) {
+        let left = self.bytes.load(Ordering::Relaxed).saturating_sub(bytes);
+        self.bytes.store(left, Ordering::Relaxed);
+    }
+}
+
+/// A client's connection. No more of a long message is read than its key has memory for.
+struct Bounded {
+    io: Io,
+    edge: Arc<Edge>,
+    key_id: String,
+    message: Arc<Unfinished>,
+    waits: Option<BoxFuture<'static, Spent>>,
+}
+
+impl AsyncRead for Bounded {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if this.message.must_pay() {
+            let (edge, key_id) = (&this.edge, &this.key_id);
+            let waits = this.waits.get_or_insert_with(|| {
+                let (edge, key_id) = (Arc::clone(edge), key_id.clone());
+                Box::pin(async move { edge.unfinished.take(key_id, UNFINISHED_BYTES).await })
+            });
+            let spent = ready!(waits.as_mut().poll(context));
+            this.waits = None;
+            *this.message.spent() = Some((spent, Some(Instant::now())));
+        }
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut this.io).poll_read(context, buffer);
+        let came = buffer.filled().len() - before;
+        this.message.bytes.fetch_add(came, Ordering::Relaxed);
+        read
+    }
+}
+
+impl AsyncWrite for Bounded {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(context)
     }
 }
 
@@ -247,6 +377,9 @@ async fn write(
             _ = ping.tick() => {
                 if shared.silence() > DEAD_AFTER {
                     return End::Dead("it answered no ping");
+                }
+                if shared.message.is_late() {
+                    return End::Close(CloseCode::Policy, "a message has to come whole within a minute");
                 }
                 Message::Ping(Bytes::new())
             }
@@ -315,10 +448,12 @@ impl Reader<'_> {
             match message {
                 Message::Text(text) => {
                     let bytes = text.len();
+                    self.shared.message.whole();
                     // Boxed: an idle connection must not carry the room this needs.
                     if Box::pin(self.frame(text)).await.is_err() {
                         return End::Gone;
                     }
+                    self.shared.message.done();
                     self.rest(bytes).await;
                 }
                 Message::Binary(_) => {
@@ -330,10 +465,15 @@ impl Reader<'_> {
                     if self.reply(&wire::invalid(&refused)).await.is_err() {
                         return End::Gone;
                     }
+                    self.shared.message.done();
                 }
                 // Pings are answered by the protocol layer; a close ends the stream after its echo.
-                Message::Ping(_) => self.shared.pinged.notify_one(),
-                Message::Pong(_) | Message::Close(_) | Message::Frame(_) => {}
+                Message::Ping(data) => {
+                    self.shared.message.less(data.len() + CONTROL_HEAD);
+                    self.shared.pinged.notify_one();
+                }
+                Message::Pong(data) => self.shared.message.less(data.len() + CONTROL_HEAD),
+                Message::Close(_) | Message::Frame(_) => {}
             }
         }
     }

@@ -323,7 +323,7 @@ async fn an_agent_whose_server_never_comes_back_ends_with_what_it_has_to_tell() 
     let agent = json!({
         "slots": 1, "first_uid": null, "ground": { "Folder": scratch }, "reach": [
             { "path": "/", "writable": true },
-        ], "network": false, "networks": false, "log_refused": false, "python": null,
+        ], "network": false, "networks": false, "secluded": false, "log_refused": false, "python": null,
         "path": "/usr/local/bin:/usr/bin:/bin", "peer": null, "idle_seconds": 1,
     });
     let spec = json!({

@@ -592,3 +592,87 @@ async fn a_start_that_fails_takes_no_name() {
     let (status, answer) = post(&server, &one, "/start", start("left", fine)).await;
     assert_eq!(status, 400, "{answer}");
 }
+
+/// A WebSocket of this key, of which only the connection is left.
+async fn bare_websocket(port: u16, key: &str) -> TcpStream {
+    let mut stream = connect_from(1, port).await;
+    let request = format!(
+        "GET /ws/code HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {key}\r\nUpgrade: websocket\r\n\
+         Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n\
+         Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"\r\n\r\n") {
+        let byte = timeout(PATIENCE, stream.read_u8()).await.unwrap().unwrap();
+        answer.push(byte);
+    }
+    assert!(answer.starts_with(b"HTTP/1.1 101"), "{answer:?}");
+    stream
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unfinished_messages_of_one_key_take_little_memory() {
+    let server = Server::start();
+    let (_, ann) = server.user("ann").await;
+    let port = server.address.port();
+    let before = resident_kib(server.pid());
+    // The head of a text of 1 MiB under a mask of zeroes, and nearly all of the text.
+    let mut message = vec![0x81, 0xff, 0, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0];
+    message.resize(message.len() + 1_000_000, b' ');
+    let mut unfinished = Vec::new();
+    for _ in 0..120 {
+        let mut stream = bare_websocket(port, &ann).await;
+        // What the server does not take stays on the way.
+        let _ = timeout(SOON, stream.write_all(&message)).await;
+        unfinished.push(stream);
+    }
+    let mut most = 0;
+    for _ in 0..20 {
+        sleep(Duration::from_millis(100)).await;
+        most = most.max(resident_kib(server.pid()));
+    }
+    let grown = most.saturating_sub(before);
+    assert!(grown < 80 << 10, "{grown} KiB");
+    // Small ones of the same key and long ones of others come through.
+    let hello = json!({"user_id": "ann", "code": "print(1)", "deploy": false});
+    let reply = server.connect(&ann).await.ask(hello.to_string()).await;
+    assert_eq!(reply["status"], "tests_passed", "{reply}");
+    let long = format!("print(1)\n#{}", "x".repeat(500_000));
+    let long = json!({"user_id": "bob", "code": long, "deploy": false}).to_string();
+    let reply = server.connect(&server.admin).await.ask(long.clone()).await;
+    assert_eq!(reply["status"], "tests_passed", "{reply}");
+    // Whose place is given back when their connections end.
+    drop(unfinished);
+    let reply = server
+        .connect(&ann)
+        .await
+        .ask(long.replace("bob", "ann"))
+        .await;
+    assert_eq!(reply["status"], "tests_passed", "{reply}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_without_a_key_has_a_rate_and_nobody_else_waits() {
+    let server = Server::start();
+    let port = server.address.port();
+    let ask = |key: Option<&str>| {
+        let request = server.get("/session");
+        let request = match key {
+            Some(key) => request.header("x-api-key", key),
+            None => request,
+        };
+        async move { request.send().await.unwrap().status().as_u16() }
+    };
+    let mut refused = 0;
+    for _ in 0..30 {
+        let asked = futures_util::future::join_all((0..60).map(|_| ask(None))).await;
+        refused += asked.iter().filter(|status| **status == 429).count();
+    }
+    assert!(refused > 100, "{refused}");
+    let asked = Instant::now();
+    assert_eq!(ask(Some(&server.admin)).await, 200);
+    assert!(asked.elapsed() < Duration::from_secs(2));
+    assert_eq!(status(connect_from(2, port).await, "/session").await, 401);
+    assert_eq!(status(connect_from(1, port).await, "/healthz").await, 200);
+}

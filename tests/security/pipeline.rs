@@ -450,3 +450,35 @@ async fn revoking_a_key_cancels_what_was_sent_with_it() {
     }
     others_work(&server).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn output_of_many_users_takes_bounded_memory_and_none_of_it_is_lost() {
+    let server = Server::start();
+    let mut socket = server.connect(&server.admin).await;
+    let reply = socket.ask(hello("first")).await;
+    assert_eq!(reply["status"], "tests_passed", "{reply}");
+    let before = resident_kib(&server);
+    let ids: Vec<String> = (0..6).map(|_| new_id()).collect();
+    for (number, id) in ids.iter().enumerate() {
+        let cases: Vec<Value> = (0..4).map(|n| json!({ "name": n.to_string() })).collect();
+        let message = json!({
+            "submission_id": id, "user_id": format!("loud-{number}"), "deploy": false,
+            "code": "import sys; sys.stdout.write('x' * (15 << 20))", "tests": cases,
+            "stream": false,
+            "limits": { "output_bytes": 16 << 20, "memory_bytes": 256 << 20, "wall_ms": 60_000 },
+        });
+        socket.send(message.to_string()).await;
+    }
+    for _ in &ids {
+        let reply = socket.next().await;
+        assert_eq!(reply["status"], "tests_passed", "{}", reply["error"]);
+        // As much as a reply has room for.
+        assert_eq!(reply["stdout"].as_str().unwrap().len(), 36 << 20);
+        assert_eq!(reply["truncated"], true);
+    }
+    let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
+    let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap();
+    let most: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    let grown = most.saturating_sub(before);
+    assert!(grown < 330 << 10, "{grown} KiB");
+}

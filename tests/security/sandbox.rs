@@ -534,3 +534,170 @@ http.server.HTTPServer(('', int(os.environ['PORT'])), http.server.SimpleHTTPRequ
         .await;
     machine.platform.shutdown().await;
 }
+
+/// What the kernel has for its own data and cannot take back at once, in KiB.
+fn slab_kib() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let line = text.lines().find(|line| line.starts_with("SUnreclaim:"));
+    let number = line.and_then(|line| line.split_whitespace().nth(1));
+    number.unwrap().parse().unwrap()
+}
+
+/// Runs programs that take what counts for nobody by itself, each of which has to end like this.
+async fn each_ends(cases: &[(&str, &str, Limits, Reason)]) -> Vec<Ended> {
+    let machine = Machine::start().await;
+    let mut all = Vec::new();
+    for (name, code, limits, reason) in cases {
+        let before = slab_kib();
+        let mut job = python(code);
+        job.limits = *limits;
+        let running = tokio::spawn(async move {
+            let mut most = 0;
+            loop {
+                most = most.max(slab_kib());
+                println!("{} KiB in the kernel", most.saturating_sub(before));
+                tokio::time::sleep(Duration::from_millis(250)).await;
+            }
+        });
+        let ended = machine.run("greedy", job).await;
+        running.abort();
+        println!("{name}: {}", words(&ended));
+        let wanted = Ending::Limit(*reason);
+        assert_eq!(ended.report.ending, wanted, "{name}: {}", words(&ended));
+        all.push(ended);
+    }
+    machine.platform.shutdown().await;
+    all
+}
+
+/// Some 300 KiB of replies for each of 400 sockets.
+const UNREAD_REPLIES: &str = r"
+import socket, struct, time
+ask = struct.pack('=IHHIIBBHiII', 32, 18, 1, 1, 0, 0, 0, 0, 1, 0, 0)
+held = []
+for _ in range(400):
+    one = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+    one.setblocking(False)
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 300 << 10)
+    try:
+        for _ in range(20): one.send(ask * 50)
+    except OSError: pass
+    held.append(one)
+time.sleep(1)
+";
+
+const SOCKETS: &str = r"
+import os, socket, time
+for _ in range(4):
+    if os.fork() == 0:
+        held = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(500)]
+        time.sleep(3)
+        os._exit(0)
+for _ in range(4): os.wait()
+";
+
+const OPEN_FILES: &str = r"
+import os, time
+for _ in range(40):
+    if os.fork() == 0:
+        held = [os.open('/dev/null', os.O_RDONLY) for _ in range(500)]
+        time.sleep(3)
+        os._exit(0)
+for _ in range(40): os.wait()
+";
+
+/// Reads the one page of zeroes at 60,000 places, for each of which the kernel makes a table.
+const PAGE_TABLES: &str = r"
+import mmap, time
+PRIVATE_ANONYMOUS_NORESERVE, NOHUGEPAGE = 0x4022, 15
+room = mmap.mmap(-1, 60000 << 21, flags=PRIVATE_ANONYMOUS_NORESERVE, prot=mmap.PROT_READ)
+room.madvise(NOHUGEPAGE)
+for at in range(0, 60000 << 21, 1 << 21): room[at]
+time.sleep(1)
+";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_kernel_keeps_for_a_run_counts_for_it() {
+    if !is_root() {
+        return;
+    }
+    let _alone = ALONE.lock().await;
+    let small = Limits {
+        memory_bytes: 64 << 20,
+        ..Limits::DEFAULT
+    };
+    let all = each_ends(&[
+        ("unread replies", UNREAD_REPLIES, small, Reason::Memory),
+        ("sockets", SOCKETS, Limits::DEFAULT, Reason::Memory),
+        ("open files", OPEN_FILES, Limits::MAXIMUM, Reason::Memory),
+        ("page tables", PAGE_TABLES, Limits::DEFAULT, Reason::Memory),
+    ])
+    .await;
+    let said = String::from_utf8_lossy(&all[2].stderr).into_owned();
+    assert!(said.contains("Too many open files"), "{said}");
+}
+
+/// A child at a time, each of which the kernel collects: some 5 s of processor time in 10 s.
+const NOBODY_WAITS: &str = r"
+import os, signal, time
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+end = time.monotonic() + 8
+while time.monotonic() < end:
+    ended, tell = os.pipe()
+    if os.fork() == 0:
+        while time.process_time() < 0.05: pass
+        os._exit(0)
+    os.close(tell)
+    os.read(ended, 1)
+    os.close(ended)
+";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn processor_time_of_children_that_nobody_waits_for_counts() {
+    if !is_root() {
+        return;
+    }
+    let _alone = ALONE.lock().await;
+    let little = Limits {
+        cpu_ms: 1_000,
+        wall_ms: 20_000,
+        ..Limits::DEFAULT
+    };
+    let all = each_ends(&[("nobody waits", NOBODY_WAITS, little, Reason::Cpu)]).await;
+    let used = all[0].report.usage.cpu_ms;
+    assert!((1_000..1_800).contains(&used), "{used}");
+    // One that waits for its children is charged once, and a neighbour with none of it nothing.
+    let machine = Machine::start().await;
+    let waits = NOBODY_WAITS
+        .replace("SIG_IGN", "SIG_DFL")
+        .replace("os.read(ended, 1)", "os.wait()")
+        .replace("+ 8", "+ 2");
+    let (waits, sleeps) = tokio::join!(
+        machine.run("pair", python(&waits)),
+        machine.run("pair", python("import time\ntime.sleep(2)")),
+    );
+    for (ended, most) in [(&waits, 2_600), (&sleeps, 300)] {
+        assert_eq!(ended.report.ending, Ending::Exited(0), "{}", words(ended));
+        assert!(ended.report.usage.cpu_ms <= most, "{}", words(ended));
+    }
+    machine.platform.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn interfaces_are_listed_and_receive_buffers_stay_as_they_are() {
+    if !is_root() {
+        return;
+    }
+    let machine = Machine::start().await;
+    let code = "
+import socket
+print([name for _, name in socket.if_nameindex()])
+print(socket.getaddrinfo('localhost', 80, type=socket.SOCK_STREAM)[0][4][1])
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+before = udp.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+print(udp.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == before)
+";
+    assert_eq!(machine.says("plain", code).await, "['lo']\n80\nTrue\n");
+    machine.platform.shutdown().await;
+}

@@ -29,6 +29,9 @@ fn fairness(result: io::Result<()>) {
     }
 }
 
+/// The file of the old hierarchy that has the processor time of a group.
+const PROCESSOR_TIME: &str = "cpuacct.usage";
+
 /// Folders with a group for each user, by controller of the old hierarchy; the first is the unified one's.
 const BY_OWNER: [&str; 2] = ["", "cpu"];
 
@@ -90,6 +93,17 @@ impl Cgroup {
                 (1_024 * SHARES).to_string(),
             ));
         }));
+        // Where the two controllers are together, the one folder is in both.
+        let counts = |folder: &PathBuf| folder.join(PROCESSOR_TIME).exists();
+        if !folders.iter().any(counts) {
+            let folder = Path::new(ROOT).join("cpuacct").join("gantry").join(name);
+            match fs::create_dir_all(&folder) {
+                Ok(()) => folders.push(folder),
+                Err(error) => {
+                    tracing::debug!(%error, "processor time of children that nobody waits for is not seen");
+                }
+            }
+        }
         Ok(Cgroup { folders })
     }
 
@@ -105,7 +119,7 @@ impl Cgroup {
     /// leave; groups that are still in use after [`LEAVING`] stay behind, empty soon, until their name is
     /// used again.
     pub fn remove(name: &str) {
-        for controller in ["memory", "pids"] {
+        for controller in ["memory", "pids", "cpuacct"] {
             let folder = Path::new(ROOT).join(controller).join("gantry").join(name);
             remove_folder(&folder);
         }

@@ -407,6 +407,7 @@ impl Sandboxes {
             // With a network namespace of its own, internet sockets lead nowhere and may be made.
             network: tenant.network || mounts,
             networks: false,
+            secluded: mounts && !tenant.network,
             log_refused: self.config.log_refused,
             python: interpreters.python.clone(),
             path: interpreters.path.clone(),

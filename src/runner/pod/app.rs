@@ -164,6 +164,7 @@ fn config() -> anyhow::Result<ProgramConfig> {
             reach: vec![everything],
             network: true,
             networks: false,
+            secluded: true,
             log_refused: log_refused()?,
             python: None,
             path: variable("PATH").unwrap_or(DEFAULT_PATH.to_owned()),
