@@ -821,7 +821,7 @@ impl Course {
         self.unavailable(Problem::new(
             "record_failed",
             "What the submission did could not be recorded",
-            error.to_string(),
+            error.told(),
             "Submit it again under a new submission_id, with less output or fewer tests if it was too large.",
         ))
     }

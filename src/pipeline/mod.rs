@@ -789,7 +789,7 @@ impl Pipeline {
                 Err(error) => {
                     tracing::error!(submission = %id, %error, "a submission cannot be taken up again");
                     if let Some(state) = this.inner.journal.submission(id) {
-                        this.answer_damaged(id, state, error.to_string()).await;
+                        this.answer_damaged(id, state, error.told()).await;
                     }
                 }
             }
@@ -907,7 +907,7 @@ fn stdin_problem(error: &JournalError) -> Problem {
     Problem::new(
         "journal_unavailable",
         "The input was not taken",
-        error.to_string(),
+        error.told(),
         "Send it again while the submission is under way.",
     )
 }
@@ -925,7 +925,7 @@ fn journal_problem(error: &JournalError) -> Problem {
     Problem::new(
         "journal_unavailable",
         "The submission was not taken",
-        error.to_string(),
+        error.told(),
         "The operator has to make room on the data folder's disk; it goes on by itself then.",
     )
 }

@@ -208,6 +208,57 @@ async fn a_flipped_bit_costs_at_most_what_it_is_in_and_is_named() {
     assert!(aside > 0);
 }
 
+/// Good data are not cut off, and users are not told where the data folder is.
+#[tokio::test]
+async fn what_is_said_of_damage_keeps_good_data_and_names_no_file_to_users() {
+    let dir = TempDir::new().unwrap();
+    let whole = write(&dir).await;
+    let folder = dir.path().to_str().unwrap();
+    let path = segments(&dir)[1].clone();
+    let middle = std::fs::metadata(&path).unwrap().len() / 2;
+    flip(&path, middle, 3);
+    let journal = reopen(&dir);
+    let changed = changed(&journal, &whole).await;
+    assert!(!changed.is_empty());
+    for id in changed {
+        let error = journal.read_submission(id).await.unwrap_err();
+        let (operator, user) = (error.to_string(), error.told());
+        assert!(!operator.contains("truncate"), "{operator}");
+        assert!(operator.contains("restore the file from a backup"));
+        assert!(operator.contains("the version that wrote it"));
+        assert!(operator.contains(path.to_str().unwrap()), "{operator}");
+        assert!(user.contains("damaged"), "{user}");
+        assert!(
+            !user.contains("truncate") && !user.contains(folder),
+            "{user}"
+        );
+    }
+    drop(journal);
+    // A start that looks through every segment says the same of what it sets aside.
+    for path in segments(&dir) {
+        let _ = std::fs::remove_file(path.with_extension("index"));
+    }
+    flip(&path, middle, 3);
+    let waiting = whole.waiting.values().next().unwrap();
+    let lost = format!("input of {}", 2);
+    assert!(format!("{waiting:?}").contains(&lost));
+    let holder = segments(&dir).into_iter().find_map(|path| {
+        let bytes = std::fs::read(&path).unwrap();
+        let mut windows = bytes.windows(lost.len());
+        let at = windows.position(|window| window == lost.as_bytes())?;
+        Some((path, at as u64))
+    });
+    let (path, at) = holder.unwrap();
+    flip(&path, at, 0);
+    let journal = reopen(&dir);
+    let set_aside = &journal.recovery().set_aside;
+    assert!(!set_aside.is_empty());
+    for why in set_aside.values() {
+        assert!(why.contains("not what was written"), "{why}");
+        assert!(!why.contains("truncate") && !why.contains(folder), "{why}");
+    }
+}
+
 #[tokio::test]
 async fn readers_of_the_whole_journal_pass_over_what_is_damaged() {
     let dir = TempDir::new().unwrap();
