@@ -130,6 +130,14 @@ pub struct Holdings {
     pub data: ReplData,
 }
 
+impl Holdings {
+    /// Whether nothing at all is kept. Of data that are not counted there may be some.
+    fn are_none(&self) -> bool {
+        let counted = self.files + self.releases + self.variables + self.domains.len();
+        counted == 0 && self.data.bytes == Some(0)
+    }
+}
+
 /// Why a repl does not get the domains that were asked for.
 #[derive(Debug)]
 pub enum NotNamed {
@@ -621,6 +629,27 @@ impl Pipeline {
             domains: settings.domains,
             data: platform.data(repl).await?,
         })
+    }
+
+    /// Lets anybody have the name of the user's repl, if nothing is kept under it and nothing of it ever ran; else
+    /// says what is deleted with it.
+    pub async fn give_up_name(
+        &self,
+        user: &UserId,
+        repl: &ReplId,
+    ) -> Result<Option<Holdings>, PlatformError> {
+        let holdings = self.holdings(repl).await?;
+        if !holdings.are_none() {
+            return Ok(Some(holdings));
+        }
+        let platform = &self.inner.platform;
+        platform.forget_unused(repl).await?;
+        if platform.owner(repl).await?.as_ref() == Some(user) {
+            return Ok(Some(holdings));
+        }
+        let message = "Its name is free; nothing was kept under it".to_owned();
+        self.note(user, repl, "repl.deleted", message, None).await;
+        Ok(None)
     }
 
     /// Stops the user's repl, deletes its files, releases, variables and data for good, and lets anybody have its

@@ -202,7 +202,7 @@ async fn a_name_is_its_users_and_a_failed_run_takes_none() {
 
     // A name that was released is the next one's, who finds nothing in it.
     let release = async |key: &str, repl: &str| {
-        let url = server.url(&format!("/repls/{repl}/name"));
+        let url = server.url(&format!("/repls/{repl}/name?confirm={repl}"));
         let request = client().delete(url).header("x-api-key", key);
         request.send().await.unwrap().status().as_u16()
     };
