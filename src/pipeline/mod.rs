@@ -675,13 +675,6 @@ impl Pipeline {
         Ok(())
     }
 
-    /// A name that nothing came of is free again.
-    async fn give_back(&self, repl: &ReplId) {
-        if let Err(error) = self.inner.platform.forget_unused(repl).await {
-            tracing::warn!(%repl, %error, "the name of a repl that did not start stays taken");
-        }
-    }
-
     /// Leaves what is under way to the next server, which need not wonder why this one ended.
     pub async fn put_down(&self) {
         let left: Vec<SubmissionId> = self.under_way().keys().copied().collect();
