@@ -152,18 +152,21 @@ async fn a_users_calls_are_bounded_by_how_many_there_are_at_a_time() {
 #[tokio::test]
 async fn calls_under_way_outlive_their_replica() {
     let mut modules = Modules::with(&[("GANTRY_ALLOW_PACKAGES", "true")]).await;
-    let packages = json!({ "packages": ["iniconfig==2.0.0"] });
-    let (status, told) = modules.create("time", packages).await;
-    assert_eq!(status, 200, "{told}");
+    let [before, after] =
+        ["2.0.0", "2.1.0"].map(|v| json!({ "packages": [format!("iniconfig=={v}")] }));
+    // A user's modules share what is installed: the change below waits for no installation.
+    for (module, packages) in [("math", &after), ("time", &before)] {
+        let (status, told) = modules.create(module, packages.clone()).await;
+        assert_eq!(status, 200, "{told}");
+    }
     let asked = json!({ "args": [3] });
     let call = || modules.run("time", "sleep", &asked);
     // Long enough for the call to begin, and much less than it takes.
     let begun = || tokio::time::sleep(Duration::from_millis(800));
 
-    let packages = json!({ "packages": ["iniconfig==2.1.0"] });
     let change = async {
         begun().await;
-        modules.create("time", packages).await
+        modules.create("time", after).await
     };
     let ((status, told), changed) = tokio::join!(call(), change);
     assert_eq!(status, 200, "during a change of packages: {told}");
