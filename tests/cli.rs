@@ -526,6 +526,43 @@ fn a_run_outlives_the_server_and_nothing_is_shown_twice() {
 }
 
 #[test]
+fn what_was_typed_into_a_server_that_died_reaches_the_program() {
+    let mut server = Server::start();
+    let app = server.file(
+        "lines.py",
+        "import sys\nprint('up', flush=True)\nfor line in sys.stdin: print('got', line, end='', flush=True)\nprint('end')\n",
+    );
+    let mut child = start(
+        server
+            .command(&[
+                "submit",
+                &app,
+                "--no-deploy",
+                "--interactive",
+                "--wall",
+                "60s",
+            ])
+            .stdin(Stdio::piped()),
+    );
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    let mut input = child.stdin.take().unwrap();
+    wait_for_line(&mut output, "up");
+    input.write_all(b"one\n").unwrap();
+    let mut shown = wait_for_line(&mut output, "got one\n");
+    // A server that stands still reads nothing of what the connection takes.
+    kill_process(Pid::from_child(&server.child), Signal::STOP).unwrap();
+    input.write_all("zwölf\n".as_bytes()).unwrap();
+    drop(input);
+    // Long enough for the command to read both and send them.
+    std::thread::sleep(Duration::from_secs(1));
+    server.crash_and_restart(Duration::from_millis(500));
+    output.read_to_string(&mut shown).unwrap();
+    let ran = finish(child).exits(0);
+    assert_eq!(shown, "got one\ngot zwölf\nend\n", "{ran:#?}");
+    assert!(ran.stderr.contains("connection lost"), "{ran:#?}");
+}
+
+#[test]
 fn ctrl_c_cancels_the_submission() {
     let server = Server::start();
     let app = server.file(

@@ -148,6 +148,59 @@ async fn a_users_calls_are_bounded_by_how_many_there_are_at_a_time() {
     );
 }
 
+/// A call that is under way when its module's replicas end has its answer.
+#[tokio::test]
+async fn calls_under_way_outlive_their_replica() {
+    let mut modules = Modules::with(&[("GANTRY_ALLOW_PACKAGES", "true")]).await;
+    let [before, after] =
+        ["2.0.0", "2.1.0"].map(|v| json!({ "packages": [format!("iniconfig=={v}")] }));
+    // A user's modules share what is installed: the change below waits for no installation.
+    for (module, packages) in [("math", &after), ("time", &before)] {
+        let (status, told) = modules.create(module, packages.clone()).await;
+        assert_eq!(status, 200, "{told}");
+    }
+    let asked = json!({ "args": [3] });
+    let call = || modules.run("time", "sleep", &asked);
+    // Long enough for the call to begin, and much less than it takes.
+    let begun = || tokio::time::sleep(Duration::from_millis(800));
+
+    let change = async {
+        begun().await;
+        modules.create("time", after).await
+    };
+    let ((status, told), changed) = tokio::join!(call(), change);
+    assert_eq!(status, 200, "during a change of packages: {told}");
+    assert_eq!(changed.0, 200, "{changed:?}");
+
+    let remove = async {
+        begun().await;
+        modules
+            .ask(client().delete(modules.server.url("/pod/time")))
+            .await
+    };
+    let ((status, told), removed) = tokio::join!(call(), remove);
+    assert_eq!(status, 200, "during a removal: {told}");
+    assert_eq!(removed.0, 200, "{removed:?}");
+
+    modules.created("time").await;
+    let url = modules
+        .server
+        .url("/run_module?module_name=time&method_name=sleep");
+    let request = client().post(url).header("x-api-key", &modules.key);
+    let call = tokio::spawn(request.json(&asked).send());
+    begun().await;
+    let ended = tokio::task::spawn_blocking(move || modules.server.terminate());
+    let answer = call.await.unwrap().unwrap();
+    let status = answer.status().as_u16();
+    assert_eq!(
+        status,
+        200,
+        "at the server's end: {}",
+        answer.text().await.unwrap()
+    );
+    assert!(ended.await.unwrap().success());
+}
+
 /// The shortest that there is.
 const IDLE: (&str, &str) = ("GANTRY_MODULE_IDLE", "10s");
 

@@ -349,6 +349,38 @@ async fn delete(server: &Server, key: &str, path: &str) -> (u16, Value) {
 }
 
 #[tokio::test]
+async fn a_name_is_given_back_without_a_confirmation_only_when_nothing_is_kept_under_it() {
+    let mut server = Server::start();
+    let (_, ann) = server.user("ann").await;
+    let (_, bob) = server.user("bob").await;
+    let full = json!({ "replId": "full", "language": "python", "files": { "main.py": SERVER } });
+    assert_eq!(post(&server, &ann, "/start", &full).await.0, 200);
+    // What a server leaves that ended after it took a name and before it stored anything.
+    server.kill();
+    let records = server.data.path().join("local/repls");
+    let record = json!({ "user_id": "ann", "wanted": false, "releases": [], "since": "2026-01-01T00:00:00Z" });
+    std::fs::write(records.join("empty.json"), record.to_string()).unwrap();
+    server.start_again();
+
+    assert_eq!(delete(&server, &bob, "/repls/empty/name").await.0, 404);
+    let (status, told) = delete(&server, &ann, "/repls/empty/name").await;
+    assert_eq!((status, &told["success"]), (200, &json!(true)), "{told}");
+    assert!(!records.join("empty.json").exists());
+    assert_eq!(delete(&server, &ann, "/repls/empty/name").await.0, 404);
+
+    for path in ["/repls/full/name", "/repls/full/name?confirm=other"] {
+        let (status, told) = delete(&server, &ann, path).await;
+        let code = told["code"].as_str();
+        assert_eq!((status, code), (409, Some("not_confirmed")), "{told}");
+        assert_eq!(told["deletes"]["files"], 1, "{told}");
+    }
+    assert!(current(&server, "full").join("main.py").exists());
+    let (status, told) = delete(&server, &ann, "/repls/full/name?confirm=full").await;
+    assert_eq!((status, &told["success"]), (200, &json!(true)), "{told}");
+    assert!(!current(&server, "full").exists());
+}
+
+#[tokio::test]
 async fn a_repl_is_deleted_with_all_it_has_when_its_name_confirms_it() {
     let server = Server::start();
     let (_, ann) = server.user("ann").await;

@@ -3,7 +3,8 @@
 //!
 //! The id is the client's own and the server runs an id once, so sending again is always safe: on
 //! a new connection the stream is resumed behind the last frame seen, and only a server that does
-//! not know the id is sent the submission again.
+//! not know the id is sent the submission again. Input is sent with its offset and kept until the server has
+//! it, so that it too may be sent again.
 
 use std::time::Duration;
 
@@ -152,8 +153,9 @@ impl<'a, V: View> Follower<'a, V> {
 
     /// Everything on one connection.
     async fn converse(&mut self, mut socket: Socket) -> Result<Talk, Failure> {
-        let opening = self.progress.opening(&self.message);
-        if let Err(cause) = send(&mut socket, opening).await {
+        let mut opening = vec![self.progress.opening(&self.message)];
+        opening.extend(self.progress.input_again());
+        if let Err(cause) = send_all(&mut socket, opening).await {
             return Ok(Talk::Lost(cause));
         }
         if self.cancel_until.is_some()
@@ -174,11 +176,11 @@ impl<'a, V: View> Follower<'a, V> {
                     }
                 }
                 Happening::Typed(typed) => {
-                    let frame = self.progress.input(&typed);
                     if typed.is_none() {
                         self.input = None;
                     }
-                    if let Err(cause) = send(&mut socket, frame).await {
+                    let frames = self.progress.input(typed);
+                    if let Err(cause) = send_all(&mut socket, frames).await {
                         return Ok(Talk::Lost(cause));
                     }
                 }
@@ -207,7 +209,9 @@ impl<'a, V: View> Follower<'a, V> {
 
     async fn next(&mut self, socket: &mut Socket, pulse: &mut Pulse) -> Happening {
         let cancel_until = self.cancel_until;
-        let input = self.input.as_mut();
+        // Who types waits while the server is behind.
+        let takes_input = self.progress.takes_input();
+        let input = self.input.as_mut().filter(|_| takes_input);
         tokio::select! {
             typed = next_of(input) => Happening::Typed(typed),
             received = socket.next() => Happening::Received(received),
@@ -248,10 +252,17 @@ impl<'a, V: View> Follower<'a, V> {
             }
             // It never arrived, and is not wanted any more.
             Taken::Unknown if self.cancel_until.is_some() => Ok(Some(Talk::End(End::Interrupted))),
-            Taken::Unknown => match send(socket, self.progress.submit(&self.message)).await {
-                Ok(()) => Ok(None),
-                Err(cause) => Ok(Some(Talk::Lost(cause))),
-            },
+            Taken::Unknown => {
+                let mut again = vec![self.progress.submit(&self.message)];
+                again.extend(self.progress.input_again());
+                let lost = send_all(socket, again).await.err();
+                Ok(lost.map(Talk::Lost))
+            }
+            Taken::InputRefused(problem) => {
+                let text = format!("{problem}. {}", problem.remediation);
+                self.view.notice(&super::render::printable(&text));
+                Ok(None)
+            }
             Taken::Gap => Ok(Some(Talk::Lost("frames are missing".to_owned()))),
             Taken::Reply(outcome) => {
                 // The reply is here: how the connection ends does not matter any more.
@@ -264,6 +275,13 @@ impl<'a, V: View> Follower<'a, V> {
             }
         }
     }
+}
+
+async fn send_all(socket: &mut Socket, messages: Vec<WsMessage>) -> Result<(), String> {
+    for message in messages {
+        send(socket, message).await?;
+    }
+    Ok(())
 }
 
 /// The next piece; without any input, nothing ever.
@@ -304,6 +322,7 @@ mod tests {
     const QUEUED: &str = r#""event":"queued""#;
     const DEPLOYED: &str = r#""status":"deployed""#;
     const INVALID: &str = r#""status":"invalid""#;
+    const UNKNOWN: &str = r#""status":"invalid","error":{"code":"not_found","message":"There is no submission","cause":"no submission of yours has this id","remediation":"Check the id"}"#;
 
     /// What the follower showed.
     #[derive(Default)]
@@ -325,12 +344,33 @@ mod tests {
     /// What a scripted server does; after its last act on a connection it hangs up.
     enum Act {
         Expect(&'static str),
+        /// Input at this offset; no text: the end.
+        ExpectInput(u64, &'static str),
         Send(u64, &'static str),
-        Refuse,
+        /// So much input is on the disk.
+        Acknowledge(u64),
+        /// Something outside the submission's stream.
+        Answer(&'static str),
     }
-    use Act::{Expect, Refuse, Send};
+    use Act::{Acknowledge, Answer, Expect, ExpectInput, Send};
 
     async fn play(connections: Vec<Vec<Act>>) -> (Result<End, Failure>, Vec<String>) {
+        play_typing(None, connections).await
+    }
+
+    /// The same with input, all of it typed at once.
+    async fn play_typing(
+        input: Option<&[&str]>,
+        connections: Vec<Vec<Act>>,
+    ) -> (Result<End, Failure>, Vec<String>) {
+        let input = input.map(|pieces| {
+            let (tell, told) = mpsc::channel(pieces.len() + 1);
+            for piece in pieces {
+                tell.try_send(Some((*piece).to_owned())).unwrap();
+            }
+            tell.try_send(None).unwrap();
+            told
+        });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         let id = SubmissionId::new();
@@ -346,8 +386,17 @@ mod tests {
                             assert!(text.contains(word), "{text} has no {word}");
                             continue;
                         }
+                        ExpectInput(offset, data) => {
+                            let text = socket.next().await.unwrap().unwrap().into_text().unwrap();
+                            let sent: serde_json::Value = serde_json::from_str(&text).unwrap();
+                            let of = (&sent["stdin"], &sent["offset"], &sent["data"]);
+                            assert_eq!(of, (&json!(id), &json!(offset), &json!(data)), "{text}");
+                            assert_eq!(sent["eof"] == true, data.is_empty(), "{text}");
+                            continue;
+                        }
                         Send(seq, rest) => frame(id, seq, rest),
-                        Refuse => frame(id, None, INVALID),
+                        Acknowledge(bytes) => frame(id, None, &format!(r#""received":{bytes}"#)),
+                        Answer(rest) => frame(id, None, rest),
                     };
                     socket
                         .send(WsMessage::text(answer.json.to_string()))
@@ -361,6 +410,7 @@ mod tests {
         let shown = seen.0.clone();
         let end = Follower::new(&api, Message { id, text }, seen)
             .unwrap()
+            .with_input(input)
             .run()
             .await;
         server.await.unwrap();
@@ -389,7 +439,12 @@ mod tests {
     async fn a_server_that_lost_the_submission_gets_it_again() {
         let (end, shown) = play(vec![
             vec![Expect("code")],
-            vec![Expect("resume"), Refuse, Expect("code"), Send(1, DEPLOYED)],
+            vec![
+                Expect("resume"),
+                Answer(UNKNOWN),
+                Expect("code"),
+                Send(1, DEPLOYED),
+            ],
         ])
         .await;
         assert_eq!(end.unwrap(), End::Replied(Status::Deployed));
@@ -397,8 +452,60 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn input_that_a_lost_connection_took_along_is_sent_again_with_its_end() {
+        let (end, shown) = play_typing(
+            Some(&["ü\n", "two\n"]),
+            vec![
+                vec![Expect("code"), ExpectInput(0, "ü\n")],
+                vec![
+                    Expect("resume"),
+                    ExpectInput(0, "ü\n"),
+                    Acknowledge(3),
+                    ExpectInput(3, "two\n"),
+                    ExpectInput(7, ""),
+                ],
+                vec![
+                    Expect("resume"),
+                    ExpectInput(3, "two\n"),
+                    ExpectInput(7, ""),
+                    Acknowledge(7),
+                ],
+                vec![Expect("resume"), ExpectInput(7, ""), Send(1, DEPLOYED)],
+            ],
+        )
+        .await;
+        assert_eq!(end.unwrap(), End::Replied(Status::Deployed));
+        assert_eq!(shown, ["notice", "notice", "notice", "1"]);
+    }
+
+    #[tokio::test]
+    async fn a_server_that_lost_the_submission_gets_its_input_again_too() {
+        let (end, shown) = play_typing(
+            Some(&["one\n"]),
+            vec![
+                vec![Expect("code"), ExpectInput(0, "one\n"), ExpectInput(4, "")],
+                vec![
+                    Expect("resume"),
+                    ExpectInput(0, "one\n"),
+                    ExpectInput(4, ""),
+                    Answer(UNKNOWN),
+                    Answer(UNKNOWN),
+                    Answer(UNKNOWN),
+                    Expect("code"),
+                    ExpectInput(0, "one\n"),
+                    ExpectInput(4, ""),
+                    Send(1, DEPLOYED),
+                ],
+            ],
+        )
+        .await;
+        assert_eq!(end.unwrap(), End::Replied(Status::Deployed));
+        assert_eq!(shown, ["notice", "1"]);
+    }
+
+    #[tokio::test]
     async fn an_invalid_submission_is_not_sent_again() {
-        let (end, shown) = play(vec![vec![Expect("code"), Refuse]]).await;
+        let (end, shown) = play(vec![vec![Expect("code"), Answer(INVALID)]]).await;
         assert_eq!(end.unwrap(), End::Replied(Status::Invalid));
         assert_eq!(shown, ["0"]);
     }

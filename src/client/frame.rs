@@ -4,7 +4,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::failure::Failure;
-use crate::model::{Outcome, OutputStream, SubmissionId, TestResult};
+use crate::model::{Outcome, OutputStream, Problem, SubmissionId, TestResult};
 
 /// One frame from the server.
 #[derive(Debug, Clone)]
@@ -23,6 +23,10 @@ pub(super) struct Frame {
 pub(super) enum Kind {
     Event(Event),
     Reply(Box<Outcome>),
+    /// So many bytes of input are on the server's disk.
+    InputReceived(u64),
+    /// Input did not reach the program, which goes on.
+    InputRefused(Box<Problem>),
     /// Something a newer server may send.
     Other,
 }
@@ -56,6 +60,10 @@ impl Frame {
         } else if field("status").is_some_and(Value::is_string) {
             let outcome = Outcome::deserialize(&json).map_err(|error| not_understood(&error))?;
             Kind::Reply(Box::new(outcome))
+        } else if let Some(bytes) = field("received").and_then(Value::as_u64) {
+            Kind::InputReceived(bytes)
+        } else if let Some(Ok(problem)) = field("error").map(Problem::deserialize) {
+            Kind::InputRefused(Box::new(problem))
         } else {
             Kind::Other
         };
@@ -104,6 +112,14 @@ mod tests {
             Kind::Event(Event::Unknown)
         ));
         assert!(matches!(kind(r#"{"hello":1}"#), Kind::Other));
+        assert!(matches!(
+            kind(r#"{"submission_id":"x","received":7}"#),
+            Kind::InputReceived(7)
+        ));
+        let refused = kind(
+            r#"{"submission_id":"x","error":{"code":"a","message":"b","cause":"c","remediation":"d"}}"#,
+        );
+        assert!(matches!(refused, Kind::InputRefused(problem) if problem.code == "a"));
         let reply =
             Frame::parse(r#"{"status":"deployed","namespace":"user-test","seq":9,"new":1}"#)
                 .unwrap();

@@ -27,6 +27,7 @@ mod start;
 mod stdout;
 mod submit;
 mod typed;
+mod unacknowledged;
 mod units;
 
 use std::process::ExitCode;

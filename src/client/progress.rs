@@ -6,12 +6,16 @@ use tokio_tungstenite::tungstenite::Message as WsMessage;
 use super::frame::{Frame, Kind};
 use super::message::Message;
 use super::typed::Typed;
-use crate::model::{Outcome, Status, SubmissionId};
+use super::unacknowledged::Unacknowledged;
+use crate::model::{Outcome, Problem, Status, SubmissionId};
+
+/// The code of the answer to a message about a submission that the server does not know.
+const NOT_FOUND: &str = "not_found";
 
 /// What became of a frame.
 #[derive(Debug)]
 pub(super) enum Taken {
-    /// Seen before, or not about this submission.
+    /// Seen before, not about this submission, or nothing to show.
     Old,
     /// The next event.
     New,
@@ -19,6 +23,8 @@ pub(super) enum Taken {
     Gap,
     /// The server does not know the submission: it is to be sent again.
     Unknown,
+    /// Input was not taken; the submission goes on.
+    InputRefused(Box<Problem>),
     /// The end.
     Reply(Box<Outcome>),
 }
@@ -31,7 +37,7 @@ pub(super) struct Progress {
     /// The server may know the submission.
     pub(super) sent: bool,
     resuming: bool,
-    cancelling: bool,
+    input: Unacknowledged,
 }
 
 impl Progress {
@@ -41,7 +47,7 @@ impl Progress {
             after: 0,
             sent: false,
             resuming: false,
-            cancelling: false,
+            input: Unacknowledged::default(),
         }
     }
 
@@ -60,17 +66,23 @@ impl Progress {
         WsMessage::text(message.text.as_str())
     }
 
-    /// Input for the program; nothing follows the end.
-    pub(super) fn input(&self, typed: &Typed) -> WsMessage {
-        let frame = match typed {
-            Some(text) => json!({"stdin": self.id, "data": text}),
-            None => json!({"stdin": self.id, "data": "", "eof": true}),
-        };
-        WsMessage::text(frame.to_string())
+    /// Whether more input may be sent before the server says what it has.
+    pub(super) fn takes_input(&self) -> bool {
+        self.input.has_room()
     }
 
-    pub(super) fn cancel(&mut self) -> WsMessage {
-        self.cancelling = true;
+    /// Input for the program, kept until the server has it; nothing follows the end.
+    pub(super) fn input(&mut self, typed: Typed) -> Vec<WsMessage> {
+        messages(self.input.add(self.id, typed))
+    }
+
+    /// All input that the server may not have: for a new connection, behind the message that opens it, and for
+    /// a submission that is sent again.
+    pub(super) fn input_again(&self) -> Vec<WsMessage> {
+        messages(self.input.again(self.id))
+    }
+
+    pub(super) fn cancel(&self) -> WsMessage {
         WsMessage::text(json!({"cancel": self.id}).to_string())
     }
 
@@ -94,22 +106,36 @@ impl Progress {
         }
         match &frame.kind {
             Kind::Reply(outcome) => Taken::Reply(outcome.clone()),
+            Kind::InputReceived(bytes) => {
+                self.input.received(*bytes);
+                Taken::Old
+            }
+            Kind::InputRefused(problem) if self.input.refused() => {
+                Taken::InputRefused(problem.clone())
+            }
+            Kind::InputRefused(_) => Taken::Old,
             Kind::Event(_) | Kind::Other => Taken::New,
         }
     }
 
     /// A reply outside the submission's stream answers one message: it was not taken.
-    fn refusal(&mut self, outcome: &Outcome) -> Taken {
-        let invalid = outcome.status == Status::Invalid;
-        if invalid && self.resuming {
-            return Taken::Unknown;
+    fn refusal(&self, outcome: &Outcome) -> Taken {
+        let code = outcome.error.as_ref().map(|error| error.code.as_str());
+        match (outcome.status, code) {
+            (Status::Invalid, Some(NOT_FOUND)) if self.resuming => Taken::Unknown,
+            // No submission is answered so: it was input or a cancel that came before the submission was sent
+            // again, or after it was over.
+            (Status::Invalid, Some(NOT_FOUND)) => Taken::Old,
+            _ => Taken::Reply(Box::new(outcome.clone())),
         }
-        // Cancelling what is over already is refused; the reply itself is on its way.
-        if invalid && self.cancelling && self.after > 0 {
-            return Taken::Old;
-        }
-        Taken::Reply(Box::new(outcome.clone()))
     }
+}
+
+fn messages(frames: Vec<serde_json::Value>) -> Vec<WsMessage> {
+    let frames = frames.into_iter();
+    frames
+        .map(|frame| WsMessage::text(frame.to_string()))
+        .collect()
 }
 
 #[cfg(test)]
@@ -139,6 +165,7 @@ mod tests {
     const QUEUED: &str = r#""event":"queued""#;
     const DEPLOYED: &str = r#""status":"deployed""#;
     const INVALID: &str = r#""status":"invalid""#;
+    const UNKNOWN: &str = r#""status":"invalid","error":{"code":"not_found","message":"There is no submission","cause":"no submission of yours has this id","remediation":"Check the id"}"#;
 
     #[test]
     fn every_frame_is_shown_once_however_often_it_is_replayed() {
@@ -172,12 +199,21 @@ mod tests {
     fn a_server_that_does_not_know_the_id_is_sent_the_submission_again() {
         let (mut progress, message) = progress();
         progress.opening(&message);
+        progress.input(Some("one".to_owned()));
         progress.opening(&message);
+        let input = progress.input_again();
+        assert_eq!(input.len(), 1);
         assert!(matches!(
-            progress.take(&frame(message.id, None, INVALID)),
+            progress.take(&frame(message.id, None, UNKNOWN)),
             Taken::Unknown
         ));
         progress.submit(&message);
+        // The answer to the input is none to the submission, which takes it once more.
+        assert!(matches!(
+            progress.take(&frame(message.id, None, UNKNOWN)),
+            Taken::Old
+        ));
+        assert_eq!(progress.input_again(), input);
         assert!(matches!(
             progress.take(&frame(message.id, None, INVALID)),
             Taken::Reply(_)
@@ -191,7 +227,7 @@ mod tests {
         progress.take(&frame(message.id, 1, QUEUED));
         progress.cancel();
         assert!(matches!(
-            progress.take(&frame(message.id, None, INVALID)),
+            progress.take(&frame(message.id, None, UNKNOWN)),
             Taken::Old
         ));
         assert!(matches!(

@@ -171,7 +171,7 @@ impl View for Screen {
         match &frame.kind {
             Kind::Event(event) => self.event(event),
             Kind::Reply(outcome) => self.reply(outcome),
-            Kind::Other => Ok(()),
+            Kind::InputReceived(_) | Kind::InputRefused(_) | Kind::Other => Ok(()),
         }
     }
 

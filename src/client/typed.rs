@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use tokio::sync::mpsc;
 
 /// Most bytes of one piece: a frame with it is far below what the server takes.
-const PIECE: usize = 16 << 10;
+pub(super) const PIECE: usize = 16 << 10;
 
 /// Pieces that are read while earlier ones wait to be sent.
 const AHEAD: usize = 4;

@@ -43,6 +43,16 @@ pub struct Damage {
     pub submission: Option<SubmissionId>,
 }
 
+impl Damage {
+    /// What is wrong there, for the users of what was there: no file is named.
+    fn told(&self) -> String {
+        match self.bytes {
+            0 => self.cause.clone(),
+            bytes => format!("{bytes} bytes are not what was written: {}", self.cause),
+        }
+    }
+}
+
 impl std::fmt::Display for Damage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self {
@@ -136,7 +146,7 @@ impl Losses {
             cause: cause.to_owned(),
             submission,
         };
-        let why = damage.to_string();
+        let why = damage.told();
         self.places.push(damage);
         // No record is as short.
         if bytes < frame::SHORTEST_RECORD {
@@ -173,7 +183,7 @@ impl Losses {
             cause,
             submission: None,
         };
-        let why = damage.to_string();
+        let why = damage.told();
         self.places.push(damage);
         match entries {
             Some(entries) => {
@@ -198,7 +208,7 @@ impl Losses {
             cause: "the end of the file is missing, and the records in it with it".to_owned(),
             submission: None,
         };
-        let why = damage.to_string();
+        let why = damage.told();
         self.places.push(damage);
         for entry in entries {
             if entry

@@ -80,7 +80,7 @@ pub enum JournalError {
         offset: u64,
         /// What is wrong there.
         cause: String,
-        /// What to do without a backup.
+        /// What else may be done.
         remedy: String,
         /// The first position after the damaged file, for readers that must go on.
         resume: Option<u64>,
@@ -112,6 +112,27 @@ pub enum JournalError {
 }
 
 impl JournalError {
+    /// Why, for users: what the operator has to do, and where the data are, is in the server's log only.
+    pub fn told(&self) -> String {
+        match self {
+            Self::Corrupt { cause, .. } => format!("what the server stored is damaged: {cause}"),
+            Self::Memory { .. } => {
+                "what the server remembers of ended submissions cannot be read or written"
+                    .to_owned()
+            }
+            Self::Locked { .. } => "another server uses the data".to_owned(),
+            Self::Io { source, .. } => format!("the server's disk failed: {source}"),
+            Self::Full
+            | Self::Failing { .. }
+            | Self::Duplicate
+            | Self::Ended
+            | Self::Unknown
+            | Self::Gone { .. }
+            | Self::TooLarge { .. }
+            | Self::Closed => self.to_string(),
+        }
+    }
+
     pub(super) fn io(action: &str, path: &Path, source: io::Error) -> Self {
         Self::Io {
             action: format!("{action} {}", path.display()),
@@ -125,10 +146,7 @@ impl JournalError {
             file: path.to_owned(),
             offset,
             cause,
-            remedy: format!(
-                "stop the server and run `truncate --size={offset} {}`: what comes before is kept, what follows in this file is forgotten",
-                path.display()
-            ),
+            remedy: "run the version that wrote it: what is whole in it is kept".to_owned(),
             resume: None,
         }
     }

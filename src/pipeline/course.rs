@@ -21,8 +21,8 @@ use super::verdict::{
 };
 use crate::journal::{Appended, JournalError, NewRecord};
 use crate::model::{
-    Event, Order, Outcome, OutputStream, Problem, Reason, Record, RunReport, SUPERSEDED, Serves,
-    Status, Step, StepState, Submission, TestFiles, TestResult, Tested, Tests, superseded,
+    Event, Order, Outcome, OutputStream, Problem, Reason, Record, ReplId, RunReport, SUPERSEDED,
+    Serves, Status, Step, StepState, Submission, TestFiles, TestResult, Tested, Tests, superseded,
 };
 use crate::platform::{PlatformError, ReleaseSpec, RunningRelease};
 use crate::runner::client::{Run, RunEvent, Session};
@@ -688,16 +688,24 @@ impl Course {
             .inner
             .claim_name_patiently(user, &repl, AWAY_PATIENCE)
             .await;
-        if let Err(not) = claimed {
-            self.step(Step::Publish, StepState::Failed).await?;
-            return self.deploy_failed(outcome, not.problem(&repl));
-        }
+        let fresh = match claimed {
+            Ok(fresh) => fresh,
+            Err(not) => {
+                self.step(Step::Publish, StepState::Failed).await?;
+                return self.deploy_failed(outcome, not.problem(&repl));
+            }
+        };
         // From here on whatever is asked of the repl is noted with it; before, there may have been none.
         if let Some(by) = self.control.overtaken() {
             self.step(Step::Publish, StepState::Failed).await?;
             return self.overtaken(outcome, superseded(&by));
         }
+        // What somebody put there before the name was anybody's is not of this submission.
+        let empty = fresh && self.stores_nothing(&repl).await;
         if let Err(problem) = self.publish().await {
+            if empty {
+                self.take_back(&repl).await;
+            }
             self.step(Step::Publish, StepState::Failed).await?;
             return self.deploy_failed(outcome, problem);
         }
@@ -802,6 +810,22 @@ impl Course {
             .await
     }
 
+    /// Whether the repl has no current file. A store that cannot say fails to publish too, and cannot remove what
+    /// it may have: then the name stays.
+    async fn stores_nothing(&self, repl: &ReplId) -> bool {
+        let listed = self.inner.store.list_current(repl).await;
+        listed.is_ok_and(|files| files.is_empty())
+    }
+
+    /// Gives a new name back under which nothing came to be stored.
+    async fn take_back(&self, repl: &ReplId) {
+        match self.inner.store.remove_repl(repl).await {
+            // The next who has the name finds nothing of this user's.
+            Ok(()) => self.inner.give_back(repl).await,
+            Err(problem) => tracing::warn!(%repl, %problem, "a name stays taken, with its files"),
+        }
+    }
+
     fn deploy_failed(&self, outcome: &mut Outcome, problem: Problem) -> Result<(), JournalError> {
         outcome.status = Status::DeployFailed;
         outcome.error = Some(problem);
@@ -851,7 +875,7 @@ impl Course {
         self.unavailable(Problem::new(
             "record_failed",
             "What the submission did could not be recorded",
-            error.to_string(),
+            error.told(),
             "Submit it again under a new submission_id, with less output or fewer tests if it was too large.",
         ))
     }

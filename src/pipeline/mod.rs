@@ -129,6 +129,14 @@ pub struct Holdings {
     pub data: ReplData,
 }
 
+impl Holdings {
+    /// Whether nothing at all is kept. Of data that are not counted there may be some.
+    fn are_none(&self) -> bool {
+        let counted = self.files + self.releases + self.variables + self.domains.len();
+        counted == 0 && self.data.bytes == Some(0)
+    }
+}
+
 /// Why a repl does not get the domains that were asked for.
 #[derive(Debug)]
 pub enum NotNamed {
@@ -618,6 +626,27 @@ impl Pipeline {
         })
     }
 
+    /// Lets anybody have the name of the user's repl, if nothing is kept under it and nothing of it ever ran; else
+    /// says what is deleted with it.
+    pub async fn give_up_name(
+        &self,
+        user: &UserId,
+        repl: &ReplId,
+    ) -> Result<Option<Holdings>, PlatformError> {
+        let holdings = self.holdings(repl).await?;
+        if !holdings.are_none() {
+            return Ok(Some(holdings));
+        }
+        let platform = &self.inner.platform;
+        platform.forget_unused(repl).await?;
+        if platform.owner(repl).await?.as_ref() == Some(user) {
+            return Ok(Some(holdings));
+        }
+        let message = "Its name is free; nothing was kept under it".to_owned();
+        self.note(user, repl, "repl.deleted", message, None).await;
+        Ok(None)
+    }
+
     /// Stops the user's repl, deletes its files, releases, variables and data for good, and lets anybody have its
     /// name.
     pub async fn delete(&self, user: &UserId, repl: &ReplId) -> Result<(), PlatformError> {
@@ -639,13 +668,6 @@ impl Pipeline {
         let message = "Deleted, with its files, releases and data; its name is free".to_owned();
         self.note(user, repl, "repl.deleted", message, None).await;
         Ok(())
-    }
-
-    /// A name that nothing came of is free again.
-    async fn give_back(&self, repl: &ReplId) {
-        if let Err(error) = self.inner.platform.forget_unused(repl).await {
-            tracing::warn!(%repl, %error, "the name of a repl that did not start stays taken");
-        }
     }
 
     /// Leaves what is under way to the next server, which need not wonder why this one ended.
@@ -784,7 +806,7 @@ impl Pipeline {
                 Err(error) => {
                     tracing::error!(submission = %id, %error, "a submission cannot be taken up again");
                     if let Some(state) = this.inner.journal.submission(id) {
-                        this.answer_damaged(id, state, error.to_string()).await;
+                        this.answer_damaged(id, state, error.told()).await;
                     }
                 }
             }
@@ -902,7 +924,7 @@ fn stdin_problem(error: &JournalError) -> Problem {
     Problem::new(
         "journal_unavailable",
         "The input was not taken",
-        error.to_string(),
+        error.told(),
         "Send it again while the submission is under way.",
     )
 }
@@ -920,7 +942,7 @@ fn journal_problem(error: &JournalError) -> Problem {
     Problem::new(
         "journal_unavailable",
         "The submission was not taken",
-        error.to_string(),
+        error.told(),
         "The operator has to make room on the data folder's disk; it goes on by itself then.",
     )
 }

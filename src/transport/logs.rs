@@ -267,7 +267,10 @@ fn failed(error: &SearchError) -> Problem {
     Problem::new(
         "search_failed",
         "The logs cannot be searched now",
-        error.to_string(),
+        match error {
+            SearchError::Journal(error) => error.told(),
+            error => error.to_string(),
+        },
         "Try again; submissions are not affected",
     )
 }

@@ -206,17 +206,29 @@ fn not_confirmed(repl: &ReplId, holdings: &Holdings) -> HttpProblem {
     HttpProblem::new(StatusCode::CONFLICT, problem).with("deletes", json!(holdings))
 }
 
-/// The same, by an earlier name of this route
-#[utoipa::path(delete, path = "/repls/{id}/name", tag = "repls", params(("id" = String, Path)),
+/// Give a name back under which nothing is kept. With `confirm`, the name once more, it is `DELETE /repls/{id}`;
+/// without it, where something is kept, 409 `not_confirmed` tells what would be deleted
+#[utoipa::path(delete, path = "/repls/{id}/name", tag = "repls",
+    params(("id" = String, Path), ("confirm" = Option<String>, Query, description = "the repl's name once more")),
     responses((status = 200, body = Deleted), (status = 404, body = ProblemBody),
-              (status = 503, body = ProblemBody)))]
+              (status = 409, body = ProblemBody), (status = 503, body = ProblemBody)))]
 pub async fn release_name(
-    state: State<Arc<Edge>>,
-    caller: Authenticated,
+    State(edge): State<Arc<Edge>>,
+    Authenticated(caller): Authenticated,
     Path(id): Path<String>,
+    Query(confirmation): Query<Confirmation>,
 ) -> Result<axum::Json<Deleted>, HttpProblem> {
-    let confirm = Some(id.clone());
-    delete(state, caller, Path(id), Query(Confirmation { confirm })).await
+    if confirmation.confirm.is_some() {
+        let (state, caller) = (State(edge), Authenticated(caller));
+        return delete(state, caller, Path(id), Query(confirmation)).await;
+    }
+    let (repl, user) = owned(&edge, &caller, &id).await?;
+    let given_up = edge.pipeline.give_up_name(&user, &repl).await;
+    if let Some(holdings) = given_up.map_err(platform_problem)? {
+        return Err(not_confirmed(&repl, &holdings));
+    }
+    tracing::info!(%repl, %user, key = %caller.key_id, "the name of an empty repl was given back");
+    Ok(axum::Json(Deleted { success: true }))
 }
 
 /// What `POST /stop` answers.

@@ -759,7 +759,7 @@ fn outgoing(id: SubmissionId, item: Result<Item, JournalError>, events: bool) ->
             let problem = Problem::new(
                 "journal_failed",
                 "The outcome cannot be read",
-                error.to_string(),
+                error.told(),
                 "Send {\"resume\": submission_id} again; the submission itself is not affected",
             );
             text(wire::text(&wire::unavailable(Some(id), None, problem)))

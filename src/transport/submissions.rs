@@ -187,7 +187,7 @@ fn unreadable(id: SubmissionId, error: JournalError) -> HttpProblem {
             HttpProblem::unavailable(Problem::new(
                 "journal_failed",
                 "The submission's record cannot be read",
-                error.to_string(),
+                error.told(),
                 "Try again; the server's log says more",
             ))
         }

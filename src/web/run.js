@@ -7,6 +7,10 @@ import { uuidv7 } from "./uuid.js";
 
 /** The seq reached is written this often at most: it only says that frames came, the replay starts from 1 after a reload. */
 const REMEMBER_EVERY_MS = 1_000;
+/** Most input that waits for the server's word, in bytes: a quarter of what one message may hold, so that it fits a reload's memory too. */
+const MAX_UNACKNOWLEDGED_BYTES = 256 * 1024;
+
+const encoder = new TextEncoder();
 
 /** What `newRun` makes, or null; the fields besides `record` are the protocol's state. */
 export const current = signal(null);
@@ -29,6 +33,8 @@ function remember() {
     finished: run.record.reply.peek() !== null,
     submission: run.submission,
     inputOpen: run.inputOpen.peek(),
+    unacknowledged: run.unacknowledged,
+    inputBytes: run.inputBytes,
   });
 }
 
@@ -47,6 +53,10 @@ function newRun(id, submission, inputOpen) {
     inputOpen: signal(inputOpen),
     /** Why input did not reach it. */
     inputRefused: signal(null),
+    /** Input that the server has not said it has on its disk, in order: `{offset, bytes, data}`. */
+    unacknowledged: [],
+    /** All input that was given, in bytes. */
+    inputBytes: 0,
   };
 }
 
@@ -79,16 +89,46 @@ export function stop() {
   send({ cancel: run.record.id });
 }
 
-/** Gives the program input, and with `eof` says that no more comes. False: it is not sent, the connection is lost. */
+/** Gives the program input, and with `eof` says that no more comes. False: it is not taken, and may be given again. */
 export function giveInput(data, eof = false) {
   const run = current.peek();
   if (!run?.inputOpen.peek() || run.record.reply.peek()) return false;
   // Input overtakes no submission: the server would not know whose it is.
-  if (!run.sent || !send({ stdin: run.record.id, data, eof })) return false;
+  if (!run.sent || !isOpen()) return false;
+  const bytes = encoder.encode(data).length;
+  const waiting = run.unacknowledged.reduce((sum, piece) => sum + piece.bytes, 0);
+  if (waiting + bytes > MAX_UNACKNOWLEDGED_BYTES) {
+    run.inputRefused.value = {
+      message: "The input was not sent",
+      cause: `${waiting} bytes wait until the server has them, and with these it would be more than ${MAX_UNACKNOWLEDGED_BYTES}`,
+      remediation: "Send less at once, or send it again in a moment.",
+    };
+    return false;
+  }
+  const refusedBefore = run.inputRefused.peek() !== null;
   run.inputRefused.value = null;
+  const piece = { offset: run.inputBytes, bytes, data };
+  if (bytes > 0) run.unacknowledged.push(piece);
+  run.inputBytes += bytes;
   if (eof) run.inputOpen.value = false;
   remember();
+  // Behind what was refused nothing has its place: then all that waits is sent.
+  if (refusedBefore) sendInputAgain(run);
+  else send({ stdin: run.record.id, data, offset: piece.offset, eof });
   return true;
+}
+
+/** All input that the server may not have, and the end, which it never acknowledges: it passes over what it knows. */
+function sendInputAgain(run) {
+  for (const { offset, data } of run.unacknowledged) send({ stdin: run.record.id, data, offset });
+  if (run.submission.interactive && !run.inputOpen.peek()) {
+    send({ stdin: run.record.id, data: "", offset: run.inputBytes, eof: true });
+  }
+}
+
+function inputReceived(run, received) {
+  run.unacknowledged = run.unacknowledged.filter(({ offset, bytes }) => offset + bytes > received);
+  rememberSoon();
 }
 
 /** Signing out: the next person at this page does not get the code or the output of this one. */
@@ -122,6 +162,7 @@ function resend(run) {
     return;
   }
   run.sent = send(run.submission);
+  sendInputAgain(run);
 }
 
 function handleGap(run, frame) {
@@ -149,6 +190,7 @@ onFrame((frame) => {
   // A message that could not even be parsed is answered without an id; this page sends nothing for any other run.
   if (id !== null && id !== run.record.id) return;
 
+  if (Number.isInteger(frame.received)) return inputReceived(run, frame.received);
   if (frame.event === undefined && frame.status === undefined && frame.error) {
     // Input that did not reach the program, which goes on.
     run.inputRefused.value = frame.error;
@@ -177,8 +219,10 @@ onOpen(() => {
   const run = current.peek();
   if (!run || run.record.reply.peek()) return;
   run.gapAfter = undefined;
-  if (run.sent) resumeFromLast(run);
-  else run.sent = send(run.submission);
+  if (run.sent) {
+    resumeFromLast(run);
+    sendInputAgain(run);
+  } else run.sent = send(run.submission);
   if (run.stopAsked) send({ cancel: run.record.id });
 });
 
@@ -186,7 +230,13 @@ function restore() {
   const stored = tabMemory.read("run");
   if (!stored?.id || !stored.submission) return;
   // What was on screen is gone with the reload, so the replay starts from the first frame, not from `stored.seq`.
-  current.value = { ...newRun(stored.id, stored.submission, stored.inputOpen === true), sent: true, finishedBefore: stored.finished };
+  current.value = {
+    ...newRun(stored.id, stored.submission, stored.inputOpen === true),
+    sent: true,
+    finishedBefore: stored.finished,
+    unacknowledged: stored.unacknowledged ?? [],
+    inputBytes: stored.inputBytes ?? 0,
+  };
 }
 
 restore();

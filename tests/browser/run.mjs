@@ -461,7 +461,10 @@ async function lookChecks() {
   });
 }
 
-/** A page of its own whose WebSocket frames pass through `tamper(message, from)`: false loses the frame, "cut" also the connection. */
+/**
+ * A page of its own whose WebSocket frames pass through `tamper(message, from)`: false loses the frame, "cut" also the connection.
+ * It is signed in, and `use(opened)` runs something.
+ */
 async function throughBadWire(tamper, use) {
   const context = await browser.newContext({ viewport: WIDE });
   try {
@@ -480,18 +483,29 @@ async function throughBadWire(tamper, use) {
     const opened = await openPage(context, server.origin);
     await signIn(opened, server.apiKey);
     await opened.locator("[data-editor=codemirror]").waitFor();
-    await opened.locator(".cm-content").click();
-    await opened.keyboard.press("Control+a");
-    await opened.keyboard.insertText(TICKING(5));
-    await opened.getByTestId("deploy").setChecked(false);
-    await opened.getByTestId("run").click();
-    await opened.locator("[data-testid=verdict][data-status=tests_passed]").waitFor();
-    await sleep(200);
-    assert.equal(await opened.getByTestId("stdout").textContent(), ticks(5));
-    await use?.(opened);
+    await use(opened);
   } finally {
     await context.close();
   }
+}
+
+async function runIn(opened, code) {
+  await opened.locator(".cm-content").click();
+  await opened.keyboard.press("Control+a");
+  await opened.keyboard.insertText(code);
+  await opened.getByTestId("deploy").setChecked(false);
+  await opened.getByTestId("run").click();
+}
+
+async function passes(opened, stdout) {
+  await opened.locator("[data-testid=verdict][data-status=tests_passed]").waitFor();
+  await sleep(200);
+  assert.equal(await opened.getByTestId("stdout").textContent(), stdout);
+}
+
+async function tick(opened) {
+  await runIn(opened, TICKING(5));
+  await passes(opened, ticks(5));
 }
 
 async function wireChecks() {
@@ -500,7 +514,7 @@ async function wireChecks() {
     await throughBadWire((message, from) => {
       if (from === "page") sent.push(message);
       return from === "page" && sent.length === 1 ? "cut" : true;
-    });
+    }, tick);
     const [lost, resumed, again] = sent;
     assert.equal(resumed.resume, lost.submission_id);
     assert.equal(again.submission_id, lost.submission_id);
@@ -517,13 +531,44 @@ async function wireChecks() {
       if (lost !== null || message.event !== "output" || !message.data.includes("tick 2")) return true;
       lost = message.seq;
       return false;
-    });
+    }, tick);
     assert.equal(asked[0].after, lost - 1);
   });
   await checks.check("a connection cut after every few frames loses nothing and doubles nothing", async () => {
     let frames = 0;
-    await throughBadWire((_, from) => (from === "server" && ++frames % 4 === 0 && frames < 16 ? "cut" : true));
+    await throughBadWire((_, from) => (from === "server" && ++frames % 4 === 0 && frames < 16 ? "cut" : true), tick);
     assert.ok(frames >= 8);
+  });
+  await checks.check("input and its end that a lost connection took along reach the program once", async () => {
+    const sent = [];
+    const lost = new Set();
+    const takesAlong = (message) => message.stdin && (message.eof ? "the end" : message.data);
+    await throughBadWire((message, from) => {
+      if (from !== "page" || !message.stdin) return true;
+      sent.push(message);
+      const part = takesAlong(message);
+      if ((part !== "two ü\n" && part !== "the end") || lost.has(part)) return true;
+      lost.add(part);
+      return "cut";
+    }, async (opened) => {
+      await opened.locator(".run-options > summary").click();
+      await opened.getByTestId("interactive").setChecked(true);
+      await runIn(opened, "import sys\nprint('up', flush=True)\nfor line in sys.stdin: print('got', line, end='', flush=True)\nprint('end')\n");
+      await opened.getByTestId("stdout").getByText("up").waitFor();
+      for (const line of ["one", "two ü", "three"]) {
+        await opened.locator("[data-testid=connection][data-state=online]").waitFor();
+        await opened.getByTestId("input").fill(line);
+        await opened.getByTestId("give-input").click();
+        await opened.getByTestId("stdout").getByText(`got ${line}`).waitFor();
+      }
+      await opened.getByTestId("end-input").click();
+      await passes(opened, "up\ngot one\ngot two ü\ngot three\nend\n");
+    });
+    assert.deepEqual([...lost], ["two ü\n", "the end"]);
+    for (const data of ["two ü\n", ""]) {
+      const [first, ...again] = sent.filter((message) => message.data === data);
+      assert.ok(again.length > 0 && again.every((message) => message.offset === first.offset), JSON.stringify(sent));
+    }
   });
 }
 

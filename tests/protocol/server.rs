@@ -144,6 +144,11 @@ impl Server {
     /// Ends it as a power cut would, and starts it again on the same port and data.
     pub fn restart(&mut self) {
         self.kill();
+        self.start_again();
+    }
+
+    /// On the same port and data, after [`Server::kill`].
+    pub fn start_again(&mut self) {
         let (child, address, admin, sign_in) = start(
             self.data.path(),
             self.address.port(),

@@ -202,7 +202,7 @@ async fn a_name_is_its_users_and_a_failed_run_takes_none() {
 
     // A name that was released is the next one's, who finds nothing in it.
     let release = async |key: &str, repl: &str| {
-        let url = server.url(&format!("/repls/{repl}/name"));
+        let url = server.url(&format!("/repls/{repl}/name?confirm={repl}"));
         let request = client().delete(url).header("x-api-key", key);
         request.send().await.unwrap().status().as_u16()
     };
@@ -675,4 +675,32 @@ async fn who_asks_without_a_key_has_a_rate_and_nobody_else_waits() {
     assert!(asked.elapsed() < Duration::from_secs(2));
     assert_eq!(status(connect_from(2, port).await, "/session").await, 401);
     assert_eq!(status(connect_from(1, port).await, "/healthz").await, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deploy_that_cannot_be_stored_takes_no_name() {
+    let server = Server::start();
+    let (_, one) = server.user("one").await;
+    let (_, two) = server.user("two").await;
+    let submit = async |key: &str, user: &str, text: &str| {
+        let mut socket = server.connect(key).await;
+        let code = format!("print({text:?})");
+        let message = json!({ "user_id": user, "repl_id": "left", "code": code });
+        socket.ask(message.to_string()).await
+    };
+    // A file where the store lays a repl's new files down: the release is stored, they are not.
+    let store = server.data.path().join("store");
+    let in_the_way = store.join("code/.left.new");
+    std::fs::write(&in_the_way, "").unwrap();
+    let reply = submit(&one, "one", "of one").await;
+    assert_eq!(reply["status"], "deploy_failed", "{reply}");
+    assert!(!store.join("releases/left").exists());
+    std::fs::remove_file(in_the_way).unwrap();
+    let reply = submit(&two, "two", "of two").await;
+    assert_eq!(reply["status"], "deployed", "{reply}");
+    let releases = std::fs::read_dir(store.join("releases/left")).unwrap();
+    assert_eq!(releases.count(), 1);
+    // The control: a deploy that succeeds takes it.
+    let reply = submit(&one, "one", "of one").await;
+    assert_eq!(reply["status"], "invalid", "{reply}");
 }

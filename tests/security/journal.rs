@@ -138,6 +138,61 @@ async fn a_flood_of_output_erases_nobody_elses_history_and_no_id_runs_twice() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_reply_to_a_damaged_submission_names_no_file_and_cuts_nothing_off() {
+    let mut server = Server::start();
+    let (_, ann) = server.user("ann").await;
+    let id = format!("{ID}30");
+    let marker = "of-the-submission-that-is-damaged";
+    let code = format!(
+        "import time # {marker}\nfor n in range(600): print(n, flush=True); time.sleep(0.1)"
+    );
+    let message = json!({
+        "user_id": "ann", "submission_id": id, "code": code, "deploy": false, "stream": true,
+        "limits": {"wall_ms": 60_000},
+    });
+    let mut socket = server.connect(&ann).await;
+    socket.send(message.to_string()).await;
+    // Records lie behind its first one: it is not the end that a crash may tear off.
+    loop {
+        let frame = socket.next().await;
+        if frame["data"]
+            .as_str()
+            .is_some_and(|data| data.contains("9\n"))
+        {
+            break;
+        }
+    }
+    server.kill();
+    let folder = server.data.path().join("journal");
+    let mut damaged = 0;
+    for entry in std::fs::read_dir(&folder).unwrap() {
+        let path = entry.unwrap().path();
+        let Ok(mut bytes) = std::fs::read(&path) else {
+            continue;
+        };
+        let mut windows = bytes.windows(marker.len());
+        if let Some(at) = windows.position(|window| window == marker.as_bytes()) {
+            bytes[at] ^= 1;
+            std::fs::write(&path, bytes).unwrap();
+            damaged += 1;
+        }
+    }
+    assert_eq!(damaged, 1);
+    server.start_again();
+    // Nothing but the reply.
+    let resume = json!({"resume": id, "after": 1_000_000}).to_string();
+    let reply = run(&server, &ann, resume).await;
+    assert_eq!(reply["status"], "unavailable", "{reply}");
+    assert_eq!(reply["error"]["code"], "record_unreadable", "{reply}");
+    let told = reply.to_string();
+    assert!(!told.contains("truncate"), "{told}");
+    assert!(
+        !told.contains(server.data.path().to_str().unwrap()),
+        "{told}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn searches_and_followers_of_one_user_are_bounded() {
     let server = Server::start();
     let (_, busy) = server.user("busy").await;

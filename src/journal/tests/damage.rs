@@ -208,6 +208,50 @@ async fn a_flipped_bit_costs_at_most_what_it_is_in_and_is_named() {
     assert!(aside > 0);
 }
 
+/// Good data are not cut off, and users are not told where the data folder is.
+#[tokio::test]
+async fn what_is_said_of_damage_keeps_good_data_and_names_no_file_to_users() {
+    let dir = TempDir::new().unwrap();
+    let whole = write(&dir).await;
+    let folder = dir.path().to_str().unwrap();
+    // As it is in the file, where the end of the line is escaped.
+    let input = br"input of 2\n";
+    let found = segments(&dir).into_iter().find_map(|path| {
+        let bytes = std::fs::read(&path).unwrap();
+        let mut windows = bytes.windows(input.len());
+        Some((windows.position(|window| window == input)?, path))
+    });
+    let (at, path) = found.unwrap();
+    flip(&path, at as u64, 0);
+    let journal = reopen(&dir);
+    let changed = changed(&journal, &whole).await;
+    assert_eq!(changed.len(), 1);
+    for id in changed {
+        let error = journal.read_submission(id).await.unwrap_err();
+        let (operator, user) = (error.to_string(), error.told());
+        assert!(!operator.contains("truncate"), "{operator}");
+        assert!(operator.contains("restore the file from a backup"));
+        assert!(operator.contains("the version that wrote it"));
+        assert!(operator.contains(path.to_str().unwrap()), "{operator}");
+        assert!(user.contains("damaged"), "{user}");
+        assert!(!user.contains("truncate"), "{user}");
+        assert!(!user.contains(folder), "{user}");
+    }
+    drop(journal);
+    // A start that looks through every segment says it of what it sets aside.
+    for path in segments(&dir) {
+        let _ = std::fs::remove_file(path.with_extension("index"));
+    }
+    let journal = reopen(&dir);
+    let set_aside = &journal.recovery().set_aside;
+    assert_eq!(set_aside.len(), 1);
+    for why in set_aside.values() {
+        assert!(why.contains("not what was written"), "{why}");
+        assert!(!why.contains("truncate"), "{why}");
+        assert!(!why.contains(folder), "{why}");
+    }
+}
+
 #[tokio::test]
 async fn readers_of_the_whole_journal_pass_over_what_is_damaged() {
     let dir = TempDir::new().unwrap();

@@ -464,8 +464,8 @@ impl ModuleCalls {
                 .map_or(since, |here| here.min(since));
             if quiet >= idle && status.state != ModuleState::Stopped {
                 tracing::info!(user = %key.0, module = %key.1, "nobody has called the module for long; it is stopped");
+                self.let_go(&key);
                 self.platform.pause(&key.0, &key.1).await?;
-                self.forget(&key);
             }
         }
         self.busy.retain(|key| {
@@ -477,9 +477,8 @@ impl ModuleCalls {
 
     /// Removes the module's pods; `false`: there were none.
     pub async fn remove(&self, user: &UserId, name: &ModuleName) -> Result<bool, ModuleError> {
-        let removed = self.platform.remove(user, name).await?;
-        self.forget(&(user.clone(), name.clone()));
-        Ok(removed)
+        self.let_go(&(user.clone(), name.clone()));
+        Ok(self.platform.remove(user, name).await?)
     }
 
     /// What calls of the module have to send that do not come by way of this server; `None`: there is no other
@@ -735,6 +734,12 @@ impl ModuleCalls {
                 all.remove(key);
             }
         }
+    }
+
+    /// Keeps no way to the module's pods, which are to end: they wait for connections that may bring a call. A call
+    /// that is under way has its own hold on its way.
+    fn let_go(&self, key: &Key) {
+        self.locked().remove(key);
     }
 
     fn locked(&self) -> std::sync::MutexGuard<'_, HashMap<Key, Kept>> {

@@ -68,6 +68,10 @@ pub struct LocalPlatform {
     modules: Arc<LocalModules>,
 }
 
+/// Most time that programs get to end with the server, which waits three seconds for its platform: whoever stops
+/// it, such as a container engine, kills it soon.
+const WITH_THE_SERVER: Duration = Duration::from_secs(2);
+
 /// Program output that may wait for the journal: when it cannot keep up, programs are slowed.
 const MAX_WAITING_EVENTS: usize = 1_024;
 
@@ -285,8 +289,7 @@ impl Platform for LocalPlatform {
     }
 
     async fn shutdown(&self) {
-        self.modules.stop_all().await;
-        self.releases.stop_all().await;
+        tokio::join!(self.modules.stop_all(), self.releases.stop_all());
         self.sandboxes.drop_all().await;
     }
 }

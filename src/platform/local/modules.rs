@@ -8,6 +8,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use jiff::Timestamp;
@@ -16,7 +17,7 @@ use tokio::sync::mpsc;
 
 use super::program::{Owner, Program};
 use super::sandboxes::{Sandboxes, Tenant};
-use super::{LocalConfig, MAX_WAITING_EVENTS, unavailable};
+use super::{LocalConfig, MAX_WAITING_EVENTS, WITH_THE_SERVER, unavailable};
 use crate::model::{
     Limits, ModuleName, ModuleSpec, ModuleState, ModuleStatus, Package, Problem, ReplId, ReplState,
     Scale, SecretText, TicketKey, UserId,
@@ -32,6 +33,10 @@ use install::{Installer, PACKAGES, Parts, SERVER, TOOLS};
 /// What the supervisor and the module itself may take beside the calls: an interpreter, gRPC, and large
 /// packages such as pandas.
 const SERVER_MEMORY: u64 = 256 << 20;
+
+/// How long those that serve go on beside new ones that do not serve yet: an import of large packages takes some
+/// seconds, and who asked waits a minute for all of it.
+const COMES_UP: Duration = Duration::from_secs(20);
 
 /// The repl that a module's sandbox takes itself for. Nobody has a ticket for it.
 const NO_REPL: &str = "module";
@@ -147,11 +152,35 @@ impl LocalModules {
     /// Ends every module; they come back with the next server.
     pub async fn stop_all(&self) {
         let modules: Vec<_> = self.locked().drain().collect();
-        for (_, module) in modules {
-            for replica in module.replicas {
-                replica.program.stop().await;
-            }
+        let replicas = modules.into_iter().flat_map(|(_, module)| module.replicas);
+        // A module that is asked to end takes no more calls and answers those that it has: nothing is waited for
+        // before it is asked, there is no time for both.
+        let patience = self.config.drain.min(WITH_THE_SERVER);
+        end_all(replicas.collect(), patience, false).await;
+    }
+
+    /// Ends replicas that nobody is sent to any more, once they have answered what they were asked. They end also
+    /// when who asked for it is gone.
+    async fn end(&self, replicas: Vec<Replica>) {
+        let ended = tokio::spawn(end_all(replicas, self.config.drain, true));
+        if let Err(error) = ended.await {
+            tracing::error!(%error, "a module's sandboxes may not have ended; the server's end ends them");
         }
+    }
+
+    /// The same, and nobody waits for it.
+    fn end_later(&self, replicas: Vec<Replica>) {
+        if !replicas.is_empty() {
+            tokio::spawn(end_all(replicas, self.config.drain, true));
+        }
+    }
+
+    /// Whether the machine has the memory for so many replicas more.
+    fn has_room(&self, replicas: u32) -> bool {
+        let one = self.config.maximum.memory_bytes + SERVER_MEMORY;
+        // A machine that does not say is not risked: then the old ones end first.
+        let available = available_memory().unwrap_or(0);
+        available >= one.saturating_mul(replicas.into())
     }
 
     /// What is wanted, with what is left out filled in.
@@ -180,6 +209,14 @@ impl LocalModules {
         })
     }
 
+    /// Whether it has replicas with other packages than are wanted.
+    fn has_others(&self, key: &Key, wanted: &Record) -> bool {
+        let others = self.with(key, |module| {
+            !module.replicas.is_empty() && module.record.packages != wanted.packages
+        });
+        others.unwrap_or(false)
+    }
+
     /// Takes out what must not serve any more: the dead, those with other packages, those too many.
     fn take_out(&self, key: &Key, wanted: &Record) -> Vec<Replica> {
         self.with(key, |module| {
@@ -198,6 +235,36 @@ impl LocalModules {
             out
         })
         .unwrap_or_default()
+    }
+
+    /// Starts replicas with other packages beside those that serve, which serve until the new ones do. When they
+    /// cannot be started everything stays as it is.
+    async fn replace(&self, key: &Key, wanted: Record, parts: &Parts) -> Result<(), PlatformError> {
+        let mut fresh = Vec::new();
+        for _ in 0..wanted.replicas {
+            match self.start(&wanted, parts).await {
+                Ok(replica) => fresh.push(replica),
+                Err(error) => {
+                    self.end_later(fresh);
+                    return Err(not_made(&error));
+                }
+            }
+        }
+        let came = fresh.iter().map(|replica| came_up(&replica.program));
+        futures_util::future::join_all(came).await;
+        if let Err(error) = self.save(key, &wanted) {
+            self.end_later(fresh);
+            return Err(error);
+        }
+        let replaced = self.with(key, |module| {
+            module.record = wanted;
+            module.failure = None;
+            std::mem::replace(&mut module.replicas, std::mem::take(&mut fresh))
+        });
+        self.end_later(replaced.unwrap_or_default());
+        // The server stops, and has taken all modules out.
+        self.end_later(fresh);
+        Ok(())
     }
 
     async fn start(&self, record: &Record, parts: &Parts) -> anyhow::Result<Replica> {
@@ -345,6 +412,36 @@ impl LocalModules {
     }
 }
 
+async fn end_all(replicas: Vec<Replica>, patience: Duration, drain: bool) {
+    let ended = replicas
+        .iter()
+        .map(|replica| replica.program.end(patience, drain));
+    futures_util::future::join_all(ended).await;
+}
+
+/// Waits until it serves, or will not.
+async fn came_up(program: &Program) {
+    let mut standing = program.standing();
+    let settled = standing.wait_for(|now| now.over || now.state == ReplState::Running);
+    // Who waits for the module is told what it says of itself.
+    let _ = tokio::time::timeout(COMES_UP, settled).await;
+}
+
+/// Bytes of memory that programs can be given without swapping, as the kernel reckons.
+fn available_memory() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib << 10)
+}
+
+fn not_made(error: &anyhow::Error) -> PlatformError {
+    let remedy = "Look at the server's log; try again.";
+    unavailable("The module's sandbox could not be made", error, remedy)
+}
+
 /// Where a sandbox has it; nothing stays nothing.
 fn absolute(place: &str) -> String {
     match place {
@@ -440,8 +537,17 @@ impl Modules for LocalModules {
             .parts(python, user, &wanted.module, &wanted.packages, &used)
             .await
             .map_err(ModulesError::Refused)?;
-        for replica in self.take_out(&key, &wanted) {
-            replica.program.stop().await;
+        let others = self.has_others(&key, &wanted);
+        if others && self.has_room(wanted.replicas) {
+            self.replace(&key, wanted, &parts).await?;
+            return Ok(true);
+        }
+        let out = self.take_out(&key, &wanted);
+        if others {
+            // Their memory is needed for those that come.
+            self.end(out).await;
+        } else {
+            self.end_later(out);
         }
         if self.with(&key, |_| ()).is_none() {
             // Its installation may have taken longer than a module may be quiet.
@@ -461,10 +567,8 @@ impl Modules for LocalModules {
         };
         let missing = (wanted.replicas as usize).saturating_sub(running);
         for _ in 0..missing {
-            let replica = self.start(&wanted, &parts).await.map_err(|error| {
-                let remedy = "Look at the server's log; try again.";
-                unavailable("The module's sandbox could not be made", &error, remedy)
-            })?;
+            let started = self.start(&wanted, &parts).await;
+            let replica = started.map_err(|error| not_made(&error))?;
             self.with(&key, |module| module.replicas.push(replica));
         }
         Ok(missing > 0)
@@ -487,9 +591,7 @@ impl Modules for LocalModules {
             module.record = stopped;
             std::mem::take(&mut module.replicas)
         });
-        for replica in replicas.unwrap_or_default() {
-            replica.program.stop().await;
-        }
+        self.end(replicas.unwrap_or_default()).await;
         Ok(())
     }
 
@@ -500,10 +602,10 @@ impl Modules for LocalModules {
         let Some(module) = self.locked().remove(&key) else {
             return Ok(false);
         };
-        for replica in module.replicas {
-            replica.program.stop().await;
-        }
-        fs::remove_file(self.file(&key)).map_err(|error| {
+        // Before they end, which may take a while: a server that is killed meanwhile does not bring it back.
+        let removed = fs::remove_file(self.file(&key));
+        self.end(module.replicas).await;
+        removed.map_err(|error| {
             unavailable(
                 "The module's record could not be removed",
                 &error.into(),

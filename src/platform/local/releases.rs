@@ -22,7 +22,7 @@ use super::disk::{Disk, TooMuch};
 use super::program::{Owner, Program};
 use super::record::{Record, Stored};
 use super::sandboxes::{Sandboxes, Tenant};
-use super::{DEPLOY_PATIENCE, LocalConfig, unavailable};
+use super::{DEPLOY_PATIENCE, LocalConfig, WITH_THE_SERVER, unavailable};
 use crate::beneath::{Folder, waiting};
 use crate::model::{
     Limits, Order, Problem, Release, ReleaseState, ReplId, ReplState, ReplStatus, TicketKey,
@@ -40,10 +40,6 @@ use crate::storage::DirectoryStore;
 /// How long a caller waits for a program that is being started, as after a restart of the server: shorter
 /// than the proxy waits for a connection, so that the caller is told why.
 const COMING_BACK: Duration = Duration::from_secs(4);
-
-/// Most time that programs get to end with the server, which waits three seconds for its platform: whoever stops
-/// it, such as a container engine, kills it soon.
-const WITH_THE_SERVER: Duration = Duration::from_secs(2);
 
 /// Where a program finds the folder that outlives its releases.
 const DATA: &str = "data";
