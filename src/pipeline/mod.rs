@@ -43,7 +43,7 @@ use crate::platform::tunnel::Meters;
 use crate::platform::{ConfigureError, Platform, PlatformError, RunningRelease, Sessions};
 use crate::storage::CodeStore;
 use claims::Claims;
-use control::{Asked, Control, Received, beyond};
+use control::{Cancelling, Control, Received, beyond};
 use course::{Course, History, JOURNAL_PAUSE, MAX_OUTPUT_BYTES};
 use idle::Waking;
 use intake::Intake;
@@ -211,6 +211,13 @@ struct Inner {
     courses: TaskTracker,
 }
 
+/// What is asked of a repl.
+struct Asked {
+    order: Order,
+    /// What was under way for the repl by then.
+    under_way: Vec<(SubmissionId, Arc<Control>)>,
+}
+
 impl Pipeline {
     /// A pipeline; call [`Pipeline::recover`] next.
     pub fn new(
@@ -337,9 +344,9 @@ impl Pipeline {
             return false;
         };
         match control.cancel_because(None) {
-            Asked::TooLate => return false,
-            Asked::Again => return true,
-            Asked::First => {}
+            Cancelling::TooLate => return false,
+            Cancelling::Again => return true,
+            Cancelling::First => {}
         }
         match self.record(id, Event::Cancelled { why: None }).await {
             // It has ended by now.
@@ -462,15 +469,19 @@ impl Pipeline {
         repl: &ReplId,
         release: Option<u64>,
     ) -> Result<(RunningRelease, LastSave), PlatformError> {
+        let back = match release {
+            Some(release) => format!("it was rolled back to release {release}"),
+            None => "it was rolled back".to_owned(),
+        };
+        let asked = self.asked(repl, |owner| owner == user, back);
         let platform = &self.inner.platform;
         let _place = self.inner.places.take(&**platform, user, repl).await?;
         // A workspace gives way to the release: what was edited in it is kept first.
         let last = self.save_before(repl).await;
         let last = last.map_err(PlatformError::Unavailable)?;
-        let running = platform.rollback(repl, release).await?;
+        let running = platform.rollback(repl, release, &asked.order).await?;
         self.inner.saves.forget(repl);
-        let back = format!("it was rolled back to release {}", running.release);
-        self.order(user, repl, back).await?;
+        self.overtake(asked).await;
         let message = format!("Rolled back to release {}{}", running.release, last.told());
         self.note(
             user,
@@ -542,26 +553,18 @@ impl Pipeline {
 
     /// Notes that this was asked of the user's repl: what was sent before and is under way is not deployed any
     /// more, by this server, a later one or another replica.
-    async fn order(&self, user: &UserId, repl: &ReplId, what: String) -> Result<(), PlatformError> {
-        let journal = &self.inner.journal;
-        let order = Order::new(
-            journal.identity(),
-            journal.next_position(),
-            Timestamp::now(),
-            what.clone(),
-        );
-        self.overtake(repl, |owner| owner == user, &what).await;
+    async fn order(&self, user: &UserId, repl: &ReplId, what: &str) -> Result<(), PlatformError> {
+        let asked = self.asked(repl, |owner| owner == user, what.to_owned());
+        let order = asked.order.clone();
+        self.overtake(asked).await;
         self.inner.platform.ordered(repl, &order).await
     }
 
-    /// The repl of this name is nobody's yet, and is asked to stop: what is under way for it is not deployed.
-    pub async fn stop_unclaimed(&self, repl: &ReplId, may_act_for: impl Fn(&UserId) -> bool) {
-        self.overtake(repl, may_act_for, STOPPED).await;
-    }
-
-    /// Has what is under way for the repl not be deployed.
-    async fn overtake(&self, repl: &ReplId, whose: impl Fn(&UserId) -> bool, by: &str) {
-        let under_way: Vec<_> = {
+    /// This is asked of the repl now; what these users sent before is still under way, and nothing that comes while
+    /// it is carried out is among it.
+    fn asked(&self, repl: &ReplId, whose: impl Fn(&UserId) -> bool, what: String) -> Asked {
+        // Looked at first: the place in the journal is then behind all of it.
+        let under_way = {
             let under_way = self.under_way();
             let of_repl = under_way
                 .iter()
@@ -570,6 +573,23 @@ impl Pipeline {
                 .map(|(id, control)| (*id, Arc::clone(control)))
                 .collect()
         };
+        let journal = &self.inner.journal;
+        let position = journal.next_position();
+        Asked {
+            order: Order::new(journal.identity(), position, Timestamp::now(), what),
+            under_way,
+        }
+    }
+
+    /// The repl of this name is nobody's yet, and is asked to stop: what is under way for it is not deployed.
+    pub async fn stop_unclaimed(&self, repl: &ReplId, may_act_for: impl Fn(&UserId) -> bool) {
+        let asked = self.asked(repl, may_act_for, STOPPED.to_owned());
+        self.overtake(asked).await;
+    }
+
+    /// Has what was under way when this was asked not be deployed.
+    async fn overtake(&self, Asked { order, under_way }: Asked) {
+        let by = order.what();
         let mut last = None;
         for (id, control) in under_way {
             control.overtake(by);
@@ -588,7 +608,7 @@ impl Pipeline {
     /// Stops the user's repl, whatever of its workspace can be kept.
     pub async fn stop(&self, user: &UserId, repl: &ReplId) -> Result<LastSave, PlatformError> {
         let was_there = self.inner.platform.owner(repl).await?.is_some();
-        self.order(user, repl, STOPPED.to_owned()).await?;
+        self.order(user, repl, STOPPED).await?;
         let last = self.save_at_last(repl).await;
         self.inner.saves.forget(repl);
         self.inner.platform.drop_repl(repl).await?;
@@ -626,7 +646,7 @@ impl Pipeline {
     /// Stops the user's repl, deletes its files, releases, variables and data for good, and lets anybody have its
     /// name.
     pub async fn delete(&self, user: &UserId, repl: &ReplId) -> Result<(), PlatformError> {
-        self.order(user, repl, "it was deleted".to_owned()).await?;
+        self.order(user, repl, "it was deleted").await?;
         let platform = &self.inner.platform;
         platform.drop_repl(repl).await?;
         {

@@ -450,7 +450,7 @@ async fn a_release_serves_and_takes_over(subject: &Subject) -> anyhow::Result<()
     let two = release(subject, &repl, &format!("VERSION = 'two'{SERVER}")).await??;
     ensure!(two.release > one.release);
     ensure!(fetch(platform, &repl).await?.ends_with("two True"));
-    platform.rollback(&repl, None).await?;
+    platform.rollback(&repl, None, &Order::now()).await?;
     ensure!(
         fetch(platform, &repl).await?.ends_with("one True"),
         "not rolled back"
@@ -527,7 +527,9 @@ async fn variables_are_a_releases(subject: &Subject) -> anyhow::Result<()> {
         platform.configure(&repl, &unknown).await,
         Err(ConfigureError::Refused(_))
     ));
-    platform.rollback(&repl, Some(one.release)).await?;
+    platform
+        .rollback(&repl, Some(one.release), &Order::now())
+        .await?;
     shows("red hush").await?;
     ensure!(platform.settings(&repl).await?.env["COLOUR"] == "red");
     platform.drop_repl(&repl).await?;
@@ -592,7 +594,7 @@ async fn a_domain_is_one_repls(subject: &Subject) -> anyhow::Result<()> {
     name(&one, &[]).await??;
     ensure!(has(a).is_none());
     name(&other, &[b]).await??;
-    platform.rollback(&one, None).await?;
+    platform.rollback(&one, None, &Order::now()).await?;
     ensure!(
         has(a).as_ref() == Some(&one),
         "a domain did not come back with its release"
@@ -650,6 +652,7 @@ async fn a_workspace_stays_whatever_its_program_does(subject: &Subject) -> anyho
     let spec = |user_id: UserId| WorkspaceSpec {
         user_id,
         repl_id: repl.clone(),
+        order: Order::now(),
         argv: vec!["python3".to_owned(), "main.py".to_owned()],
     };
     let code = "print('Hello, workspace', flush=True)\nraise SystemExit(3)";
@@ -733,6 +736,7 @@ async fn what_is_idle_comes_back_as_it_was(subject: &Subject) -> anyhow::Result<
     let own = WorkspaceSpec {
         user_id: user("conform-g"),
         repl_id: repl.clone(),
+        order: Order::now(),
         argv: vec!["python3".to_owned(), "-V".to_owned()],
     };
     ensure!(
@@ -741,7 +745,7 @@ async fn what_is_idle_comes_back_as_it_was(subject: &Subject) -> anyhow::Result<
     );
     ended_page(platform, &repl, "two").await?;
     ensure!(platform.stop_idle(&repl, now, Timestamp::now()).await?);
-    platform.rollback(&repl, None).await?;
+    platform.rollback(&repl, None, &Order::now()).await?;
     ended_page(platform, &repl, "one").await?;
     ensure!(platform.stop_idle(&repl, now, Timestamp::now()).await?);
     platform.drop_repl(&repl).await?;
@@ -811,6 +815,7 @@ async fn a_name_is_counted_and_given_back(subject: &Subject) -> anyhow::Result<(
     let own = WorkspaceSpec {
         user_id: other.clone(),
         repl_id: repl.clone(),
+        order: Order::now(),
         argv: vec!["python3".to_owned(), "main.py".to_owned()],
     };
     platform.open_workspace(&own).await?;

@@ -64,6 +64,56 @@ async fn two_replicas_that_deploy_to_one_repl_leave_the_latest_serving() {
     one.forget(user.as_str()).await;
 }
 
+/// How long the release takes to listen that is gone back to: what comes meanwhile has some seconds for it.
+const SLOW_TO_LISTEN: Duration = Duration::from_secs(5);
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a cluster"]
+async fn a_slow_rollback_stands_against_what_was_sent_before_and_gives_way_to_what_is_sent_later() {
+    let (one, other) = (Bed::start().await, Bed::start().await);
+    let user = one.user("slow-back");
+    let repl = one.repl(&user);
+    let wait = SLOW_TO_LISTEN.as_secs();
+    let slow = format!("import time; time.sleep({wait})\nVERSION = 'slow'\n{SERVER}");
+    for code in [slow, format!("VERSION = 'quick'\n{SERVER}")] {
+        let spec = one.spec(&user, &repl, &code, BTreeMap::new()).await;
+        one.platform.ensure_release(&spec).await.unwrap();
+    }
+    let version = |name: &str| format!("VERSION = '{name}'\n{SERVER}");
+    // At the same replica it waits for its lock, at the other for its turn.
+    for bed in [&one, &other] {
+        let before = one
+            .spec(&user, &repl, &version("before"), BTreeMap::new())
+            .await;
+        let order = Order::now();
+        let deploy = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            bed.platform.ensure_release(&before).await
+        };
+        let (back, refused) = tokio::join!(one.platform.rollback(&repl, Some(1), &order), deploy);
+        assert_eq!(back.unwrap().release, 1);
+        let refused = refused.unwrap_err();
+        assert!(
+            matches!(&refused, PlatformError::NotReady(problem) if problem.code == SUPERSEDED),
+            "{refused:?}"
+        );
+        assert!(one.page(&repl).await.contains("slow"));
+        let later = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let code = version("later");
+            let later = one.spec(&user, &repl, &code, BTreeMap::new()).await;
+            bed.platform.ensure_release(&later).await
+        };
+        let order = Order::now();
+        let (back, later) = tokio::join!(one.platform.rollback(&repl, Some(1), &order), later);
+        assert_eq!(back.unwrap().release, 1);
+        later.unwrap();
+        assert!(one.page(&repl).await.contains("later"));
+    }
+    one.platform.drop_repl(&repl).await.unwrap();
+    one.forget(user.as_str()).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs a cluster"]
 async fn the_cleaner_leaves_a_repl_alone_whose_record_cannot_be_read() {

@@ -381,6 +381,78 @@ async fn input_and_cancellations_of_what_waits_survive_a_kill_and_a_polite_end()
     }
 }
 
+/// Until this step of the submission has begun.
+async fn begun(socket: &mut WebSocket, step: &str) {
+    loop {
+        let event = frame(socket).await.unwrap();
+        if event["name"] == step && event["state"] == "started" {
+            break;
+        }
+    }
+}
+
+/// How long the release takes to listen that is gone back to: what is sent or ends meanwhile has some seconds for it.
+const SLOW_TO_LISTEN: f64 = 4.0;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_rollback_stands_against_what_was_sent_before_and_gives_way_to_what_is_sent_later() {
+    let server = Server::start();
+    let way = Way::to(&server);
+    let message = |turn: usize, test: f64, listen: f64| {
+        let code = format!(
+            "import sys, time\ntime.sleep({test} if sys.argv[1:] else {listen})\n{}",
+            server_that_says(turn, false)
+        );
+        json!({
+            "user_id": "back", "repl_id": "back-app", "code": code, "database": false,
+            "tests": [{ "name": "starts", "args": ["check"] }],
+        })
+    };
+    let status = |sent: &Sent| sent.reply.as_ref().unwrap()["status"].clone();
+    for (turn, listen) in [(0, SLOW_TO_LISTEN), (1, 0.0)] {
+        let mut sent = [Sent::new(message(turn, 0.0, listen), nothing)];
+        follow(&way, &mut sent).await;
+        assert_eq!(status(&sent[0]), "deployed", "{:?}", sent[0].reply);
+    }
+    let rollback = || {
+        let url = format!("http://{}/repls/back-app/rollback", way.address);
+        let request = client().post(url).header("x-api-key", &way.key);
+        let request = request.json(&json!({ "release": 1 })).send();
+        tokio::spawn(async move {
+            let begun = Instant::now();
+            assert_eq!(request.await.unwrap().status(), 200);
+            assert!(
+                begun.elapsed().as_secs_f64() > SLOW_TO_LISTEN,
+                "it is not slow"
+            );
+        })
+    };
+    // Sent before, its test ends while the rollback is made.
+    let mut before = [Sent::new(message(2, 1.5, 0.0), nothing)];
+    let mut socket = way.connect().await;
+    let text = before[0].message.to_string();
+    socket.send(Message::text(text)).await.unwrap();
+    begun(&mut socket, "test").await;
+    rollback().await.unwrap();
+    follow(&way, &mut before).await;
+    assert_eq!(status(&before[0]), "superseded", "{:?}", before[0].reply);
+    let error = &before[0].reply.as_ref().unwrap()["error"];
+    assert!(
+        error["cause"].as_str().unwrap().contains("rolled back"),
+        "{error}"
+    );
+    assert_eq!(page(&way, "back-app").await, "turn 0");
+    // Sent a second after, its test goes on when the rollback is made.
+    let back = rollback();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let mut later = [Sent::new(message(3, SLOW_TO_LISTEN, 0.0), nothing)];
+    follow(&way, &mut later).await;
+    assert_eq!(status(&later[0]), "deployed", "{:?}", later[0].reply);
+    back.await.unwrap();
+    assert_eq!(page(&way, "back-app").await, "turn 3");
+    drop(server);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stop_during_a_test_is_not_undone_by_its_deployment() {
     let mut server = Server::start();
@@ -407,12 +479,7 @@ async fn a_stop_during_a_test_is_not_undone_by_its_deployment() {
             .send(Message::text(sent[0].message.to_string()))
             .await
             .unwrap();
-        loop {
-            let event = frame(&mut socket).await.unwrap();
-            if event["name"] == "test" && event["state"] == "started" {
-                break;
-            }
-        }
+        begun(&mut socket, "test").await;
         stop().await;
         if killed {
             server = restart(server).await;

@@ -143,7 +143,7 @@ impl Releases {
                 .await
                 .map_err(failed)?;
         }
-        self.switch(&owner, &stored, Some(&spec.order)).await
+        self.switch(&owner, &stored, &spec.order).await
     }
 
     /// See [`Platform::overtaken`](crate::platform::Platform::overtaken).
@@ -165,6 +165,7 @@ impl Releases {
         &self,
         repl: &ReplId,
         release: Option<u64>,
+        order: &Order,
     ) -> Result<RunningRelease, PlatformError> {
         let changing = self.changing(repl);
         let _one = changing.lock().await;
@@ -183,7 +184,7 @@ impl Releases {
         };
         let mut target = target.clone();
         target.domains = self.nameable(&owner, record, target.domains).await;
-        let switched = self.switch(&owner, &target, None).await;
+        let switched = self.switch(&owner, &target, order).await;
         let (kept, given_up) = match &switched {
             Ok(_) => (&target.domains, &record.domains),
             Err(_) => (&record.domains, &target.domains),
@@ -324,11 +325,11 @@ impl Releases {
         &self,
         owner: &Owner,
         stored: &Stored,
-        order: Option<&Order>,
+        order: &Order,
     ) -> Result<RunningRelease, PlatformError> {
         let started = Instant::now();
         loop {
-            let turn = self.take_turn(&owner.repl, order).await?;
+            let turn = self.take_turn(&owner.repl, Some(order)).await?;
             let switched = tokio::select! {
                 switched = self.switch_in_turn(owner, stored, order, &turn) => switched,
                 () = self.keep_turn(&owner.repl, &turn) => Err(turn::lost()),
@@ -349,7 +350,7 @@ impl Releases {
         &self,
         owner: &Owner,
         stored: &Stored,
-        order: Option<&Order>,
+        order: &Order,
         turn: &Turn,
     ) -> Result<RunningRelease, PlatformError> {
         match self.roll_out(owner, stored).await {
@@ -373,16 +374,14 @@ impl Releases {
             if !record.is_turn_of(turn) {
                 return Err(turn::lost());
             }
-            if let Some(problem) = order.and_then(|order| record.order.supersedes(order)) {
+            if let Some(problem) = record.order.supersedes(order) {
                 return Err(PlatformError::NotReady(problem));
             }
             let before = record.current().cloned();
             was_idle = record.idle.is_some();
             record.switch(stored.release);
             record.name(stored.domains.clone());
-            if let Some(order) = order {
-                record.order.note(order);
-            }
+            record.order.note(order);
             record.making = None;
             Ok(before.filter(|before| before.release != stored.release))
         });

@@ -233,9 +233,14 @@ impl Releases {
         &self,
         repl: &ReplId,
         release: Option<u64>,
+        order: &Order,
     ) -> Result<RunningRelease, PlatformError> {
         let changing = self.changing(repl);
         let _one = changing.lock().await;
+        let later = self.with(repl, |repl| repl.record.order.supersedes(order));
+        if let Some(problem) = later.flatten() {
+            return Err(PlatformError::NotReady(problem));
+        }
         let target = self.with(repl, |repl| repl.record.earlier(release).cloned());
         let mut target = target.flatten().ok_or_else(|| {
             PlatformError::NotFound(match release {
@@ -244,7 +249,7 @@ impl Releases {
             })
         })?;
         target.given.domains = self.nameable(repl, target.given.domains);
-        self.switch(repl, target, None).await
+        self.switch(repl, target, Some(order)).await
     }
 
     /// Stops the repl. Its releases, code and database stay.
