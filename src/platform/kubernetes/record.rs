@@ -352,6 +352,33 @@ impl Record {
         self.domains = domains;
     }
 
+    /// What it is set to: replicas, variables and host names.
+    pub fn settings(&self) -> (Option<Scale>, Option<&Given>, &[Domain]) {
+        (self.scale, self.given.as_ref(), &self.domains)
+    }
+
+    /// Its settings are those of the other.
+    pub fn set(&mut self, to: &Self) {
+        self.scale = to.scale;
+        self.give(to.given.clone());
+        self.name(to.domains.clone());
+    }
+
+    /// The release with the settings that it runs with when it is made now: they may have been changed since its
+    /// number was given out. A rollback brings back its own.
+    pub fn made_now(&self, stored: &Stored) -> Stored {
+        let mut all = self.workspace.iter().chain(&self.releases);
+        let known = all.find(|known| known.release == stored.release);
+        let mut stored = stored.clone();
+        if known
+            .is_some_and(|known| matches!(known.state, StoredState::Pending | StoredState::Current))
+        {
+            stored.given.clone_from(&self.given);
+            stored.domains.clone_from(&self.domains);
+        }
+        stored
+    }
+
     /// The revisions of variables that something of it has.
     pub fn revisions(&self) -> BTreeSet<i64> {
         let all = self.workspace.iter().chain(&self.releases);
@@ -776,6 +803,13 @@ mod tests {
         assert_eq!(record.revisions(), BTreeSet::from([1, 2]));
         record.switch(1);
         assert_eq!((&record.given, record.revisions().len()), (&given(1), 2));
+        // Changed while the next release was being made: it has them, and one that is gone back to has its own.
+        let next = record.reserve(stored());
+        record.give(given(2));
+        assert_eq!(record.made_now(&next).given, given(2));
+        let back = record.target(Some(2)).unwrap().clone();
+        record.give(given(1));
+        assert_eq!(record.made_now(&back).given, given(2));
         record.stop();
         // What was stopped stays as it was; what starts next has the new ones.
         record.give(given(3));

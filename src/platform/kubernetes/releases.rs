@@ -329,16 +329,11 @@ impl Releases {
     ) -> Result<RunningRelease, PlatformError> {
         let started = Instant::now();
         loop {
-            let turn = self.take_turn(&owner.repl, Some(order)).await?;
-            let switched = tokio::select! {
-                switched = self.switch_in_turn(owner, stored, order, &turn) => switched,
-                () = self.keep_turn(&owner.repl, &turn) => Err(turn::lost()),
-            };
-            self.end_turn(&owner.repl, &turn).await;
-            match switched {
-                Err(PlatformError::Unavailable(problem))
-                    if problem.code == turn::LOST && started.elapsed() < AWAY_PATIENCE =>
-                {
+            let (turn, record) = self.take_turn(&owner.repl, Some(order)).await?;
+            let stored = record.made_now(stored);
+            let switched = self.switch_in_turn(owner, &stored, order, &turn);
+            match self.during(&owner.repl, &turn, switched).await {
+                Err(error) if turn::is_lost(&error) && started.elapsed() < AWAY_PATIENCE => {
                     tracing::warn!(repl = %owner.repl, "another replica made a release of the repl meanwhile; this one is made again");
                 }
                 switched => return switched,
@@ -355,11 +350,9 @@ impl Releases {
     ) -> Result<RunningRelease, PlatformError> {
         match self.roll_out(owner, stored).await {
             Ok(()) => {}
-            // Somebody applied something else. It is not this release that failed: it is made again, unless
-            // something that was asked for later took its place.
-            Err(PlatformError::NotReady(problem)) if problem.code == REPLACED => {
-                return Err(turn::lost());
-            }
+            // It is not this release that failed: it is made again, unless something that was asked for later took
+            // its place.
+            Err(error) if turn::is_lost(&error) => return Err(error),
             // Nothing can be put back either; what was asked for is asked for again.
             Err(PlatformError::Unavailable(problem)) if problem.code == AWAY => {
                 return Err(PlatformError::Unavailable(problem));
@@ -380,6 +373,7 @@ impl Releases {
             let before = record.current().cloned();
             was_idle = record.idle.is_some();
             record.switch(stored.release);
+            record.give(stored.given.clone());
             record.name(stored.domains.clone());
             record.order.note(order);
             record.making = None;
@@ -405,6 +399,7 @@ impl Releases {
         Ok(self.running(owner, stored))
     }
 
+    /// Has it run and waits until it serves. The turn is lost when somebody applied something else meanwhile.
     async fn roll_out(&self, owner: &Owner, stored: &Stored) -> Result<(), PlatformError> {
         let failed = |failure: Failure| {
             let problem = failure.problem("The release could not be made");
@@ -425,7 +420,10 @@ impl Releases {
         let applied = self.apply(owner, stored, led_to).await;
         let (name, generation) = applied.map_err(failed)?;
         let waited = self.rollouts.wait(owner, stored, &name, generation).await;
-        waited.map_err(PlatformError::NotReady)
+        waited.map_err(|problem| match problem.code.as_str() {
+            REPLACED => turn::lost(),
+            _ => PlatformError::NotReady(problem),
+        })
     }
 
     /// Makes what the template's objects refer to.
