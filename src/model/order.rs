@@ -1,12 +1,22 @@
 //! When something was asked of a repl, among all that is asked of it: what was asked later stands.
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use super::{Problem, SubmissionId};
 
 /// The code of a problem that means: something that was asked of the repl later stands.
 pub const SUPERSEDED: &str = "superseded";
+
+/// How long it is known of a repl that was deleted what was asked of it last. A submission that was sent before may
+/// wait behind others and for a platform that is away, which takes minutes each; and a server that was down takes up
+/// what it had, for which a day is time.
+const KNOWN_AFTER_DELETION: SignedDuration = SignedDuration::from_hours(24);
+
+/// Whether it is still known what was asked of a repl that was deleted then.
+pub fn is_known_after(deleted: Timestamp) -> bool {
+    Timestamp::now().duration_since(deleted) < KNOWN_AFTER_DELETION
+}
 
 /// What was asked of a repl, and when.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -658,14 +658,26 @@ impl Course {
             .inner
             .claim_name_patiently(user, &repl, AWAY_PATIENCE)
             .await;
-        if let Err(not) = claimed {
+        let fresh = match claimed {
+            Ok(fresh) => fresh,
+            Err(not) => {
+                self.step(Step::Publish, StepState::Failed).await?;
+                return self.deploy_failed(outcome, not.problem(&repl));
+            }
+        };
+        // From here on whatever is asked of the repl is noted with it; before, there may have been none, or one that
+        // was deleted since it was looked at.
+        let overtaken = match self.control.overtaken() {
+            Some(by) => Some(superseded(&by)),
+            None if fresh => inner.platform.overtaken(&spec).await.ok().flatten(),
+            None => None,
+        };
+        if let Some(problem) = overtaken {
+            if fresh {
+                inner.give_back(&repl).await;
+            }
             self.step(Step::Publish, StepState::Failed).await?;
-            return self.deploy_failed(outcome, not.problem(&repl));
-        }
-        // From here on whatever is asked of the repl is noted with it; before, there may have been none.
-        if let Some(by) = self.control.overtaken() {
-            self.step(Step::Publish, StepState::Failed).await?;
-            return self.overtaken(outcome, superseded(&by));
+            return self.overtaken(outcome, problem);
         }
         if let Err(problem) = self.publish().await {
             self.step(Step::Publish, StepState::Failed).await?;
@@ -684,6 +696,7 @@ impl Course {
                 Ok(())
             }
             Err(PlatformError::NotReady(problem)) if problem.code == SUPERSEDED => {
+                self.take_back_files().await;
                 self.step(Step::Deploy, StepState::Failed).await?;
                 self.overtaken(outcome, problem)
             }
@@ -770,6 +783,22 @@ impl Course {
         store
             .publish_built(repl_id, *id, files, Some(archive))
             .await
+    }
+
+    /// Another replica may have deleted the repl while files were stored here for its release: the next who has the
+    /// name finds none of them.
+    async fn take_back_files(&self) {
+        let (user, repl) = (&self.submission.user_id, &self.submission.repl_id);
+        // Only then is the name free, and nobody else's while they are removed.
+        if !matches!(self.inner.claim_name(user, repl).await, Ok(true)) {
+            return;
+        }
+        match self.inner.store.remove_repl(repl).await {
+            Ok(()) => self.inner.give_back(repl).await,
+            Err(problem) => {
+                tracing::warn!(%repl, %problem, "the name of a deleted repl stays taken, with files of a submission");
+            }
+        }
     }
 
     fn deploy_failed(&self, outcome: &mut Outcome, problem: Problem) -> Result<(), JournalError> {

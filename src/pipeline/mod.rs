@@ -66,7 +66,10 @@ const READ_AT_ONCE: usize = 2;
 const PUT_DOWN: Duration = Duration::from_secs(2);
 
 /// What a stop is, among what is asked of a repl.
-const STOPPED: &str = "it was stopped";
+pub const STOPPED: &str = "it was stopped";
+
+/// What a deletion is.
+pub const DELETED: &str = "it was deleted";
 
 /// What became of a submission that was sent in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -581,9 +584,10 @@ impl Pipeline {
         }
     }
 
-    /// The repl of this name is nobody's yet, and is asked to stop: what is under way for it is not deployed.
-    pub async fn stop_unclaimed(&self, repl: &ReplId, may_act_for: impl Fn(&UserId) -> bool) {
-        let asked = self.asked(repl, may_act_for, STOPPED.to_owned());
+    /// Has what these users have under way here for the repl not be deployed, for this reason: another replica is
+    /// asked for it, or the repl is nobody's yet, so that there is nowhere to note it.
+    pub async fn overtake_here(&self, repl: &ReplId, whose: impl Fn(&UserId) -> bool, why: &str) {
+        let asked = self.asked(repl, whose, why.to_owned());
         self.overtake(asked).await;
     }
 
@@ -646,7 +650,9 @@ impl Pipeline {
     /// Stops the user's repl, deletes its files, releases, variables and data for good, and lets anybody have its
     /// name.
     pub async fn delete(&self, user: &UserId, repl: &ReplId) -> Result<(), PlatformError> {
-        self.order(user, repl, "it was deleted").await?;
+        self.order(user, repl, DELETED).await?;
+        // What is just being deployed is over before its files are looked for.
+        let _turn = self.inner.deployments.turn(repl).await;
         let platform = &self.inner.platform;
         platform.drop_repl(repl).await?;
         {
@@ -664,13 +670,6 @@ impl Pipeline {
         let message = "Deleted, with its files, releases and data; its name is free".to_owned();
         self.note(user, repl, "repl.deleted", message, None).await;
         Ok(())
-    }
-
-    /// A name that nothing came of is free again.
-    async fn give_back(&self, repl: &ReplId) {
-        if let Err(error) = self.inner.platform.forget_unused(repl).await {
-            tracing::warn!(%repl, %error, "the name of a repl that did not start stays taken");
-        }
     }
 
     /// Leaves what is under way to the next server, which need not wonder why this one ended.

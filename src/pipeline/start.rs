@@ -129,7 +129,7 @@ impl Pipeline {
         }
         match removed {
             // The next who has the name finds nothing of this user's.
-            Ok(()) => self.give_back(repl).await,
+            Ok(()) => self.inner.give_back(repl).await,
             Err(problem) => tracing::warn!(%repl, %problem, "a name stays taken, with its files"),
         }
     }
@@ -162,7 +162,7 @@ impl Pipeline {
         let was_idle = platform.is_idle(repl);
         let opened = platform.open_workspace(&spec).await;
         if fresh && opened.is_err() {
-            self.give_back(repl).await;
+            self.inner.give_back(repl).await;
         }
         let opened = opened?;
         self.inner.opened.notify_one();

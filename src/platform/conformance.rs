@@ -20,7 +20,7 @@ use super::{
 };
 use crate::model::{
     Domain, Ending, Limits, Order, Reason, RelativePath, ReleaseState, ReplChange, ReplId,
-    ReplState, RunReport, Serves, SubmissionId, Tested, Tests, UserId,
+    ReplState, RunReport, SUPERSEDED, Serves, SubmissionId, Tested, Tests, UserId,
 };
 use crate::runner::client::{Piece, Run, RunEvent, Session};
 use crate::runner::confine::{SIGNALS_VERSION, landlock_version};
@@ -189,6 +189,11 @@ pub async fn all(subject: &Subject) -> anyhow::Result<()> {
     what_is_idle_comes_back_as_it_was(subject)
         .await
         .with_context(context("what is idle comes back as it was"))?;
+    a_deleted_repl_is_not_brought_back(subject)
+        .await
+        .with_context(context(
+            "a repl that was deleted is not brought back by what was sent before",
+        ))?;
     a_name_is_counted_and_given_back(subject)
         .await
         .with_context(context("a name is counted for its user, and given back"))?;
@@ -780,6 +785,56 @@ async fn ended_page(
         }
         sleep(LOOK_AGAIN).await;
     }
+}
+
+async fn a_deleted_repl_is_not_brought_back(subject: &Subject) -> anyhow::Result<()> {
+    let repl: ReplId = "conform-gone".parse().map_err(anyhow::Error::msg)?;
+    let platform = &subject.platform;
+    let (own, other) = (user("conform-g"), user("conform-m"));
+    release(subject, &repl, "print('one')").await??;
+    let path = RelativePath::try_from("main.py".to_owned()).map_err(anyhow::Error::msg)?;
+    let files = BTreeMap::from([(path, "print('late')".to_owned())]);
+    let sent = |user_id: &UserId| ReleaseSpec {
+        user_id: user_id.clone(),
+        repl_id: repl.clone(),
+        submission_id: SubmissionId::new(),
+        order: Order::now(),
+        tested: Tested::of(&files, &Tests::ExitCode),
+        argv: vec!["python3".to_owned(), "main.py".to_owned()],
+        env: BTreeMap::new(),
+        database: false,
+        serves: Serves::Unknown,
+    };
+    let (before, theirs) = (sent(&own), sent(&other));
+    let refused = async || {
+        let released = platform.ensure_release(&before).await;
+        ensure!(
+            matches!(&released, Err(PlatformError::NotReady(problem)) if problem.code == SUPERSEDED),
+            "it was released: {released:?}"
+        );
+        ensure!(platform.overtaken(&before).await?.is_some());
+        Ok(())
+    };
+    platform.ordered(&repl, &Order::now()).await?;
+    platform.drop_repl(&repl).await?;
+    platform.forget(&repl).await?;
+    refused().await?;
+    ensure!(platform.owner(&repl).await?.is_none(), "its name is taken");
+    // Also when its name is its owner's again, and when it was given back.
+    ensure!(platform.claim(&repl, &own).await? == own);
+    refused().await?;
+    platform.forget_unused(&repl).await?;
+    refused().await?;
+    ensure!(platform.owner(&repl).await?.is_none(), "its name is taken");
+    // It was not asked of another's.
+    let store = &subject.store;
+    store.publish(&repl, theirs.submission_id, &files).await?;
+    ensure!(platform.ensure_release(&theirs).await?.release == 1);
+    ended_page(platform, &repl, "late").await?;
+    platform.drop_repl(&repl).await?;
+    store.remove_repl(&repl).await?;
+    platform.forget(&repl).await?;
+    Ok(())
 }
 
 async fn a_name_is_counted_and_given_back(subject: &Subject) -> anyhow::Result<()> {

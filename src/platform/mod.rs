@@ -276,7 +276,8 @@ pub trait Platform: Send + Sync + fmt::Debug {
     async fn names(&self, user: &UserId) -> Result<usize, PlatformError>;
 
     /// Forgets the repl of this name and removes what it keeps here beside its program, which was dropped
-    /// before: anybody can have the name then. Absent is fine.
+    /// before: anybody can have the name then. Absent is fine. What was asked of it last is known for as long as
+    /// a submission may be under way that its owner sent before: it does not bring the repl back.
     async fn forget(&self, repl: &ReplId) -> Result<(), PlatformError>;
 
     /// The same for a name that nothing was ever deployed or started under; any other stays.

@@ -100,6 +100,12 @@ impl Releases {
         let changing = self.changing(&spec.repl_id);
         let _one = changing.lock().await;
         let failed = |failure: Failure| failure.unavailable("The release could not be recorded");
+        // Before its name is taken.
+        if self.records.known(&spec.repl_id).is_none()
+            && let Some(problem) = self.overtaken(spec).await?
+        {
+            return Err(PlatformError::NotReady(problem));
+        }
         let claimed = self.records.claim(&spec.repl_id, &spec.user_id).await;
         if claimed.map_err(failed)? != spec.user_id {
             return Err(PlatformError::NotFound(format!(
@@ -126,7 +132,11 @@ impl Releases {
             .await
             .map_err(failed)?;
         let Some(reserved) = reserved else {
-            return Err(PlatformError::NotFound(format!("the repl {}", owner.repl)));
+            // It was deleted this very moment.
+            return Err(match self.overtaken(spec).await? {
+                Some(problem) => PlatformError::NotReady(problem),
+                None => PlatformError::NotFound(format!("the repl {}", owner.repl)),
+            });
         };
         let stored = reserved.map_err(PlatformError::NotReady)?;
         let done = match stored.state {
@@ -148,7 +158,8 @@ impl Releases {
 
     /// See [`Platform::overtaken`](crate::platform::Platform::overtaken).
     pub async fn overtaken(&self, spec: &ReleaseSpec) -> Result<Option<Problem>, PlatformError> {
-        let record = self.records.fresh(&spec.repl_id).await;
+        let records = &self.records;
+        let record = records.fresh_or_deleted(&spec.repl_id, &spec.user_id).await;
         let record = record.map_err(|f| f.unavailable("The repl's record could not be read"))?;
         Ok(record.and_then(|record| record.is_too_late(spec.submission_id, &spec.order)))
     }
