@@ -330,12 +330,13 @@ impl Peers {
             user: user.cloned(),
             why: why.to_owned(),
         };
-        let told = self.others().map(|peer| async {
+        let overtaking = &overtaking;
+        let told = self.others().map(|peer| async move {
             // One that did not answer a moment ago is greeted every other second: nobody waits for it.
             if peer.away.load(Ordering::Relaxed) {
                 return false;
             }
-            let told = self.post::<_, Answer>(peer, "/peer/overtake", &overtaking);
+            let told = self.post::<_, Answer>(peer, "/peer/overtake", overtaking);
             told.await.is_some()
         });
         join_all(told).await.into_iter().all(|told| told)
