@@ -351,9 +351,14 @@ impl Pipeline {
             Cancelling::Again => return true,
             Cancelling::First => {}
         }
-        match self.record(id, Event::Cancelled { why: None }).await {
+        let recorded = match self.record(id, Event::Cancelled { why: None }).await {
+            // What comes behind it on a connection is answered when this is kept, as input is.
+            Ok(Appended { position, .. }) => self.inner.journal.durable(position).await,
+            Err(error) => Err(error),
+        };
+        match recorded {
             // It has ended by now.
-            Ok(_) | Err(JournalError::Ended | JournalError::Unknown) => {}
+            Ok(()) | Err(JournalError::Ended | JournalError::Unknown) => {}
             Err(error) => {
                 tracing::warn!(submission = %id, %error, "a submission is cancelled, but not on the disk: it would run on after a restart");
             }
