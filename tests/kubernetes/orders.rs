@@ -1,6 +1,6 @@
 //! Two replicas and one repl: what was asked for last serves, and nobody puts back what another replaced.
 
-use gantry::model::{Order, ReplChange, SUPERSEDED};
+use gantry::model::{Order, ReplChange, SUPERSEDED, Serves};
 use gantry::platform::kubernetes::CleanUp;
 use gantry::platform::{PlatformError, ReleaseSpec};
 
@@ -153,7 +153,8 @@ async fn a_slow_rollback_stands_against_what_was_sent_before_and_gives_way_to_wh
     let wait = SLOW_TO_LISTEN.as_secs();
     let slow = format!("import time; time.sleep({wait})\nVERSION = 'slow'\n{SERVER}");
     for code in [slow, format!("VERSION = 'quick'\n{SERVER}")] {
-        let spec = one.spec(&user, &repl, &code, BTreeMap::new()).await;
+        let mut spec = one.spec(&user, &repl, &code, BTreeMap::new()).await;
+        spec.serves = Serves::Yes;
         one.platform.ensure_release(&spec).await.unwrap();
     }
     let version = |name: &str| format!("VERSION = '{name}'\n{SERVER}");

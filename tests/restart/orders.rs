@@ -457,7 +457,7 @@ async fn a_slow_rollback_stands_against_what_was_sent_before_and_gives_way_to_wh
             server_that_says(turn, false)
         );
         json!({
-            "user_id": "back", "repl_id": "back-app", "code": code, "database": false,
+            "user_id": "back", "repl_id": "back-app", "code": code, "database": false, "serves": true,
             "tests": [{ "name": "starts", "args": ["check"] }],
         })
     };
