@@ -24,7 +24,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use gantry::model::{
-    ModuleSpec, RelativePath, ReplChange, ReplId, ScaleRequest, SubmissionId, UserId,
+    ModuleSpec, Order, RelativePath, ReplChange, ReplId, ScaleRequest, SubmissionId, UserId,
 };
 use gantry::platform::conformance::{finish, python};
 use gantry::platform::kubernetes::{CleanUp, Cleaner, Orphan, permissions};
@@ -201,7 +201,10 @@ fn an_installed_server_uses_every_right_it_has_and_needs_no_other() {
         let code = format!("VERSION = 'two'\n{SERVER}");
         let next = bed.spec(&user, &repl, &code, BTreeMap::new());
         bed.platform.ensure_release(&next.await).await.unwrap();
-        bed.platform.rollback(&repl, Some(1)).await.unwrap();
+        bed.platform
+            .rollback(&repl, Some(1), &Order::now())
+            .await
+            .unwrap();
         let auto = json!({ "max": 2, "cpu_percent": 70 });
         for scale in [auto, json!({ "replicas": 1 })] {
             let scale: ScaleRequest = serde_json::from_value(scale).unwrap();
@@ -364,7 +367,10 @@ fn what_nobody_needs_is_told_first_and_removed_when_asked() {
         assert!(code.unwrap().is_empty());
         // And what is needed is as it was.
         assert!(bed.page(&stays).await.ends_with("one"));
-        bed.platform.rollback(&stays, Some(1)).await.unwrap();
+        bed.platform
+            .rollback(&stays, Some(1), &Order::now())
+            .await
+            .unwrap();
         let again = at_once(&bed, false).round().await.unwrap();
         assert!(about(&again, orphan.as_str()).is_empty(), "{again:?}");
         assert!(about(&again, stays.as_str()).is_empty(), "{again:?}");

@@ -25,7 +25,7 @@ mod workspace;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use gantry::model::{Ending, ReleaseState};
+use gantry::model::{Ending, Order, ReleaseState};
 use gantry::platform::conformance::{all, finish, python};
 use gantry::platform::{Finding, Platform, PlatformError, Sessions};
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, ResourceQuota};
@@ -187,7 +187,10 @@ async fn a_release_says_what_was_tested_and_its_variables_are_in_a_secret() {
             .is_none()
     );
     // And what is kept is enough to come back.
-    bed.platform.rollback(&repl, Some(1)).await.unwrap();
+    bed.platform
+        .rollback(&repl, Some(1), &Order::now())
+        .await
+        .unwrap();
     assert!(bed.page(&repl).await.contains("quoted"));
     bed.platform.drop_repl(&repl).await.unwrap();
     bed.forget(user.as_str()).await;

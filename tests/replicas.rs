@@ -284,6 +284,77 @@ async fn nobody_else_is_taken_for_a_replica() {
     assert!(!text.contains(&one.admin), "a key's text is passed on");
 }
 
+/// A program that takes this long to test, and says so as a release.
+fn slow_to_test(user: &str, repl: &str, seconds: u32) -> Value {
+    let code = format!(
+        "import sys, time\nif sys.argv[1:]: time.sleep({seconds})\nprint('released by {user}')"
+    );
+    json!({
+        "user_id": user, "repl_id": repl, "code": code, "database": false, "stream": true,
+        "submission_id": new_id(), "tests": [{ "name": "runs", "args": ["check"] }],
+    })
+}
+
+/// Long enough to ask for something at the other replica meanwhile.
+const SLOW_TEST: u32 = 4;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_tests_is_not_deployed_when_the_other_stopped_or_deleted_its_repl_since() {
+    let servers = pair(["a", "b"]);
+    acquainted(&servers).await;
+    let [one, other] = &servers;
+    let mut first = one.connect(&one.admin).await;
+    let mut second = other.connect(&one.admin).await;
+    for (repl, deleted) in [("never-deployed", false), ("deleted", true)] {
+        if deleted {
+            // Each replica of this test has a platform of its own: it is deleted where it is.
+            second.send(slow_to_test("ada", repl, 0).to_string()).await;
+            let ended = to_the_reply(&mut second).await.pop().unwrap();
+            assert_eq!(ended["status"], "deployed", "{ended}");
+        }
+        first
+            .send(slow_to_test("ada", repl, SLOW_TEST).to_string())
+            .await;
+        loop {
+            let event = first.next().await;
+            if event["name"] == "test" && event["state"] == "started" {
+                break;
+            }
+        }
+        let asked = match deleted {
+            true => other.delete(&format!("/repls/{repl}?confirm={repl}")),
+            false => other.post("/stop").json(&json!({ "replId": repl })),
+        };
+        let answer = asked.header("x-api-key", &one.admin).send().await.unwrap();
+        assert_eq!(answer.status(), 200, "{repl}");
+        let ended = to_the_reply(&mut first).await.pop().unwrap();
+        assert_eq!(ended["status"], "superseded", "{ended}");
+        let cause = ended["error"]["cause"].as_str().unwrap();
+        let why = if deleted { "deleted" } else { "stopped" };
+        assert!(cause.contains(why), "{ended}");
+        // Its name is free at both.
+        for socket in [&mut first, &mut second] {
+            socket.send(slow_to_test("bob", repl, 0).to_string()).await;
+            let ended = to_the_reply(socket).await.pop().unwrap();
+            assert_eq!(ended["status"], "deployed", "{repl}: {ended}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_says_when_a_replica_that_may_deploy_the_repl_yet_cannot_be_told() {
+    let mut servers = pair(["a", "b"]);
+    acquainted(&servers).await;
+    servers[0].kill();
+    let asked = servers[1].post("/stop").json(&json!({ "replId": "maybe" }));
+    let asked = asked.header("x-api-key", &servers[1].admin);
+    let answer = asked.send().await.unwrap();
+    assert_eq!(answer.status(), 500);
+    let told: Value = answer.json().await.unwrap();
+    assert_eq!(told["success"], false, "{told}");
+    assert_eq!(told["error"]["code"], "replica_away", "{told}");
+}
+
 /// What a live follower may wait for a record of any replica, half of the times and nearly always; the rest
 /// of the machine is busy with other tests.
 const LIVE_MEDIAN: Duration = Duration::from_millis(50);

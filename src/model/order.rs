@@ -1,12 +1,22 @@
 //! When something was asked of a repl, among all that is asked of it: what was asked later stands.
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use super::{Problem, SubmissionId};
 
 /// The code of a problem that means: something that was asked of the repl later stands.
 pub const SUPERSEDED: &str = "superseded";
+
+/// How long it is known of a repl that was deleted what was asked of it last. A submission that was sent before may
+/// wait behind others and for a platform that is away, which takes minutes each; and a server that was down takes up
+/// what it had, for which a day is time.
+const KNOWN_AFTER_DELETION: SignedDuration = SignedDuration::from_hours(24);
+
+/// Whether it is still known what was asked of a repl that was deleted then.
+pub fn is_known_after(deleted: Timestamp) -> bool {
+    Timestamp::now().duration_since(deleted) < KNOWN_AFTER_DELETION
+}
 
 /// What was asked of a repl, and when.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,6 +68,11 @@ impl Order {
         }
     }
 
+    /// What was asked, in words.
+    pub fn what(&self) -> &str {
+        &self.what
+    }
+
     /// Why what was asked for before is not done.
     pub fn superseded(&self) -> Problem {
         superseded(&self.what)
@@ -82,6 +97,13 @@ impl LatestOrder {
         }
     }
 
+    /// This order was not carried out after all: what was noted `before` it is the latest again.
+    pub fn withdraw(&mut self, order: &Order, before: &Self) {
+        if self.0.as_ref() == Some(order) {
+            self.clone_from(before);
+        }
+    }
+
     /// Why this order is not carried out any more, if a later one was.
     pub fn supersedes(&self, order: &Order) -> Option<Problem> {
         let last = self.0.as_ref().filter(|last| order.is_before(last))?;
@@ -89,13 +111,13 @@ impl LatestOrder {
     }
 }
 
-/// Why a submission is not deployed: this was asked of its repl later.
+/// Why something is not carried out, such as a deployment: this was asked of its repl later.
 pub fn superseded(what: &str) -> Problem {
     Problem::new(
         SUPERSEDED,
-        "It was not deployed",
+        "It was not carried out",
         format!("what was asked of its repl later stands: {what}"),
-        "Nothing is wrong with it. To have it serve, send it again under a new submission_id.",
+        "Nothing is wrong with it. To have it all the same, ask for it again: a submission, under a new submission_id.",
     )
 }
 
@@ -116,5 +138,20 @@ mod tests {
         assert!(!order("a", 1, 1).is_before(&order("a", 1, 1)));
         assert!(order("a", 9, 1).is_before(&order("b", 2, 2)));
         assert!(!order("a", 1, 3).is_before(&order("b", 2, 2)));
+    }
+
+    #[test]
+    fn what_was_not_carried_out_is_withdrawn_unless_something_later_was() {
+        let order = |position| Order::new("a", position, Timestamp::UNIX_EPOCH, String::new());
+        let mut latest = LatestOrder::default();
+        latest.note(&order(1));
+        let before = latest.clone();
+        latest.note(&order(3));
+        assert!(latest.supersedes(&order(2)).is_some());
+        latest.withdraw(&order(3), &before);
+        assert!(latest.supersedes(&order(2)).is_none() && latest == before);
+        latest.note(&order(4));
+        latest.withdraw(&order(3), &before);
+        assert!(latest.supersedes(&order(3)).is_some());
     }
 }

@@ -154,6 +154,13 @@ impl Inner {
         }
     }
 
+    /// A name that nothing came of is free again.
+    pub(super) async fn give_back(&self, repl: &ReplId) {
+        if let Err(error) = self.platform.forget_unused(repl).await {
+            tracing::warn!(%repl, %error, "the name of a repl that nothing came of stays taken");
+        }
+    }
+
     /// The name is the user's from now on; whether it was not before.
     pub(super) async fn claim_name(&self, user: &UserId, repl: &ReplId) -> Result<bool, NotYours> {
         let _one = self.claims.lane(user).lock().await;

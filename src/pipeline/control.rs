@@ -87,7 +87,7 @@ pub struct Received {
 
 /// What asking a submission to stop came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Asked {
+pub enum Cancelling {
     /// It stops.
     First,
     /// It was asked before.
@@ -190,16 +190,16 @@ impl Control {
     }
 
     /// Asks it to stop, and has its reply say why.
-    pub fn cancel_because(&self, why: Option<Problem>) -> Asked {
+    pub fn cancel_because(&self, why: Option<Problem>) -> Cancelling {
         let mut state = self.locked();
         if state.closed {
-            return Asked::TooLate;
+            return Cancelling::TooLate;
         }
         let asked = match self.cancelled.is_cancelled() {
-            true => Asked::Again,
-            false => Asked::First,
+            true => Cancelling::Again,
+            false => Cancelling::First,
         };
-        if asked == Asked::First {
+        if asked == Cancelling::First {
             state.why = why;
         }
         self.cancelled.cancel();

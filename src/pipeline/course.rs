@@ -695,10 +695,19 @@ impl Course {
                 return self.deploy_failed(outcome, not.problem(&repl));
             }
         };
-        // From here on whatever is asked of the repl is noted with it; before, there may have been none.
-        if let Some(by) = self.control.overtaken() {
+        // From here on whatever is asked of the repl is noted with it; before, there may have been none, or one that
+        // was deleted since it was looked at.
+        let overtaken = match self.control.overtaken() {
+            Some(by) => Some(superseded(&by)),
+            None if fresh => inner.platform.overtaken(&spec).await.ok().flatten(),
+            None => None,
+        };
+        if let Some(problem) = overtaken {
+            if fresh {
+                inner.give_back(&repl).await;
+            }
             self.step(Step::Publish, StepState::Failed).await?;
-            return self.overtaken(outcome, superseded(&by));
+            return self.overtaken(outcome, problem);
         }
         // What somebody put there before the name was anybody's is not of this submission.
         let empty = fresh && self.stores_nothing(&repl).await;
@@ -722,6 +731,7 @@ impl Course {
                 Ok(())
             }
             Err(PlatformError::NotReady(problem)) if problem.code == SUPERSEDED => {
+                self.take_back_files().await;
                 self.step(Step::Deploy, StepState::Failed).await?;
                 self.overtaken(outcome, problem)
             }
@@ -823,6 +833,16 @@ impl Course {
             // The next who has the name finds nothing of this user's.
             Ok(()) => self.inner.give_back(repl).await,
             Err(problem) => tracing::warn!(%repl, %problem, "a name stays taken, with its files"),
+        }
+    }
+
+    /// Another replica may have deleted the repl while files were stored here for its release: the next who has the
+    /// name finds none of them.
+    async fn take_back_files(&self) {
+        let (user, repl) = (&self.submission.user_id, &self.submission.repl_id);
+        // Only then is the name free, and nobody else's while they are removed.
+        if matches!(self.inner.claim_name(user, repl).await, Ok(true)) {
+            self.take_back(repl).await;
         }
     }
 

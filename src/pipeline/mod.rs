@@ -42,7 +42,7 @@ use crate::platform::tunnel::Meters;
 use crate::platform::{ConfigureError, Platform, PlatformError, RunningRelease, Sessions};
 use crate::storage::CodeStore;
 use claims::Claims;
-use control::{Asked, Control, Received, beyond};
+use control::{Cancelling, Control, Received, beyond};
 use course::{Course, History, JOURNAL_PAUSE};
 use idle::Waking;
 use intake::Intake;
@@ -65,7 +65,10 @@ const READ_AT_ONCE: usize = 2;
 const PUT_DOWN: Duration = Duration::from_secs(2);
 
 /// What a stop is, among what is asked of a repl.
-const STOPPED: &str = "it was stopped";
+pub const STOPPED: &str = "it was stopped";
+
+/// What a deletion is.
+pub const DELETED: &str = "it was deleted";
 
 /// What became of a submission that was sent in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -216,6 +219,13 @@ struct Inner {
     courses: TaskTracker,
 }
 
+/// What is asked of a repl.
+struct Asked {
+    order: Order,
+    /// What was under way for the repl by then.
+    under_way: Vec<(SubmissionId, Arc<Control>)>,
+}
+
 impl Pipeline {
     /// A pipeline; call [`Pipeline::recover`] next.
     pub fn new(
@@ -340,13 +350,18 @@ impl Pipeline {
             return false;
         };
         match control.cancel_because(None) {
-            Asked::TooLate => return false,
-            Asked::Again => return true,
-            Asked::First => {}
+            Cancelling::TooLate => return false,
+            Cancelling::Again => return true,
+            Cancelling::First => {}
         }
-        match self.record(id, Event::Cancelled { why: None }).await {
+        let recorded = match self.record(id, Event::Cancelled { why: None }).await {
+            // What comes behind it on a connection is answered when this is kept, as input is.
+            Ok(Appended { position, .. }) => self.inner.journal.durable(position).await,
+            Err(error) => Err(error),
+        };
+        match recorded {
             // It has ended by now.
-            Ok(_) | Err(JournalError::Ended | JournalError::Unknown) => {}
+            Ok(()) | Err(JournalError::Ended | JournalError::Unknown) => {}
             Err(error) => {
                 tracing::warn!(submission = %id, %error, "a submission is cancelled, but not on the disk: it would run on after a restart");
             }
@@ -465,15 +480,19 @@ impl Pipeline {
         repl: &ReplId,
         release: Option<u64>,
     ) -> Result<(RunningRelease, LastSave), PlatformError> {
+        let back = match release {
+            Some(release) => format!("it was rolled back to release {release}"),
+            None => "it was rolled back".to_owned(),
+        };
+        let asked = self.asked(repl, |owner| owner == user, back);
         let platform = &self.inner.platform;
         let _place = self.inner.places.take(&**platform, user, repl).await?;
         // A workspace gives way to the release: what was edited in it is kept first.
         let last = self.save_before(repl).await;
         let last = last.map_err(PlatformError::Unavailable)?;
-        let running = platform.rollback(repl, release).await?;
+        let running = platform.rollback(repl, release, &asked.order).await?;
         self.inner.saves.forget(repl);
-        let back = format!("it was rolled back to release {}", running.release);
-        self.order(user, repl, back).await?;
+        self.overtake(asked).await;
         let message = format!("Rolled back to release {}{}", running.release, last.told());
         self.note(
             user,
@@ -545,26 +564,18 @@ impl Pipeline {
 
     /// Notes that this was asked of the user's repl: what was sent before and is under way is not deployed any
     /// more, by this server, a later one or another replica.
-    async fn order(&self, user: &UserId, repl: &ReplId, what: String) -> Result<(), PlatformError> {
-        let journal = &self.inner.journal;
-        let order = Order::new(
-            journal.identity(),
-            journal.next_position(),
-            Timestamp::now(),
-            what.clone(),
-        );
-        self.overtake(repl, |owner| owner == user, &what).await;
+    async fn order(&self, user: &UserId, repl: &ReplId, what: &str) -> Result<(), PlatformError> {
+        let asked = self.asked(repl, |owner| owner == user, what.to_owned());
+        let order = asked.order.clone();
+        self.overtake(asked).await;
         self.inner.platform.ordered(repl, &order).await
     }
 
-    /// The repl of this name is nobody's yet, and is asked to stop: what is under way for it is not deployed.
-    pub async fn stop_unclaimed(&self, repl: &ReplId, may_act_for: impl Fn(&UserId) -> bool) {
-        self.overtake(repl, may_act_for, STOPPED).await;
-    }
-
-    /// Has what is under way for the repl not be deployed.
-    async fn overtake(&self, repl: &ReplId, whose: impl Fn(&UserId) -> bool, by: &str) {
-        let under_way: Vec<_> = {
+    /// This is asked of the repl now; what these users sent before is still under way, and nothing that comes while
+    /// it is carried out is among it.
+    fn asked(&self, repl: &ReplId, whose: impl Fn(&UserId) -> bool, what: String) -> Asked {
+        // Looked at first: the place in the journal is then behind all of it.
+        let under_way = {
             let under_way = self.under_way();
             let of_repl = under_way
                 .iter()
@@ -573,6 +584,24 @@ impl Pipeline {
                 .map(|(id, control)| (*id, Arc::clone(control)))
                 .collect()
         };
+        let journal = &self.inner.journal;
+        let position = journal.next_position();
+        Asked {
+            order: Order::new(journal.identity(), position, Timestamp::now(), what),
+            under_way,
+        }
+    }
+
+    /// Has what these users have under way here for the repl not be deployed, for this reason: another replica is
+    /// asked for it, or the repl is nobody's yet, so that there is nowhere to note it.
+    pub async fn overtake_here(&self, repl: &ReplId, whose: impl Fn(&UserId) -> bool, why: &str) {
+        let asked = self.asked(repl, whose, why.to_owned());
+        self.overtake(asked).await;
+    }
+
+    /// Has what was under way when this was asked not be deployed.
+    async fn overtake(&self, Asked { order, under_way }: Asked) {
+        let by = order.what();
         let mut last = None;
         for (id, control) in under_way {
             control.overtake(by);
@@ -591,7 +620,7 @@ impl Pipeline {
     /// Stops the user's repl, whatever of its workspace can be kept.
     pub async fn stop(&self, user: &UserId, repl: &ReplId) -> Result<LastSave, PlatformError> {
         let was_there = self.inner.platform.owner(repl).await?.is_some();
-        self.order(user, repl, STOPPED.to_owned()).await?;
+        self.order(user, repl, STOPPED).await?;
         let last = self.save_at_last(repl).await;
         self.inner.saves.forget(repl);
         self.inner.platform.drop_repl(repl).await?;
@@ -650,7 +679,9 @@ impl Pipeline {
     /// Stops the user's repl, deletes its files, releases, variables and data for good, and lets anybody have its
     /// name.
     pub async fn delete(&self, user: &UserId, repl: &ReplId) -> Result<(), PlatformError> {
-        self.order(user, repl, "it was deleted".to_owned()).await?;
+        self.order(user, repl, DELETED).await?;
+        // What is just being deployed is over before its files are looked for.
+        let _turn = self.inner.deployments.turn(repl).await;
         let platform = &self.inner.platform;
         platform.drop_repl(repl).await?;
         {

@@ -8,7 +8,7 @@ use super::claims::CLAIM_PATIENCE;
 use super::{NotYours, Pipeline};
 use crate::model::entry::{self, Choice};
 use crate::model::{
-    FieldError, LANGUAGES, Language, MAX_CODE_BYTES, Problem, RelativePath, ReplId, UserId,
+    FieldError, LANGUAGES, Language, MAX_CODE_BYTES, Order, Problem, RelativePath, ReplId, UserId,
     is_gantrys,
 };
 use crate::platform::{AWAY, Opened, PlatformError, WorkspaceSpec};
@@ -51,11 +51,13 @@ impl Pipeline {
         language: Option<&'static Language>,
         files: BTreeMap<RelativePath, String>,
     ) -> Result<Opened, NotYours> {
+        let asked = self.asked(repl, |owner| owner == user, "it was started".to_owned());
         let fresh = match files.is_empty() {
             true => None,
             false => self.bring(user, repl, files).await?,
         };
-        let opened = self.open(user, repl, language).await;
+        let order = asked.order.clone();
+        let opened = self.open(user, repl, language, order).await;
         match (&opened, fresh) {
             // It may come up yet.
             (Err(NotYours::Failed(PlatformError::Unavailable(problem))), _)
@@ -67,7 +69,7 @@ impl Pipeline {
         if started.opened.created {
             // One that comes back from being idle is what it was.
             if !started.was_idle {
-                self.order(user, repl, "it was started".to_owned()).await?;
+                self.overtake(asked).await;
             }
             self.note(user, repl, "repl.opened", started.message, None)
                 .await;
@@ -137,6 +139,7 @@ impl Pipeline {
         user: &UserId,
         repl: &ReplId,
         language: Option<&'static Language>,
+        order: Order,
     ) -> Result<Started, NotYours> {
         let program = self.program_of(repl, language).await?;
         let language = program.language;
@@ -153,6 +156,7 @@ impl Pipeline {
         let spec = WorkspaceSpec {
             user_id: user.clone(),
             repl_id: repl.clone(),
+            order,
             argv: language.start(&program.entrypoint, &program.text, program.own, index),
         };
         let was_idle = platform.is_idle(repl);

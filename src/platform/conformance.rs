@@ -20,7 +20,7 @@ use super::{
 };
 use crate::model::{
     Domain, Ending, Limits, Order, Reason, RelativePath, ReleaseState, ReplChange, ReplId,
-    ReplState, RunReport, Serves, SubmissionId, Tested, Tests, UserId,
+    ReplState, RunReport, SUPERSEDED, Serves, SubmissionId, Tested, Tests, UserId,
 };
 use crate::runner::client::{Piece, Run, RunEvent, Session};
 use crate::runner::confine::{SIGNALS_VERSION, landlock_version};
@@ -189,6 +189,11 @@ pub async fn all(subject: &Subject) -> anyhow::Result<()> {
     what_is_idle_comes_back_as_it_was(subject)
         .await
         .with_context(context("what is idle comes back as it was"))?;
+    a_deleted_repl_is_not_brought_back(subject)
+        .await
+        .with_context(context(
+            "a repl that was deleted is not brought back by what was sent before",
+        ))?;
     a_name_is_counted_and_given_back(subject)
         .await
         .with_context(context("a name is counted for its user, and given back"))?;
@@ -450,7 +455,7 @@ async fn a_release_serves_and_takes_over(subject: &Subject) -> anyhow::Result<()
     let two = release(subject, &repl, &format!("VERSION = 'two'{SERVER}")).await??;
     ensure!(two.release > one.release);
     ensure!(fetch(platform, &repl).await?.ends_with("two True"));
-    platform.rollback(&repl, None).await?;
+    platform.rollback(&repl, None, &Order::now()).await?;
     ensure!(
         fetch(platform, &repl).await?.ends_with("one True"),
         "not rolled back"
@@ -527,7 +532,9 @@ async fn variables_are_a_releases(subject: &Subject) -> anyhow::Result<()> {
         platform.configure(&repl, &unknown).await,
         Err(ConfigureError::Refused(_))
     ));
-    platform.rollback(&repl, Some(one.release)).await?;
+    platform
+        .rollback(&repl, Some(one.release), &Order::now())
+        .await?;
     shows("red hush").await?;
     ensure!(platform.settings(&repl).await?.env["COLOUR"] == "red");
     platform.drop_repl(&repl).await?;
@@ -592,7 +599,7 @@ async fn a_domain_is_one_repls(subject: &Subject) -> anyhow::Result<()> {
     name(&one, &[]).await??;
     ensure!(has(a).is_none());
     name(&other, &[b]).await??;
-    platform.rollback(&one, None).await?;
+    platform.rollback(&one, None, &Order::now()).await?;
     ensure!(
         has(a).as_ref() == Some(&one),
         "a domain did not come back with its release"
@@ -650,6 +657,7 @@ async fn a_workspace_stays_whatever_its_program_does(subject: &Subject) -> anyho
     let spec = |user_id: UserId| WorkspaceSpec {
         user_id,
         repl_id: repl.clone(),
+        order: Order::now(),
         argv: vec!["python3".to_owned(), "main.py".to_owned()],
     };
     let code = "print('Hello, workspace', flush=True)\nraise SystemExit(3)";
@@ -733,6 +741,7 @@ async fn what_is_idle_comes_back_as_it_was(subject: &Subject) -> anyhow::Result<
     let own = WorkspaceSpec {
         user_id: user("conform-g"),
         repl_id: repl.clone(),
+        order: Order::now(),
         argv: vec!["python3".to_owned(), "-V".to_owned()],
     };
     ensure!(
@@ -741,7 +750,7 @@ async fn what_is_idle_comes_back_as_it_was(subject: &Subject) -> anyhow::Result<
     );
     ended_page(platform, &repl, "two").await?;
     ensure!(platform.stop_idle(&repl, now, Timestamp::now()).await?);
-    platform.rollback(&repl, None).await?;
+    platform.rollback(&repl, None, &Order::now()).await?;
     ended_page(platform, &repl, "one").await?;
     ensure!(platform.stop_idle(&repl, now, Timestamp::now()).await?);
     platform.drop_repl(&repl).await?;
@@ -778,6 +787,56 @@ async fn ended_page(
     }
 }
 
+async fn a_deleted_repl_is_not_brought_back(subject: &Subject) -> anyhow::Result<()> {
+    let repl: ReplId = "conform-gone".parse().map_err(anyhow::Error::msg)?;
+    let platform = &subject.platform;
+    let (own, other) = (user("conform-g"), user("conform-m"));
+    release(subject, &repl, "print('one')").await??;
+    let path = RelativePath::try_from("main.py".to_owned()).map_err(anyhow::Error::msg)?;
+    let files = BTreeMap::from([(path, "print('late')".to_owned())]);
+    let sent = |user_id: &UserId| ReleaseSpec {
+        user_id: user_id.clone(),
+        repl_id: repl.clone(),
+        submission_id: SubmissionId::new(),
+        order: Order::now(),
+        tested: Tested::of(&files, &Tests::ExitCode),
+        argv: vec!["python3".to_owned(), "main.py".to_owned()],
+        env: BTreeMap::new(),
+        database: false,
+        serves: Serves::Unknown,
+    };
+    let (before, theirs) = (sent(&own), sent(&other));
+    let refused = async || {
+        let released = platform.ensure_release(&before).await;
+        ensure!(
+            matches!(&released, Err(PlatformError::NotReady(problem)) if problem.code == SUPERSEDED),
+            "it was released: {released:?}"
+        );
+        ensure!(platform.overtaken(&before).await?.is_some());
+        Ok(())
+    };
+    platform.ordered(&repl, &Order::now()).await?;
+    platform.drop_repl(&repl).await?;
+    platform.forget(&repl).await?;
+    refused().await?;
+    ensure!(platform.owner(&repl).await?.is_none(), "its name is taken");
+    // Also when its name is its owner's again, and when it was given back.
+    ensure!(platform.claim(&repl, &own).await? == own);
+    refused().await?;
+    platform.forget_unused(&repl).await?;
+    refused().await?;
+    ensure!(platform.owner(&repl).await?.is_none(), "its name is taken");
+    // It was not asked of another's.
+    let store = &subject.store;
+    store.publish(&repl, theirs.submission_id, &files).await?;
+    ensure!(platform.ensure_release(&theirs).await?.release == 1);
+    ended_page(platform, &repl, "late").await?;
+    platform.drop_repl(&repl).await?;
+    store.remove_repl(&repl).await?;
+    platform.forget(&repl).await?;
+    Ok(())
+}
+
 async fn a_name_is_counted_and_given_back(subject: &Subject) -> anyhow::Result<()> {
     let repl: ReplId = "conform-name".parse().map_err(anyhow::Error::msg)?;
     let platform = &subject.platform;
@@ -811,6 +870,7 @@ async fn a_name_is_counted_and_given_back(subject: &Subject) -> anyhow::Result<(
     let own = WorkspaceSpec {
         user_id: other.clone(),
         repl_id: repl.clone(),
+        order: Order::now(),
         argv: vec!["python3".to_owned(), "main.py".to_owned()],
     };
     platform.open_workspace(&own).await?;

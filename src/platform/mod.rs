@@ -119,6 +119,8 @@ pub struct WorkspaceSpec {
     pub user_id: UserId,
     /// Which repl.
     pub repl_id: ReplId,
+    /// When its start was asked for.
+    pub order: Order,
     /// Command, entrypoint and arguments.
     pub argv: Vec<String>,
 }
@@ -216,14 +218,17 @@ pub trait Platform: Send + Sync + fmt::Debug {
     async fn ensure_release(&self, spec: &ReleaseSpec) -> Result<RunningRelease, PlatformError>;
 
     /// Makes an earlier release of the repl serve again: `release`, or the last one before the
-    /// current that served.
+    /// current that served. Noted together with the order, so that no release that was asked for before
+    /// takes its place; one that was asked for later stands, as with `ensure_release`.
     async fn rollback(
         &self,
         repl: &ReplId,
         release: Option<u64>,
+        order: &Order,
     ) -> Result<RunningRelease, PlatformError>;
 
-    /// Makes the repl's current files run, unless something of the repl's runs already.
+    /// Makes the repl's current files run, unless something of the repl's runs already. What it makes run is
+    /// noted together with the order; what merely wakes an idle one is not.
     async fn open_workspace(&self, spec: &WorkspaceSpec) -> Result<Opened, PlatformError>;
 
     /// Stops the repl until it is woken, unless something else was made to run since `looked`; whether this
@@ -271,7 +276,8 @@ pub trait Platform: Send + Sync + fmt::Debug {
     async fn names(&self, user: &UserId) -> Result<usize, PlatformError>;
 
     /// Forgets the repl of this name and removes what it keeps here beside its program, which was dropped
-    /// before: anybody can have the name then. Absent is fine.
+    /// before: anybody can have the name then. Absent is fine. What was asked of it last is known for as long as
+    /// a submission may be under way that its owner sent before: it does not bring the repl back.
     async fn forget(&self, repl: &ReplId) -> Result<(), PlatformError>;
 
     /// The same for a name that nothing was ever deployed or started under; any other stays.

@@ -12,9 +12,9 @@ use super::Edge;
 use super::body::{Json, ProblemBody, Query, field_refused};
 use super::caller::Authenticated;
 use super::problem::HttpProblem;
-use crate::auth::Caller;
+use crate::auth::{Caller, Role};
 use crate::model::{FieldError, Problem, Release, ReplId, ReplStatus, UserId};
-use crate::pipeline::{Holdings, LastSave};
+use crate::pipeline::{DELETED, Holdings, LastSave, STOPPED};
 use crate::platform::PlatformError;
 
 /// The repls of a caller.
@@ -167,6 +167,8 @@ pub async fn delete(
         let holdings = edge.pipeline.holdings(&repl).await;
         return Err(not_confirmed(&repl, &holdings.map_err(platform_problem)?));
     }
+    // A replica that cannot be told now finds it with the repl, or with what is kept of it.
+    edge.peers.overtake(&repl, Some(&user), DELETED).await;
     let deleted = edge.pipeline.delete(&user, &repl).await;
     deleted.map_err(platform_problem)?;
     tracing::info!(%repl, %user, key = %caller.key_id, "a repl was deleted");
@@ -272,12 +274,7 @@ pub async fn stop(
     })?;
     let stopped = match edge.platform.owner(&repl).await {
         Ok(Some(user)) if caller.may_act_for(&user) => edge.pipeline.stop(&user, &repl).await,
-        Ok(None) => {
-            let pipeline = &edge.pipeline;
-            let own = |user: &UserId| caller.may_act_for(user);
-            pipeline.stop_unclaimed(&repl, own).await;
-            Ok(LastSave::default())
-        }
+        Ok(None) => stop_unclaimed(&edge, &caller, &repl).await,
         // Another's repl looks like one that is not there, and stopping that is fine.
         Ok(_) => Ok(LastSave::default()),
         Err(error) => Err(error),
@@ -296,6 +293,24 @@ pub async fn stop(
             let failed = HttpProblem::new(StatusCode::INTERNAL_SERVER_ERROR, problem.clone());
             Err(unsuccessful(failed).with("error", json!(problem)))
         }
+    }
+}
+
+/// The repl of this name is nobody's yet: what is under way for it, at whatever replica, is not deployed.
+async fn stop_unclaimed(
+    edge: &Edge,
+    caller: &Caller,
+    repl: &ReplId,
+) -> Result<LastSave, PlatformError> {
+    let own = |user: &UserId| caller.may_act_for(user);
+    edge.pipeline.overtake_here(repl, own, STOPPED).await;
+    let user = match &caller.role {
+        Role::Admin => None,
+        Role::User(user) => Some(user),
+    };
+    match edge.peers.overtake(repl, user, STOPPED).await {
+        true => Ok(LastSave::default()),
+        false => Err(PlatformError::Unavailable(edge.peers.not_told())),
     }
 }
 

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use gantry::model::{Autoscale, Domain, ReplChange, ReplId, ReplStatus, Scale, Scheme, UserId};
+use gantry::model::{
+    Autoscale, Domain, Order, ReplChange, ReplId, ReplStatus, Scale, Scheme, UserId,
+};
 use gantry::platform::{ConfigureError, Platform, PlatformError, ReleaseSpec, WorkspaceSpec};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
@@ -102,6 +104,7 @@ async fn a_scaled_repl_keeps_its_replicas_through_a_release_and_a_stop() {
     let workspace = WorkspaceSpec {
         user_id: user.clone(),
         repl_id: repl.clone(),
+        order: Order::now(),
         argv: vec!["python3".to_owned(), "-V".to_owned()],
     };
     bed.platform.open_workspace(&workspace).await.unwrap();
@@ -223,7 +226,11 @@ async fn secrets_are_in_secrets_and_past_ones_are_removed() {
         2,
         "the first release keeps its own"
     );
-    other.platform.rollback(&repl, Some(1)).await.unwrap();
+    other
+        .platform
+        .rollback(&repl, Some(1), &Order::now())
+        .await
+        .unwrap();
     assert!(other.page(&repl).await.ends_with("hush-2"));
     other.platform.drop_repl(&repl).await.unwrap();
     assert_eq!(given(&bed, &user.namespace(), &repl).await, 0);
@@ -285,7 +292,10 @@ async fn a_domain_leads_through_the_ingress_to_its_repl_until_it_is_removed() {
             .await
             .is_err()
     );
-    bed.platform.rollback(&repl, Some(1)).await.unwrap();
+    bed.platform
+        .rollback(&repl, Some(1), &Order::now())
+        .await
+        .unwrap();
     eventually("the domain leads to it again", || async {
         answer(&host).await == (200, "named".to_owned())
     })

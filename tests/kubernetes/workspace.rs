@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use futures_util::{SinkExt, StreamExt};
-use gantry::model::{RelativePath, ReplId, ReplState, SubmissionId, UserId};
+use gantry::model::{Order, RelativePath, ReplId, ReplState, SubmissionId, UserId};
 use gantry::platform::{Platform, PlatformError, WorkspaceSpec};
 use gantry::storage::CodeStore;
 use kube::api::{DynamicObject, ListParams};
@@ -21,6 +21,7 @@ fn spec(user: &UserId, repl: &ReplId) -> WorkspaceSpec {
     WorkspaceSpec {
         user_id: user.clone(),
         repl_id: repl.clone(),
+        order: Order::now(),
         argv: vec!["python3".to_owned(), "main.py".to_owned()],
     }
 }

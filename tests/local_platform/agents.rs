@@ -277,6 +277,26 @@ async fn what_was_asked_of_a_repl_later_stands() {
         .await
         .unwrap();
     assert_eq!(platform.ensure_release(&later).await.unwrap().release, 2);
+    // So does a rollback, and what was asked for before it is not made any more.
+    let back = |position| {
+        let time = jiff::Timestamp::UNIX_EPOCH;
+        Order::new("journal", position, time, "a rollback".to_owned())
+    };
+    let refused = platform.rollback(&repl, None, &back(4)).await.unwrap_err();
+    assert_eq!(problem(&refused).code, "superseded", "{refused:?}");
+    let running = platform.rollback(&repl, None, &back(7)).await.unwrap();
+    assert_eq!(running.release, 1);
+    let between = spec(Order::new(
+        "journal",
+        6,
+        jiff::Timestamp::UNIX_EPOCH,
+        String::new(),
+    ));
+    let refused = platform.ensure_release(&between).await.unwrap_err();
+    assert!(
+        problem(&refused).cause.contains("a rollback"),
+        "{refused:?}"
+    );
     platform.shutdown().await;
 }
 

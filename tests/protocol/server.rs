@@ -218,6 +218,10 @@ impl Server {
         client().post(self.url(path))
     }
 
+    pub fn delete(&self, path: &str) -> reqwest::RequestBuilder {
+        client().delete(self.url(path))
+    }
+
     pub async fn connect(&self, key: &str) -> Socket {
         Socket::open(self, "/ws/code", &[("x-api-key", key)])
             .await

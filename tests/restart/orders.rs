@@ -10,6 +10,12 @@ const ENDS_IN_FULL: (u32, u32) = (300, 100);
 /// Users at one time, each doing one thing after the other.
 const USERS: usize = 6;
 
+/// What a user does, one after the other: gives input, cancels, deploys.
+const KINDS: usize = 3;
+
+/// Of so many submissions one may be given up: two kills have to come within the seconds that it runs.
+const GIVEN_UP_OF: usize = 5;
+
 /// Lines of input that one program gets.
 const LINES: u64 = 6;
 
@@ -57,10 +63,6 @@ impl Sent {
                 "{frame}"
             );
         }
-    }
-
-    fn given_up(&self) -> bool {
-        self.reply.as_ref().unwrap()["error"]["code"] == "server_ended_twice"
     }
 }
 
@@ -139,6 +141,13 @@ fn server_that_says(turn: usize, slow: bool) -> String {
     )
 }
 
+/// Kills of the server so far.
+#[derive(Default)]
+struct Kills {
+    begun: AtomicUsize,
+    over: AtomicUsize,
+}
+
 /// What users have seen.
 #[derive(Default)]
 struct Seen {
@@ -148,11 +157,28 @@ struct Seen {
     deploys: usize,
     superseded: usize,
     given_up: usize,
+    kills: Arc<Kills>,
     /// The last that was sent of each repl and is not given up, and what it says.
     latest: BTreeMap<String, usize>,
 }
 
 impl Seen {
+    /// Kills that what is sent now does not see any more.
+    fn kills(&self) -> usize {
+        self.kills.over.load(Ordering::Relaxed)
+    }
+
+    /// Whether it was given up, which takes two kills since it was sent.
+    fn gave_up(&mut self, sent: &Sent, kills_before: usize) -> bool {
+        let given_up = sent.reply.as_ref().unwrap()["error"]["code"] == "server_ended_twice";
+        if given_up {
+            let kills = self.kills.begun.load(Ordering::Relaxed) - kills_before;
+            assert!(kills >= 2, "{} was given up after {kills} kills", sent.id);
+            self.given_up += 1;
+        }
+        given_up
+    }
+
     fn ran(&mut self, sent: &Sent) -> Vec<String> {
         let stdout = sent.reply.as_ref().unwrap()["stdout"].as_str().unwrap();
         let (nonces, rest): (Vec<_>, Vec<_>) = stdout
@@ -167,11 +193,10 @@ impl Seen {
 async fn give_input(way: &Way, user: &str, seen: &mut Seen) {
     let code = format!("{NONCE}{READER}");
     let message = json!({ "user_id": user, "code": code, "deploy": false, "interactive": true });
-    let mut sent = [Sent::new(message, input)];
+    let (mut sent, kills) = ([Sent::new(message, input)], seen.kills());
     follow(way, &mut sent).await;
     let [sent] = &sent;
-    if sent.given_up() {
-        seen.given_up += 1;
+    if seen.gave_up(sent, kills) {
         return;
     }
     let reply = sent.reply.as_ref().unwrap();
@@ -185,16 +210,14 @@ async fn cancel_one(way: &Way, user: &str, seen: &mut Seen) {
     let code = format!("{NONCE}import time; time.sleep(25)");
     let limits = json!({ "wall_ms": 30_000 });
     let message = json!({ "user_id": user, "code": code, "deploy": false, "limits": limits });
-    let mut sent = [Sent::new(message, cancel)];
+    let (mut sent, kills) = ([Sent::new(message, cancel)], seen.kills());
     follow(way, &mut sent).await;
-    match sent[0].given_up() {
-        true => seen.given_up += 1,
-        false => {
-            let reply = sent[0].reply.as_ref().unwrap();
-            assert_eq!(reply["status"], "cancelled", "{reply}");
-            seen.cancels += 1;
-        }
+    if seen.gave_up(&sent[0], kills) {
+        return;
     }
+    let reply = sent[0].reply.as_ref().unwrap();
+    assert_eq!(reply["status"], "cancelled", "{reply}");
+    seen.cancels += 1;
 }
 
 async fn deploy_two(way: &Way, user: &str, turn: usize, seen: &mut Seen) {
@@ -210,11 +233,11 @@ async fn deploy_two(way: &Way, user: &str, turn: usize, seen: &mut Seen) {
         Sent::new(message(first, true), nothing),
         Sent::new(message(second, false), nothing),
     ];
+    let kills = seen.kills();
     follow(way, &mut sent).await;
     for (one, turn) in sent.iter().zip([first, second]) {
         let reply = one.reply.as_ref().unwrap();
-        if one.given_up() {
-            seen.given_up += 1;
+        if seen.gave_up(one, kills) {
             // It may have been released before.
             seen.latest.remove(&repl);
             continue;
@@ -256,17 +279,22 @@ async fn ends_at_random_moments_lose_no_input_and_leave_the_latest_sent_serving(
     let mut server = Server::start_as(0, &[("GANTRY_MAX_RUNS", "4")]);
     let way = Way::to(&server);
     let enough = Arc::new(AtomicBool::new(false));
+    let killed = Arc::new(Kills::default());
     let users: Vec<_> = (0..USERS)
         .map(|number| {
             let (way, enough) = (way.clone(), Arc::clone(&enough));
+            let mut seen = Seen {
+                kills: Arc::clone(&killed),
+                ..Seen::default()
+            };
             tokio::spawn(async move {
                 let user = format!("order{number}");
-                let mut seen = Seen::default();
                 for turn in 0.. {
-                    if enough.load(Ordering::Relaxed) {
+                    // Everybody does everything.
+                    if turn >= KINDS && enough.load(Ordering::Relaxed) {
                         break;
                     }
-                    match (number + turn) % 3 {
+                    match (number + turn) % KINDS {
                         0 => give_input(&way, &user, &mut seen).await,
                         1 => cancel_one(&way, &user, &mut seen).await,
                         _ => deploy_two(&way, &user, turn, &mut seen).await,
@@ -283,6 +311,9 @@ async fn ends_at_random_moments_lose_no_input_and_leave_the_latest_sent_serving(
             .wrapping_add(1);
         tokio::time::sleep(Duration::from_millis(300 + (random >> 33) % 1_500)).await;
         let politely = end % (kills / terms + 1) == kills / terms;
+        if !politely {
+            killed.begun.fetch_add(1, Ordering::Relaxed);
+        }
         server = tokio::task::spawn_blocking(move || {
             if politely {
                 server.terminate();
@@ -292,6 +323,9 @@ async fn ends_at_random_moments_lose_no_input_and_leave_the_latest_sent_serving(
         })
         .await
         .unwrap();
+        if !politely {
+            killed.over.fetch_add(1, Ordering::Relaxed);
+        }
     }
     enough.store(true, Ordering::Relaxed);
     let mut all = Seen::default();
@@ -313,7 +347,7 @@ async fn ends_at_random_moments_lose_no_input_and_leave_the_latest_sent_serving(
     for (repl, turn) in &all.latest {
         assert_eq!(page(&way, repl).await, format!("turn {turn}"), "{repl}");
     }
-    assert!(all.inputs > 0 && all.cancels > 0 && all.deploys > 0);
+    let sent = all.inputs + all.cancels + all.deploys + all.superseded + all.given_up;
     println!(
         "{kills} kills, {terms} polite ends: {} programs with input, {} cancelled, {} deployed, {} superseded, \
          {} given up, {} repls serve their latest",
@@ -324,6 +358,22 @@ async fn ends_at_random_moments_lose_no_input_and_leave_the_latest_sent_serving(
         all.given_up,
         all.latest.len()
     );
+    assert!(
+        all.given_up * GIVEN_UP_OF <= sent,
+        "{} of {sent} were given up",
+        all.given_up
+    );
+    // Each user did each kind at least once, unless it was given up; of two that are sent together, the first has the
+    // longer test.
+    for (done, least, what) in [
+        (all.inputs, USERS, "got their input"),
+        (all.cancels, USERS, "were cancelled"),
+        (all.deploys, USERS, "were deployed"),
+        (all.superseded, 1, "were superseded"),
+    ] {
+        let given_up = all.given_up.min(least - 1);
+        assert!(done + given_up >= least, "{done} {what} of {least}");
+    }
     drop(server);
 }
 
@@ -337,10 +387,11 @@ async fn input_and_cancellations_of_what_waits_survive_a_kill_and_a_polite_end()
         let reader = json!({ "user_id": "reads", "code": format!("{NONCE}{READER}"), "deploy": false, "interactive": true });
         let sleeper =
             json!({ "user_id": "sleeps", "code": "import time; time.sleep(9)", "deploy": false });
+        // Frames are read in their order: when the input is received, the cancellation was read.
         let mut sent = [
             Sent::new(busy, nothing),
-            Sent::new(reader, input),
             Sent::new(sleeper, cancel),
+            Sent::new(reader, input),
         ];
         let mut socket = way.connect().await;
         for one in &sent {
@@ -349,8 +400,10 @@ async fn input_and_cancellations_of_what_waits_survive_a_kill_and_a_polite_end()
             }
         }
         let all: u64 = (0..LINES).map(|n| line(n).len() as u64).sum();
-        while sent[1].received < all {
+        let mut waits = false;
+        while sent[2].received < all || !waits {
             let frame = frame(&mut socket).await.unwrap();
+            waits |= frame["submission_id"] == sent[1].id.as_str();
             sent.iter_mut().for_each(|one| one.take(&frame));
         }
         server = tokio::task::spawn_blocking(move || {
@@ -372,13 +425,85 @@ async fn input_and_cancellations_of_what_waits_survive_a_kill_and_a_polite_end()
             .map(|one| one.reply.as_ref().unwrap()["status"].clone());
         assert_eq!(
             statuses,
-            ["tests_passed", "tests_passed", "cancelled"],
+            ["tests_passed", "cancelled", "tests_passed"],
             "{politely}"
         );
         let expected: Vec<String> = (0..LINES).map(|n| format!("got {}", line(n))).collect();
-        assert_eq!(Seen::default().ran(&sent[1]), expected);
+        assert_eq!(Seen::default().ran(&sent[2]), expected);
         drop(server);
     }
+}
+
+/// Until this step of the submission has begun.
+async fn begun(socket: &mut WebSocket, step: &str) {
+    loop {
+        let event = frame(socket).await.unwrap();
+        if event["name"] == step && event["state"] == "started" {
+            break;
+        }
+    }
+}
+
+/// How long the release takes to listen that is gone back to: what is sent or ends meanwhile has some seconds for it.
+const SLOW_TO_LISTEN: f64 = 4.0;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_rollback_stands_against_what_was_sent_before_and_gives_way_to_what_is_sent_later() {
+    let server = Server::start();
+    let way = Way::to(&server);
+    let message = |turn: usize, test: f64, listen: f64| {
+        let code = format!(
+            "import sys, time\ntime.sleep({test} if sys.argv[1:] else {listen})\n{}",
+            server_that_says(turn, false)
+        );
+        json!({
+            "user_id": "back", "repl_id": "back-app", "code": code, "database": false, "serves": true,
+            "tests": [{ "name": "starts", "args": ["check"] }],
+        })
+    };
+    let status = |sent: &Sent| sent.reply.as_ref().unwrap()["status"].clone();
+    for (turn, listen) in [(0, SLOW_TO_LISTEN), (1, 0.0)] {
+        let mut sent = [Sent::new(message(turn, 0.0, listen), nothing)];
+        follow(&way, &mut sent).await;
+        assert_eq!(status(&sent[0]), "deployed", "{:?}", sent[0].reply);
+    }
+    let rollback = || {
+        let url = format!("http://{}/repls/back-app/rollback", way.address);
+        let request = client().post(url).header("x-api-key", &way.key);
+        let request = request.json(&json!({ "release": 1 })).send();
+        tokio::spawn(async move {
+            let begun = Instant::now();
+            assert_eq!(request.await.unwrap().status(), 200);
+            assert!(
+                begun.elapsed().as_secs_f64() > SLOW_TO_LISTEN,
+                "it is not slow"
+            );
+        })
+    };
+    // Sent before, its test ends while the rollback is made.
+    let mut before = [Sent::new(message(2, 1.5, 0.0), nothing)];
+    let mut socket = way.connect().await;
+    let text = before[0].message.to_string();
+    socket.send(Message::text(text)).await.unwrap();
+    begun(&mut socket, "test").await;
+    rollback().await.unwrap();
+    follow(&way, &mut before).await;
+    assert_eq!(status(&before[0]), "superseded", "{:?}", before[0].reply);
+    let error = &before[0].reply.as_ref().unwrap()["error"];
+    assert!(
+        error["cause"].as_str().unwrap().contains("rolled back"),
+        "{error}"
+    );
+    assert_eq!(page(&way, "back-app").await, "turn 0");
+    // Sent a second after, its test goes on when the rollback is made.
+    let back = rollback();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let mut later = [Sent::new(message(3, SLOW_TO_LISTEN, 0.0), nothing)];
+    follow(&way, &mut later).await;
+    assert_eq!(status(&later[0]), "deployed", "{:?}", later[0].reply);
+    back.await.unwrap();
+    assert_eq!(page(&way, "back-app").await, "turn 3");
+    drop(server);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -407,12 +532,7 @@ async fn a_stop_during_a_test_is_not_undone_by_its_deployment() {
             .send(Message::text(sent[0].message.to_string()))
             .await
             .unwrap();
-        loop {
-            let event = frame(&mut socket).await.unwrap();
-            if event["name"] == "test" && event["state"] == "started" {
-                break;
-            }
-        }
+        begun(&mut socket, "test").await;
         stop().await;
         if killed {
             server = restart(server).await;

@@ -390,12 +390,35 @@ impl Cluster {
         name: &str,
         uid: &str,
     ) -> Result<(), Failure> {
-        let api = self.api(kind, Some(namespace));
-        let mut params = DeleteParams::background();
-        params.preconditions = Some(Preconditions {
+        let life = Preconditions {
             uid: Some(uid.to_owned()),
             resource_version: None,
-        });
+        };
+        self.delete_if(kind, namespace, name, life).await
+    }
+
+    /// Removes the object unless it was changed since it was read; one that is gone is well, too.
+    pub async fn delete_as_read(&self, kind: Kind, object: &DynamicObject) -> Result<(), Failure> {
+        let metadata = &object.metadata;
+        let read = Preconditions {
+            uid: metadata.uid.clone(),
+            resource_version: metadata.resource_version.clone(),
+        };
+        let namespace = metadata.namespace.as_deref().unwrap_or_default();
+        let name = metadata.name.as_deref().unwrap_or_default();
+        self.delete_if(kind, namespace, name, read).await
+    }
+
+    async fn delete_if(
+        &self,
+        kind: Kind,
+        namespace: &str,
+        name: &str,
+        conditions: Preconditions,
+    ) -> Result<(), Failure> {
+        let api = self.api(kind, Some(namespace));
+        let mut params = DeleteParams::background();
+        params.preconditions = Some(conditions);
         let what = format!("delete the {kind:?} {name}");
         match self.call(&what, api.delete(name, &params)).await {
             Err(failure) if failure.is_not_found() || failure.is_conflict() => Ok(()),

@@ -483,8 +483,9 @@ impl Platform for KubernetesPlatform {
         &self,
         repl: &ReplId,
         release: Option<u64>,
+        order: &Order,
     ) -> Result<RunningRelease, PlatformError> {
-        self.releases.rollback(repl, release).await
+        self.releases.rollback(repl, release, order).await
     }
 
     async fn open_workspace(&self, spec: &WorkspaceSpec) -> Result<Opened, PlatformError> {

@@ -191,6 +191,7 @@ impl Cleaner {
 
     /// One round: finds, tells, and removes when that is wanted. Returns what was found.
     pub async fn round(&self) -> Result<Vec<Orphan>, CleanUpError> {
+        self.releases.records.forget_deleted().await?;
         let found = self.find().await?;
         let remove = self.options.remove;
         for orphan in &found {

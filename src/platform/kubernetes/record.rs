@@ -7,6 +7,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::ConfigMap;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::ResourceExt;
 use kube::core::DynamicObject;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -18,7 +19,7 @@ use super::cluster::{Cluster, Failure, Kind, Manifest};
 use super::labels::{GANTRY, MANAGED_BY, REPL, USER};
 use crate::model::{
     Domain, LatestOrder, MAX_RELEASES, Order, Problem, Release, ReleaseState, ReplId, Scale,
-    Serves, SubmissionId, UserId, forgotten_first,
+    Serves, SubmissionId, UserId, forgotten_first, is_known_after,
 };
 
 /// Most bytes of a record: a ConfigMap may have 1 MiB.
@@ -29,6 +30,16 @@ const MAX_TRIES: u32 = 20;
 
 /// Marks the ConfigMaps that are records.
 const RECORDS: &str = "app.kubernetes.io/managed-by=gantry,gantry.dev/record=repl";
+
+/// The label that does so, and its value.
+const RECORD: &str = "gantry.dev/record";
+const OF_REPL: &str = "repl";
+
+/// Its value while the repl is deleted, and only what was asked of it last is kept. No watch shows such a record.
+const OF_DELETED: &str = "deleted-repl";
+
+/// Marks these.
+const DELETED: &str = "app.kubernetes.io/managed-by=gantry,gantry.dev/record=deleted-repl";
 
 /// Where a release stands, in a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -219,6 +230,11 @@ impl Record {
         }
     }
 
+    /// Whether this one of a repl that was deleted tells what still counts for what the user sent before.
+    fn counts_for(&self, user: &UserId) -> bool {
+        self.user_id == *user && is_known_after(self.since)
+    }
+
     /// The submission is not to be released any more.
     pub fn give_up(&mut self, submission: SubmissionId) {
         for stored in &mut self.releases {
@@ -352,6 +368,33 @@ impl Record {
         self.domains = domains;
     }
 
+    /// What it is set to: replicas, variables and host names.
+    pub fn settings(&self) -> (Option<Scale>, Option<&Given>, &[Domain]) {
+        (self.scale, self.given.as_ref(), &self.domains)
+    }
+
+    /// Its settings are those of the other.
+    pub fn set(&mut self, to: &Self) {
+        self.scale = to.scale;
+        self.give(to.given.clone());
+        self.name(to.domains.clone());
+    }
+
+    /// The release with the settings that it runs with when it is made now: they may have been changed since its
+    /// number was given out. A rollback brings back its own.
+    pub fn made_now(&self, stored: &Stored) -> Stored {
+        let mut all = self.workspace.iter().chain(&self.releases);
+        let known = all.find(|known| known.release == stored.release);
+        let mut stored = stored.clone();
+        if known
+            .is_some_and(|known| matches!(known.state, StoredState::Pending | StoredState::Current))
+        {
+            stored.given.clone_from(&self.given);
+            stored.domains.clone_from(&self.domains);
+        }
+        stored
+    }
+
     /// The revisions of variables that something of it has.
     pub fn revisions(&self) -> BTreeSet<i64> {
         let all = self.workspace.iter().chain(&self.releases);
@@ -475,6 +518,35 @@ impl Records {
         Ok(record.map_or(Look::Damaged, |record| Look::Record(Box::new(record))))
     }
 
+    /// The record as it is now; of a repl of this user's that was deleted not long ago, what was asked of it last.
+    pub async fn fresh_or_deleted(
+        &self,
+        repl: &ReplId,
+        user: &UserId,
+    ) -> Result<Option<Record>, Failure> {
+        let Some(object) = self.read_any(repl).await? else {
+            return Ok(None);
+        };
+        let record = parsed(repl, &object)?;
+        let counts = !is_deleted(&object) || record.counts_for(user);
+        Ok(counts.then_some(record))
+    }
+
+    /// Removes what is kept of repls that were deleted long ago.
+    pub async fn forget_deleted(&self) -> Result<(), Failure> {
+        let own = Some(self.namespace.as_str());
+        for object in self.cluster.list(Kind::ConfigMap, own, DELETED).await? {
+            let text = object.data["data"]["record"].as_str().unwrap_or_default();
+            let record: serde_json::Result<Record> = serde_json::from_str(text);
+            if !record.is_ok_and(|record| is_known_after(record.since)) {
+                self.cluster
+                    .delete_as_read(Kind::ConfigMap, &object)
+                    .await?;
+            }
+        }
+        Ok(())
+    }
+
     /// Users with a record that cannot be read, as the watch last saw them.
     pub fn damaged_of(&self) -> BTreeSet<String> {
         let objects: Vec<Arc<ConfigMap>> = self.cache.all();
@@ -495,21 +567,37 @@ impl Records {
         own.count()
     }
 
-    /// Removes the record, and waits until the watch shows that it is gone: one that was `used`, too. What it
-    /// was; `None`: it is not there, or stays.
+    /// Removes the record, but for what was asked of the repl last, and waits until the watch shows that it is gone:
+    /// one that was `used`, too. What it was; `None`: it is not there, or stays.
     pub async fn forget(&self, repl: &ReplId, used: bool) -> Result<Option<Record>, Failure> {
-        let Some(object) = self.read(repl).await? else {
-            return Ok(None);
+        let mut tried = 0;
+        let (record, name) = loop {
+            tried += 1;
+            let Some(mut object) = self.read(repl).await? else {
+                return Ok(None);
+            };
+            let record = parsed(repl, &object)?;
+            if !used && (record.is_used() || !record.releases.is_empty()) {
+                return Ok(None);
+            }
+            let name = name(repl);
+            if record.order.is_none() {
+                let uid = object.metadata.uid.unwrap_or_default();
+                self.cluster
+                    .delete_life(Kind::ConfigMap, &self.namespace, &name, &uid)
+                    .await?;
+                break (record, name);
+            }
+            let mut last = Record::new(&record.user_id);
+            last.order.clone_from(&record.order);
+            fill(repl, &mut object, &mut last, OF_DELETED)?;
+            match self.cluster.replace(Kind::ConfigMap, &object).await {
+                Ok(_) => break (record, name),
+                Err(failure) if failure.is_conflict() && tried < MAX_TRIES => {}
+                Err(failure) if failure.is_not_found() => return Ok(None),
+                Err(failure) => return Err(failure),
+            }
         };
-        let text = object.data["data"]["record"].as_str().unwrap_or_default();
-        let record: Record = serde_json::from_str(text).map_err(|e| broken(repl, &e))?;
-        if !used && (record.is_used() || !record.releases.is_empty()) {
-            return Ok(None);
-        }
-        let (name, uid) = (name(repl), object.metadata.uid.unwrap_or_default());
-        self.cluster
-            .delete_life(Kind::ConfigMap, &self.namespace, &name, &uid)
-            .await?;
         let mut now = self.cache.follow(&self.namespace, &name);
         if timeout(WATCH_LAG, now.wait_for(Option::is_none))
             .await
@@ -528,7 +616,7 @@ impl Records {
         let mut record = Record::new(user);
         let text = record.text().map_err(|e| broken(repl, &e))?;
         let labels = json!({
-            MANAGED_BY: GANTRY, USER: user.as_str(), REPL: repl.as_str(), "gantry.dev/record": "repl",
+            MANAGED_BY: GANTRY, USER: user.as_str(), REPL: repl.as_str(), RECORD: OF_REPL,
         });
         let metadata = json!({ "name": name(repl), "namespace": self.namespace, "labels": labels });
         let body = json!({ "metadata": metadata, "data": { "record": text } });
@@ -541,11 +629,37 @@ impl Records {
                 self.seen(repl, &made).await;
                 Ok(user.clone())
             }
-            Err(failure) if failure.is_conflict() => {
-                let theirs = self.fresh(repl).await?;
-                Ok(theirs.map_or_else(|| user.clone(), |record| record.user_id))
-            }
+            Err(failure) if failure.is_conflict() => self.claim_again(repl, user).await,
             Err(failure) => Err(failure),
+        }
+    }
+
+    /// The same where a record is there: somebody's, or that of a repl that was deleted.
+    async fn claim_again(&self, repl: &ReplId, user: &UserId) -> Result<UserId, Failure> {
+        let mut tried = 0;
+        loop {
+            tried += 1;
+            let Some(mut object) = self.read_any(repl).await? else {
+                // It went this very moment; whoever needs it now says that it is not there.
+                return Ok(user.clone());
+            };
+            let known = parsed(repl, &object)?;
+            if !is_deleted(&object) {
+                return Ok(known.user_id);
+            }
+            let mut record = Record::new(user);
+            if known.counts_for(user) {
+                record.order = known.order;
+            }
+            fill(repl, &mut object, &mut record, OF_REPL)?;
+            match self.cluster.replace(Kind::ConfigMap, &object).await {
+                Ok(made) => {
+                    self.seen(repl, &made).await;
+                    return Ok(user.clone());
+                }
+                Err(failure) if failure.is_conflict() && tried < MAX_TRIES => {}
+                Err(failure) => return Err(failure),
+            }
         }
     }
 
@@ -569,8 +683,7 @@ impl Records {
             let Some(mut object) = found else {
                 return Ok(None);
             };
-            let text = object.data["data"]["record"].as_str().unwrap_or_default();
-            let before: Record = serde_json::from_str(text).map_err(|e| broken(repl, &e))?;
+            let before = parsed(repl, &object)?;
             let mut record = before.clone();
             let result = change(&mut record);
             if record == before {
@@ -595,8 +708,13 @@ impl Records {
         Ok(None)
     }
 
-    /// The record's object as it is now.
+    /// The record's object as it is now, unless the repl was deleted.
     async fn read(&self, repl: &ReplId) -> Result<Option<DynamicObject>, Failure> {
+        let object = self.read_any(repl).await?;
+        Ok(object.filter(|object| !is_deleted(object)))
+    }
+
+    async fn read_any(&self, repl: &ReplId) -> Result<Option<DynamicObject>, Failure> {
         let name = name(repl);
         self.cluster
             .get(Kind::ConfigMap, &self.namespace, &name)
@@ -638,6 +756,34 @@ fn version(metadata: &ObjectMeta) -> Option<u64> {
 
 fn name(repl: &ReplId) -> String {
     format!("repl-{repl}")
+}
+
+/// Whether the object only tells what was asked last of a repl that was deleted.
+fn is_deleted(object: &DynamicObject) -> bool {
+    object.labels().get(RECORD).map(String::as_str) == Some(OF_DELETED)
+}
+
+/// The record in the object.
+fn parsed(repl: &ReplId, object: &DynamicObject) -> Result<Record, Failure> {
+    let text = object.data["data"]["record"].as_str().unwrap_or_default();
+    serde_json::from_str(text).map_err(|e| broken(repl, &e))
+}
+
+/// Puts the record into the object, as one of this kind.
+fn fill(
+    repl: &ReplId,
+    object: &mut DynamicObject,
+    record: &mut Record,
+    kind: &str,
+) -> Result<(), Failure> {
+    object.data["data"]["record"] = record.text().map_err(|e| broken(repl, &e))?.into();
+    object.metadata.managed_fields = None;
+    for (label, value) in [(RECORD, kind), (USER, record.user_id.as_str())] {
+        object
+            .labels_mut()
+            .insert(label.to_owned(), value.to_owned());
+    }
+    Ok(())
 }
 
 fn read(object: &ConfigMap) -> Option<Record> {
@@ -776,6 +922,13 @@ mod tests {
         assert_eq!(record.revisions(), BTreeSet::from([1, 2]));
         record.switch(1);
         assert_eq!((&record.given, record.revisions().len()), (&given(1), 2));
+        // Changed while the next release was being made: it has them, and one that is gone back to has its own.
+        let next = record.reserve(stored());
+        record.give(given(2));
+        assert_eq!(record.made_now(&next).given, given(2));
+        let back = record.target(Some(2)).unwrap().clone();
+        record.give(given(1));
+        assert_eq!(record.made_now(&back).given, given(2));
         record.stop();
         // What was stopped stays as it was; what starts next has the new ones.
         record.give(given(3));

@@ -100,6 +100,12 @@ impl Releases {
         let changing = self.changing(&spec.repl_id);
         let _one = changing.lock().await;
         let failed = |failure: Failure| failure.unavailable("The release could not be recorded");
+        // Before its name is taken.
+        if self.records.known(&spec.repl_id).is_none()
+            && let Some(problem) = self.overtaken(spec).await?
+        {
+            return Err(PlatformError::NotReady(problem));
+        }
         let claimed = self.records.claim(&spec.repl_id, &spec.user_id).await;
         if claimed.map_err(failed)? != spec.user_id {
             return Err(PlatformError::NotFound(format!(
@@ -126,7 +132,11 @@ impl Releases {
             .await
             .map_err(failed)?;
         let Some(reserved) = reserved else {
-            return Err(PlatformError::NotFound(format!("the repl {}", owner.repl)));
+            // It was deleted this very moment.
+            return Err(match self.overtaken(spec).await? {
+                Some(problem) => PlatformError::NotReady(problem),
+                None => PlatformError::NotFound(format!("the repl {}", owner.repl)),
+            });
         };
         let stored = reserved.map_err(PlatformError::NotReady)?;
         let done = match stored.state {
@@ -143,12 +153,13 @@ impl Releases {
                 .await
                 .map_err(failed)?;
         }
-        self.switch(&owner, &stored, Some(&spec.order)).await
+        self.switch(&owner, &stored, &spec.order).await
     }
 
     /// See [`Platform::overtaken`](crate::platform::Platform::overtaken).
     pub async fn overtaken(&self, spec: &ReleaseSpec) -> Result<Option<Problem>, PlatformError> {
-        let record = self.records.fresh(&spec.repl_id).await;
+        let records = &self.records;
+        let record = records.fresh_or_deleted(&spec.repl_id, &spec.user_id).await;
         let record = record.map_err(|f| f.unavailable("The repl's record could not be read"))?;
         Ok(record.and_then(|record| record.is_too_late(spec.submission_id, &spec.order)))
     }
@@ -165,6 +176,7 @@ impl Releases {
         &self,
         repl: &ReplId,
         release: Option<u64>,
+        order: &Order,
     ) -> Result<RunningRelease, PlatformError> {
         let changing = self.changing(repl);
         let _one = changing.lock().await;
@@ -183,7 +195,7 @@ impl Releases {
         };
         let mut target = target.clone();
         target.domains = self.nameable(&owner, record, target.domains).await;
-        let switched = self.switch(&owner, &target, None).await;
+        let switched = self.switch(&owner, &target, order).await;
         let (kept, given_up) = match &switched {
             Ok(_) => (&target.domains, &record.domains),
             Err(_) => (&record.domains, &target.domains),
@@ -324,20 +336,15 @@ impl Releases {
         &self,
         owner: &Owner,
         stored: &Stored,
-        order: Option<&Order>,
+        order: &Order,
     ) -> Result<RunningRelease, PlatformError> {
         let started = Instant::now();
         loop {
-            let turn = self.take_turn(&owner.repl, order).await?;
-            let switched = tokio::select! {
-                switched = self.switch_in_turn(owner, stored, order, &turn) => switched,
-                () = self.keep_turn(&owner.repl, &turn) => Err(turn::lost()),
-            };
-            self.end_turn(&owner.repl, &turn).await;
-            match switched {
-                Err(PlatformError::Unavailable(problem))
-                    if problem.code == turn::LOST && started.elapsed() < AWAY_PATIENCE =>
-                {
+            let (turn, record) = self.take_turn(&owner.repl, Some(order)).await?;
+            let stored = record.made_now(stored);
+            let switched = self.switch_in_turn(owner, &stored, order, &turn);
+            match self.during(&owner.repl, &turn, switched).await {
+                Err(error) if turn::is_lost(&error) && started.elapsed() < AWAY_PATIENCE => {
                     tracing::warn!(repl = %owner.repl, "another replica made a release of the repl meanwhile; this one is made again");
                 }
                 switched => return switched,
@@ -349,16 +356,14 @@ impl Releases {
         &self,
         owner: &Owner,
         stored: &Stored,
-        order: Option<&Order>,
+        order: &Order,
         turn: &Turn,
     ) -> Result<RunningRelease, PlatformError> {
         match self.roll_out(owner, stored).await {
             Ok(()) => {}
-            // Somebody applied something else. It is not this release that failed: it is made again, unless
-            // something that was asked for later took its place.
-            Err(PlatformError::NotReady(problem)) if problem.code == REPLACED => {
-                return Err(turn::lost());
-            }
+            // It is not this release that failed: it is made again, unless something that was asked for later took
+            // its place.
+            Err(error) if turn::is_lost(&error) => return Err(error),
             // Nothing can be put back either; what was asked for is asked for again.
             Err(PlatformError::Unavailable(problem)) if problem.code == AWAY => {
                 return Err(PlatformError::Unavailable(problem));
@@ -373,16 +378,15 @@ impl Releases {
             if !record.is_turn_of(turn) {
                 return Err(turn::lost());
             }
-            if let Some(problem) = order.and_then(|order| record.order.supersedes(order)) {
+            if let Some(problem) = record.order.supersedes(order) {
                 return Err(PlatformError::NotReady(problem));
             }
             let before = record.current().cloned();
             was_idle = record.idle.is_some();
             record.switch(stored.release);
+            record.give(stored.given.clone());
             record.name(stored.domains.clone());
-            if let Some(order) = order {
-                record.order.note(order);
-            }
+            record.order.note(order);
             record.making = None;
             Ok(before.filter(|before| before.release != stored.release))
         });
@@ -406,6 +410,7 @@ impl Releases {
         Ok(self.running(owner, stored))
     }
 
+    /// Has it run and waits until it serves. The turn is lost when somebody applied something else meanwhile.
     async fn roll_out(&self, owner: &Owner, stored: &Stored) -> Result<(), PlatformError> {
         let failed = |failure: Failure| {
             let problem = failure.problem("The release could not be made");
@@ -426,7 +431,10 @@ impl Releases {
         let applied = self.apply(owner, stored, led_to).await;
         let (name, generation) = applied.map_err(failed)?;
         let waited = self.rollouts.wait(owner, stored, &name, generation).await;
-        waited.map_err(PlatformError::NotReady)
+        waited.map_err(|problem| match problem.code.as_str() {
+            REPLACED => turn::lost(),
+            _ => PlatformError::NotReady(problem),
+        })
     }
 
     /// Makes what the template's objects refer to.

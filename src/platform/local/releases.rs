@@ -25,8 +25,8 @@ use super::sandboxes::{Sandboxes, Tenant};
 use super::{DEPLOY_PATIENCE, LocalConfig, WITH_THE_SERVER, unavailable};
 use crate::beneath::{Folder, waiting};
 use crate::model::{
-    Limits, Order, Problem, Release, ReleaseState, ReplId, ReplState, ReplStatus, TicketKey,
-    UserId, idle_cause,
+    LatestOrder, Limits, Order, Problem, Release, ReleaseState, ReplId, ReplState, ReplStatus,
+    TicketKey, UserId, idle_cause, is_known_after,
 };
 use crate::platform::{
     ByteStream, LAST_LINES, LISTEN_OR_END, PlatformError, ProgramEvent, ReleaseSpec, RunningRelease,
@@ -77,6 +77,9 @@ struct Inner {
     /// Programs that write to their repls' data.
     writers: Mutex<Vec<disk::Writer>>,
     repls: Mutex<HashMap<ReplId, Repl>>,
+    /// Records of repls that were deleted, for what was asked of them last. They end with the server: what is under
+    /// way then has it in its own record.
+    deleted: Mutex<HashMap<ReplId, Record>>,
     /// Changes when a program was installed.
     installed: watch::Sender<()>,
     /// One change of a repl at a time.
@@ -123,6 +126,7 @@ impl Releases {
                 store,
                 sandboxes,
                 repls: Mutex::new(repls),
+                deleted: Mutex::default(),
                 installed: watch::Sender::default(),
                 changing: Mutex::default(),
                 tell,
@@ -160,6 +164,10 @@ impl Releases {
     pub async fn ensure(&self, spec: &ReleaseSpec) -> Result<RunningRelease, PlatformError> {
         let changing = self.changing(&spec.repl_id);
         let _one = changing.lock().await;
+        // Before its name is taken.
+        if let Some(problem) = self.overtaken(spec) {
+            return Err(PlatformError::NotReady(problem));
+        }
         if self.claim(&spec.repl_id, &spec.user_id).await? != spec.user_id {
             return Err(PlatformError::NotFound(format!(
                 "the repl {}",
@@ -180,9 +188,6 @@ impl Releases {
             }
             // An earlier server released it and was killed before it said so.
             return self.switch(&spec.repl_id, known, None).await;
-        }
-        if let Some(problem) = self.overtaken(spec) {
-            return Err(PlatformError::NotReady(problem));
         }
         let known = self.with(&spec.repl_id, |repl| {
             (repl.record.last_number(), repl.record.given.clone())
@@ -208,12 +213,32 @@ impl Releases {
 
     /// See [`Platform::overtaken`](crate::platform::Platform::overtaken).
     pub fn overtaken(&self, spec: &ReleaseSpec) -> Option<Problem> {
-        self.with(&spec.repl_id, |repl| {
+        let known = self.with(&spec.repl_id, |repl| {
             match repl.record.of(spec.submission_id) {
                 Some(_) => None,
                 None => repl.record.order.supersedes(&spec.order),
             }
-        })?
+        });
+        known.unwrap_or_else(|| {
+            let before = self.before_deletion(&spec.repl_id, &spec.user_id);
+            before.supersedes(&spec.order)
+        })
+    }
+
+    /// What was asked last of the user's repl that had this name and was deleted.
+    fn before_deletion(&self, repl: &ReplId, user: &UserId) -> LatestOrder {
+        let deleted = self.deleted();
+        let own = deleted
+            .get(repl)
+            .filter(|record| record.user_id == *user && is_known_after(record.since));
+        own.map(|record| record.order.clone()).unwrap_or_default()
+    }
+
+    fn deleted(&self) -> std::sync::MutexGuard<'_, HashMap<ReplId, Record>> {
+        self.inner
+            .deleted
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// See [`Platform::ordered`](crate::platform::Platform::ordered).
@@ -229,9 +254,14 @@ impl Releases {
         &self,
         repl: &ReplId,
         release: Option<u64>,
+        order: &Order,
     ) -> Result<RunningRelease, PlatformError> {
         let changing = self.changing(repl);
         let _one = changing.lock().await;
+        let later = self.with(repl, |repl| repl.record.order.supersedes(order));
+        if let Some(problem) = later.flatten() {
+            return Err(PlatformError::NotReady(problem));
+        }
         let target = self.with(repl, |repl| repl.record.earlier(release).cloned());
         let mut target = target.flatten().ok_or_else(|| {
             PlatformError::NotFound(match release {
@@ -240,7 +270,7 @@ impl Releases {
             })
         })?;
         target.given.domains = self.nameable(repl, target.given.domains);
-        self.switch(repl, target, None).await
+        self.switch(repl, target, Some(order)).await
     }
 
     /// Stops the repl. Its releases, code and database stay.
@@ -284,7 +314,8 @@ impl Releases {
             if let Some(known) = repls.get(repl) {
                 return Ok(known.record.user_id.clone());
             }
-            let record = Record::new(user.clone());
+            let mut record = Record::new(user.clone());
+            record.order = self.before_deletion(repl, user);
             repls.insert(repl.clone(), Repl::new(record));
             user.clone()
         };
@@ -313,7 +344,17 @@ impl Releases {
                 Some(known) if used || !known.record.is_used() => {}
                 _ => return Ok(()),
             }
-            repls.remove(repl).and_then(|known| known.program)
+            let removed = repls.remove(repl);
+            if let Some(Repl { record, .. }) = &removed {
+                let mut deleted = self.deleted();
+                deleted.retain(|_, record| is_known_after(record.since));
+                if !record.order.is_none() {
+                    let mut last = Record::new(record.user_id.clone());
+                    last.order.clone_from(&record.order);
+                    deleted.insert(repl.clone(), last);
+                }
+            }
+            removed.and_then(|known| known.program)
         };
         if let Some(program) = program {
             program.end(self.inner.config.drain, false).await;

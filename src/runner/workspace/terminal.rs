@@ -28,6 +28,13 @@ const PIECE: usize = 16 << 10;
 /// Pieces of input that wait for a program that does not read; more is refused.
 const INPUT: usize = 16;
 
+/// Bytes of input that a terminal is given at once: what it takes for one line (Linux' N_TTY_BUF_SIZE).
+const TYPED_PIECE: usize = 4 << 10;
+
+/// Pause after a terminal took nothing. One whose program does not read says that it can be written to, and
+/// again after each attempt.
+const TYPED_PAUSE: Duration = Duration::from_millis(20);
+
 /// A connection that takes nothing for this long is let go; until then the program waits for it, as it
 /// would for a slow terminal.
 const SLOWEST: Duration = Duration::from_secs(10);
@@ -55,7 +62,8 @@ pub struct Terminal {
     scrollback: RefCell<VecDeque<u8>>,
     /// Each with its connection's number.
     listeners: RefCell<Vec<(u64, Listener)>>,
-    input: mpsc::Sender<Bytes>,
+    /// `None` after its end.
+    input: RefCell<Option<mpsc::Sender<Bytes>>>,
     ended: Cell<bool>,
 }
 
@@ -145,7 +153,7 @@ impl Terminal {
             pid,
             scrollback: RefCell::default(),
             listeners: RefCell::default(),
-            input,
+            input: RefCell::new(Some(input)),
             ended: Cell::new(false),
         });
         tokio::task::spawn_local(Rc::clone(&this).read(exit));
@@ -179,7 +187,8 @@ impl Terminal {
 
     /// Types; `false` when its program does not read and too much waits already.
     pub fn input(&self, data: Bytes) -> bool {
-        self.input.try_send(data).is_ok()
+        let input = self.input.borrow();
+        input.as_ref().is_some_and(|input| input.try_send(data).is_ok())
     }
 
     /// Says how large the window is.
@@ -219,6 +228,8 @@ impl Terminal {
                 false => libc::WEXITSTATUS(exit.status),
             });
         self.ended.set(true);
+        // With it ends who writes.
+        self.input.take();
         self.tell(|name| Said::Ended(name, code)).await;
     }
 
@@ -245,12 +256,13 @@ impl Terminal {
 
     async fn write(self: Rc<Self>, mut typed: mpsc::Receiver<Bytes>) {
         while let Some(mut data) = typed.recv().await {
-            while !data.is_empty() {
+            while !data.is_empty() && !self.ended.get() {
                 let Ok(mut guard) = self.master.writable().await else {
                     return;
                 };
-                match guard.try_io(|fd| Ok(rustix::io::write(fd.get_ref(), &data)?)) {
-                    Err(_would_block) => {}
+                let piece = &data[..data.len().min(TYPED_PIECE)];
+                match guard.try_io(|fd| Ok(rustix::io::write(fd.get_ref(), piece)?)) {
+                    Err(_would_block) => tokio::time::sleep(TYPED_PAUSE).await,
                     Ok(Ok(length)) => data = data.slice(length..),
                     Ok(Err(_)) => return,
                 }

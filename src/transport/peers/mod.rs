@@ -31,7 +31,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::auth::{Keys, is_credential};
 use crate::config::PeersConfig;
-use crate::model::{Problem, ReplId, SubmissionId};
+use crate::model::{Problem, ReplId, SubmissionId, UserId};
 pub use claims::Claim;
 use claims::Claims;
 pub use follow::Replicas;
@@ -143,6 +143,15 @@ struct Answer {
     replica: String,
     /// It is here.
     mine: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Overtaking {
+    repl: ReplId,
+    /// Whose submissions; `None`: everybody's, as an admin may.
+    user: Option<UserId>,
+    /// What was asked of the repl.
+    why: String,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -313,22 +322,60 @@ impl Peers {
         Settled::Here(Some(claim))
     }
 
+    /// Has what the others have under way for the repl not be deployed, because of this that was asked of it:
+    /// whether all of them know. `user`: whose; `None`: everybody's.
+    pub async fn overtake(&self, repl: &ReplId, user: Option<&UserId>, why: &str) -> bool {
+        let overtaking = Overtaking {
+            repl: repl.clone(),
+            user: user.cloned(),
+            why: why.to_owned(),
+        };
+        let overtaking = &overtaking;
+        let told = self.others().map(|peer| async move {
+            // One that did not answer a moment ago is greeted every other second: nobody waits for it.
+            if peer.away.load(Ordering::Relaxed) {
+                return false;
+            }
+            let told = self.post::<_, Answer>(peer, "/peer/overtake", overtaking);
+            told.await.is_some()
+        });
+        join_all(told).await.into_iter().all(|told| told)
+    }
+
     /// The problem of a submission that a replica may have which cannot be asked.
     pub fn unknown(&self) -> Problem {
-        let away: Vec<&str> = self
-            .others()
-            .filter(|peer| peer.away.load(Ordering::Relaxed))
-            .map(|peer| peer.address.as_str())
-            .collect();
         Problem::new(
             "replica_away",
             "Whether the submission ran is not known now",
             format!(
                 "another replica of the server may have it and does not answer: {}",
-                away.join(", ")
+                self.away()
             ),
             "Ask again when that replica is back; it takes up what it has.",
         )
+    }
+
+    /// The problem of a repl that is nobody's yet, when a replica cannot be told that it is to stay so.
+    pub fn not_told(&self) -> Problem {
+        Problem::new(
+            "replica_away",
+            "Whether something is under way for the repl is not known now",
+            format!(
+                "another replica of the server may be about to deploy it and does not answer: {}",
+                self.away()
+            ),
+            "Stop it again when that replica is back; it takes up what it has.",
+        )
+    }
+
+    /// Addresses of those that did not answer the last time.
+    fn away(&self) -> String {
+        let away: Vec<&str> = self
+            .others()
+            .filter(|peer| peer.away.load(Ordering::Relaxed))
+            .map(|peer| peer.address.as_str())
+            .collect();
+        away.join(", ")
     }
 
     /// A WebSocket to the other replica, for this caller.

@@ -8,7 +8,8 @@ use axum::extract::{FromRequestParts, State};
 use axum::http::request::Parts;
 use axum::routing::post;
 
-use super::{Answer, Credential, Greeted, Greeting, KeyOf, Kind, Question, follow};
+use super::{Answer, Credential, Greeted, Greeting, KeyOf, Kind, Overtaking, Question, follow};
+use crate::model::UserId;
 use crate::transport::Edge;
 use crate::transport::body::Json;
 use crate::transport::caller;
@@ -19,6 +20,7 @@ pub fn routes() -> Router<Arc<Edge>> {
     Router::new()
         .route("/peer/hello", post(hello))
         .route("/peer/ask", post(ask))
+        .route("/peer/overtake", post(overtake))
         .route("/peer/credential", post(credential))
         .route("/peer/follow", post(follow::follow))
 }
@@ -69,6 +71,20 @@ async fn ask(
     axum::Json(Answer {
         replica: here.to_owned(),
         mine,
+    })
+}
+
+/// Has what is under way here for a repl not be deployed: something else was asked of it later.
+async fn overtake(
+    _: FromPeer,
+    State(edge): State<Arc<Edge>>,
+    Json(Overtaking { repl, user, why }): Json<Overtaking>,
+) -> axum::Json<Answer> {
+    let whose = |owner: &UserId| user.as_ref().is_none_or(|user| user == owner);
+    edge.pipeline.overtake_here(&repl, whose, &why).await;
+    axum::Json(Answer {
+        replica: edge.peers.replica.clone(),
+        mine: true,
     })
 }
 

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use gantry::model::{ContainerSpec, ModuleSpec, Package, ServiceSpec, UserId};
+use gantry::model::{ContainerSpec, ModuleSpec, Order, Package, ServiceSpec, UserId};
 use gantry::platform::conformance::{finish, python};
 use gantry::platform::{Platform, Sessions, WorkspaceSpec};
 use k8s_openapi::api::core::v1::{Namespace, Pod};
@@ -153,6 +153,7 @@ async fn workspace(bed: &Bed, user: &UserId, name: &str, files: bool) -> String 
     let spec = WorkspaceSpec {
         user_id: user.clone(),
         repl_id: repl.clone(),
+        order: Order::now(),
         argv: vec!["python3".to_owned(), "main.py".to_owned()],
     };
     bed.platform.open_workspace(&spec).await.unwrap();

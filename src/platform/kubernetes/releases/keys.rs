@@ -9,8 +9,9 @@ use k8s_openapi::api::apps::v1::Deployment;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use super::{Failure, Kind, Owner, Releases};
+use super::{Failure, Kind, Owner, Record, Releases};
 use crate::model::ReplId;
+use crate::platform::PlatformError;
 use crate::platform::kubernetes::cache::label;
 use crate::platform::kubernetes::labels::REPL;
 use crate::platform::kubernetes::release::{STORE_SECRET, names_keys};
@@ -64,9 +65,9 @@ impl Releases {
             let repl: Option<ReplId> =
                 label(deployment.as_ref(), REPL).and_then(|repl| repl.parse().ok());
             if let Some(repl) = repl.filter(|_| starts_with_keys(&deployment))
-                && let Err(failure) = self.make_without_keys(&repl).await
+                && let Err(error) = self.make_without_keys(&repl).await
             {
-                tracing::warn!(%repl, %failure, "a repl could not be made again without the code store's keys");
+                tracing::warn!(%repl, %error, "a repl could not be made again without the code store's keys");
                 held.extend(deployment.metadata.namespace.clone());
             }
         }
@@ -90,16 +91,24 @@ impl Releases {
         held
     }
 
-    /// Applies what a repl runs once more: its pods are replaced, without a gap where the template has none.
-    async fn make_without_keys(&self, repl: &ReplId) -> Result<(), Failure> {
+    /// Applies what a repl runs once more: its pods are replaced, without a gap where the template has none. A release
+    /// that another server makes meanwhile is waited for: it starts without the keys as well.
+    async fn make_without_keys(&self, repl: &ReplId) -> Result<(), PlatformError> {
         let changing = self.changing(repl);
         let _one = changing.lock().await;
-        let record = self.records.fresh(repl).await?;
-        let Some(record) = record.filter(|record| record.runs()) else {
+        let record = self.records.fresh(repl).await;
+        let record = record.map_err(|f| f.unavailable("The repl could not be read"))?;
+        if !record.is_some_and(|record| record.runs()) {
             // What is left of it goes with the next clean-up, and need not start again.
             return Ok(());
-        };
-        let Some(stored) = record.current() else {
+        }
+        let (turn, record) = self.take_turn(repl, None).await?;
+        let made = self.make_again(repl, &record);
+        self.during(repl, &turn, made).await
+    }
+
+    async fn make_again(&self, repl: &ReplId, record: &Record) -> Result<(), PlatformError> {
+        let Some(stored) = record.current().filter(|_| record.runs()) else {
             return Ok(());
         };
         let owner = Owner {
@@ -107,7 +116,8 @@ impl Releases {
             repl: repl.clone(),
         };
         tracing::info!(%repl, "is made again without the code store's keys");
-        self.put_back(&owner, stored).await
+        let made = self.put_back(&owner, stored).await;
+        made.map_err(|f| f.unavailable("The repl could not be made again"))
     }
 }
 

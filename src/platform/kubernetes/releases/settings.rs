@@ -10,7 +10,10 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use jiff::Timestamp;
 use kube::ResourceExt;
 
-use super::{Failure, Kind, Owner, Record, Releases, Stored, Value, kept_given_name};
+use super::turn::{self, Turn};
+use super::{
+    AWAY_PATIENCE, Failure, Instant, Kind, Owner, Record, Releases, Stored, Value, kept_given_name,
+};
 use crate::model::{
     Domain, Problem, ReplChange, ReplId, ReplSettings, Scale, SecretText, Variables,
     VariablesChange, domain_taken, workspace_not_scaled,
@@ -25,11 +28,14 @@ use crate::platform::{ConfigureError, PlatformError};
 impl Releases {
     /// See [`Platform::settings`](crate::platform::Platform::settings).
     pub async fn settings(&self, repl: &ReplId) -> Result<ReplSettings, PlatformError> {
-        let (_, record) = self.record_of(repl).await?;
+        let record = self.records.fresh(repl).await;
+        let record = record.map_err(|f| f.unavailable("The repl could not be read"))?;
+        let record = record.ok_or_else(|| PlatformError::NotFound(format!("the repl {repl}")))?;
         self.shown(repl, &record).await
     }
 
-    /// See [`Platform::configure`](crate::platform::Platform::configure).
+    /// See [`Platform::configure`](crate::platform::Platform::configure). It has a turn, as a release has: what runs
+    /// afterwards is the record's current release, with what the record says.
     pub async fn configure(
         &self,
         repl: &ReplId,
@@ -37,28 +43,66 @@ impl Releases {
     ) -> Result<ReplSettings, ConfigureError> {
         let changing = self.changing(repl);
         let _one = changing.lock().await;
-        let (owner, before) = self.record_of(repl).await?;
-        let after = match change {
-            ReplChange::Scale(scale) => scaled(&before, *scale)?,
-            ReplChange::Variables(change) => self.regiven(&owner, &before, change).await?,
-            ReplChange::Domains(domains) => self.renamed(&owner, &before, domains).await?,
-        };
-        if after != before {
-            self.set(&owner, &after).await?;
-            let done = match change {
-                // What runs stays as it is.
-                ReplChange::Domains(_) => self.rename(&owner).await,
-                ReplChange::Scale(_) | ReplChange::Variables(_) => self.bring_about(&owner).await,
-            };
-            if let Err(error) = done {
-                self.undo(&owner, &before, &error).await;
-                self.unclaim(&owner, &after.domains, &before.domains).await;
-                return Err(error.into());
+        let (mut before, started) = (None, Instant::now());
+        let after = loop {
+            let (turn, record) = self.take_turn(repl, None).await?;
+            let before = before.get_or_insert_with(|| record.clone());
+            let configured = self.configure_in_turn(repl, change, before, &record, &turn);
+            match self.during(repl, &turn, configured).await {
+                Err(ConfigureError::Failed(error))
+                    if turn::is_lost(&error) && started.elapsed() < AWAY_PATIENCE =>
+                {
+                    tracing::warn!(%repl, "another replica made a release of the repl meanwhile; its settings are changed again");
+                }
+                configured => break configured?,
             }
-            self.unclaim(&owner, &before.domains, &after.domains).await;
-            self.forget_given(&owner, after.given.as_ref()).await;
-        }
+        };
         Ok(self.shown(repl, &after).await?)
+    }
+
+    /// `before`: what the first try found, `now`: what this one finds.
+    async fn configure_in_turn(
+        &self,
+        repl: &ReplId,
+        change: &ReplChange,
+        before: &Record,
+        now: &Record,
+        turn: &Turn,
+    ) -> Result<Record, ConfigureError> {
+        let owner = Owner {
+            user: now.user_id.clone(),
+            repl: repl.clone(),
+        };
+        let after = match change {
+            ReplChange::Scale(scale) => scaled(now, *scale)?,
+            ReplChange::Variables(change) => self.regiven(&owner, now, change).await?,
+            ReplChange::Domains(domains) => self.renamed(&owner, now, domains).await?,
+        };
+        // What an earlier try recorded is still to be brought about.
+        if after == *now && now.settings() == before.settings() {
+            return Ok(after);
+        }
+        let after = self.set(&owner, &after, turn).await?;
+        let done = match change {
+            // What runs stays as it is.
+            ReplChange::Domains(_) => self.rename(&owner, &after).await,
+            ReplChange::Scale(_) | ReplChange::Variables(_) => {
+                self.bring_about(&owner, &after).await
+            }
+        };
+        match done {
+            Ok(()) => {
+                self.unclaim(&owner, &before.domains, &after.domains).await;
+                self.forget_given(&owner, after.given.as_ref()).await;
+                Ok(after)
+            }
+            Err(error) if turn::is_lost(&error) => Err(error.into()),
+            Err(error) => {
+                self.undo(&owner, before, &after, &error, turn).await;
+                self.unclaim(&owner, &after.domains, &before.domains).await;
+                Err(error.into())
+            }
+        }
     }
 
     async fn shown(&self, repl: &ReplId, record: &Record) -> Result<ReplSettings, PlatformError> {
@@ -134,13 +178,12 @@ impl Releases {
     }
 
     /// Makes the Ingress be as the record says.
-    async fn rename(&self, owner: &Owner) -> Result<(), PlatformError> {
-        let (_, record) = self.record_of(&owner.repl).await?;
+    async fn rename(&self, owner: &Owner, record: &Record) -> Result<(), PlatformError> {
         let Some(stored) = record.current().filter(|_| record.wanted) else {
             return Ok(());
         };
         if record.idle.is_some() {
-            return self.rename_idle(&owner.repl, &record).await;
+            return self.rename_idle(&owner.repl, record).await;
         }
         let named = self.config.manifests(owner, stored, None);
         for ingress in named
@@ -151,17 +194,6 @@ impl Releases {
             applied.map_err(|f| f.unavailable("The Ingress could not be changed"))?;
         }
         Ok(())
-    }
-
-    async fn record_of(&self, repl: &ReplId) -> Result<(Owner, Record), PlatformError> {
-        let record = self.records.fresh(repl).await;
-        let record = record.map_err(|f| f.unavailable("The repl could not be read"))?;
-        let record = record.ok_or_else(|| PlatformError::NotFound(format!("the repl {repl}")))?;
-        let owner = Owner {
-            user: record.user_id.clone(),
-            repl: repl.clone(),
-        };
-        Ok((owner, record))
     }
 
     /// The record with these variables, whose values are then kept.
@@ -199,43 +231,60 @@ impl Releases {
         Ok(after)
     }
 
-    /// Records it.
-    async fn set(&self, owner: &Owner, to: &Record) -> Result<(), PlatformError> {
+    /// Records these settings; what the record is then.
+    async fn set(&self, owner: &Owner, to: &Record, turn: &Turn) -> Result<Record, PlatformError> {
         let set = self.records.change(&owner.repl, |record| {
-            record.scale = to.scale;
-            record.give(to.given.clone());
-            record.name(to.domains.clone());
+            if !record.is_turn_of(turn) {
+                return Err(turn::lost());
+            }
+            record.set(to);
+            Ok(record.clone())
         });
         let set = set.await;
-        set.map(drop)
-            .map_err(|f| f.unavailable("The change could not be recorded"))
+        let set = set.map_err(|f| f.unavailable("The change could not be recorded"))?;
+        set.unwrap_or_else(|| {
+            let what = format!("the repl {}", owner.repl);
+            Err(PlatformError::NotFound(what))
+        })
     }
 
     /// Makes what runs be as the record says, and waits until it is.
-    async fn bring_about(&self, owner: &Owner) -> Result<(), PlatformError> {
-        let (_, record) = self.record_of(&owner.repl).await?;
+    async fn bring_about(&self, owner: &Owner, record: &Record) -> Result<(), PlatformError> {
         match record.current().filter(|_| record.runs()) {
             Some(stored) => self.roll_out(owner, stored).await,
             None => Ok(()),
         }
     }
 
-    /// Everything as it was; what ran before never stopped.
-    async fn undo(&self, owner: &Owner, before: &Record, error: &PlatformError) {
+    /// Everything as it was; what ran before never stopped. What another server has set or made run since stays.
+    async fn undo(
+        &self,
+        owner: &Owner,
+        before: &Record,
+        after: &Record,
+        error: &PlatformError,
+        turn: &Turn,
+    ) {
         let undone = async {
-            self.set(owner, before)
-                .await
-                .map_err(|error| error.to_string())?;
-            if !matches!(before.scale, Some(Scale::Auto(_))) {
-                let ended = self.end_autoscaling(owner).await;
-                ended.map_err(|failure| failure.to_string())?;
+            let undone = self.records.change(&owner.repl, |record| {
+                if record.settings() == after.settings() {
+                    record.set(before);
+                }
+                record.is_turn_of(turn).then(|| record.clone())
+            });
+            let Some(Some(record)) = undone.await? else {
+                return Ok(());
+            };
+            if !matches!(record.scale, Some(Scale::Auto(_))) {
+                self.end_autoscaling(owner).await?;
             }
-            if let Some(stored) = before.current().filter(|_| before.runs()) {
-                let put = self.put_back(owner, stored).await;
-                put.map_err(|failure| failure.to_string())?;
+            let release = |stored: &Stored| (stored.release, stored.submission_id);
+            let same = record.current().map(release) == after.current().map(release);
+            if let Some(stored) = record.current().filter(|_| same && record.runs()) {
+                self.put_back(owner, stored).await?;
             }
-            self.forget_given(owner, before.given.as_ref()).await;
-            Ok::<(), String>(())
+            self.forget_given(owner, record.given.as_ref()).await;
+            Ok::<(), Failure>(())
         };
         if let Err(why) = undone.await {
             tracing::error!(repl = %owner.repl, %error, %why, "a change that failed could not be undone; the next one puts it right");

@@ -22,7 +22,7 @@ const BEAT: Duration = Duration::from_secs(4);
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// The code of a problem that means: another server has the turn now, and this one begins again.
-pub const LOST: &str = "turn_lost";
+const LOST: &str = "turn_lost";
 
 /// A turn that this server has, by a name that no other has.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,20 +54,27 @@ impl Record {
 pub fn lost() -> PlatformError {
     PlatformError::Unavailable(Problem::new(
         LOST,
-        "The release was not made",
-        "another replica of the server was making one of the same repl",
+        "The repl could not be changed",
+        "another replica of the server was making a release of it at the same time",
         "Send it again.",
     ))
 }
 
+/// Whether this means that another server has the turn.
+pub fn is_lost(error: &PlatformError) -> bool {
+    matches!(error, PlatformError::Unavailable(problem) if problem.code == LOST)
+}
+
 impl Releases {
-    /// Waits for the turn; the error says why what was asked for is not to be made any more.
+    /// Waits for the turn, and tells what the record is then; the error says why what was asked for is not to be made
+    /// any more.
     pub(super) async fn take_turn(
         &self,
         repl: &ReplId,
         order: Option<&Order>,
-    ) -> Result<Turn, PlatformError> {
-        let failed = |failure: Failure| failure.unavailable("The release could not be recorded");
+    ) -> Result<(Turn, Record), PlatformError> {
+        let failed =
+            |failure: Failure| failure.unavailable("The repl's record could not be changed");
         let random: [u8; 12] = random().map_err(failed)?;
         let turn = Turn(random.iter().map(|byte| format!("{byte:02x}")).collect());
         // The last sign of life of another, and when it was seen here: clocks of two machines differ.
@@ -85,10 +92,11 @@ impl Releases {
                         seen = Some((making, Instant::now()));
                     }
                     None
-                })
+                })?;
+                Ok(record.clone())
             });
             match taken.await.map_err(failed)? {
-                Some(Ok(())) => return Ok(turn),
+                Some(Ok(record)) => return Ok((turn, record)),
                 Some(Err(Some(problem))) => return Err(PlatformError::NotReady(problem)),
                 Some(Err(None)) => sleep(LOOK_AGAIN).await,
                 None => return Err(PlatformError::NotFound(format!("the repl {repl}"))),
@@ -96,8 +104,23 @@ impl Releases {
         }
     }
 
+    /// Does this for as long as the turn is this server's, and lets the next one have it then.
+    pub(super) async fn during<T, E: From<PlatformError>>(
+        &self,
+        repl: &ReplId,
+        turn: &Turn,
+        act: impl Future<Output = Result<T, E>> + Send,
+    ) -> Result<T, E> {
+        let done = tokio::select! {
+            done = act => done,
+            () = self.keep_turn(repl, turn) => Err(lost().into()),
+        };
+        self.end_turn(repl, turn).await;
+        done
+    }
+
     /// Gives signs of life, and resolves when the turn is lost, or may be.
-    pub(super) async fn keep_turn(&self, repl: &ReplId, turn: &Turn) {
+    async fn keep_turn(&self, repl: &ReplId, turn: &Turn) {
         let mut kept = Instant::now();
         while kept.elapsed() < LASTS {
             sleep(BEAT).await;
@@ -118,7 +141,7 @@ impl Releases {
     }
 
     /// Lets the next one have the turn.
-    pub(super) async fn end_turn(&self, repl: &ReplId, turn: &Turn) {
+    async fn end_turn(&self, repl: &ReplId, turn: &Turn) {
         let ended = self.records.change(repl, |record| {
             if record.is_turn_of(turn) {
                 record.making = None;

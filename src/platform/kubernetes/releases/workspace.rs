@@ -8,7 +8,7 @@ use super::{
     AWAY_PAUSE, Duration, Failure, Instant, Kind, Owner, Record, Releases, Stored, no_release,
     random, sleep,
 };
-use crate::model::{Problem, ReplId, TicketKey};
+use crate::model::{LatestOrder, Problem, ReplId, TicketKey};
 use crate::platform::kubernetes::release::{RUNNER_KEY, runner_name, runner_secret};
 use crate::platform::{AWAY, Opened, PlatformError, WorkspaceSpec};
 
@@ -58,25 +58,31 @@ impl Releases {
         }
         let open = |record: &mut Record| {
             let (since, idle, first) = (record.since, record.idle, record.is_new());
+            let before = record.order.clone();
             let (stored, opened) = record.open(wanted.clone());
-            (stored, opened, since, idle, first)
+            // One that comes back from being idle is what it was.
+            if opened && idle.is_none() {
+                record.order.note(&spec.order);
+            }
+            (stored, opened, since, idle, first, before)
         };
         let opened = self.records.change(repl, open).await.map_err(failed)?;
-        let (stored, opened, since, idle, first) = opened.ok_or_else(not_found)?;
+        let (stored, opened, since, idle, first, before) = opened.ok_or_else(not_found)?;
         opening.first |= first;
+        if opened {
+            opening.before = before;
+        }
         // Also when it was recorded by an earlier try of this start.
         opening.fresh |= opened || stored.submission_id == wanted.submission_id;
         opening.idle = opening.idle.or(idle);
-        let Opening { fresh, idle, first } = *opening;
+        let Opening { fresh, idle, .. } = *opening;
         let owner = Owner {
             user: spec.user_id.clone(),
             repl: repl.clone(),
         };
         let there = !fresh && self.has_deployment(&owner);
         if !there && let Err(error) = self.make(&owner, &stored, idle).await {
-            if first {
-                self.never_was(repl, &stored).await;
-            }
+            self.never_was(spec, &stored, opening).await;
             return Err(error);
         }
         let being_made = Timestamp::now().duration_since(since) < MAKING;
@@ -87,13 +93,17 @@ impl Releases {
         })
     }
 
-    /// A workspace that could not be made, and was the first of its repl, leaves no trace in the record: its name can
-    /// be given back. One that is still wanted may come up yet.
-    async fn never_was(&self, repl: &ReplId, stored: &Stored) {
+    /// A workspace that could not be made stands in nobody's way, and when it was the first of its repl it leaves no
+    /// trace in the record: its name can be given back. One that is still wanted may come up yet.
+    async fn never_was(&self, spec: &WorkspaceSpec, stored: &Stored, opening: &Opening) {
+        let repl = &spec.repl_id;
         let undone = self.records.change(repl, |record| {
             let same = |one: &mut Stored| one.submission_id == stored.submission_id;
             if !record.wanted {
-                drop(record.workspace.take_if(same));
+                record.order.withdraw(&spec.order, &opening.before);
+                if opening.first {
+                    drop(record.workspace.take_if(same));
+                }
             }
         });
         if let Err(failure) = undone.await {
@@ -191,7 +201,7 @@ impl Releases {
 }
 
 /// What the tries of one start have come to.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default)]
 struct Opening {
     /// It is this start that makes it run.
     fresh: bool,
@@ -199,6 +209,8 @@ struct Opening {
     idle: Option<Timestamp>,
     /// Nothing of the repl was there before.
     first: bool,
+    /// The latest order before this start.
+    before: LatestOrder,
 }
 
 /// Why something was not made.

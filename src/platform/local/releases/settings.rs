@@ -60,7 +60,7 @@ impl Releases {
         if let Some(program) = program.flatten() {
             program.end(self.inner.config.drain, false).await;
         }
-        self.begin(repl, stored).await
+        self.begin(repl, stored, None).await
     }
 
     /// The repl's host names, unless another has one of them.

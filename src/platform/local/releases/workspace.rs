@@ -1,7 +1,7 @@
 //! A repl's workspace on this machine: its current files, run as they are.
 
 use super::{AppPort, Releases, Stored};
-use crate::model::{Problem, ReplId, TicketKey};
+use crate::model::{Order, Problem, ReplId, TicketKey};
 use crate::platform::{ByteStream, Opened, PlatformError, WorkspaceSpec};
 
 impl Releases {
@@ -21,7 +21,7 @@ impl Releases {
                 Some(stored) => stored,
                 None => Stored::workspace(spec.argv.clone(), self.given(repl)),
             };
-            self.begin(repl, stored).await?;
+            self.begin(repl, stored, Some(&spec.order)).await?;
         }
         Ok(Opened {
             created,
@@ -40,14 +40,24 @@ impl Releases {
         Ok(self.program(repl).await?.key.clone())
     }
 
-    /// Recorded first: a server that is killed in between brings it up at its next start.
-    pub(super) async fn begin(&self, repl: &ReplId, stored: Stored) -> Result<(), PlatformError> {
-        let first = self.with(repl, |repl| {
+    /// Recorded first, with the order: a server that is killed in between brings it up at its next start.
+    pub(super) async fn begin(
+        &self,
+        repl: &ReplId,
+        stored: Stored,
+        order: Option<&Order>,
+    ) -> Result<(), PlatformError> {
+        let known = self.with(repl, |repl| {
             let first = repl.record.workspace.is_none();
+            let before = repl.record.order.clone();
             repl.record.opens(stored.clone());
+            if let Some(order) = order {
+                repl.record.order.note(order);
+            }
             repl.lost = None;
-            first
+            (first, before)
         });
+        let (first, before) = known.unwrap_or_default();
         self.save(repl)?;
         match self.start(repl, &stored, true).await {
             Ok(program) => {
@@ -58,8 +68,11 @@ impl Releases {
                 self.with(repl, |repl| {
                     repl.record.stopped();
                     // One that never ran does not keep its name.
-                    if first == Some(true) {
+                    if first {
                         repl.record.workspace = None;
+                    }
+                    if let Some(order) = order {
+                        repl.record.order.withdraw(order, &before);
                     }
                 });
                 self.save(repl)?;
