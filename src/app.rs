@@ -561,6 +561,14 @@ fn metrics() -> anyhow::Result<PrometheusHandle> {
         metrics::Unit::Bytes,
         "Size of the journal"
     );
+    metrics::describe_counter!(
+        "gantry_journal_damaged_total",
+        "Places and files of the journal that could not be read, since the start"
+    );
+    metrics::describe_gauge!(
+        "gantry_files_set_aside",
+        "Records of repls and modules, and of sessions, that cannot be read and are set aside"
+    );
     describe_shipping();
     metrics::gauge!("gantry_websocket_connections").set(0.0);
     Ok(handle)

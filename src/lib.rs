@@ -16,12 +16,13 @@
 //! | `client` | the command line's side of the protocol |
 //! | [`beneath`] | files in folders that user code can write to; the only way to them |
 //! | [`budget`] | memory that the server holds for each user |
+//! | [`kept`] | small files with a checksum |
 //! | `app` | the composition root: the only file that names concrete backends |
 //!
 //! # The rule of arrows
 //!
 //! `transport → pipeline → platform → runner/client` and `pipeline → journal → logs`. [`model`],
-//! [`beneath`] and [`budget`] import nothing of ours; everyone may import them. `tests/house.rs` fails on any other edge.
+//! [`beneath`], [`budget`] and [`kept`] import nothing of ours; everyone may import them. `tests/house.rs` fails on any other edge.
 
 pub mod app;
 pub mod auth;
@@ -30,6 +31,7 @@ pub mod budget;
 pub mod client;
 pub mod config;
 pub mod journal;
+pub mod kept;
 pub mod logs;
 pub mod model;
 pub mod pipeline;

@@ -10,20 +10,24 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("model", &[]),
     ("beneath", &[]),
     ("budget", &[]),
+    ("kept", &[]),
     ("websocket", &[]),
     ("journal", &["model"]),
     ("logs", &["model", "journal"]),
     ("storage", &["model", "beneath"]),
     // `gantry-runner fetch` copies a release out of the store.
     ("runner", &["model", "beneath", "storage", "websocket"]),
-    ("platform", &["model", "beneath", "runner", "storage"]),
+    (
+        "platform",
+        &["model", "beneath", "kept", "runner", "storage"],
+    ),
     (
         "pipeline",
         &[
             "model", "budget", "platform", "runner", "journal", "storage",
         ],
     ),
-    ("auth", &["model"]),
+    ("auth", &["model", "kept"]),
     ("config", &["model", "telemetry"]),
     ("telemetry", &[]),
     ("shutdown", &[]),
@@ -266,15 +270,13 @@ const TO_OWN_FILES: &[(&str, &[&str], &str)] = &[
     ),
     (
         "src/platform/local/releases.rs",
-        &[
-            "create_dir_all",
-            "read_dir",
-            "read",
-            "rename",
-            "OpenOptions",
-            "File::open(",
-        ],
+        &["create_dir_all", "rename", "OpenOptions", "File::open("],
         "records of repls",
+    ),
+    (
+        "src/platform/local/stored.rs",
+        &["read_dir", "read", "rename"],
+        "records of repls and modules",
     ),
     (
         "src/platform/local/sandboxes.rs",

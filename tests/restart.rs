@@ -10,6 +10,8 @@
 #[path = "protocol/server.rs"]
 mod server;
 
+#[path = "restart/flips.rs"]
+mod flips;
 #[path = "restart/orders.rs"]
 mod orders;
 

@@ -738,14 +738,20 @@ async fn a_flood_on_a_terminal_waits_for_who_looks_at_it() {
     // Nor does the wait for it keep a processor busy.
     let sandboxes = std::fs::read_dir(server.data.path().join("local/sandboxes")).unwrap();
     let own = sandboxes.map(|entry| entry.unwrap().path().join("process.json"));
-    let own = own.filter_map(|path| std::fs::read(path).ok()).collect::<Vec<_>>();
+    let own = own
+        .filter_map(|path| std::fs::read(path).ok())
+        .collect::<Vec<_>>();
     let agent: Value = serde_json::from_slice(&own[0]).unwrap();
     let stat = format!("/proc/{}/stat", agent["pid"]);
     let ticks = || {
         let stat = std::fs::read_to_string(&stat).unwrap();
         let fields = stat.rsplit(')').next().unwrap().split_whitespace();
         // utime and stime, in hundredths of a second.
-        fields.skip(11).take(2).map(|text| text.parse::<u64>().unwrap()).sum::<u64>()
+        fields
+            .skip(11)
+            .take(2)
+            .map(|text| text.parse::<u64>().unwrap())
+            .sum::<u64>()
     };
     let before = ticks();
     tokio::time::sleep(Duration::from_secs(3)).await;

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::{AuthError, Caller, Role, hex, random_hex, replace_file, sha256};
+use crate::kept;
 use crate::model::UserId;
 
 /// How often the file is looked at: open sockets must end within 5 s of `gantry key revoke`, which
@@ -405,9 +406,7 @@ impl Keys {
         let mut keys = self.state().keys.clone();
         edit(&mut keys)?;
         let file = KeyFile { version: 1, keys };
-        let mut bytes = serde_json::to_vec_pretty(&file)
-            .map_err(|e| AuthError::io(path, std::io::Error::other(e)))?;
-        bytes.push(b'\n');
+        let bytes = kept::seal(&file).map_err(|e| AuthError::io(path, std::io::Error::other(e)))?;
         replace_file(path, &bytes)?;
         self.reload()
     }
@@ -430,7 +429,9 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<KeyFile, AuthError> {
         path: path.display().to_string(),
         reason,
     };
-    let file: KeyFile = serde_json::from_slice(bytes).map_err(|e| damaged(e.to_string()))?;
+    // A store that cannot be read stops a start: an empty one in its place would refuse everybody, and what is left
+    // of this one may admit who was revoked.
+    let file: KeyFile = kept::open(bytes).map_err(damaged)?;
     if file.version != 1 {
         return Err(damaged(format!("version {} is not known", file.version)));
     }
@@ -547,6 +548,35 @@ mod tests {
             Keys::open(dir.path(), None),
             Err(AuthError::Damaged { .. })
         ));
+    }
+
+    #[test]
+    fn a_flipped_bit_admits_nobody_who_was_revoked_and_refuses_nobody_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let keys = Keys::open(dir.path(), None).unwrap();
+        let (good, revoked) = (
+            keys.create(Role::Admin).unwrap(),
+            keys.create(Role::Admin).unwrap(),
+        );
+        keys.revoke(&revoked.id).unwrap();
+        let path = dir.path().join("keys.json");
+        let text = std::fs::read(&path).unwrap();
+        for bit in 0..text.len() * 8 {
+            let mut flipped = text.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            std::fs::write(&path, flipped).unwrap();
+            let Ok(keys) = Keys::open(dir.path(), None) else {
+                continue;
+            };
+            assert!(
+                keys.authenticate(good.text.expose_secret()).is_some(),
+                "{bit}"
+            );
+            assert!(
+                keys.authenticate(revoked.text.expose_secret()).is_none(),
+                "{bit}"
+            );
+        }
     }
 
     #[test]

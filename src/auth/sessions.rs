@@ -10,6 +10,8 @@ use jiff::Timestamp;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 
+use crate::kept;
+
 use super::{AuthError, CREDENTIAL_BYTES, hex, random_hex, replace_file, sha256};
 
 /// How long a browser stays signed in: a working day.
@@ -25,10 +27,20 @@ struct Session {
     expires: Timestamp,
 }
 
+/// The file. An earlier version wrote the list alone.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+enum SessionFile {
+    Now { sessions: Vec<Session> },
+    Earlier(Vec<Session>),
+}
+
 /// The browsers that are signed in.
 #[derive(Debug)]
 pub struct Sessions {
     path: PathBuf,
+    /// The file was damaged when the server started, and was set aside.
+    set_aside: bool,
     per_key: usize,
     /// Oldest first. Requests read it, so nobody holds it while a file is written.
     open: Mutex<Vec<Session>>,
@@ -37,24 +49,40 @@ pub struct Sessions {
 }
 
 impl Sessions {
-    /// Opens the store in the data folder. A damaged one only signs people out. `per_key`: most sessions
+    /// Opens the store in the data folder. A damaged one is set aside, which only signs people out. `per_key`: most sessions
     /// of one key.
     pub fn open(data_dir: &Path, per_key: usize) -> Result<Self, AuthError> {
         let path = data_dir.join("sessions.json");
+        let mut set_aside = false;
         let open = match std::fs::read(&path) {
-            Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {
-                tracing::warn!(%error, "the session store is damaged; browsers must sign in again");
-                Vec::new()
-            }),
+            Ok(bytes) => match kept::open(&bytes) {
+                Ok(SessionFile::Now { sessions } | SessionFile::Earlier(sessions)) => sessions,
+                Err(error) => {
+                    tracing::warn!(
+                        "{} is damaged ({error}) and is set aside; browsers must sign in again",
+                        path.display()
+                    );
+                    std::fs::rename(&path, path.with_extension("set-aside"))
+                        .map_err(|e| AuthError::io(&path, e))?;
+                    set_aside = true;
+                    Vec::new()
+                }
+            },
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
             Err(error) => return Err(AuthError::io(&path, error)),
         };
         Ok(Self {
             path,
+            set_aside,
             per_key,
             open: Mutex::new(open),
             writing: Mutex::default(),
         })
+    }
+
+    /// The file that was set aside when the server started, if it was.
+    pub fn set_aside(&self) -> Option<&Path> {
+        self.set_aside.then_some(&self.path)
     }
 
     /// Signs a browser in with what the key allows; writes to disk. Where there are too many sessions, the
@@ -102,10 +130,12 @@ impl Sessions {
         let _one = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut next = self.locked().clone();
         edit(&mut next);
-        let bytes = serde_json::to_vec(&next)
-            .map_err(|e| AuthError::io(&self.path, std::io::Error::other(e)))?;
+        let file = SessionFile::Now { sessions: next };
+        let bytes =
+            kept::seal(&file).map_err(|e| AuthError::io(&self.path, std::io::Error::other(e)))?;
         replace_file(&self.path, &bytes)?;
-        *self.locked() = next;
+        let (SessionFile::Now { sessions } | SessionFile::Earlier(sessions)) = file;
+        *self.locked() = sessions;
         Ok(())
     }
 
@@ -155,6 +185,27 @@ mod tests {
         restarted.end(cookie).unwrap();
         assert_eq!(restarted.key_id(cookie), None);
         assert_eq!(Sessions::open(dir.path(), 50).unwrap().key_id(cookie), None);
+    }
+
+    #[test]
+    fn a_damaged_file_is_set_aside_and_an_earlier_versions_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let sessions = Sessions::open(dir.path(), 50).unwrap();
+        let cookie = sessions.create("k1").unwrap();
+        let path = dir.path().join("sessions.json");
+        let earlier = serde_json::to_vec(&*sessions.locked()).unwrap();
+        let mut text = std::fs::read(&path).unwrap();
+        let at = text.windows(2).position(|two| two == b"k1").unwrap();
+        text[at + 1] ^= 1;
+        std::fs::write(&path, text).unwrap();
+        let damaged = Sessions::open(dir.path(), 50).unwrap();
+        assert_eq!(damaged.key_id(cookie.expose_secret()), None);
+        assert_eq!(damaged.set_aside(), Some(&*path));
+        assert!(path.with_extension("set-aside").exists());
+        std::fs::write(&path, earlier).unwrap();
+        let read = Sessions::open(dir.path(), 50).unwrap();
+        assert_eq!(read.key_id(cookie.expose_secret()).as_deref(), Some("k1"));
+        assert_eq!(read.set_aside(), None);
     }
 
     #[test]

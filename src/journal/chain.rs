@@ -10,7 +10,7 @@ use super::disk::sync_folder;
 /// The first line.
 const TITLE: &str = "GANTRYC1";
 
-fn path(dir: &Path) -> PathBuf {
+pub(super) fn path(dir: &Path) -> PathBuf {
     dir.join("segments")
 }
 
@@ -37,11 +37,21 @@ pub(super) fn write(dir: &Path, bases: impl Iterator<Item = u64>) -> io::Result<
 /// What was written down last; nothing when it cannot be read.
 pub(super) fn read(dir: &Path) -> Vec<u64> {
     let text = std::fs::read_to_string(path(dir)).unwrap_or_default();
-    let Some((title, bases)) = text.split_once('\n') else {
-        return Vec::new();
-    };
-    if title != format!("{TITLE} {:08x}", crc32fast::hash(bases.as_bytes())) {
-        return Vec::new();
-    }
+    let bases = whole(&text).unwrap_or_default();
     bases.lines().filter_map(|line| line.parse().ok()).collect()
+}
+
+/// Whether the file is there and is not as it was written.
+pub(super) fn is_damaged(dir: &Path) -> bool {
+    match std::fs::read(path(dir)) {
+        Ok(bytes) => std::str::from_utf8(&bytes).ok().and_then(whole).is_none(),
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    }
+}
+
+/// The lines below the title, if its checksum is theirs.
+fn whole(text: &str) -> Option<&str> {
+    let (title, bases) = text.split_once('\n')?;
+    let right = format!("{TITLE} {:08x}", crc32fast::hash(bases.as_bytes()));
+    (title == right).then_some(bases)
 }

@@ -6,7 +6,7 @@
 //! lost something and has no reply is set aside: it is answered `unavailable`, and is not run again from
 //! half of what was recorded.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -76,12 +76,16 @@ impl std::fmt::Display for Damage {
 
 /// Every place that was found, once each.
 #[derive(Debug, Default)]
-pub(super) struct Register(Mutex<BTreeMap<(PathBuf, u64), Damage>>);
+pub(super) struct Register {
+    places: Mutex<BTreeMap<(PathBuf, u64), Damage>>,
+    /// Files beside the segments that were damaged and were made anew.
+    anew: Mutex<BTreeSet<PathBuf>>,
+}
 
 impl Register {
     /// Notes a place; whether it is new.
     pub(super) fn note(&self, damage: Damage) -> bool {
-        let mut known = lock(&self.0);
+        let mut known = lock(&self.places);
         let place = (damage.file.clone(), damage.offset);
         if known.contains_key(&place) {
             return false;
@@ -109,7 +113,19 @@ impl Register {
     }
 
     pub(super) fn all(&self) -> Vec<Damage> {
-        lock(&self.0).values().cloned().collect()
+        lock(&self.places).values().cloned().collect()
+    }
+
+    /// Notes a file that holds nothing which the segments do not, or nothing that cannot be done without.
+    pub(super) fn note_anew(&self, file: &Path) {
+        if lock(&self.anew).insert(file.to_owned()) {
+            metrics::counter!("gantry_journal_damaged_total").increment(1);
+            tracing::warn!("{} was damaged and was made anew", file.display());
+        }
+    }
+
+    pub(super) fn made_anew(&self) -> Vec<PathBuf> {
+        lock(&self.anew).iter().cloned().collect()
     }
 }
 
@@ -293,6 +309,13 @@ fn keep_copy(file: &File, path: &Path, from: u64, to: u64) -> io::Result<()> {
         .open(folder.join(format!("{name}-{from}")))?;
     copy.write_all(&bytes)?;
     copy.sync_all()
+}
+
+/// Renames a damaged file beside the segments, as `set-aside`: another takes its place.
+pub(super) fn rename_aside(path: &Path) -> io::Result<PathBuf> {
+    let aside = path.with_extension("set-aside");
+    std::fs::rename(path, &aside)?;
+    Ok(aside)
 }
 
 /// Puts right what a segment's header says, when it is not what its name says.

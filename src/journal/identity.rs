@@ -3,36 +3,51 @@
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::JournalError;
+use super::damage::rename_aside;
 use super::disk::sync_folder;
 
 /// Letters of a name: 64 random bits.
 const LETTERS: usize = 16;
 
-/// The name in this folder; a new folder gets one.
-pub(super) fn load_or_make(dir: &Path) -> Result<String, JournalError> {
+/// The name in this folder; a new folder gets one, and so does one whose name cannot be read, which is added to
+/// `anew`.
+pub(super) fn load_or_make(dir: &Path, anew: &mut Vec<PathBuf>) -> Result<String, JournalError> {
     let path = dir.join("identity");
-    match std::fs::read_to_string(&path) {
+    match std::fs::read(&path) {
         Ok(text) => {
-            let name = text.trim();
-            if name.len() == LETTERS && name.bytes().all(|b| b.is_ascii_hexdigit()) {
+            if let Some(name) = std::str::from_utf8(&text).ok().and_then(whole) {
                 return Ok(name.to_owned());
             }
-            Err(JournalError::Corrupt {
-                file: path,
-                offset: 0,
-                cause: "it does not hold a journal's name".to_owned(),
-                remedy: "delete it: the journal gets a new name, and records that were shipped under the old one may be shipped twice".to_owned(),
-                resume: None,
-            })
+            tracing::warn!(
+                "{} does not hold a journal's name; the journal gets a new one, and records that were shipped under the old one may be shipped twice",
+                path.display()
+            );
+            rename_aside(&path).map_err(|e| JournalError::io("rename", &path, e))?;
+            anew.push(path.clone());
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            make(dir, &path).map_err(|e| JournalError::io("make", &path, e))
-        }
-        Err(error) => Err(JournalError::io("read", &path, error)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(JournalError::io("read", &path, error)),
     }
+    make(dir, &path).map_err(|e| JournalError::io("make", &path, e))
+}
+
+/// The name in the file, if it is as it was written. An earlier version wrote no checksum.
+fn whole(text: &str) -> Option<&str> {
+    let line = text.strip_suffix('\n')?;
+    let (name, checksum) = match line.split_once(' ') {
+        Some((name, checksum)) => (name, Some(checksum)),
+        None => (line, None),
+    };
+    let is_name = name.len() == LETTERS && name.bytes().all(|b| b.is_ascii_hexdigit());
+    let fits = checksum.is_none_or(|checksum| checksum == checksum_of(name));
+    (is_name && fits).then_some(name)
+}
+
+fn checksum_of(name: &str) -> String {
+    format!("{:08x}", crc32fast::hash(name.as_bytes()))
 }
 
 fn make(dir: &Path, path: &Path) -> io::Result<String> {
@@ -47,7 +62,7 @@ fn make(dir: &Path, path: &Path) -> io::Result<String> {
         .truncate(true)
         .mode(0o600)
         .open(&fresh)?;
-    writeln!(file, "{name}")?;
+    writeln!(file, "{name} {}", checksum_of(&name))?;
     file.sync_all()?;
     std::fs::rename(&fresh, path)?;
     sync_folder(dir)?;

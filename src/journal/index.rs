@@ -313,6 +313,15 @@ enum Entries {
     Memory(Vec<u8>, Unfinished),
 }
 
+/// Why an index file is not used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unusable {
+    /// It is not there, or is another segment's or an earlier version's: nothing is wrong with it.
+    Other,
+    /// Its bytes are not those that were written.
+    Damaged,
+}
+
 /// The index of a sealed segment.
 #[derive(Debug)]
 pub(super) struct SealedIndex {
@@ -399,45 +408,75 @@ impl SealedIndex {
         Ok(Self::from_resident(path, entries, (PREFIX + head.len()) as u64, resident).0)
     }
 
-    /// The index file of a segment, with the submissions unfinished at the segment's end. `None`
-    /// when it is missing or not of this segment.
-    pub(super) fn load(segment: &Path, segment_len: u64) -> Option<(Self, Unfinished)> {
+    /// The index file of a segment, with the submissions unfinished at the segment's end. All of it is looked at:
+    /// an entry is read later, when nothing can be put in the place of one that is damaged.
+    pub(super) fn load(segment: &Path, segment_len: u64) -> Result<(Self, Unfinished), Unusable> {
         let (index, unfinished, _) = Self::load_of(segment, Some(segment_len))?;
-        Some((index, unfinished))
+        Ok((index, unfinished))
     }
 
-    fn load_of(segment: &Path, segment_len: Option<u64>) -> Option<(Self, Unfinished, u64)> {
+    fn load_of(
+        segment: &Path,
+        segment_len: Option<u64>,
+    ) -> Result<(Self, Unfinished, u64), Unusable> {
         let path = index_path(segment);
-        let file = File::open(&path).ok()?;
-        let len = file.metadata().ok()?.len();
+        let file = File::open(&path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => Unusable::Other,
+            _ => Unusable::Damaged,
+        })?;
+        let damaged = |_| Unusable::Damaged;
+        let len = file.metadata().map_err(damaged)?.len();
         let mut prefix = [0; PREFIX];
-        file.read_exact_at(&mut prefix, 0).ok()?;
+        file.read_exact_at(&mut prefix, 0).map_err(damaged)?;
+        if &prefix[..8] != MAGIC {
+            return Err(match prefix[..7] == MAGIC[..7] && prefix[7] < MAGIC[7] {
+                true => Unusable::Other,
+                false => Unusable::Damaged,
+            });
+        }
         let head_len = u32::from_le_bytes([prefix[8], prefix[9], prefix[10], prefix[11]]);
         let crc = u32::from_le_bytes([prefix[12], prefix[13], prefix[14], prefix[15]]);
         let entries_at = PREFIX as u64 + u64::from(head_len);
-        if &prefix[..8] != MAGIC || entries_at > len {
-            return None;
+        if entries_at > len {
+            return Err(Unusable::Damaged);
         }
         let mut head = vec![0; head_len as usize];
-        file.read_exact_at(&mut head, PREFIX as u64).ok()?;
+        file.read_exact_at(&mut head, PREFIX as u64)
+            .map_err(damaged)?;
         if crc32fast::hash(&head) != crc {
-            return None;
+            return Err(Unusable::Damaged);
         }
-        let resident: Resident = postcard::from_bytes(&head).ok()?;
-        let other = segment_len.is_some_and(|len| resident.segment_len != len);
-        if other || entries_at + resident.entries_len != len {
-            return None;
+        let resident: Resident = postcard::from_bytes(&head).map_err(|_| Unusable::Damaged)?;
+        if entries_at + resident.entries_len != len {
+            return Err(Unusable::Damaged);
+        }
+        let mut entries = vec![0; resident.entries_len as usize];
+        file.read_exact_at(&mut entries, entries_at)
+            .map_err(damaged)?;
+        if !are_whole(&entries, resident.slots.len()) {
+            return Err(Unusable::Damaged);
+        }
+        if segment_len.is_some_and(|len| resident.segment_len != len) {
+            return Err(Unusable::Other);
         }
         let len = resident.segment_len;
         let entries = Entries::File(file);
         let (index, unfinished) = Self::from_resident(path, entries, entries_at, resident);
-        Some((index, unfinished, len))
+        Ok((index, unfinished, len))
     }
 
     /// The index file of a segment that is not as it was, and how long that was.
     pub(super) fn load_any(segment: &Path) -> Option<(Self, u64)> {
-        let (index, _, len) = Self::load_of(segment, None)?;
+        let (index, _, len) = Self::load_of(segment, None).ok()?;
         Some((index, len))
+    }
+
+    /// Whether the index file is as it was written; one that could not be written is in memory.
+    pub(super) fn is_whole(&self, segment: &Path, segment_len: u64) -> bool {
+        match &self.entries {
+            Entries::Memory(..) => true,
+            Entries::File(_) => Self::load(segment, segment_len).is_ok(),
+        }
     }
 
     fn from_resident(
@@ -463,7 +502,10 @@ impl SealedIndex {
     pub(super) fn unfinished(&self, segment: &Path, segment_len: u64) -> Option<Unfinished> {
         match &self.entries {
             Entries::Memory(_, unfinished) => Some(unfinished.clone()),
-            Entries::File(_) => Self::load(segment, segment_len).map(|(_, unfinished)| unfinished),
+            Entries::File(_) => {
+                let loaded = Self::load(segment, segment_len).ok()?;
+                Some(loaded.1)
+            }
         }
     }
 
@@ -534,4 +576,21 @@ impl SealedIndex {
     pub(super) fn seek(&self, position: u64, start: u64) -> u64 {
         seek(&self.checkpoints, position, start)
     }
+}
+
+/// Whether these are so many entries, each with the bytes that its checksum is of.
+fn are_whole(entries: &[u8], count: usize) -> bool {
+    let mut rest = entries;
+    for _ in 0..count {
+        let Some((head, behind)) = rest.split_first_chunk::<8>() else {
+            return false;
+        };
+        let crc = u32::from_le_bytes([head[0], head[1], head[2], head[3]]);
+        let len = u32::from_le_bytes([head[4], head[5], head[6], head[7]]) as usize;
+        match behind.split_at_checked(len) {
+            Some((entry, behind)) if crc32fast::hash(entry) == crc => rest = behind,
+            _ => return false,
+        }
+    }
+    rest.is_empty()
 }

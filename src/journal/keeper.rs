@@ -25,7 +25,7 @@ use super::JournalError;
 use super::disk::sync_folder;
 use super::frame::{self, Frame, HEADER, MARK, Raw, Scan, ScanError};
 use super::front::Shared;
-use super::index::{Entry, OpenIndex, SealedIndex, Unfinished};
+use super::index::{Entry, OpenIndex, SealedIndex, Unfinished, fingerprint};
 use super::memory::{DIGEST, Remembered};
 use super::segment::{self, REWRITTEN, Sealed};
 use super::store::{self, lock};
@@ -78,12 +78,13 @@ pub(super) fn level(amounts: impl Iterator<Item = u64>, room: u64) -> u64 {
 type Floors = HashMap<UserId, u64>;
 
 fn keep(shared: &Shared) -> Result<(), JournalError> {
-    let (sealed, active) = {
+    let (mut sealed, active) = {
         let store = lock(&shared.store);
         let active = &store.active;
         let active = (active.base, active.len, active.index.users.clone());
         (store.sealed.clone(), active)
     };
+    let damaged = mend_indexes(shared, &mut sealed);
     let total = active.1 + sealed.iter().map(|s| s.len).sum::<u64>();
     let retain = shared.options.retain_bytes;
     let backlog = shared.options.backlog_bytes.max(retain);
@@ -102,7 +103,7 @@ fn keep(shared: &Shared) -> Result<(), JournalError> {
         shared,
         floors,
         deleted: HashMap::new(),
-        damaged: HashSet::new(),
+        damaged,
         needed_from,
         unread_bytes: 0,
     };
@@ -111,6 +112,55 @@ fn keep(shared: &Shared) -> Result<(), JournalError> {
     let result = pass.rewrite(&sealed);
     pass.report();
     result
+}
+
+/// Makes the index of every segment anew that has none it can be read by: one damaged entry must not let the journal
+/// grow for good. Returns the segments, by their first position, of which that is not possible.
+fn mend_indexes(shared: &Shared, sealed: &mut [Arc<Sealed>]) -> HashSet<u64> {
+    let mut damaged = HashSet::new();
+    for at in 0..sealed.len() {
+        let old = Arc::clone(&sealed[at]);
+        if old.index.is_whole(&old.path, old.len) {
+            continue;
+        }
+        let before = at.checked_sub(1).map(|before| &sealed[before]);
+        // What was unfinished where it begins; those before it are mended already.
+        let unfinished = match before {
+            None => Some(Unfinished::new()),
+            Some(before) => before.index.unfinished(&before.path, before.len),
+        };
+        let index = unfinished
+            .ok_or_else(|| {
+                let cause = "nor can the one before it be read".to_owned();
+                JournalError::damaged_index(&old.path, 0, cause)
+            })
+            .and_then(|unfinished| segment::index_again(&old, unfinished));
+        let index = match index {
+            Ok(index) => index,
+            Err(error) => {
+                tracing::error!(
+                    "the index of a segment cannot be made anew, so that nothing of it is deleted: {error}"
+                );
+                damaged.insert(old.base);
+                continue;
+            }
+        };
+        let fresh = Arc::new(Sealed {
+            base: old.base,
+            path: old.path.clone(),
+            file: Arc::clone(&old.file),
+            len: old.len,
+            index,
+        });
+        let mut store = lock(&shared.store);
+        store.damage.note_anew(&super::index::index_path(&old.path));
+        if let Some(known) = store.sealed.iter_mut().find(|s| Arc::ptr_eq(s, &old)) {
+            *known = Arc::clone(&fresh);
+        }
+        drop(store);
+        sealed[at] = fresh;
+    }
+    damaged
 }
 
 /// For every user with more than the share of `room`, the position before which enough lies to be
@@ -225,7 +275,14 @@ impl Pass<'_> {
                 }
                 let newest = match entry.ended {
                     true => Some(entry.clone()),
-                    false => store::lookup(&self.shared.store, entry.id)?,
+                    false => match store::lookup(&self.shared.store, entry.id) {
+                        Ok(newest) => newest,
+                        Err(error) => {
+                            // Where it goes on cannot be read: it stays whole.
+                            tracing::debug!(submission_id = %entry.id, %error, "a submission is not deleted");
+                            continue;
+                        }
+                    },
                 };
                 // One that is not found has lost its beginning already: the rest goes as well.
                 if newest
@@ -257,10 +314,13 @@ impl Pass<'_> {
             if let Err(error) = seen {
                 tracing::error!("{error}; it is left as it is");
                 self.damaged.insert(segment.base);
-                for entry in segment.index.all()? {
-                    self.deleted.remove(&entry.id);
-                }
             }
+        }
+        for segment in sealed.iter().filter(|s| self.damaged.contains(&s.base)) {
+            // What may be in a segment that stays, stays in the others.
+            let index = &segment.index;
+            self.deleted
+                .retain(|id, _| !index.may_hold(fingerprint(*id)));
         }
         Ok(())
     }

@@ -13,6 +13,7 @@ use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::JournalError;
+use super::damage::rename_aside;
 use super::index::{Entry, Known};
 use super::keeper::level;
 use super::store::lock;
@@ -112,46 +113,47 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    pub(super) fn open(dir: &Path, age: Duration, most: u64) -> Result<Self, JournalError> {
+    /// Opens the file. One that is damaged is set aside, added to `anew` and begun again with what of it can still
+    /// be read: an id that cannot may run a second time, if somebody sends it again, which is less than that nobody
+    /// can send anything.
+    pub(super) fn open(
+        dir: &Path,
+        age: Duration,
+        most: u64,
+        anew: &mut Vec<PathBuf>,
+    ) -> Result<Self, JournalError> {
         let path = dir.join("ended.sqlite");
-        let opened = || -> rusqlite::Result<(Connection, Connection, u64, i64)> {
-            let connect = || -> rusqlite::Result<Connection> {
-                let connection = Connection::open(&path)?;
-                connection.busy_timeout(Duration::from_secs(5))?;
-                connection.pragma_update(None, "journal_mode", "WAL")?;
-                // The records are deleted next: a crash must not lose what was added.
-                connection.pragma_update(None, "synchronous", "FULL")?;
-                connection.pragma_update(None, "journal_size_limit", 16 << 20)?;
-                Ok(connection)
-            };
-            let writer = connect()?;
-            writer.execute_batch(SCHEMA)?;
-            let version: i64 = writer.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-            if version == 0 {
-                writer.execute_batch(&format!("BEGIN; {ADDED} COMMIT;"))?;
-            }
-            let lived = "SELECT microseconds FROM lived";
-            let lived = writer.query_row(lived, [], |row| row.get(0))?;
-            let count: i64 =
-                writer.query_row("SELECT count(*) FROM ended", [], |row| row.get(0))?;
-            Ok((connect()?, writer, count as u64, lived))
+        let failed = |source| JournalError::Memory {
+            file: path.clone(),
+            source,
         };
-        let (reader, writer, count, lived_before) =
-            opened().map_err(|source| JournalError::Memory {
-                file: path.clone(),
-                source,
-            })?;
+        let opened = match connect_whole(&path) {
+            Err(error) if is_damage(&error, &path) => {
+                let aside = set_aside(&path).map_err(|e| JournalError::io("rename", &path, e))?;
+                anew.push(path.clone());
+                let opened = connect_whole(&path).map_err(failed)?;
+                let saved = salvage(&aside, &opened.writer);
+                tracing::warn!(
+                    "{} is damaged ({error}) and was set aside as {}; {saved} ids of ended submissions could still be read, and an id that could not may run a second time if it is sent again",
+                    path.display(),
+                    aside.display()
+                );
+                opened
+            }
+            opened => opened.map_err(failed)?,
+        };
         let memory = Self {
             path,
             age,
             most,
-            reader: Mutex::new(reader),
-            writer: Mutex::new(writer),
-            count: AtomicU64::new(count),
+            reader: Mutex::new(opened.reader),
+            writer: Mutex::new(opened.writer),
+            count: AtomicU64::new(0),
             generation: AtomicU64::new(0),
-            lived_before,
+            lived_before: opened.lived,
             opened: Instant::now(),
         };
+        // Counts, too.
         memory.trim()?;
         Ok(memory)
     }
@@ -294,4 +296,123 @@ impl Memory {
 /// A status by its word; what is not known ended somehow.
 fn status_of(word: &str) -> Status {
     serde_json::from_value(word.into()).unwrap_or(Status::Unavailable)
+}
+
+/// The file, opened twice.
+struct Opened {
+    reader: Connection,
+    writer: Connection,
+    /// Microseconds that earlier servers ran.
+    lived: i64,
+}
+
+/// Opens the file, made if it is not there, and looks through it: a quarter of a second for 100 MB.
+fn connect_whole(path: &Path) -> rusqlite::Result<Opened> {
+    let connect = || -> rusqlite::Result<Connection> {
+        let connection = Connection::open(path)?;
+        connection.busy_timeout(Duration::from_secs(5))?;
+        connection.pragma_update(None, "journal_mode", "WAL")?;
+        // The records are deleted next: a crash must not lose what was added.
+        connection.pragma_update(None, "synchronous", "FULL")?;
+        connection.pragma_update(None, "journal_size_limit", 16 << 20)?;
+        Ok(connection)
+    };
+    let writer = connect()?;
+    writer.execute_batch(SCHEMA)?;
+    let version: i64 = writer.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+    if version == 0 {
+        writer.execute_batch(&format!("BEGIN; {ADDED} COMMIT;"))?;
+    }
+    let found: String = writer.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
+    if found != "ok" {
+        let damaged = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_CORRUPT);
+        return Err(rusqlite::Error::SqliteFailure(damaged, Some(found)));
+    }
+    let lived = "SELECT microseconds FROM lived";
+    let lived = writer.query_row(lived, [], |row| row.get(0))?;
+    // Every column is there, under its name.
+    writer.prepare(ROWS)?;
+    writer.prepare("SELECT added FROM ended")?;
+    Ok(Opened {
+        reader: connect()?,
+        writer,
+        lived,
+    })
+}
+
+/// What is kept of each, but for when it was added.
+const ROWS: &str = "SELECT id, user, repl, status, ended, submission, reply FROM ended";
+
+/// Whether it is the file that is at fault. A flipped bit may show as a statement that makes no sense as well, so it
+/// is everything that is not the machine's: a full disk, or a file that somebody else has or that may not be written.
+fn is_damage(error: &rusqlite::Error, path: &Path) -> bool {
+    use rusqlite::ErrorCode::{
+        CannotOpen, DatabaseBusy, DatabaseLocked, DiskFull, OutOfMemory, PermissionDenied,
+    };
+    let machines = [
+        CannotOpen,
+        DatabaseBusy,
+        DatabaseLocked,
+        DiskFull,
+        OutOfMemory,
+        PermissionDenied,
+    ];
+    let code = error.sqlite_error_code();
+    let writable = std::fs::File::options().append(true).open(path).is_ok();
+    writable && code.is_none_or(|code| !machines.contains(&code))
+}
+
+/// Renames the file, and what SQLite keeps beside it.
+fn set_aside(path: &Path) -> std::io::Result<PathBuf> {
+    let beside = |path: &Path, suffix: &str| {
+        let mut name = path.as_os_str().to_owned();
+        name.push(suffix);
+        PathBuf::from(name)
+    };
+    let aside = rename_aside(path)?;
+    for suffix in ["-wal", "-shm"] {
+        match std::fs::rename(beside(path, suffix), beside(&aside, suffix)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(aside)
+}
+
+/// Takes over what can be read of a damaged file, from both of its ends; says how much that was.
+fn salvage(aside: &Path, to: &Connection) -> usize {
+    let mut saved = 0;
+    for order in ["ASC", "DESC"] {
+        if let Err(error) = salvage_from(aside, order, to, &mut saved) {
+            tracing::debug!(%error, "not all of what was set aside can be read");
+        }
+    }
+    saved
+}
+
+/// From the one end on, until something cannot be read. How old an id was counts from now on: how long servers had
+/// run on the old file is not known for sure.
+fn salvage_from(
+    aside: &Path,
+    order: &str,
+    to: &Connection,
+    saved: &mut usize,
+) -> rusqlite::Result<()> {
+    let from = Connection::open(aside)?;
+    let mut rows = from.prepare(&format!("{ROWS} ORDER BY id {order}"))?;
+    let mut rows = rows.query([])?;
+    let transaction = to.unchecked_transaction()?;
+    {
+        let mut insert = transaction
+            .prepare("INSERT OR IGNORE INTO ended VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, 0)")?;
+        // What came before a row that cannot be read is kept.
+        while let Ok(Some(row)) = rows.next() {
+            let values = (0..7).map(|at| row.get::<_, rusqlite::types::Value>(at));
+            let values = values.collect::<rusqlite::Result<Vec<_>>>()?;
+            *saved += insert
+                .execute(rusqlite::params_from_iter(values))
+                .unwrap_or(0);
+        }
+    }
+    transaction.commit()
 }

@@ -26,7 +26,7 @@ mod writer;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::thread::JoinHandle;
@@ -134,6 +134,8 @@ pub struct Recovery {
     pub torn: Option<TornTail>,
     /// Sealed segments whose index was missing or wrong and was rebuilt.
     pub rebuilt_indexes: usize,
+    /// Files beside the segments that were damaged and were made anew.
+    pub made_anew: Vec<PathBuf>,
     /// What cannot be read, and was set aside.
     pub damage: Vec<Damage>,
     /// Submissions without a reply that lost something of their records, and what: they are not to be run.
@@ -195,8 +197,10 @@ impl Journal {
         };
         disk::make_folder(dir)?;
         let folder_lock = disk::lock_folder(dir)?;
-        let identity = identity::load_or_make(dir)?;
-        let memory = Memory::open(dir, options.remember, options.remembered_ids)?;
+        let mut made_anew = Vec::new();
+        let identity = identity::load_or_make(dir, &mut made_anew)?;
+        let (remember, most) = (options.remember, options.remembered_ids);
+        let memory = Memory::open(dir, remember, most, &mut made_anew)?;
         let mut found = segment::find(dir)?;
         remember_lost(&found, &memory)?;
         let set_aside = found.losses.set_aside(&found.unfinished);
@@ -204,6 +208,10 @@ impl Journal {
         let recovery = Recovery {
             torn: found.torn.take(),
             rebuilt_indexes: found.rebuilt,
+            made_anew: {
+                made_anew.append(&mut found.anew);
+                made_anew
+            },
             damage: std::mem::take(&mut found.losses.places),
             set_aside: found.losses.set_aside(&found.unfinished),
         };
@@ -211,6 +219,9 @@ impl Journal {
         let register = Register::default();
         for damage in &recovery.damage {
             register.note(damage.clone());
+        }
+        for file in &recovery.made_anew {
+            register.note_anew(file);
         }
         let last_sealed = found.sealed.last().map_or(0, |s| s.index.last_position);
         let (mut active, last) = match found.active.take() {
@@ -525,6 +536,12 @@ impl Journal {
     pub fn damage(&self) -> Vec<Damage> {
         let register = Arc::clone(&lock(&self.0.shared.store).damage);
         register.all()
+    }
+
+    /// Files beside the segments that were found damaged, at the start or since, and were made anew.
+    pub fn made_anew(&self) -> Vec<PathBuf> {
+        let register = Arc::clone(&lock(&self.0.shared.store).damage);
+        register.made_anew()
     }
 
     /// What the start found and did.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::damage::{self, Losses, Register};
 use super::frame::{self, Frame, HEADER, MARK, Raw, Scan, ScanError};
-use super::index::{Known, OpenIndex, SealedIndex, Unfinished, index_path};
+use super::index::{Known, OpenIndex, SealedIndex, Unfinished, Unusable, index_path};
 use super::{JournalError, chain};
 
 /// A segment that is written no more.
@@ -49,6 +49,8 @@ pub(super) struct Found {
     pub(super) unfinished: Unfinished,
     pub(super) torn: Option<TornTail>,
     pub(super) rebuilt: usize,
+    /// Files beside the segments that were damaged: they are made anew.
+    pub(super) anew: Vec<PathBuf>,
     pub(super) losses: Losses,
 }
 
@@ -68,8 +70,12 @@ pub(super) fn find(dir: &Path) -> Result<Found, JournalError> {
         unfinished: Unfinished::new(),
         torn: None,
         rebuilt: 0,
+        anew: Vec::new(),
         losses: Losses::default(),
     };
+    if chain::is_damaged(dir) {
+        found.anew.push(chain::path(dir));
+    }
     let mut bases = list(dir)?;
     let misnamed = damage::mend_names(dir, &bases)?;
     if !misnamed.is_empty() {
@@ -96,11 +102,14 @@ pub(super) fn find(dir: &Path) -> Result<Found, JournalError> {
         let file = open(&path)?;
         let len = file_len(&file, &path)?;
         let index = match SealedIndex::load(&path, len) {
-            Some((index, unfinished)) => {
+            Ok((index, unfinished)) => {
                 found.unfinished = unfinished;
                 index
             }
-            None => {
+            Err(unusable) => {
+                if unusable == Unusable::Damaged {
+                    found.anew.push(index_path(&path));
+                }
                 if let Some((index, before)) = SealedIndex::load_any(&path)
                     && before > len
                     && let Ok(entries) = index.all()
@@ -331,6 +340,35 @@ fn scan(
         end += length;
     }
     Ok(Scanned { index, end })
+}
+
+/// Makes the index of a segment anew that is written no more. `unfinished`: as of its beginning.
+pub(super) fn index_again(
+    segment: &Sealed,
+    mut unfinished: Unfinished,
+) -> Result<SealedIndex, JournalError> {
+    let Sealed {
+        file, path, len, ..
+    } = segment;
+    let mut index = OpenIndex::default();
+    let mut frames = Scan::new(file, HEADER, *len);
+    loop {
+        let length = match frames.next() {
+            Ok(None) => break,
+            Ok(Some((_, length, Frame::Mark | Frame::Cover | Frame::Unknown))) => length,
+            Ok(Some((offset, length, Frame::Record(raw)))) => {
+                let applied = index.apply_raw(&mut unfinished, &raw, offset, length);
+                applied.map_err(|cause| JournalError::damaged_segment(path, offset, cause))?;
+                length
+            }
+            Err(ScanError::Damage { offset, cause }) => {
+                return Err(JournalError::damaged_segment(path, offset, cause));
+            }
+            Err(ScanError::Io(e)) => return Err(JournalError::io("read", path, e)),
+        };
+        frames.advance(length);
+    }
+    SealedIndex::seal(&index, &unfinished, path, *len)
 }
 
 /// A record of a submission whose first one could not be read makes it known.

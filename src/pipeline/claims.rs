@@ -172,13 +172,6 @@ impl Inner {
         }
         Ok(true)
     }
-
-    /// A name that nothing came of is free again.
-    pub(super) async fn give_back(&self, repl: &ReplId) {
-        if let Err(error) = self.platform.forget_unused(repl).await {
-            tracing::warn!(%repl, %error, "a name that nothing came of stays taken");
-        }
-    }
 }
 
 #[cfg(test)]

@@ -190,6 +190,12 @@ pub trait Platform: Send + Sync + fmt::Debug {
     /// What the platform found on its machine or cluster when it started.
     fn checks(&self) -> Vec<Check>;
 
+    /// Files of its own that cannot be read, by name, and were set aside. What they were about is kept for whoever
+    /// has it.
+    fn set_aside(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Why programs of this language cannot run here, if it is known that they cannot. Looked at once,
     /// when the platform starts; where an image brings the languages, it has them.
     async fn lacks(&self, _language: &'static Language) -> Option<Problem> {

@@ -41,7 +41,7 @@ use super::page::page;
 use super::process::signal as signal_process;
 use super::slot::{Ground, Slot, bind};
 use super::warm::pipes;
-use super::wire::{AppPort, FromApp, ToApp, frames};
+use super::wire::{AppPort, FrameWriter, FromApp, ToApp, WireError, frames};
 use super::workspace::{self, Files, Terminal, Tickets, Workspace};
 use crate::beneath::{Folder, Kind};
 use crate::model::{
@@ -55,6 +55,9 @@ pub const PROGRAM_PORT: u16 = 3_000;
 /// The runner's own ports in a released pod (design.md §5): its own, and the one that callers come to.
 pub(super) const RUNNER_PORT: u16 = 3_001;
 pub(super) const FRONT_PORT: u16 = 3_002;
+
+/// Events that wait for whoever watches. One who cannot keep up loses what comes before the last so many.
+const MAX_WAITING_EVENTS: usize = 1_024;
 
 /// A worker serves by running: one that was declared to be one, or that is tested by nobody, such as a
 /// workspace, when it has neither ended nor failed for so long.
@@ -175,7 +178,9 @@ pub(super) struct App {
     exits: Exits,
     state: RefCell<State>,
     output: RefCell<VecDeque<u8>>,
-    events: broadcast::Sender<FromApp>,
+    events: broadcast::Sender<Told>,
+    /// Bytes of output before the next event.
+    written: Cell<u64>,
     watched: Cell<bool>,
     /// Its process, while there is one.
     process: Cell<Option<i32>>,
@@ -373,7 +378,8 @@ impl App {
             exits,
             state: RefCell::new(State::Starting),
             output: RefCell::default(),
-            events: broadcast::channel(1_024).0,
+            events: broadcast::channel(MAX_WAITING_EVENTS).0,
+            written: Cell::new(0),
             watched: Cell::new(false),
             process: Cell::new(None),
             spared: RefCell::default(),
@@ -589,7 +595,7 @@ impl App {
     }
 
     /// What happens to it from now on.
-    pub(super) fn events(&self) -> broadcast::Receiver<FromApp> {
+    pub(super) fn events(&self) -> broadcast::Receiver<Told> {
         self.events.subscribe()
     }
 
@@ -720,7 +726,7 @@ impl App {
         let Life {
             ending, unready, ..
         } = life;
-        let _ = self.events.send(FromApp::Ended {
+        self.tell(FromApp::Ended {
             ending,
             again,
             unready,
@@ -729,7 +735,7 @@ impl App {
 
     /// One life of the program and all that it started.
     pub(super) async fn live_once(&self, restarts: u32) -> Life {
-        let _ = self.events.send(FromApp::Started { restarts });
+        self.tell(FromApp::Started { restarts });
         *self.state.borrow_mut() = State::Starting;
         self.output.borrow_mut().clear();
         self.lives.set(true);
@@ -845,7 +851,7 @@ impl App {
         self.served.set(true);
         self.notice();
         *self.state.borrow_mut() = State::Serving;
-        let _ = self.events.send(FromApp::Serving);
+        self.tell(FromApp::Serving);
     }
 
     /// Resolves when the program serves: it listens, or is a worker and has run for long enough. The error
@@ -957,20 +963,21 @@ impl App {
     }
 
     /// Passes on what happens until the server has it ended, or is gone, and with it everybody who could call.
-    async fn watch(&self, stream: UnixStream, mut events: broadcast::Receiver<FromApp>) {
+    async fn watch(&self, stream: UnixStream, mut events: broadcast::Receiver<Told>) {
         let (mut reader, mut writer) = frames(stream);
+        let mut gaps = Gaps {
+            sent: self.written.get(),
+        };
         let asked = loop {
             tokio::select! {
                 event = events.recv() => match event {
                     Ok(event) => {
-                        if writer.send(&event).await.is_err() {
+                        if gaps.send(&mut writer, event).await.is_err() {
                             break None;
                         }
                     }
-                    // A server that cannot keep up loses some of the output, not the program.
-                    Err(broadcast::error::RecvError::Lagged(lost)) => {
-                        tracing::warn!(lost, "the server did not keep up with the program's output");
-                    }
+                    // Counted, and told with what comes next.
+                    Err(broadcast::error::RecvError::Lagged(_)) => {}
                     Err(broadcast::error::RecvError::Closed) => break None,
                 },
                 asked = reader.next::<ToApp>() => break asked.ok(),
@@ -994,7 +1001,7 @@ impl App {
             };
             match event {
                 Ok(event) => {
-                    if writer.send(&event).await.is_err() {
+                    if gaps.send(&mut writer, event).await.is_err() {
                         break;
                     }
                 }
@@ -1014,7 +1021,56 @@ impl App {
         output.drain(..excess);
         begin_with_a_letter(&mut output);
         drop(output);
-        let _ = self.events.send(FromApp::Output { stream, data });
+        self.tell(FromApp::Output { stream, data });
+    }
+
+    fn tell(&self, event: FromApp) {
+        let before = self.written.get();
+        if let FromApp::Output { data, .. } = &event {
+            self.written.set(before + data.len() as u64);
+        }
+        // Nobody may watch.
+        let _ = self.events.send(Told { before, event });
+    }
+}
+
+/// Something that happened to a program.
+#[derive(Debug, Clone)]
+pub(super) struct Told {
+    /// Bytes that it wrote before: who gets less has missed the rest.
+    before: u64,
+    pub(super) event: FromApp,
+}
+
+/// What of a program's output whoever watches it did not get. A watcher that cannot keep up loses some of the output,
+/// not the program.
+#[derive(Debug)]
+struct Gaps {
+    /// Bytes up to what was sent last, or up to when the watcher came.
+    sent: u64,
+}
+
+impl Gaps {
+    /// What to say before this: that something is missing.
+    fn before(&mut self, told: &Told) -> Option<FromApp> {
+        let bytes = told.before.saturating_sub(self.sent);
+        let own = match &told.event {
+            FromApp::Output { data, .. } => data.len() as u64,
+            _ => 0,
+        };
+        self.sent = told.before + own;
+        (bytes > 0).then_some(FromApp::Lost { bytes })
+    }
+
+    async fn send<W: AsyncRead + AsyncWrite>(
+        &mut self,
+        writer: &mut FrameWriter<W>,
+        told: Told,
+    ) -> Result<(), WireError> {
+        if let Some(lost) = self.before(&told) {
+            writer.send(&lost).await?;
+        }
+        writer.send(&told.event).await
     }
 }
 
@@ -1150,5 +1206,52 @@ mod tests {
         assert_eq!(next().await.as_deref(), Some(&b"last"[..]));
         assert_eq!(next().await, None);
         reading.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn whoever_does_not_keep_up_is_told_how_much_is_missing() {
+        let (events, mut watched) = broadcast::channel(4);
+        let piece = |number: u64| Told {
+            before: number * 3,
+            event: FromApp::Output {
+                stream: OutputStream::Stdout,
+                data: b"abc".to_vec(),
+            },
+        };
+        // Nobody reads meanwhile.
+        for number in 0..10 {
+            events.send(piece(number)).unwrap();
+        }
+        events
+            .send(Told {
+                before: 30,
+                event: FromApp::Serving,
+            })
+            .unwrap();
+        drop(events);
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (_, mut writer) = frames(ours);
+        let (mut reader, _keep) = frames(theirs);
+        let mut gaps = Gaps { sent: 0 };
+        loop {
+            match watched.recv().await {
+                Ok(told) => gaps.send(&mut writer, told).await.unwrap(),
+                Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => break,
+            }
+        }
+        drop(writer);
+        let (mut lost, mut got, mut gaps) = (0, 0, 0);
+        while let Ok(event) = timeout(Duration::from_secs(5), reader.next::<FromApp>())
+            .await
+            .unwrap()
+        {
+            match event {
+                FromApp::Lost { bytes } => (lost, gaps) = (lost + bytes, gaps + 1),
+                FromApp::Output { data, .. } => got += data.len() as u64,
+                _ => {}
+            }
+        }
+        assert_eq!((lost, got, gaps), (21, 9, 1));
     }
 }

@@ -388,4 +388,9 @@ pub enum FromApp {
         /// Why it was stopped, when it did not come to serve.
         unready: Option<String>,
     },
+    /// It wrote this much more before what follows, which is lost: whoever watches did not keep up.
+    Lost {
+        /// Bytes.
+        bytes: u64,
+    },
 }

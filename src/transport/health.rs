@@ -30,10 +30,18 @@ pub struct Health {
     details: Vec<String>,
 }
 
-/// Damaged places told one by one.
+/// Damaged places told one by one, and files.
 const MOST_DETAILS: usize = 20;
 
-/// What of the journal cannot be read. Nobody has to sign in to ask, so that no submission is named.
+/// Files beside the journal that could not be read and were set aside.
+fn set_aside(edge: &Edge) -> Vec<String> {
+    let mut files = edge.platform.set_aside();
+    let name = |path: &std::path::Path| path.file_name().map(|n| n.to_string_lossy().into_owned());
+    files.extend(edge.sessions.set_aside().and_then(name));
+    files
+}
+
+/// What cannot be read. Nobody has to sign in to ask, so that no submission is named.
 fn damage(edge: &Edge) -> Vec<String> {
     let damage = edge.journal.damage();
     let mut details: Vec<String> = damage
@@ -54,6 +62,24 @@ fn damage(edge: &Edge) -> Vec<String> {
         .collect();
     if damage.len() > MOST_DETAILS {
         details.push(format!("journal: {} places in all", damage.len()));
+    }
+    let anew = edge.journal.made_anew();
+    let mut others: Vec<String> = anew
+        .iter()
+        .filter_map(|file| file.file_name())
+        .map(|file| format!("journal: {} was damaged and was made anew", file.display()))
+        .collect();
+    let set_aside = set_aside(edge);
+    others.extend(
+        set_aside
+            .iter()
+            .map(|file| format!("{file} cannot be read and is set aside")),
+    );
+    let more = others.len().saturating_sub(MOST_DETAILS);
+    others.truncate(MOST_DETAILS);
+    details.append(&mut others);
+    if more > 0 {
+        details.push(format!("{more} more files"));
     }
     details
 }
@@ -126,6 +152,7 @@ pub async fn numbers(
     let (under_way, waiting) = edge.pipeline.load();
     metrics::gauge!("gantry_submissions_under_way").set(under_way as f64);
     metrics::gauge!("gantry_runs_waiting").set(waiting as f64);
+    metrics::gauge!("gantry_files_set_aside").set(set_aside(&edge).len() as f64);
     let folder = edge.journal_folder.clone();
     if let Ok(Ok(bytes)) = tokio::task::spawn_blocking(move || folder_bytes(&folder)).await {
         metrics::gauge!("gantry_journal_bytes").set(bytes as f64);

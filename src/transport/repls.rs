@@ -39,7 +39,8 @@ pub async fn list(
 
 /// One repl
 #[utoipa::path(get, path = "/repls/{id}", tag = "repls", params(("id" = String, Path)),
-    responses((status = 200, body = Object), (status = 404, body = ProblemBody)))]
+    responses((status = 200, body = Object), (status = 404, body = ProblemBody),
+              (status = 503, body = ProblemBody)))]
 pub async fn one(
     State(edge): State<Arc<Edge>>,
     Authenticated(caller): Authenticated,
@@ -47,9 +48,14 @@ pub async fn one(
 ) -> Result<axum::Json<ReplStatus>, HttpProblem> {
     let repls = edge.platform.repls().await.map_err(platform_problem)?;
     let mut own = repls.into_iter().filter(|repl| caller.sees(&repl.user_id));
-    own.find(|repl| repl.repl_id.as_str() == id)
-        .map(axum::Json)
-        .ok_or_else(|| HttpProblem::not_found("repl"))
+    match own.find(|repl| repl.repl_id.as_str() == id) {
+        Some(status) => Ok(axum::Json(status)),
+        None => {
+            // Of one whose owner cannot be told, that is what is answered.
+            owned(&edge, &caller, &id).await?;
+            Err(HttpProblem::not_found("repl"))
+        }
+    }
 }
 
 /// The releases of a repl.

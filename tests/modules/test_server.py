@@ -4,17 +4,21 @@ import contextlib
 import json
 import os
 import pathlib
+import select
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import types
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import grpc
+from gantry_module import calls, pool, wire
 from gantry_module import module_service_pb2 as pb
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -114,6 +118,34 @@ class OfOneServer(unittest.TestCase):
         self.assertEqual(self.result("add", 1, 2), 3)
 
 
+class Late(unittest.TestCase):
+    """The pool's side of a worker, at a time when the call's own is over."""
+
+    def setUp(self):
+        ours, self.worker = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(self.worker.close)
+        looks = select.poll()
+        looks.register(ours, select.POLLIN)
+        reader = wire.Reader(ours, 1 << 20)
+        self.seen = types.SimpleNamespace(sock=ours, poll=looks, reader=reader, out=-1, err=-1, wake=-1)
+        self.run_of_it = pool.Run(time.monotonic() - 1)
+
+    def follow(self):
+        return object.__new__(pool.Pool).follow(self.seen, self.run_of_it)
+
+    def test_an_answer_that_is_there_counts(self):
+        self.worker.sendall(wire.pack(wire.RESULT, b"\0[1]"))
+        self.assertEqual(self.follow(), (wire.RESULT, b"\0[1]"))
+
+    def test_no_answer_and_half_of_one_are_too_late(self):
+        for there in (b"", wire.pack(wire.RESULT, b"\0[1]")[:-1]):
+            self.worker.sendall(there)
+            with self.assertRaises(calls.Failed) as failed:
+                self.follow()
+            self.assertEqual(failed.exception.kind, calls.DEADLINE)
+
+
 class Calls(OfOneServer):
     def test_arguments_are_bound_as_in_python(self):
         self.assertEqual(self.result("add", 1), 2)
@@ -199,6 +231,20 @@ class Isolation(OfOneServer):
         with self.assertRaises(grpc.RpcError) as refused:
             self.server.call("wait", 20, timeout=0.5)
         self.assertEqual(refused.exception.code(), grpc.StatusCode.DEADLINE_EXCEEDED)
+        self.still_answers()
+
+    def test_a_call_that_ended_in_time_is_answered_after_a_pause_of_the_server(self):
+        # The worker goes on meanwhile, and answers before the call's time is over.
+        with ThreadPoolExecutor(1) as callers:
+            call = callers.submit(self.server.call, "wait", 0.5, timeout_ms=1500)
+            time.sleep(0.25)
+            self.server.process.send_signal(signal.SIGSTOP)
+            try:
+                time.sleep(2)
+            finally:
+                self.server.process.send_signal(signal.SIGCONT)
+            reply = call.result(PATIENCE_S)
+        self.assertEqual(reply.WhichOneof("outcome"), "result", reply.failure)
         self.still_answers()
 
     def test_a_call_that_takes_too_much_memory_is_told_so(self):

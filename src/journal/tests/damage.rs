@@ -430,3 +430,116 @@ async fn a_record_whose_length_was_damaged_at_the_end_is_not_taken_for_a_torn_on
         assert_eq!(journal.read_submission(id).await.unwrap().len(), 5);
     }
 }
+
+/// Where the entries of an index file begin: behind its head.
+fn entries_of(index: &Path) -> std::ops::Range<u64> {
+    let bytes = std::fs::read(index).unwrap();
+    let head = u32::from_le_bytes(bytes[8..12].try_into().unwrap());
+    16 + u64::from(head)..bytes.len() as u64
+}
+
+#[tokio::test]
+async fn a_flip_in_an_entry_of_an_index_costs_nothing() {
+    let dir = TempDir::new().unwrap();
+    let whole = write(&dir).await;
+    let indexes: Vec<_> = segments(&dir)
+        .iter()
+        .map(|path| path.with_extension("index"))
+        .filter(|path| path.exists())
+        .collect();
+    let mut numbers = Numbers(3);
+    for index in &indexes {
+        for _ in 0..10 {
+            let damaged = copy(&dir);
+            let entries = entries_of(index);
+            let at = entries.start + numbers.next(entries.end - entries.start);
+            let index = damaged.path().join(index.file_name().unwrap());
+            flip(&index, at, numbers.next(8));
+            let journal = reopen(&damaged);
+            assert_eq!(changed(&journal, &whole).await, BTreeSet::new());
+            let unfinished: BTreeSet<_> = journal.unfinished().into_iter().collect();
+            assert_eq!(unfinished, whole.waiting.keys().copied().collect());
+            assert_eq!(journal.made_anew(), std::slice::from_ref(&index));
+            drop(journal);
+            assert!(reopen(&damaged).made_anew().is_empty(), "it is told once");
+        }
+    }
+    assert!(indexes.len() > 2);
+}
+
+#[tokio::test]
+async fn a_flip_in_an_index_does_not_stop_the_keeper() {
+    let dir = TempDir::new().unwrap();
+    let journal = Journal::open(dir.path(), options(4096, 20_000)).unwrap();
+    let pinned = SubmissionId::new();
+    journal.append(received(pinned)).await.unwrap();
+    let mut last = 0;
+    while segments(&dir).len() < 3 {
+        last = submit(&journal, SubmissionId::new(), 2).await;
+        journal.durable(last).await.unwrap();
+    }
+    // While the server runs, and in the one that the unfinished submission is in.
+    let index = segments(&dir)[0].with_extension("index");
+    for at in entries_of(&index).step_by(16) {
+        flip(&index, at, 1);
+    }
+    for _ in 0..200 {
+        last = submit(&journal, SubmissionId::new(), 2).await;
+    }
+    journal.durable(last).await.unwrap();
+    eventually("the journal grows", || segments(&dir).len() <= 7).await;
+    assert_eq!(journal.made_anew(), [index]);
+    assert_eq!(journal.read_submission(pinned).await.unwrap().len(), 1);
+    assert_eq!(journal.unfinished(), [pinned]);
+}
+
+#[tokio::test]
+async fn a_flip_in_a_small_file_costs_what_it_holds_and_is_named() {
+    let dir = TempDir::new().unwrap();
+    let (mut ids, mut last) = (Vec::new(), 0);
+    let name = {
+        let journal = Journal::open(dir.path(), options(4096, 20_000)).unwrap();
+        for _ in 0..100 {
+            ids.push(SubmissionId::new());
+            last = submit(&journal, ids[ids.len() - 1], 2).await;
+        }
+        journal.durable(last).await.unwrap();
+        eventually("nothing is deleted", || segments(&dir).len() <= 6).await;
+        journal.close().await.unwrap();
+        journal.identity().to_owned()
+    };
+    let remembered = |journal: &Journal| {
+        let known = |id: &&SubmissionId| journal.submission(**id).is_some();
+        ids.iter().filter(known).count()
+    };
+    let mut numbers = Numbers(11);
+    let mut named = 0;
+    for file in ["identity", "segments", "ended.sqlite"] {
+        let bytes = std::fs::metadata(dir.path().join(file)).unwrap().len();
+        for _ in 0..FLIPS / 4 {
+            let damaged = copy(&dir);
+            let path = damaged.path().join(file);
+            let at = numbers.next(bytes);
+            flip(&path, at, numbers.next(8));
+            let journal = Journal::open(damaged.path(), options(4096, 20_000)).unwrap();
+            let told = journal.made_anew().contains(&path);
+            named += usize::from(told);
+            if !told {
+                assert_eq!(journal.identity(), name, "{file} at {at}");
+            }
+            if !told && file != "ended.sqlite" {
+                panic!("{file} at {at} is not named");
+            }
+            // Of a page that cannot be read its ids are lost, and no others.
+            let found = remembered(&journal);
+            assert!(
+                found > ids.len() / 2,
+                "{file} at {at}: {found} of {}",
+                ids.len()
+            );
+            let next = submit(&journal, SubmissionId::new(), 1).await;
+            journal.durable(next).await.unwrap();
+        }
+    }
+    assert!(named > FLIPS as usize / 2, "{named}");
+}

@@ -10,6 +10,7 @@ mod program;
 mod record;
 mod releases;
 mod sandboxes;
+mod stored;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -121,6 +122,12 @@ impl Platform for LocalPlatform {
         self.sandboxes.host().checks.clone()
     }
 
+    fn set_aside(&self) -> Vec<String> {
+        let mut files = self.releases.set_aside();
+        files.extend(self.modules.set_aside());
+        files
+    }
+
     async fn lacks(&self, language: &'static Language) -> Option<Problem> {
         let interpreters = self.sandboxes.interpreters().await;
         let (cause, remediation) = match interpreters.missing.get(language.name)? {
@@ -226,7 +233,7 @@ impl Platform for LocalPlatform {
     }
 
     async fn owner(&self, repl: &ReplId) -> Result<Option<UserId>, PlatformError> {
-        Ok(self.releases.owner(repl))
+        self.releases.known_owner(repl)
     }
 
     async fn claim(&self, repl: &ReplId, user: &UserId) -> Result<UserId, PlatformError> {

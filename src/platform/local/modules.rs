@@ -17,7 +17,10 @@ use tokio::sync::mpsc;
 
 use super::program::{Owner, Program};
 use super::sandboxes::{Sandboxes, Tenant};
+use super::stored;
 use super::{LocalConfig, MAX_WAITING_EVENTS, WITH_THE_SERVER, unavailable};
+use crate::beneath::Folder;
+use crate::kept;
 use crate::model::{
     Limits, ModuleName, ModuleSpec, ModuleState, ModuleStatus, Package, Problem, ReplId, ReplState,
     Scale, SecretText, TicketKey, UserId,
@@ -78,6 +81,8 @@ pub struct LocalModules {
     sandboxes: Arc<Sandboxes>,
     installer: Installer,
     modules: Mutex<HashMap<Key, Module>>,
+    /// Names of records that cannot be read. Whose they are is in the name; what was to be installed is not known.
+    unreadable: Mutex<BTreeSet<String>>,
     /// One change of a module at a time.
     changing: Mutex<HashMap<Key, Arc<tokio::sync::Mutex<()>>>>,
 }
@@ -89,18 +94,9 @@ impl LocalModules {
         fs::create_dir_all(folder.join("records"))?;
         // Every sandbox wants a release; a module's is empty.
         fs::create_dir_all(folder.join("empty"))?;
+        let found = stored::read_all::<Record>(&folder.join("records"))?;
         let mut modules = HashMap::new();
-        for entry in fs::read_dir(folder.join("records"))? {
-            let path = entry?.path();
-            if path.extension().is_none_or(|extension| extension != "json") {
-                continue;
-            }
-            let record: Record = serde_json::from_slice(&fs::read(&path)?).map_err(|error| {
-                anyhow::anyhow!(
-                    "{} is damaged: {error}. Remove it to forget this module.",
-                    path.display()
-                )
-            })?;
+        for record in found.records.into_values() {
             let key = (record.user_id.clone(), record.module.clone());
             let module = Module {
                 record,
@@ -119,6 +115,7 @@ impl LocalModules {
             config,
             sandboxes,
             modules: Mutex::new(modules),
+            unreadable: Mutex::new(found.unreadable.into_keys().collect()),
             changing: Mutex::default(),
         }))
     }
@@ -183,11 +180,28 @@ impl LocalModules {
         available >= one.saturating_mul(replicas.into())
     }
 
+    /// Names of files that were set aside.
+    pub fn set_aside(&self) -> Vec<String> {
+        let names = self.unreadable();
+        let files = names.iter();
+        files
+            .map(|name| format!("modules/records/{name}.json"))
+            .collect()
+    }
+
+    fn unreadable(&self) -> std::sync::MutexGuard<'_, BTreeSet<String>> {
+        self.unreadable
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What is wanted, with what is left out filled in.
     fn merged(&self, user: &UserId, spec: &ModuleSpec) -> Result<Record, Problem> {
-        let known = self.with(&(user.clone(), spec.name.clone()), |module| {
-            module.record.clone()
-        });
+        let key = (user.clone(), spec.name.clone());
+        if spec.packages.is_none() && self.unreadable().contains(&file_name(&key)) {
+            return Err(record_unreadable(&spec.name));
+        }
+        let known = self.with(&key, |module| module.record.clone());
         let known = known.unwrap_or_else(|| Record {
             user_id: user.clone(),
             module: spec.name.clone(),
@@ -357,23 +371,21 @@ impl LocalModules {
         .to_vec()
     }
 
-    fn file(&self, key: &Key) -> PathBuf {
-        let (user, name) = key;
-        let file = format!("{user}.{}.json", name.label());
-        self.folder.join("records").join(file)
+    fn records(&self) -> PathBuf {
+        self.folder.join("records")
     }
 
     /// Stores it whole or not at all.
     fn save(&self, key: &Key, record: &Record) -> Result<(), PlatformError> {
         let write = || -> anyhow::Result<()> {
-            let file = self.file(key);
-            let staged = file.with_extension("new");
-            fs::write(&staged, serde_json::to_vec_pretty(record)?)?;
+            let (folder, name) = (self.records(), file_name(key));
+            let staged = folder.join(format!("{name}.new"));
+            fs::write(&staged, kept::seal(record)?)?;
             fs::File::open(&staged)?.sync_data()?;
-            fs::rename(&staged, &file)?;
-            if let Some(folder) = file.parent() {
-                fs::File::open(folder)?.sync_all()?;
-            }
+            fs::rename(&staged, folder.join(format!("{name}.json")))?;
+            fs::File::open(folder)?.sync_all()?;
+            // It takes the place of one that could not be read.
+            self.unreadable().remove(&name);
             Ok(())
         };
         crate::beneath::waiting(write).map_err(|error| {
@@ -489,6 +501,37 @@ fn status(module: &Module) -> ModuleStatus {
     }
 }
 
+/// What a module's record is named, without an ending.
+fn file_name((user, name): &Key) -> String {
+    format!("{user}.{}", name.label())
+}
+
+/// Of a module whose record cannot be read.
+fn unreadable_status(user: &UserId, name: &ModuleName) -> ModuleStatus {
+    let record = Record {
+        user_id: user.clone(),
+        module: name.clone(),
+        packages: Vec::new(),
+        replicas: 0,
+        since: Timestamp::now(),
+        stopped: false,
+    };
+    status(&Module {
+        record,
+        replicas: Vec::new(),
+        failure: Some(record_unreadable(name).to_string()),
+    })
+}
+
+fn record_unreadable(name: &ModuleName) -> Problem {
+    Problem::new(
+        "module_record_unreadable",
+        format!("The module {name} cannot be started"),
+        "its record is damaged, so that it is not known which packages it has",
+        "Create it again with its packages, or delete it.",
+    )
+}
+
 fn no_python() -> ModulesError {
     ModulesError::Refused(Problem::new(
         "python_missing",
@@ -599,12 +642,16 @@ impl Modules for LocalModules {
         let key = (user.clone(), name.clone());
         let changing = self.changing(&key);
         let _one = changing.lock().await;
-        let Some(module) = self.locked().remove(&key) else {
+        let module = self.locked().remove(&key);
+        let name = file_name(&key);
+        if module.is_none() && !self.unreadable().contains(&name) {
             return Ok(false);
-        };
+        }
         // Before they end, which may take a while: a server that is killed meanwhile does not bring it back.
-        let removed = fs::remove_file(self.file(&key));
-        self.end(module.replicas).await;
+        let removed = Folder::open(&self.records()).and_then(|all| stored::remove(&all, &name));
+        if let Some(module) = module {
+            self.end(module.replicas).await;
+        }
         removed.map_err(|error| {
             unavailable(
                 "The module's record could not be removed",
@@ -612,11 +659,19 @@ impl Modules for LocalModules {
                 "Check that the data folder is writable.",
             )
         })?;
+        self.unreadable().remove(&name);
         Ok(true)
     }
 
     async fn list(&self) -> Result<Vec<ModuleStatus>, PlatformError> {
         let mut all: Vec<ModuleStatus> = self.locked().values().map(status).collect();
+        let unreadable = self.unreadable().clone();
+        // A name that a label cannot hold is not known any more; `/readyz` tells of the file.
+        all.extend(unreadable.iter().filter_map(|file| {
+            let (user, label) = file.split_once('.')?;
+            let (user, name) = (user.parse().ok()?, label.parse().ok()?);
+            Some(unreadable_status(&user, &name))
+        }));
         all.sort_by(|a, b| (&a.user_id, &a.module).cmp(&(&b.user_id, &b.module)));
         Ok(all)
     }
@@ -626,7 +681,13 @@ impl Modules for LocalModules {
         user: &UserId,
         name: &ModuleName,
     ) -> Result<Option<ModuleStatus>, PlatformError> {
-        Ok(self.with(&(user.clone(), name.clone()), |module| status(module)))
+        let key = (user.clone(), name.clone());
+        let known = self.with(&key, |module| status(module));
+        let unreadable = || self.unreadable().contains(&file_name(&key));
+        Ok(match known {
+            None if unreadable() => Some(unreadable_status(user, name)),
+            known => known,
+        })
     }
 
     async fn replicas(

@@ -247,6 +247,12 @@ impl Follower {
                 keep(&self.output, &data);
                 output_event(stream, &data, release)
             }
+            FromApp::Lost { bytes } => {
+                let words = format!(
+                    "{bytes} bytes that the program wrote are not recorded: it wrote more than the server could take"
+                );
+                repl_event("repl.output_lost", &words, release)
+            }
             FromApp::Ended { ending, .. } if ends => {
                 let words = format!(
                     "The program {} after it was asked to end",

@@ -6,7 +6,7 @@ mod idle;
 mod settings;
 mod workspace;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -22,8 +22,10 @@ use super::disk::{Disk, TooMuch};
 use super::program::{Owner, Program};
 use super::record::{Record, Stored};
 use super::sandboxes::{Sandboxes, Tenant};
+use super::stored;
 use super::{DEPLOY_PATIENCE, LocalConfig, WITH_THE_SERVER, unavailable};
 use crate::beneath::{Folder, waiting};
+use crate::kept;
 use crate::model::{
     LatestOrder, Limits, Order, Problem, Release, ReleaseState, ReplId, ReplState, ReplStatus,
     TicketKey, UserId, idle_cause, is_known_after,
@@ -40,6 +42,9 @@ use crate::storage::DirectoryStore;
 /// How long a caller waits for a program that is being started, as after a restart of the server: shorter
 /// than the proxy waits for a connection, so that the caller is told why.
 const COMING_BACK: Duration = Duration::from_secs(4);
+
+/// The code of the problem that a repl's record cannot be read.
+const RECORD_UNREADABLE: &str = "repl_record_unreadable";
 
 /// Where a program finds the folder that outlives its releases.
 const DATA: &str = "data";
@@ -80,6 +85,8 @@ struct Inner {
     /// Records of repls that were deleted, for what was asked of them last. They end with the server: what is under
     /// way then has it in its own record.
     deleted: Mutex<HashMap<ReplId, Record>>,
+    /// Repls whose records cannot be read, and where the files are: nobody else gets their names.
+    unreadable: BTreeMap<ReplId, PathBuf>,
     /// Changes when a program was installed.
     installed: watch::Sender<()>,
     /// One change of a repl at a time.
@@ -100,24 +107,12 @@ impl Releases {
     ) -> anyhow::Result<Self> {
         let folder = config.data.join("repls");
         fs::create_dir_all(&folder)?;
-        let mut repls = HashMap::new();
-        for entry in fs::read_dir(&folder)? {
-            let path = entry?.path();
-            let name = path.file_stem().unwrap_or_default().to_string_lossy();
-            let (Ok(repl), Some("json")) = (
-                name.parse::<ReplId>(),
-                path.extension().and_then(|e| e.to_str()),
-            ) else {
-                continue;
-            };
-            let record: Record = serde_json::from_slice(&fs::read(&path)?).map_err(|error| {
-                anyhow::anyhow!(
-                    "{} is damaged: {error}. Remove it to forget this repl.",
-                    path.display()
-                )
-            })?;
-            repls.insert(repl, Repl::new(record));
-        }
+        let found = stored::read_all::<Record>(&folder)?;
+        let records = found.records.into_iter();
+        let repls =
+            records.filter_map(|(name, record)| Some((name.parse().ok()?, Repl::new(record))));
+        let unreadable = found.unreadable.into_iter();
+        let unreadable = unreadable.filter_map(|(name, file)| Some((name.parse().ok()?, file)));
         Ok(Self {
             inner: Arc::new(Inner {
                 disk: Disk::new(&config.data, store.clone(), config.disk),
@@ -125,8 +120,9 @@ impl Releases {
                 config,
                 store,
                 sandboxes,
-                repls: Mutex::new(repls),
+                repls: Mutex::new(repls.collect()),
                 deleted: Mutex::default(),
+                unreadable: unreadable.collect(),
                 installed: watch::Sender::default(),
                 changing: Mutex::default(),
                 tell,
@@ -302,6 +298,33 @@ impl Releases {
         self.inner.stopped.cancel();
     }
 
+    /// Names of files that were set aside.
+    pub fn set_aside(&self) -> Vec<String> {
+        let repls = self.inner.unreadable.keys();
+        repls.map(|repl| format!("repls/{repl}.json")).collect()
+    }
+
+    /// Whose it is; an error while that cannot be read.
+    pub fn known_owner(&self, repl: &ReplId) -> Result<Option<UserId>, PlatformError> {
+        self.check_readable(repl)?;
+        Ok(self.owner(repl))
+    }
+
+    fn check_readable(&self, repl: &ReplId) -> Result<(), PlatformError> {
+        let Some(file) = self.inner.unreadable.get(repl) else {
+            return Ok(());
+        };
+        Err(PlatformError::Unavailable(Problem::new(
+            RECORD_UNREADABLE,
+            format!("The record of the repl {repl} cannot be read"),
+            "its file is damaged, so that it is not known whose it is; its files, releases and data are there",
+            format!(
+                "Put local/repls/{repl}.json back from a backup and start the server again. To give the name up, remove local/databases/{repl}, store/code/{repl}, store/releases/{repl} and then local/repls/{}.",
+                file.file_name().unwrap_or_default().to_string_lossy()
+            ),
+        )))
+    }
+
     /// Whose it is.
     pub fn owner(&self, repl: &ReplId) -> Option<UserId> {
         self.with(repl, |repl| repl.record.user_id.clone())
@@ -309,6 +332,7 @@ impl Releases {
 
     /// Takes the name for the user unless it is taken; says whose it is now.
     pub async fn claim(&self, repl: &ReplId, user: &UserId) -> Result<UserId, PlatformError> {
+        self.check_readable(repl)?;
         let owner = {
             let mut repls = self.locked();
             if let Some(known) = repls.get(repl) {
@@ -376,7 +400,7 @@ impl Releases {
         let data = &self.inner.config.data;
         self.inner.disk.delete(repl)?;
         let records = Folder::open(&data.join("repls"))?;
-        Ok(if_there(records.remove(format!("{repl}.json").as_str()))?)
+        Ok(stored::remove(&records, repl.as_str())?)
     }
 
     /// Every repl that has or had a release, or was started.
@@ -719,7 +743,7 @@ impl Releases {
                 .truncate(true)
                 .mode(0o600)
                 .open(&staged)?;
-            file.write_all(&serde_json::to_vec_pretty(record)?)?;
+            file.write_all(&kept::seal(record)?)?;
             file.sync_data()?;
             fs::rename(&staged, folder.join(format!("{repl}.json")))?;
             File::open(&folder)?.sync_all()?;
@@ -752,14 +776,6 @@ impl Releases {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         Arc::clone(changing.entry(repl.clone()).or_default())
-    }
-}
-
-/// What was not there need not be removed.
-fn if_there(removed: io::Result<()>) -> io::Result<()> {
-    match removed {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
     }
 }
 

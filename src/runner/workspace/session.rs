@@ -22,6 +22,7 @@ use super::files::{Entry, PIECE};
 use super::protocol::{Ask, Numbered, Request, frame, is_name, unframe};
 use super::terminal::{Listener, Said};
 use crate::model::{Ending, MAX_MESSAGE_BYTES, Problem, cut};
+use crate::runner::app::Told;
 use crate::runner::app::{State, describe};
 use crate::runner::wire::FromApp;
 use crate::websocket;
@@ -53,7 +54,7 @@ type Seen = BTreeMap<String, (u64, i64)>;
 enum Next {
     Heard(Option<Result<Message, tungstenite::Error>>),
     Terminal(Said),
-    Program(Result<FromApp, broadcast::error::RecvError>),
+    Program(Result<Told, broadcast::error::RecvError>),
     Time,
 }
 
@@ -62,7 +63,7 @@ struct Session<'a> {
     number: u64,
     listener: Listener,
     /// What happens to the program.
-    program: broadcast::Receiver<FromApp>,
+    program: broadcast::Receiver<Told>,
     /// The files as the client knows them, when it wants to be told of changes.
     watched: Option<Seen>,
 }
@@ -116,7 +117,7 @@ pub async fn run<S: AsyncRead + AsyncWrite + Unpin>(workspace: &Rc<Workspace>, n
             Next::Terminal(Said::Ended(name, code)) => {
                 event(json!({ "event": "ended", "terminal": &*name, "exit_code": code }))
             }
-            Next::Program(Ok(told)) => told_of(told),
+            Next::Program(Ok(told)) => told_of(told.event),
             // A client that cannot keep up loses some of the program's output, and is told so.
             Next::Program(Err(broadcast::error::RecvError::Lagged(lost))) => {
                 event(json!({ "event": "lost", "events": lost }))
@@ -165,6 +166,7 @@ fn told_of(told: FromApp) -> Vec<Message> {
         FromApp::Output { stream, data } => event(json!({
             "event": "output", "stream": stream, "data": String::from_utf8_lossy(&data),
         })),
+        FromApp::Lost { bytes } => event(json!({ "event": "lost", "bytes": bytes })),
         FromApp::Ended { ending, .. } => {
             let mut told = state_of(&State::Ended(ending));
             told["event"] = "program".into();

@@ -188,7 +188,9 @@ impl Terminal {
     /// Types; `false` when its program does not read and too much waits already.
     pub fn input(&self, data: Bytes) -> bool {
         let input = self.input.borrow();
-        input.as_ref().is_some_and(|input| input.try_send(data).is_ok())
+        input
+            .as_ref()
+            .is_some_and(|input| input.try_send(data).is_ok())
     }
 
     /// Says how large the window is.
