@@ -73,7 +73,8 @@ class Reporter:
 
     def pytest_collection_finish(self, session):
         self.say(collected=len(session.items))
-        for file in session.config.args:
+        # Without any test pytest's exit code says so.
+        for file in session.config.args if session.items else ():
             if os.path.basename(file) in ("conftest.py", "__init__.py"):
                 continue
             if os.path.isfile(file) and os.path.relpath(file, session.config.rootpath) not in self.seen:

@@ -278,13 +278,15 @@ impl Releases {
             repl.lost = None;
             repl.program.take()
         });
+        let Some(program) = program else {
+            return Ok(());
+        };
+        // Before it ends, which may take a while: a server that is killed meanwhile does not bring it back.
+        let saved = self.save(repl);
         if let Some(program) = program {
-            if let Some(program) = program {
-                program.end(self.inner.config.drain, false).await;
-            }
-            self.save(repl)?;
+            program.end(self.inner.config.drain, false).await;
         }
-        Ok(())
+        saved
     }
 
     /// Ends every program; they come back with the next server.
