@@ -358,17 +358,6 @@ async fn cargo_and_go_run_the_program_that_is_meant() {
             ),
             expected: ("tests_passed", &["tests/own.rs"]),
         },
-        Case {
-            name: "a test of Go's that ends its output without a line's end",
-            message: with(
-                project("go", json!({
-                    "go.mod": "module app\n", "main.go": "package main\nfunc main() {}\n",
-                    "main_test.go": "package main\nimport (\"fmt\"; \"testing\")\nfunc TestA(t *testing.T) { fmt.Print(\"half a line\") }\n",
-                })),
-                json!({ "tests": ["main_test.go"] }),
-            ),
-            expected: ("tests_passed", &["main_test.go"]),
-        },
         ends(
             "two programs of a module",
             "invalid",

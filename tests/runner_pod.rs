@@ -808,6 +808,7 @@ fn a_program_that_has_to_listen_serves_when_it_does() {
         return;
     }
     let declared = |serves| [("GANTRY_SERVES", serves)];
+    let begun = Instant::now();
     let slow = format!("import time\ntime.sleep(6)\nADDRESS = '0.0.0.0'{SERVER}");
     let pods = ["yes", "unknown"].map(|serves| released(&slow, &declared(serves)));
     let worker = released("import time\ntime.sleep(600)", &declared("no"));
@@ -817,7 +818,6 @@ fn a_program_that_has_to_listen_serves_when_it_does() {
         &declared("yes"),
     );
     let log = File::open(elsewhere.path("/dev/termination-log")).unwrap();
-    let begun = Instant::now();
     while begun.elapsed() < Duration::from_millis(5_500) {
         for pod in &pods {
             assert_ne!(get(pod, "127.0.0.1:3001", "/ready").0, "200");

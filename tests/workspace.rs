@@ -742,7 +742,7 @@ async fn a_flood_on_a_terminal_waits_for_who_looks_at_it() {
         .filter_map(|path| std::fs::read(path).ok())
         .collect::<Vec<_>>();
     let agent: Value = serde_json::from_slice(&own[0]).unwrap();
-    let stat = format!("/proc/{}/stat", agent["pid"]);
+    let stat = format!("/proc/{}/stat", agent["process"]["pid"]);
     let ticks = || {
         let stat = std::fs::read_to_string(&stat).unwrap();
         let fields = stat.rsplit(')').next().unwrap().split_whitespace();
