@@ -91,7 +91,7 @@ async fn lived() -> (Server, Vec<String>, String) {
     }
     let told = Told::new(json!({
         "user_id": "ann", "code": "import time; print('up', flush=True); time.sleep(600)",
-        "deploy": false, "stream": true, "limits": { "wall_ms": 600_000 },
+        "deploy": false, "stream": true, "limits": { "wall_ms": 60_000 },
     }));
     let mut socket = way.connect().await;
     socket
