@@ -480,5 +480,6 @@ async fn output_of_many_users_takes_bounded_memory_and_none_of_it_is_lost() {
     let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap();
     let most: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
     let grown = most.saturating_sub(before);
-    assert!(grown < 330 << 10, "{grown} KiB");
+    // All six at once take more than 430 MiB; seen: 248 to 340.
+    assert!(grown < 380 << 10, "{grown} KiB");
 }
