@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use rusqlite::types::{ToSqlOutput, ValueRef};
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::JournalError;
@@ -113,14 +114,14 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// Opens the file. One that is damaged is set aside, added to `anew` and begun again with what of it can still
-    /// be read: an id that cannot may run a second time, if somebody sends it again, which is less than that nobody
-    /// can send anything.
+    /// Opens the file. A damaged one is set aside and added to `replaced`; the new one begins with the ids that can
+    /// still be read. A submission whose id cannot be read would run again if somebody sent it again. That is rare,
+    /// and better than a server that takes no submission at all.
     pub(super) fn open(
         dir: &Path,
         age: Duration,
         most: u64,
-        anew: &mut Vec<PathBuf>,
+        replaced: &mut Vec<PathBuf>,
     ) -> Result<Self, JournalError> {
         let path = dir.join("ended.sqlite");
         let failed = |source| JournalError::Memory {
@@ -130,7 +131,7 @@ impl Memory {
         let opened = match connect_whole(&path) {
             Err(error) if is_damage(&error, &path) => {
                 let aside = set_aside(&path).map_err(|e| JournalError::io("rename", &path, e))?;
-                anew.push(path.clone());
+                replaced.push(path.clone());
                 let opened = connect_whole(&path).map_err(failed)?;
                 let saved = salvage(&aside, &opened.writer);
                 tracing::warn!(
@@ -407,12 +408,45 @@ fn salvage_from(
             .prepare("INSERT OR IGNORE INTO ended VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, 0)")?;
         // What came before a row that cannot be read is kept.
         while let Ok(Some(row)) = rows.next() {
-            let values = (0..7).map(|at| row.get::<_, rusqlite::types::Value>(at));
+            let values = (0..7).map(|at| row.get_ref(at));
             let values = values.collect::<rusqlite::Result<Vec<_>>>()?;
-            *saved += insert
-                .execute(rusqlite::params_from_iter(values))
-                .unwrap_or(0);
+            // Bytes that are no text are damage, which SQLite itself does not look for.
+            let is_whole = |value: &ValueRef<'_>| match value {
+                ValueRef::Text(text) => std::str::from_utf8(text).is_ok(),
+                _ => true,
+            };
+            if values.iter().all(is_whole) {
+                let values = values.into_iter().map(ToSqlOutput::Borrowed);
+                *saved += insert
+                    .execute(rusqlite::params_from_iter(values))
+                    .unwrap_or(0);
+            }
         }
     }
     transaction.commit()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_row_with_bytes_that_are_no_text_is_left_out_of_what_is_saved() {
+        let dir = tempfile::tempdir().unwrap();
+        let (aside, fresh) = (dir.path().join("aside"), dir.path().join("fresh"));
+        let damaged = connect_whole(&aside).unwrap();
+        for (id, user) in [
+            ("x'01'", "'ann'"),
+            ("x'02'", "CAST(x'ff61' AS TEXT)"),
+            ("x'03'", "'bob'"),
+        ] {
+            let row =
+                format!("INSERT INTO ended VALUES ({id}, {user}, 'r', 'deployed', 1, x'', x'', 1)");
+            damaged.writer.execute_batch(&row).unwrap();
+        }
+        drop(damaged);
+        let fresh = connect_whole(&fresh).unwrap();
+        assert_eq!(salvage(&aside, &fresh.writer), 2);
+    }
 }
