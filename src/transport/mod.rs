@@ -288,10 +288,10 @@ impl Edge {
         if let Err(problem) = refused {
             return problem.into_response();
         }
-        let health = ["/healthz", "/readyz"].contains(&request.uri().path());
-        if !health {
-            let peer = request.extensions().get::<server::Peer>();
-            if let Err(problem) = caller::count_strangers(self, peer, request.headers()) {
+        let peer = request.extensions().get::<server::Peer>().cloned();
+        if !health::is_asked_by(&request) {
+            let headers = request.headers();
+            if let Err(problem) = caller::count_strangers(self, peer.as_ref(), headers) {
                 tokio::time::sleep(TOO_MANY_PAUSE).await;
                 return problem.into_response();
             }
@@ -302,7 +302,11 @@ impl Edge {
         let whole = is_done_whole(&request);
         let answered = AssertUnwindSafe(router.clone().oneshot(request)).catch_unwind();
         let answered = match whole {
-            true => Either::Left(self.shutdown.tasks.spawn(answered)),
+            true => Either::Left(self.shutdown.tasks.spawn(async move {
+                // The connection's place is taken until it is done: hanging up does not make room for more.
+                let _place = peer;
+                answered.await
+            })),
             false => Either::Right(answered.map(Ok)),
         };
         match tokio::time::timeout(ROUTE_TIMEOUT, answered).await {

@@ -316,7 +316,7 @@ async fn serve_once(edge: Arc<Edge>, router: Router, stream: TcpStream, address:
         let edge = Arc::clone(&edge);
         let router = router.clone();
         async move {
-            let health = ["/healthz", "/readyz"].contains(&request.uri().path());
+            let health = super::health::is_asked_by(&request);
             let response = match health {
                 true => edge.answer_health(&router, request.map(Body::new)).await,
                 false => no_room(address).into_response(),
