@@ -42,7 +42,7 @@ pub use module::{
     ModuleStatus, Package, scale as module_scale,
 };
 pub use network::{Network, NetworkError};
-pub use order::{LatestOrder, Order, SUPERSEDED, is_known_after, superseded};
+pub use order::{LatestOrder, MAX_KNOWN_DELETED, Order, SUPERSEDED, is_known_after, superseded};
 pub use outcome::{Outcome, Reason, Status, TestCounts, TestOutcome, TestResult, Usage};
 pub use packages::{
     INDEX_FAILED, INDEX_SAID, Install, NO_INSTALLER, Naming, PACKAGE_PROXY, PROXY_VARIABLES,

@@ -13,6 +13,10 @@ pub const SUPERSEDED: &str = "superseded";
 /// what it had, for which a day is time.
 const KNOWN_AFTER_DELETION: SignedDuration = SignedDuration::from_hours(24);
 
+/// Deleted repls of one user of which that is known, the last ones: as many as a user may have repls unless the
+/// operator says otherwise. A user's key is enough to deploy and delete without end.
+pub const MAX_KNOWN_DELETED: usize = 200;
+
 /// Whether it is still known what was asked of a repl that was deleted then.
 pub fn is_known_after(deleted: Timestamp) -> bool {
     Timestamp::now().duration_since(deleted) < KNOWN_AFTER_DELETION

@@ -18,8 +18,8 @@ use super::cache::{Cache, WATCH_LAG, Watched};
 use super::cluster::{Cluster, Failure, Kind, Manifest};
 use super::labels::{GANTRY, MANAGED_BY, REPL, USER};
 use crate::model::{
-    Domain, LatestOrder, MAX_RELEASES, Order, Problem, Release, ReleaseState, ReplId, Scale,
-    Serves, SubmissionId, UserId, forgotten_first, is_known_after,
+    Domain, LatestOrder, MAX_KNOWN_DELETED, MAX_RELEASES, Order, Problem, Release, ReleaseState,
+    ReplId, Scale, Serves, SubmissionId, UserId, forgotten_first, is_known_after,
 };
 
 /// Most bytes of a record: a ConfigMap may have 1 MiB.
@@ -534,14 +534,23 @@ impl Records {
 
     /// Removes what is kept of repls that were deleted long ago.
     pub async fn forget_deleted(&self) -> Result<(), Failure> {
+        self.forget_deleted_but(DELETED, usize::MAX).await
+    }
+
+    /// The same of those with these labels, and of all but the last so many.
+    async fn forget_deleted_but(&self, labels: &str, most: usize) -> Result<(), Failure> {
         let own = Some(self.namespace.as_str());
-        for object in self.cluster.list(Kind::ConfigMap, own, DELETED).await? {
+        let found = self.cluster.list(Kind::ConfigMap, own, labels).await?;
+        let since = |object: &DynamicObject| {
             let text = object.data["data"]["record"].as_str().unwrap_or_default();
-            let record: serde_json::Result<Record> = serde_json::from_str(text);
-            if !record.is_ok_and(|record| is_known_after(record.since)) {
-                self.cluster
-                    .delete_as_read(Kind::ConfigMap, &object)
-                    .await?;
+            let record: Option<Record> = serde_json::from_str(text).ok();
+            record.map(|record| record.since)
+        };
+        let mut found: Vec<_> = found.iter().map(|object| (since(object), object)).collect();
+        found.sort_by_key(|(since, _)| std::cmp::Reverse(*since));
+        for (number, (since, object)) in found.into_iter().enumerate() {
+            if number >= most || !since.is_some_and(is_known_after) {
+                self.cluster.delete_as_read(Kind::ConfigMap, object).await?;
             }
         }
         Ok(())
@@ -598,6 +607,12 @@ impl Records {
                 Err(failure) => return Err(failure),
             }
         };
+        if !record.order.is_none() {
+            let own = format!("{DELETED},{USER}={}", record.user_id);
+            if let Err(failure) = self.forget_deleted_but(&own, MAX_KNOWN_DELETED).await {
+                tracing::warn!(%repl, %failure, "records of repls that the user has deleted stay until the next clean-up");
+            }
+        }
         let mut now = self.cache.follow(&self.namespace, &name);
         if timeout(WATCH_LAG, now.wait_for(Option::is_none))
             .await

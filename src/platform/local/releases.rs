@@ -27,8 +27,8 @@ use super::{DEPLOY_PATIENCE, LocalConfig, WITH_THE_SERVER, unavailable};
 use crate::beneath::{Folder, waiting};
 use crate::kept;
 use crate::model::{
-    LatestOrder, Limits, Order, Problem, Release, ReleaseState, ReplId, ReplState, ReplStatus,
-    TicketKey, UserId, idle_cause, is_known_after,
+    LatestOrder, Limits, MAX_KNOWN_DELETED, Order, Problem, Release, ReleaseState, ReplId,
+    ReplState, ReplStatus, TicketKey, UserId, idle_cause, is_known_after,
 };
 use crate::platform::{
     ByteStream, LAST_LINES, LISTEN_OR_END, PlatformError, ProgramEvent, ReleaseSpec, RunningRelease,
@@ -375,6 +375,7 @@ impl Releases {
                 let mut deleted = self.deleted();
                 deleted.retain(|_, record| is_known_after(record.since));
                 if !record.order.is_none() {
+                    forget_oldest_of(&mut deleted, &record.user_id);
                     let mut last = Record::new(record.user_id.clone());
                     last.order.clone_from(&record.order);
                     deleted.insert(repl.clone(), last);
@@ -778,6 +779,19 @@ impl Releases {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         Arc::clone(changing.entry(repl.clone()).or_default())
+    }
+}
+
+/// Makes room for another deleted repl of this user.
+fn forget_oldest_of(deleted: &mut HashMap<ReplId, Record>, user: &UserId) {
+    let own = deleted.iter().filter(|(_, record)| record.user_id == *user);
+    let mut own: Vec<_> = own
+        .map(|(repl, record)| (record.since, repl.clone()))
+        .collect();
+    own.sort_unstable();
+    let excess = (own.len() + 1).saturating_sub(MAX_KNOWN_DELETED);
+    for (_, repl) in own.into_iter().take(excess) {
+        deleted.remove(&repl);
     }
 }
 
