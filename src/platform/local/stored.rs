@@ -34,7 +34,7 @@ pub fn read_all<T: DeserializeOwned>(folder: &Path) -> io::Result<Found<T>> {
         let name = path.file_stem().unwrap_or_default().to_string_lossy();
         let name = name.into_owned();
         match path.extension().and_then(|ending| ending.to_str()) {
-            Some(RECORD) => match read(&path) {
+            Some(RECORD) => match read(&path)? {
                 Ok(record) => drop(found.records.insert(name, record)),
                 Err(why) => {
                     found.unreadable.insert(name, set_aside(&path, &why));
@@ -52,9 +52,17 @@ pub fn read_all<T: DeserializeOwned>(folder: &Path) -> io::Result<Found<T>> {
     Ok(found)
 }
 
-fn read<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
-    let text = fs::read(path).map_err(|error| error.to_string())?;
-    kept::open(&text)
+/// The record in the file, or why the file is damaged. That it cannot be opened now, such as for want of
+/// descriptors, is no damage.
+fn read<T: DeserializeOwned>(path: &Path) -> io::Result<Result<T, String>> {
+    match fs::read(path) {
+        Ok(text) => Ok(kept::open(&text)),
+        Err(error) if error.raw_os_error() == Some(libc::EIO) => Ok(Err(error.to_string())),
+        Err(error) => {
+            let why = format!("{} cannot be read: {error}", path.display());
+            Err(io::Error::new(error.kind(), why))
+        }
+    }
 }
 
 /// Where it is now.
