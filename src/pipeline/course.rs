@@ -418,19 +418,17 @@ impl Course {
                 break;
             }
         }
-        let alone = match much {
-            true => self.inner.large_outputs.acquire().await.ok(),
-            false => None,
-        };
-        if much {
+        let verdict = if much {
+            let large_outputs = &self.inner.large_outputs;
+            let _alone = large_outputs.acquire().await.ok();
             self.let_go = numbers;
             self.read_output(&mut runs).await?;
-        }
-        let verdict = decide(&self.submission, &runs);
-        if much {
+            let verdict = decide(&self.submission, &runs);
             runs.iter_mut().for_each(FinishedRun::let_go);
-        }
-        drop(alone);
+            verdict
+        } else {
+            decide(&self.submission, &runs)
+        };
         if matches!(self.submission.tests, Tests::Files(_)) && !self.each_by_itself() {
             for result in verdict.tests.clone() {
                 self.tell_test(&mut told, result).await?;

@@ -4,12 +4,11 @@
 use super::compare::difference;
 use super::fit::{MAX_ACTUAL, MAX_SAID, cut, cut_outputs, end_within};
 use super::report::{self, Defect, Report};
-use crate::model::TestCommand;
 use crate::model::entry::has_own_harness;
 use crate::model::{
     self, Case, Ending, INDEX_FAILED, Install, Limits, NO_INSTALLER, Outcome, Problem, Proof,
-    Reason, RelativePath, RunReport, Status, Submission, TestCounts, TestFiles, TestOutcome,
-    TestResult, TestRunner, Tests, Usage,
+    Reason, RelativePath, RunReport, Status, Submission, TestCommand, TestCounts, TestFiles,
+    TestOutcome, TestResult, TestRunner, Tests, Usage,
 };
 use crate::runner::wire::{BUILD_SCRATCH_BYTES, DISK_SAID, MAX_BUILD_BYTES, MAX_UNPACKED_BYTES};
 

@@ -22,8 +22,7 @@ use super::files::{Entry, PIECE};
 use super::protocol::{Ask, Numbered, Request, frame, is_name, unframe};
 use super::terminal::{Listener, Said};
 use crate::model::{Ending, MAX_MESSAGE_BYTES, Problem, cut};
-use crate::runner::app::Told;
-use crate::runner::app::{State, describe};
+use crate::runner::app::{State, Told, describe};
 use crate::runner::wire::FromApp;
 use crate::websocket;
 
