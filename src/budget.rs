@@ -33,7 +33,7 @@ impl<U: Eq + Hash> Budgets<U> {
     pub async fn take(&self, user: U, bytes: usize) -> Spent {
         let own = {
             let mut users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
-            // Users of whom nobody holds or awaits a permit are forgotten.
+            // Forgets users who hold no permit and wait for none.
             users.retain(|_, own| Arc::strong_count(own) > 1);
             let own = users.entry(user);
             let whole = || Arc::new(Semaphore::new(self.each as usize));

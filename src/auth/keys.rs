@@ -429,8 +429,8 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<KeyFile, AuthError> {
         path: path.display().to_string(),
         reason,
     };
-    // A store that cannot be read stops a start: an empty one in its place would refuse everybody, and what is left
-    // of this one may admit who was revoked.
+    // The server does not start with a damaged store: an empty one would refuse everybody, and one that is read in
+    // part could admit a revoked key.
     let file: KeyFile = kept::open(bytes).map_err(damaged)?;
     if file.version != 1 {
         return Err(damaged(format!("version {} is not known", file.version)));

@@ -44,7 +44,7 @@ pub struct Damage {
 }
 
 impl Damage {
-    /// What is wrong there, for the users of what was there: no file is named.
+    /// The damage as users are told of it: without the file's name.
     fn told(&self) -> String {
         match self.bytes {
             0 => self.cause.clone(),
@@ -78,8 +78,8 @@ impl std::fmt::Display for Damage {
 #[derive(Debug, Default)]
 pub(super) struct Register {
     places: Mutex<BTreeMap<(PathBuf, u64), Damage>>,
-    /// Files beside the segments that were damaged and were made anew.
-    anew: Mutex<BTreeSet<PathBuf>>,
+    /// Damaged files beside the segments that were replaced.
+    replaced: Mutex<BTreeSet<PathBuf>>,
 }
 
 impl Register {
@@ -117,15 +117,15 @@ impl Register {
     }
 
     /// Notes a file that holds nothing which the segments do not, or nothing that cannot be done without.
-    pub(super) fn note_anew(&self, file: &Path) {
-        if lock(&self.anew).insert(file.to_owned()) {
+    pub(super) fn note_replaced(&self, file: &Path) {
+        if lock(&self.replaced).insert(file.to_owned()) {
             metrics::counter!("gantry_journal_damaged_total").increment(1);
-            tracing::warn!("{} was damaged and was made anew", file.display());
+            tracing::warn!("{} was damaged and has been replaced", file.display());
         }
     }
 
-    pub(super) fn made_anew(&self) -> Vec<PathBuf> {
-        lock(&self.anew).iter().cloned().collect()
+    pub(super) fn replaced(&self) -> Vec<PathBuf> {
+        lock(&self.replaced).iter().cloned().collect()
     }
 }
 

@@ -146,7 +146,7 @@ impl JournalError {
             file: path.to_owned(),
             offset,
             cause,
-            remedy: "run the version that wrote it: what is whole in it is kept".to_owned(),
+            remedy: "run the version that wrote it".to_owned(),
             resume: None,
         }
     }

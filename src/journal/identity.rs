@@ -12,9 +12,12 @@ use super::disk::sync_folder;
 /// Letters of a name: 64 random bits.
 const LETTERS: usize = 16;
 
-/// The name in this folder; a new folder gets one, and so does one whose name cannot be read, which is added to
-/// `anew`.
-pub(super) fn load_or_make(dir: &Path, anew: &mut Vec<PathBuf>) -> Result<String, JournalError> {
+/// The journal's name, from its file. A folder without one gets a new name. So does one whose file is damaged, which
+/// is added to `replaced`.
+pub(super) fn load_or_make(
+    dir: &Path,
+    replaced: &mut Vec<PathBuf>,
+) -> Result<String, JournalError> {
     let path = dir.join("identity");
     match std::fs::read(&path) {
         Ok(text) => {
@@ -26,7 +29,7 @@ pub(super) fn load_or_make(dir: &Path, anew: &mut Vec<PathBuf>) -> Result<String
                 path.display()
             );
             rename_aside(&path).map_err(|e| JournalError::io("rename", &path, e))?;
-            anew.push(path.clone());
+            replaced.push(path.clone());
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(JournalError::io("read", &path, error)),

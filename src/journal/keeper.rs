@@ -114,8 +114,8 @@ fn keep(shared: &Shared) -> Result<(), JournalError> {
     result
 }
 
-/// Makes the index of every segment anew that has none it can be read by: one damaged entry must not let the journal
-/// grow for good. Returns the segments, by their first position, of which that is not possible.
+/// Rebuilds every damaged index: nothing is deleted by one, and the journal would grow without bound. Returns the
+/// segments whose index cannot be rebuilt, by their first position.
 fn mend_indexes(shared: &Shared, sealed: &mut [Arc<Sealed>]) -> HashSet<u64> {
     let mut damaged = HashSet::new();
     for at in 0..sealed.len() {
@@ -124,7 +124,7 @@ fn mend_indexes(shared: &Shared, sealed: &mut [Arc<Sealed>]) -> HashSet<u64> {
             continue;
         }
         let before = at.checked_sub(1).map(|before| &sealed[before]);
-        // What was unfinished where it begins; those before it are mended already.
+        // Submissions that were unfinished at its beginning. The indexes before this one are whole by now.
         let unfinished = match before {
             None => Some(Unfinished::new()),
             Some(before) => before.index.unfinished(&before.path, before.len),
@@ -139,7 +139,7 @@ fn mend_indexes(shared: &Shared, sealed: &mut [Arc<Sealed>]) -> HashSet<u64> {
             Ok(index) => index,
             Err(error) => {
                 tracing::error!(
-                    "the index of a segment cannot be made anew, so that nothing of it is deleted: {error}"
+                    "the index of a segment cannot be rebuilt, so none of its records are deleted: {error}"
                 );
                 damaged.insert(old.base);
                 continue;
@@ -153,7 +153,9 @@ fn mend_indexes(shared: &Shared, sealed: &mut [Arc<Sealed>]) -> HashSet<u64> {
             index,
         });
         let mut store = lock(&shared.store);
-        store.damage.note_anew(&super::index::index_path(&old.path));
+        store
+            .damage
+            .note_replaced(&super::index::index_path(&old.path));
         if let Some(known) = store.sealed.iter_mut().find(|s| Arc::ptr_eq(s, &old)) {
             *known = Arc::clone(&fresh);
         }

@@ -134,8 +134,8 @@ pub struct Recovery {
     pub torn: Option<TornTail>,
     /// Sealed segments whose index was missing or wrong and was rebuilt.
     pub rebuilt_indexes: usize,
-    /// Files beside the segments that were damaged and were made anew.
-    pub made_anew: Vec<PathBuf>,
+    /// Damaged files beside the segments that were replaced.
+    pub replaced: Vec<PathBuf>,
     /// What cannot be read, and was set aside.
     pub damage: Vec<Damage>,
     /// Submissions without a reply that lost something of their records, and what: they are not to be run.
@@ -197,10 +197,10 @@ impl Journal {
         };
         disk::make_folder(dir)?;
         let folder_lock = disk::lock_folder(dir)?;
-        let mut made_anew = Vec::new();
-        let identity = identity::load_or_make(dir, &mut made_anew)?;
+        let mut replaced = Vec::new();
+        let identity = identity::load_or_make(dir, &mut replaced)?;
         let (remember, most) = (options.remember, options.remembered_ids);
-        let memory = Memory::open(dir, remember, most, &mut made_anew)?;
+        let memory = Memory::open(dir, remember, most, &mut replaced)?;
         let mut found = segment::find(dir)?;
         remember_lost(&found, &memory)?;
         let set_aside = found.losses.set_aside(&found.unfinished);
@@ -208,9 +208,9 @@ impl Journal {
         let recovery = Recovery {
             torn: found.torn.take(),
             rebuilt_indexes: found.rebuilt,
-            made_anew: {
-                made_anew.append(&mut found.anew);
-                made_anew
+            replaced: {
+                replaced.append(&mut found.replaced);
+                replaced
             },
             damage: std::mem::take(&mut found.losses.places),
             set_aside: found.losses.set_aside(&found.unfinished),
@@ -220,8 +220,8 @@ impl Journal {
         for damage in &recovery.damage {
             register.note(damage.clone());
         }
-        for file in &recovery.made_anew {
-            register.note_anew(file);
+        for file in &recovery.replaced {
+            register.note_replaced(file);
         }
         let last_sealed = found.sealed.last().map_or(0, |s| s.index.last_position);
         let (mut active, last) = match found.active.take() {
@@ -538,10 +538,10 @@ impl Journal {
         register.all()
     }
 
-    /// Files beside the segments that were found damaged, at the start or since, and were made anew.
-    pub fn made_anew(&self) -> Vec<PathBuf> {
+    /// Damaged files beside the segments that were replaced, at the start or since.
+    pub fn replaced(&self) -> Vec<PathBuf> {
         let register = Arc::clone(&lock(&self.0.shared.store).damage);
-        register.made_anew()
+        register.replaced()
     }
 
     /// What the start found and did.

@@ -49,8 +49,8 @@ pub(super) struct Found {
     pub(super) unfinished: Unfinished,
     pub(super) torn: Option<TornTail>,
     pub(super) rebuilt: usize,
-    /// Files beside the segments that were damaged: they are made anew.
-    pub(super) anew: Vec<PathBuf>,
+    /// Damaged files beside the segments, which are replaced.
+    pub(super) replaced: Vec<PathBuf>,
     pub(super) losses: Losses,
 }
 
@@ -70,11 +70,11 @@ pub(super) fn find(dir: &Path) -> Result<Found, JournalError> {
         unfinished: Unfinished::new(),
         torn: None,
         rebuilt: 0,
-        anew: Vec::new(),
+        replaced: Vec::new(),
         losses: Losses::default(),
     };
     if chain::is_damaged(dir) {
-        found.anew.push(chain::path(dir));
+        found.replaced.push(chain::path(dir));
     }
     let mut bases = list(dir)?;
     let misnamed = damage::mend_names(dir, &bases)?;
@@ -108,7 +108,7 @@ pub(super) fn find(dir: &Path) -> Result<Found, JournalError> {
             }
             Err(unusable) => {
                 if unusable == Unusable::Damaged {
-                    found.anew.push(index_path(&path));
+                    found.replaced.push(index_path(&path));
                 }
                 if let Some((index, before)) = SealedIndex::load_any(&path)
                     && before > len
@@ -285,7 +285,7 @@ fn scan(
     let mut start = vec![0; len.min(HEADER) as usize];
     file.read_exact_at(&mut start, 0).map_err(failed)?;
     if start != frame::header(base) {
-        let cause = "its header is damaged; it is written anew";
+        let cause = "its header is damaged and is written again";
         losses.lost(path, 0, HEADER, cause, None, unfinished);
         damage::mend_header(file, path, base)?;
     }
@@ -342,7 +342,7 @@ fn scan(
     Ok(Scanned { index, end })
 }
 
-/// Makes the index of a segment anew that is written no more. `unfinished`: as of its beginning.
+/// Rebuilds the index of a sealed segment. `unfinished`: the submissions that were unfinished at its beginning.
 pub(super) fn index_again(
     segment: &Sealed,
     mut unfinished: Unfinished,

@@ -114,7 +114,7 @@ impl Turns {
     pub(super) async fn wait(&self, user: Option<&UserId>) -> Result<Turn, SearchError> {
         let own = {
             let mut users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
-            // Users of whom nobody holds or awaits a permit are forgotten.
+            // Forgets users who hold no permit and wait for none.
             users.retain(|_, own| Arc::strong_count(own) > 1);
             let own = users.entry(user.cloned());
             Arc::clone(own.or_insert_with(|| Arc::new(Semaphore::new(1))))

@@ -30,6 +30,11 @@ pub struct Health {
     details: Vec<String>,
 }
 
+/// Whether this asks for the server's health.
+pub fn is_asked_by<B>(request: &axum::http::Request<B>) -> bool {
+    ["/healthz", "/readyz"].contains(&request.uri().path())
+}
+
 /// Damaged places told one by one, and files.
 const MOST_DETAILS: usize = 20;
 
@@ -63,11 +68,16 @@ fn damage(edge: &Edge) -> Vec<String> {
     if damage.len() > MOST_DETAILS {
         details.push(format!("journal: {} places in all", damage.len()));
     }
-    let anew = edge.journal.made_anew();
-    let mut others: Vec<String> = anew
+    let replaced = edge.journal.replaced();
+    let mut others: Vec<String> = replaced
         .iter()
         .filter_map(|file| file.file_name())
-        .map(|file| format!("journal: {} was damaged and was made anew", file.display()))
+        .map(|file| {
+            format!(
+                "journal: {} was damaged and has been replaced",
+                file.display()
+            )
+        })
         .collect();
     let set_aside = set_aside(edge);
     others.extend(

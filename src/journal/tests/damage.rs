@@ -459,9 +459,9 @@ async fn a_flip_in_an_entry_of_an_index_costs_nothing() {
             assert_eq!(changed(&journal, &whole).await, BTreeSet::new());
             let unfinished: BTreeSet<_> = journal.unfinished().into_iter().collect();
             assert_eq!(unfinished, whole.waiting.keys().copied().collect());
-            assert_eq!(journal.made_anew(), std::slice::from_ref(&index));
+            assert_eq!(journal.replaced(), std::slice::from_ref(&index));
             drop(journal);
-            assert!(reopen(&damaged).made_anew().is_empty(), "it is told once");
+            assert!(reopen(&damaged).replaced().is_empty(), "it is told once");
         }
     }
     assert!(indexes.len() > 2);
@@ -488,7 +488,7 @@ async fn a_flip_in_an_index_does_not_stop_the_keeper() {
     }
     journal.durable(last).await.unwrap();
     eventually("the journal grows", || segments(&dir).len() <= 7).await;
-    assert_eq!(journal.made_anew(), [index]);
+    assert_eq!(journal.replaced(), [index]);
     assert_eq!(journal.read_submission(pinned).await.unwrap().len(), 1);
     assert_eq!(journal.unfinished(), [pinned]);
 }
@@ -522,7 +522,7 @@ async fn a_flip_in_a_small_file_costs_what_it_holds_and_is_named() {
             let at = numbers.next(bytes);
             flip(&path, at, numbers.next(8));
             let journal = Journal::open(damaged.path(), options(4096, 20_000)).unwrap();
-            let told = journal.made_anew().contains(&path);
+            let told = journal.replaced().contains(&path);
             named += usize::from(told);
             if !told {
                 assert_eq!(journal.identity(), name, "{file} at {at}");
