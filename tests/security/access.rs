@@ -282,6 +282,44 @@ async fn one_key_has_its_share_of_connections() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn hanging_up_makes_no_room_for_more_changes() {
+    let server = Server::start_as(0, &[("GANTRY_MAX_CONNECTIONS_PER_KEY", "4")]);
+    let (_, ann) = server.user("ann").await;
+    let mut socket = server.connect(&server.admin).await;
+    for delay in [5, 0] {
+        let code = format!(
+            "import http.server, os, sys, time\nif 'PORT' not in os.environ: sys.exit()\ntime.sleep({delay})\n\
+             http.server.HTTPServer(('', 3000), http.server.SimpleHTTPRequestHandler).serve_forever()\n"
+        );
+        let message =
+            json!({ "user_id": "ann", "repl_id": "shop", "code": code, "database": false });
+        let reply = socket.ask(message.to_string()).await;
+        assert_eq!(reply["status"], "deployed", "{reply}");
+    }
+    // Each waits for those before it, and the first for a program that takes its time.
+    let (mut left, mut refused) = (0, 0);
+    for _ in 0..8 {
+        let request = server
+            .post("/repls/shop/rollback")
+            .header("x-api-key", &ann);
+        let asked = request
+            .json(&json!({ "release": 1 }))
+            .timeout(Duration::from_millis(300));
+        match asked.send().await {
+            Err(error) => left += u32::from(error.is_timeout()),
+            Ok(answer) => refused += u32::from(answer.status() == 429),
+        }
+    }
+    assert_eq!((left, refused), (4, 4));
+    let began = Instant::now();
+    let asked = || server.get("/session").header("x-api-key", &ann).send();
+    while asked().await.unwrap().status() != 200 {
+        assert!(began.elapsed() < PATIENCE, "places are never given back");
+        sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn pings_whose_answers_are_not_read_cost_no_memory() {
     const FLOOD: usize = 64 << 20;
     let server = Server::start();

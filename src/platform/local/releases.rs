@@ -852,3 +852,29 @@ async fn wait_until_ready(program: &Program) -> Result<(), Problem> {
         LISTEN_OR_END,
     ))
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn of_a_users_deleted_repls_the_last_are_known_and_all_of_others() {
+        let record = |user: &str, second: usize| {
+            let mut record = Record::new(user.parse().unwrap());
+            record.since = Timestamp::from_second(second as i64).unwrap();
+            record
+        };
+        let ann: UserId = "ann".parse().unwrap();
+        let repl = |name: String| name.parse::<ReplId>().unwrap();
+        let mut deleted = HashMap::from([(repl("others".to_owned()), record("bob", 0))]);
+        for number in 0..MAX_KNOWN_DELETED + 50 {
+            forget_oldest_of(&mut deleted, &ann);
+            deleted.insert(repl(format!("r{number}")), record("ann", number));
+        }
+        assert_eq!(deleted.len(), MAX_KNOWN_DELETED + 1);
+        assert!(deleted.contains_key(&repl("others".to_owned())));
+        assert!(!deleted.contains_key(&repl("r49".to_owned())));
+        assert!(deleted.contains_key(&repl("r50".to_owned())));
+    }
+}
