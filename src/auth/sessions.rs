@@ -49,8 +49,8 @@ pub struct Sessions {
 }
 
 impl Sessions {
-    /// Opens the store in the data folder. A damaged one is set aside, which only signs people out. `per_key`: most sessions
-    /// of one key.
+    /// Opens the store in the data folder. A damaged one is set aside, which only signs people out. `per_key`:
+    /// most sessions of one key.
     pub fn open(data_dir: &Path, per_key: usize) -> Result<Self, AuthError> {
         let path = data_dir.join("sessions.json");
         let mut set_aside = false;
